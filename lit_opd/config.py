@@ -1,0 +1,345 @@
+"""The configuration: dataclasses, filled from YAML files and dotted overrides by OmegaConf.
+
+Imports no torch, so that a mistake in a file is reported in under a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import errors as omegaconf_errors
+
+__all__ = [
+    "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "OptimConfig", "RolloutConfig",
+    "StudentConfig", "TeacherConfig", "TrackingConfig", "UserError", "choose", "load_config", "suggest",
+]  # fmt: skip
+
+PACKAGE_FOLDER = Path(__file__).parent
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for, told in one line: the key, what was expected, what was found, what to do."""
+
+    def __init__(self, key: str, expected: str, found: object, remedy: str) -> None:
+        self.key, self.expected, self.found, self.remedy = key, expected, found, remedy
+        text = f"{key}: expected {expected}, found {found}. {remedy}"
+        super().__init__(" ".join(text.split()))
+
+
+@dataclass
+class StudentConfig:
+    """The model that learns."""
+
+    path: str = MISSING
+    dtype: str = "float32"
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    lora: dict[str, Any] | None = None
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen model that scores."""
+
+    path: str = MISSING
+    dtype: str = "bfloat16"
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    quantization: str = "none"
+
+
+@dataclass
+class DataConfig:
+    """Prompts, where they come from, and how an answer is judged."""
+
+    source: str = "file"
+    path: str | None = None
+    validation_path: str | None = None
+    split: str = "train"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    prompt_column: str = "prompt"
+    answer_column: str | None = "answer"
+    chat: bool = False
+    system_prompt: str | None = None
+    prompt_template: str = "{prompt}"
+    train_size: int | None = None
+    validation_size: int = 256
+    validation_seed: int = 0
+    max_prompt_tokens: int = 512
+    overlong: str = "drop"
+    batch_size: int = 8
+    verifier: str | None = None
+
+
+@dataclass
+class RolloutConfig:
+    """How the student samples."""
+
+    engine: str = "local"
+    num_completions: int = 1
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass
+class EstimatorConfig:
+    """The objective."""
+
+    name: str = "full_vocab"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    masked_tokens: list[Any] = field(default_factory=list)
+    aggregation: str = "token_mean"
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer step."""
+
+    name: str = "AdamW"
+    lr: float = 1e-5
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    scheduler: str | None = None
+    scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: int = 0
+    clip_norm: float | None = 1.0
+    updates_per_rollout: int = 1
+    micro_batch_tokens: int = 16384
+    head_chunk_mib: int = 256
+
+
+@dataclass
+class EvaluationConfig:
+    """The yardsticks: always at temperature 1, untruncated, on fixed prompts and seeds."""
+
+    every_n_steps: int = 50
+    num_completions: int = 1
+    max_new_tokens: int | None = None
+    batch_size: int = 64
+    pass_at: list[int] = field(default_factory=lambda: [1])
+    seed: int = 0
+    num_examples: int = 16
+    teacher: bool = True
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "lit_opd"
+    run_name: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    system_metrics: bool = True
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    seed: int = 0
+    output_dir: str = "outputs/run"
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """Build the configuration: defaults <- YAML files in order <- `key=value` overrides, then check every value.
+
+    `${lit_opd:NAME}` in a value stands for the path of NAME inside the installed package.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key, a wrong type, a value out of its range.
+    """
+    OmegaConf.register_resolver("lit_opd", lambda name: str(PACKAGE_FOLDER / name), replace=True)
+    node = OmegaConf.structured(Config)
+    for file in files:
+        node = _merge(node, _read(Path(file)), where=str(file))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(override, "an override of the form key=value", "no '='", "Write e.g. optim.lr=1e-4.")
+        node = _merge(node, OmegaConf.from_dotlist([override]), where=f"override {override!r}")
+    try:
+        config = OmegaConf.to_object(node)
+    except omegaconf_errors.MissingMandatoryValue as error:
+        key = error.full_key or "a key"
+        raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.") from error
+    except omegaconf_errors.OmegaConfBaseException as error:
+        raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), "Correct it.") from error
+    assert isinstance(config, Config)
+    check_values(config)
+    return config
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """The remedy for a misspelt word: the nearest known one, or the list of all (a sentence)."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+
+
+def choose(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Check that a value is one of the allowed words.
+
+    Raises:
+        UserError: it is not.
+    """
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(key, f"one of {', '.join(allowed)}", repr(value), suggest(value, allowed))
+
+
+def _read(file: Path) -> DictConfig:
+    if not file.is_file():
+        raise UserError("--config", "a YAML file", f"no file {str(file)!r}", "Check the path; examples are in conf/.")
+    try:
+        node = OmegaConf.load(file)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError("--config", "valid YAML", f"{file}: {_first_line(error)}", "Correct the file.") from error
+    if not isinstance(node, DictConfig):
+        raise UserError("--config", "a mapping of keys", f"{file}: a list", "Write `key: value` lines.")
+    return node
+
+
+def _merge(node: Any, update: DictConfig, where: str) -> Any:
+    _check_keys(Config, update, prefix="", where=where)
+    try:
+        return OmegaConf.merge(node, update)
+    except omegaconf_errors.OmegaConfBaseException as error:
+        key = error.full_key or "config"
+        found = repr(OmegaConf.select(update, key, throw_on_missing=False))
+        raise UserError(key, _type_of(key), f"{found} ({where})", "Correct the value.") from error
+
+
+def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
+    hints = get_type_hints(schema)
+    for key in node:
+        name = f"{prefix}{key}"
+        if str(key) not in hints:
+            raise UserError(name, "a known key", f"an unknown one ({where})", suggest(str(key), hints))
+        if not is_dataclass(hints[str(key)]):
+            continue
+        section = node._get_node(key)
+        if isinstance(section, DictConfig):
+            _check_keys(hints[str(key)], section, prefix=f"{name}.", where=where)
+        else:
+            raise UserError(name, "a section with keys", f"{section} ({where})", f"Set e.g. {name}.KEY=VALUE.")
+
+
+def _type_of(key: str) -> str:
+    schema: Any = Config
+    for part in key.split("."):
+        if not is_dataclass(schema):
+            break
+        schema = get_type_hints(schema).get(part, Any)
+    if get_origin(schema) in (dict, list):
+        return "a mapping" if get_origin(schema) is dict else "a list"
+    names = [getattr(t, "__name__", str(t)) for t in (get_args(schema) or (schema,))]
+    return "a value of type " + " or ".join("null" if n == "NoneType" else n for n in names)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# Bounds as (section.key, test, what is expected): the ranges every command relies on.
+_BOUNDS: list[tuple[str, Any, str]] = [
+    ("data.batch_size", lambda v: v >= 1, "at least 1"),
+    ("data.validation_size", lambda v: v >= 1, "at least 1"),
+    ("data.max_prompt_tokens", lambda v: v >= 1, "at least 1"),
+    ("data.train_size", lambda v: v is None or v >= 1, "at least 1, or null for all"),
+    ("rollout.num_completions", lambda v: v >= 1, "at least 1"),
+    ("rollout.max_new_tokens", lambda v: v >= 1, "at least 1"),
+    ("rollout.min_new_tokens", lambda v: v >= 0, "at least 0"),
+    ("rollout.temperature", lambda v: v >= 0, "at least 0"),
+    ("rollout.top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
+    ("rollout.top_k", lambda v: v >= 0, "at least 0 (0 keeps all tokens)"),
+    ("rollout.min_p", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("optim.lr", lambda v: v > 0, "above 0"),
+    ("optim.clip_norm", lambda v: v is None or v > 0, "above 0, or null for no clipping"),
+    ("optim.warmup_steps", lambda v: v >= 0, "at least 0"),
+    ("optim.updates_per_rollout", lambda v: v >= 1, "at least 1"),
+    ("optim.micro_batch_tokens", lambda v: v >= 1, "at least 1"),
+    ("optim.head_chunk_mib", lambda v: v >= 1, "at least 1"),
+    ("evaluation.every_n_steps", lambda v: v >= 1, "at least 1"),
+    ("evaluation.num_completions", lambda v: v >= 1, "at least 1"),
+    ("evaluation.batch_size", lambda v: v >= 1, "at least 1"),
+]
+
+_CHOICES: list[tuple[str, tuple[str, ...]]] = [
+    ("student.dtype", DTYPES),
+    ("teacher.dtype", DTYPES),
+    ("teacher.quantization", ("none", "8bit", "4bit")),
+    ("data.source", ("file", "hub", "reasoning_gym", "function")),
+    ("data.overlong", ("drop", "truncate", "error")),
+    ("rollout.engine", ("local",)),
+    ("estimator.aggregation", ("token_mean", "sequence_mean", "sequence_sum")),
+]
+
+
+def check_values(config: Config) -> None:
+    """Check every bound and choice that needs no model and no data.
+
+    Raises:
+        UserError: naming the first key whose value is out of its range.
+    """
+    for key, allowed in _CHOICES:
+        choose(key, _value(config, key), allowed)
+    for key, holds, expected in _BOUNDS:
+        value = _value(config, key)
+        if not holds(value):
+            raise UserError(key, f"a value {expected}", value, f"Set {key} to a value {expected}.")
+    rollout, evaluation, optim = config.rollout, config.evaluation, config.optim
+    if rollout.min_new_tokens > rollout.max_new_tokens:
+        raise UserError("rollout.min_new_tokens", f"at most rollout.max_new_tokens ({rollout.max_new_tokens})",
+                        rollout.min_new_tokens, "Lower it or raise rollout.max_new_tokens.")  # fmt: skip
+    for k in evaluation.pass_at:
+        if not 1 <= k <= evaluation.num_completions:
+            raise UserError("evaluation.pass_at", f"values from 1 to evaluation.num_completions "
+                            f"({evaluation.num_completions})", k, "Raise evaluation.num_completions or drop it.")  # fmt: skip
+    sequences = config.data.batch_size * rollout.num_completions
+    if optim.updates_per_rollout > sequences:
+        raise UserError("optim.updates_per_rollout", f"at most data.batch_size x rollout.num_completions ({sequences})",
+                        optim.updates_per_rollout, "Lower it or sample more.")  # fmt: skip
+
+
+def _value(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """The configuration as `section.key` -> value, for parameter tables."""
+    flat: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        pairs = vars(value).items() if is_dataclass(value) else [("", value)]
+        if isinstance(value, dict):
+            pairs = value.items()
+        for name, inner in pairs:
+            flat[f"{item.name}.{name}" if name else item.name] = inner
+    return flat
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
