@@ -5,7 +5,6 @@ Imports no torch, so that a mistake in a file is reported in under a second.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -15,22 +14,15 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
+from lit_opd.errors import UserError, choose, suggest
+
 __all__ = [
     "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "OptimConfig", "RolloutConfig",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "UserError", "choose", "load_config", "suggest",
+    "StudentConfig", "TeacherConfig", "TrackingConfig", "load_config", "to_flat", "to_yaml",
 ]  # fmt: skip
 
 PACKAGE_FOLDER = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-class UserError(Exception):
-    """A mistake in what the user asked for, told in one line: the key, what was expected, what was found, what to do."""
-
-    def __init__(self, key: str, expected: str, found: object, remedy: str) -> None:
-        self.key, self.expected, self.found, self.remedy = key, expected, found, remedy
-        text = f"{key}: expected {expected}, found {found}. {remedy}"
-        super().__init__(" ".join(text.split()))
 
 
 @dataclass
@@ -190,24 +182,6 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     return config
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The remedy for a misspelt word: the nearest known one, or the list of all (a sentence)."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
-
-
-def choose(key: str, value: str, allowed: Iterable[str]) -> None:
-    """Check that a value is one of the allowed words.
-
-    Raises:
-        UserError: it is not.
-    """
-    allowed = list(allowed)
-    if value not in allowed:
-        raise UserError(key, f"one of {', '.join(allowed)}", repr(value), suggest(value, allowed))
-
-
 def _read(file: Path) -> DictConfig:
     if not file.is_file():
         raise UserError("--config", "a YAML file", f"no file {str(file)!r}", "Check the path; examples are in conf/.")
@@ -314,8 +288,8 @@ def check_values(config: Config) -> None:
                         rollout.min_new_tokens, "Lower it or raise rollout.max_new_tokens.")  # fmt: skip
     for k in evaluation.pass_at:
         if not 1 <= k <= evaluation.num_completions:
-            raise UserError("evaluation.pass_at", f"values from 1 to evaluation.num_completions "
-                            f"({evaluation.num_completions})", k, "Raise evaluation.num_completions or drop it.")  # fmt: skip
+            limit = f"values from 1 to evaluation.num_completions ({evaluation.num_completions})"
+            raise UserError("evaluation.pass_at", limit, k, "Raise evaluation.num_completions or drop it.")
     sequences = config.data.batch_size * rollout.num_completions
     if optim.updates_per_rollout > sequences:
         raise UserError("optim.updates_per_rollout", f"at most data.batch_size x rollout.num_completions ({sequences})",

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lit_opd.config import UserError, suggest
+from lit_opd.errors import UserError, suggest
 
 __all__ = ["import_function"]
 
@@ -39,13 +39,17 @@ def _import_module(key: str, target: str) -> Any:
     try:
         return importlib.import_module(target)
     except ImportError as error:
-        raise UserError(key, f"an importable module {target!r}", str(error), "Install it or correct the name.") from error
+        raise UserError(
+            key, f"an importable module {target!r}", str(error), "Install it or correct the name."
+        ) from error
 
 
 def _import_file(key: str, target: str) -> Any:
     path = Path(target).expanduser().resolve()
     if not path.is_file():
-        raise UserError(key, "a Python file", f"no file {target!r}", "Check the path; it is relative to the current folder.")
+        raise UserError(
+            key, "a Python file", f"no file {target!r}", "Check the path; it is relative to the current folder."
+        )
     name = f"lit_opd_plugin_{path.stem}_{abs(hash(str(path)))}"
     if name in sys.modules:
         return sys.modules[name]

@@ -1,0 +1,53 @@
+"""How per-token losses become one number: weights whose denominators are counts of the whole optimizer step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_opd.functional.precision import upcast
+
+__all__ = ["masked_mean", "token_weights"]
+
+
+def token_weights(mask_BT: Tensor, aggregation: str, tokens: Tensor, sequences: Tensor) -> Tensor:
+    """The weight of every token in the loss, so that loss = sum of weight x per-token loss.
+
+    Because the counts are those of the whole optimizer step over all processes, the sum over micro-batches and
+    processes does not depend on how the step was cut up.
+
+    Args:
+        mask_BT: [B, T] True at counted tokens.
+        aggregation: `token_mean` (1 / tokens), `sequence_mean` (1 / own length / sequences) or `sequence_sum`
+            (1 / sequences).
+        tokens: scalar, counted tokens of the whole step.
+        sequences: scalar, sequences with at least one counted token in the whole step.
+
+    Returns:
+        [B, T] weights in fp32, zero where masked.
+
+    Raises:
+        ValueError: an unknown aggregation.
+    """
+    mask = mask_BT.float()
+    if aggregation == "token_mean":
+        return mask / tokens.clamp(min=1)
+    if aggregation == "sequence_mean":
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / sequences.clamp(min=1)
+    if aggregation == "sequence_sum":
+        return mask / sequences.clamp(min=1)
+    raise ValueError(f"aggregation must be token_mean, sequence_mean or sequence_sum, found {aggregation!r}")
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over counted positions, in fp32; zero where none is counted.
+
+    Args:
+        values: any shape.
+        mask: the same shape, True = counted.
+
+    Returns:
+        A scalar in the units of `values`.
+    """
+    kept = torch.where(mask, upcast(values), 0.0)
+    return kept.sum() / mask.sum().clamp(min=1)
