@@ -207,7 +207,7 @@ def _merge(node: Any, update: DictConfig, where: str) -> Any:
 def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
     hints = get_type_hints(schema)
     for key in node:
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
         if str(key) not in hints:
             raise UserError(name, "a known key", f"an unknown one ({where})", suggest(str(key), hints))
         if not is_dataclass(hints[str(key)]):

@@ -18,7 +18,8 @@ EstimatorFn = Callable[..., Estimate]
 F = TypeVar("F", bound=EstimatorFn)
 
 FAMILIES = ("token", "sequence", "hybrid")
-NEEDS = ("token", "support", "full", "token+kl", "support+kl", "full+kl")
+NEEDS = ("token", "support", "full")
+EXTRAS = ("kl", "rewards")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class EstimatorSpec:
         family: `token` (each position for itself), `sequence` (credit flows to earlier positions) or `hybrid`.
         target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
         unbiased: is its expected gradient exactly the target's, on-policy?
-        needs: `token`, `support` or `full`; `+kl` where it wants the exact per-position KL as a baseline.
+        needs: `token`, `support` or `full`; `+kl` where it wants the exact per-position KL as a baseline, `+rewards`
+            where it wants outcome rewards.
         source: where the formula comes from.
         check: raises ValueError for keywords that cannot work, before any model is loaded.
     """
@@ -93,7 +95,7 @@ def register_estimator(
         family: `token`, `sequence` or `hybrid`.
         target: whose gradient it aims at, e.g. `reverse_kl`, `sequence_reverse_kl`; None claims nothing.
         unbiased: whether its expected gradient is exactly the target's, on-policy.
-        needs: `token`, `support` or `full`, optionally with `+kl`.
+        needs: `token`, `support` or `full`, optionally with `+kl` and `+rewards`.
         source: citation.
         check: called with the keywords; raises ValueError where they cannot work.
 
@@ -102,8 +104,11 @@ def register_estimator(
             estimator outside the `token` family: those are called on slices of positions.
     """
     choose(f"register_estimator({name!r}).family", family, FAMILIES)
-    choose(f"register_estimator({name!r}).needs", needs, NEEDS)
-    if family != "token" and needs.split("+")[0] != "token":
+    base, *extras = needs.split("+")
+    choose(f"register_estimator({name!r}).needs", base, NEEDS)
+    for extra in extras:
+        choose(f"register_estimator({name!r}).needs", extra, EXTRAS)
+    if family != "token" and base != "token":
         expected = "family 'token' where needs is 'support' or 'full': those see slices of positions"
         raise UserError(f"register_estimator({name!r})", expected, f"family {family!r}", "Combine them with `mix`.")
 

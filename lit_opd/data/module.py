@@ -1,0 +1,217 @@
+"""The data module: which prompts a step sees, whatever the number of processes and wherever a run was resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_opd.config import Config, DataConfig, UserError, check_values, suggest
+from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
+from lit_opd.data.sources import Row, check_rows, load_rows
+from lit_opd.data.stream import Pick, PromptLoader, PromptStream
+from lit_opd.data.verifiers import Verifier, build_verifier
+from lit_opd.types import PromptBatch
+
+__all__ = ["PromptDataModule"]
+
+
+class PromptDataModule(L.LightningDataModule):
+    """Prompts for training and validation, from a configured source or from rows given directly.
+
+    Training batches follow `PromptStream`, also after resuming; validation rows come in a fixed order, each exactly
+    once over all ranks. Give the module itself to the trainer, which tells it its rank.
+
+    Args:
+        config: the `data` section; defaults where not given.
+        tokenizer: of the student; by default the `tokenizer` of the LightningModule that is trained.
+        train_rows: training rows, or plain prompts, instead of `config.source`.
+        validation_rows: the same for validation; without them there is none where `train_rows` are given.
+        verifier: called as `verifier(completion, row)`; by default what `config.verifier` names.
+        seed: of the order of training rows.
+        evaluation_batch_size: validation rows of a batch on each rank.
+        context_length: tokens that the model can take; None to leave it unchecked.
+        max_new_tokens: tokens that have to fit after each prompt.
+        **data_keys: single keys of `config`, as in `PromptDataModule(source="file", path="prompts.jsonl")`.
+
+    Raises:
+        UserError: an unknown key or a value out of its range.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        train_rows: Sequence[Row | str] | None = None,
+        validation_rows: Sequence[Row | str] | None = None,
+        verifier: Verifier | None = None,
+        seed: int = 0,
+        evaluation_batch_size: int = 64,
+        context_length: int | None = None,
+        max_new_tokens: int = 0,
+        **data_keys: Any,
+    ) -> None:
+        super().__init__()
+        known = [f.name for f in fields(DataConfig)]
+        for key in data_keys:
+            if key not in known:
+                raise UserError(f"data.{key}", "a known key", "an unknown one", suggest(key, known))
+        self.config = replace(config or DataConfig(), **data_keys)
+        check_values(Config(data=self.config))
+        self.tokenizer = tokenizer
+        self.verifier = verifier or build_verifier(self.config)
+        self.seed, self.evaluation_batch_size = seed, evaluation_batch_size
+        self.context_length, self.max_new_tokens = context_length, max_new_tokens
+        self._given = (train_rows, validation_rows)
+        self._loaded_state: dict[str, Any] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load and encode all prompts, so that every mistake in them shows before the first step.
+
+        Raises:
+            UserError: see `load_rows`, `encode_rows` and `PromptStream`; no tokenizer; a prompt that leaves too little
+                of the context; `trainer.overfit_batches`, which would not repeat batches here.
+        """
+        overfit_batches = getattr(self.trainer, "overfit_batches", 0)
+        if overfit_batches:
+            raise UserError("trainer.overfit_batches", "0", overfit_batches,
+                            f"Repeat a few prompts with data.train_size={self.config.batch_size} instead.")  # fmt: skip
+        if self.tokenizer is None:
+            self.tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+        if self.tokenizer is None:
+            raise UserError("tokenizer", "one to encode prompts with", "none",
+                            "Pass tokenizer= or train a module that has one.")  # fmt: skip
+        for prompts in (self.train_prompts, self.validation_prompts):
+            self._check_context(prompts)
+        if stage == "fit":
+            self._stream()
+        if self.validation_prompts.rows:
+            self._validation_picks()
+
+    def train_dataloader(self) -> PromptLoader:
+        """One epoch of training batches, from the first that was not completed."""
+        stream = self._stream()
+        before = self._loaded_state.get("stream", self._identity())
+        changed = [key for key, value in self._identity().items() if before[key] != value]
+        if stream.position and changed:
+            rank_zero_warn(f"{', '.join(changed)} changed since the checkpoint was written: training goes on with "
+                           f"batch {stream.position}, but of another sequence of prompts.")  # fmt: skip
+        return PromptLoader(self.train_prompts, stream, pad_token_id(self.tokenizer))
+
+    def val_dataloader(self) -> PromptLoader | list[Any]:
+        """This rank's validation rows, in order, never padded; no loader where there are no validation rows."""
+        if not self.validation_prompts.rows:
+            return []
+        return PromptLoader(self.validation_prompts, self._validation_picks(), pad_token_id(self.tokenizer))
+
+    def test_dataloader(self) -> PromptLoader | list[Any]:
+        """The validation rows."""
+        return self.val_dataloader()
+
+    def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
+        """Move the tensors and leave the rows alone, which may hold anything."""
+        return batch._replace(
+            prompt_ids_BP=batch.prompt_ids_BP.to(device), prompt_mask_BP=batch.prompt_mask_BP.to(device)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were trained on, and what they were taken from."""
+        return {"completed_batches": self.completed_batches, "stream": self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches of `state`."""
+        self._loaded_state = state
+
+    @property
+    def completed_batches(self) -> int:
+        """Training batches completed over the whole run: the number of the next one.
+
+        With a trainer this is its own count, which a checkpoint restores before it asks for the loader. `processed` and
+        not `completed`: while checkpoints are written at the end of a batch, only the former counts that batch, and
+        neither counts one that an exception interrupted.
+        """
+        if self.trainer is None:
+            return self._loaded_state.get("completed_batches", 0)
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.total.processed
+
+    @cached_property
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """The training and the validation rows, before any prompt is dropped."""
+        train, validation = self._given
+        if train is None and validation is None:
+            return load_rows(self.config)
+        return self._named(train, "train_rows"), self._named(validation, "validation_rows")
+
+    @cached_property
+    def train_prompts(self) -> EncodedPrompts:
+        """The training rows with the ids of their prompts."""
+        return encode_rows(self.rows[0], self.config, self.tokenizer)
+
+    @cached_property
+    def validation_prompts(self) -> EncodedPrompts:
+        """The validation rows with the ids of their prompts."""
+        return encode_rows(self.rows[1], self.config, self.tokenizer)
+
+    @cached_property
+    def dataset_sha256(self) -> str:
+        """Hash of the content and order of all rows."""
+        digest = hashlib.sha256()
+        for part in self.rows:
+            for row in part:
+                digest.update(json.dumps(row, sort_keys=True, default=repr).encode() + b"\n")
+            digest.update(b"end of part\n")
+        return digest.hexdigest()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many prompts are used, were dropped and were truncated."""
+        train, validation = self.train_prompts, self.validation_prompts
+        return {
+            "train": len(train), "dropped_train": train.dropped, "truncated_train": train.truncated,
+            "validation": len(validation), "dropped_validation": validation.dropped,
+            "truncated_validation": validation.truncated,
+        }  # fmt: skip
+
+    def _named(self, rows: Sequence[Row | str] | None, where: str) -> list[Row]:
+        if rows is None:
+            return []
+        named = [{self.config.prompt_column: row} if isinstance(row, str) else dict(row) for row in rows]
+        check_rows(named, self.config, where)
+        return named
+
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _stream(self) -> PromptStream:
+        rank, world_size = self._place()
+        size, batch_size = len(self.train_prompts), self.config.batch_size
+        return PromptStream(size, batch_size, self.seed, rank, world_size, self.completed_batches)
+
+    def _validation_picks(self) -> list[list[Pick]]:
+        rank, world_size = self._place()
+        size, step = len(self.validation_prompts), self.evaluation_batch_size
+        if size < world_size:
+            raise UserError("data.validation_size", f"at least one prompt for each of {world_size} processes", size,
+                            "Raise it or use fewer processes.")  # fmt: skip
+        mine: list[Pick] = [(i, (0, i)) for i in range(rank, size, world_size)]
+        return [mine[start : start + step] for start in range(0, len(mine), step)]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self.seed, "data.batch_size": self.config.batch_size, "dataset_sha256": self.dataset_sha256}
+
+    def _check_context(self, prompts: EncodedPrompts) -> None:
+        longest = max(map(len, prompts.ids), default=0)
+        if self.context_length is not None and longest + self.max_new_tokens > self.context_length:
+            room = self.context_length - self.max_new_tokens
+            expected = f"prompts of at most {room} tokens (context {self.context_length} - {self.max_new_tokens} new)"
+            raise UserError("data.max_prompt_tokens", expected, f"a prompt longer than the context, of {longest}",
+                            f"Set data.max_prompt_tokens={room} or lower rollout.max_new_tokens.")  # fmt: skip

@@ -1,0 +1,162 @@
+"""From rows to token ids: rendering, encoding, prompts that are too long, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.config import DataConfig, UserError, choose
+
+__all__ = ["EncodedPrompts", "encode", "encode_rows", "pad_left", "pad_token_id", "render"]
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Rows with the token ids of their prompts, and what became of prompts that were too long.
+
+    Attributes:
+        rows: the rows that were kept.
+        ids: the token ids of each row's prompt.
+        dropped: how many rows were left out.
+        truncated: how many prompts lost their beginning.
+    """
+
+    rows: list[dict[str, Any]]
+    ids: list[list[int]]
+    dropped: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
+    """The text a row's prompt becomes.
+
+    `prompt_template` is formatted with `{prompt}` (the prompt column) and the row's other columns. With `chat`, the
+    result is the user's message in the tokenizer's chat template, after `system_prompt`. A prompt may also be a
+    list of messages `{"role": ..., "content": ...}`, which the template then does not touch; `system_prompt` goes
+    before them unless they begin with a system message.
+
+    Raises:
+        UserError: the prompt, the template or the tokenizer does not fit `data.chat`.
+    """
+    if config.system_prompt is not None and not config.chat:
+        raise UserError("data.system_prompt", "null unless data.chat=true", repr(config.system_prompt),
+                        "Set data.chat=true or unset it.")  # fmt: skip
+    prompt = row[config.prompt_column]
+    if isinstance(prompt, str):
+        text = _fill(row, config)
+        return _apply_chat([{"role": "user", "content": text}], config, tokenizer) if config.chat else text
+    if not _are_messages(prompt):
+        found = f"{type(prompt).__name__} in column {config.prompt_column!r}"
+        raise UserError("data.prompt_column", "text or a list of {role, content} messages", found,
+                        "Choose another column.")  # fmt: skip
+    if not config.chat:
+        raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
+    return _apply_chat(list(prompt), config, tokenizer)
+
+
+def encode(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> list[list[int]]:
+    """The token ids of rendered prompts.
+
+    A chat template has written the special tokens already, so none are added to it. To plain text the tokenizer adds
+    its own, except an end of sequence: the student has to go on from there.
+    """
+    if not texts:  # which fast tokenizers refuse
+        return []
+    plain = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    if config.chat:
+        return plain
+    special = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [s[:-1] if s[-1:] == [end] and p[-1:] != [end] and len(s) > len(p) else s
+            for p, s in zip(plain, special, strict=True)]  # fmt: skip
+
+
+def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: Any) -> EncodedPrompts:
+    """Render and encode rows; prompts of more than `max_prompt_tokens` tokens are treated as `overlong` says.
+
+    `drop` leaves the row out. `truncate` keeps the END of the prompt, after its first token if that is the beginning
+    of sequence; a chat prompt then loses its opening. `error` refuses.
+
+    Raises:
+        UserError: a prompt of no tokens, a prompt too long under `error`, or none left under `drop`.
+    """
+    choose("data.overlong", config.overlong, ("drop", "truncate", "error"))
+    ids = encode([render(row, config, tokenizer) for row in rows], config, tokenizer)
+    for index, prompt in enumerate(ids):
+        if not prompt:
+            raise UserError("data.prompt_column", "prompts of at least one token", f"an empty one in row {index}",
+                            "Remove it, or begin data.prompt_template with text.")  # fmt: skip
+    limit = config.max_prompt_tokens
+    long = sum(len(prompt) > limit for prompt in ids)
+    if config.overlong == "truncate":
+        kept = [_end_of(prompt, limit, tokenizer.bos_token_id) for prompt in ids]
+        return EncodedPrompts(list(rows), kept, truncated=long)
+    if long and (config.overlong == "error" or long == len(ids)):
+        found = f"{long} of {len(ids)} longer, the longest with {max(map(len, ids))}"
+        raise UserError("data.max_prompt_tokens", f"prompts of at most {limit} tokens", found,
+                        "Raise it, or set data.overlong=truncate to keep the end of long prompts.")  # fmt: skip
+    fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= limit]
+    return EncodedPrompts([rows[i] for i in fitting], [ids[i] for i in fitting], dropped=long)
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids as one rectangle, padded on the left.
+
+    Returns:
+        ids_BP (int64) and mask_BP (bool, True at real tokens).
+    """
+    width = max(map(len, prompts), default=0)
+    ids_BP = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask_BP = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for i, prompt in enumerate(prompts):
+        start = width - len(prompt)
+        ids_BP[i, start:] = torch.tensor(prompt, dtype=torch.long)
+        mask_BP[i, start:] = True
+    return ids_BP, mask_BP
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """A token to fill padding with; which one does not matter, as the mask leaves it out."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _fill(row: Mapping[str, Any], config: DataConfig) -> str:
+    try:
+        return config.prompt_template.format(**{**row, "prompt": row[config.prompt_column]})
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise UserError("data.prompt_template", f"only {{prompt}} and columns ({', '.join(map(str, row))}) in braces",
+                        f"{config.prompt_template!r} ({type(error).__name__}: {error})",
+                        "Write {{ and }} for braces that are text.") from error  # fmt: skip
+
+
+def _are_messages(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+
+
+def _apply_chat(messages: list[Mapping[str, Any]], config: DataConfig, tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        raise UserError("data.chat", "false, as the tokenizer has no chat template", "true",
+                        "Set data.chat=false or use a tokenizer with a chat template.")  # fmt: skip
+    if config.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever the tokenizer's own template raises
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError("data.chat", "messages that the tokenizer's chat template accepts", cause,
+                        "Check the roles and data.system_prompt.") from error  # fmt: skip
+
+
+def _end_of(prompt: list[int], limit: int, bos: int | None) -> list[int]:
+    if len(prompt) <= limit:
+        return prompt
+    if prompt[0] == bos and limit > 1:
+        return prompt[:1] + prompt[1 - limit :]
+    return prompt[-limit:]

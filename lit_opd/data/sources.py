@@ -1,0 +1,205 @@
+"""Where rows come from, and which of them are held out for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lit_opd.config import DataConfig, UserError, choose, suggest
+from lit_opd.plugins import import_function
+
+__all__ = ["Row", "check_rows", "import_extra", "load_rows", "split_rows"]
+
+Row = dict[str, Any]
+
+# Verifiers that compare with the answer column, so that a missing column is found before any model is loaded.
+ANSWER_VERIFIERS = ("exact", "last_number", "math")
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# A task with few distinct questions may never yield enough that are not held out.
+REASONING_GYM_ROUNDS = 4
+
+
+def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
+    """The training and the validation rows; the same ones, in the same order, at every call.
+
+    - `file`: a local .jsonl, .json, .parquet or .csv at `path`; validation rows come from `validation_path`, or by the
+      rule of `split_rows`. `kwargs` go to `datasets.load_dataset`.
+    - `hub`: `datasets.load_dataset(path, split=split, **kwargs)`, divided by the rule of `split_rows`.
+    - `reasoning_gym`: the task `path` with the settings `kwargs`. Validation questions are drawn with the seed
+      `validation_seed`, and no training row asks one of them.
+    - `function`: `path` names a function, called once with split="train" and once with split="validation" as
+      `function(split=..., size=..., seed=validation_seed, **kwargs)`; `size` is None where `train_size` is null. The
+      function keeps the two apart.
+
+    At most `train_size` and `validation_size` rows are returned.
+
+    Raises:
+        UserError: the source cannot be read, gives no rows, or lacks a column.
+    """
+    loaders = {"file": _file, "hub": _hub, "reasoning_gym": _reasoning_gym, "function": _function}
+    choose("data.source", config.source, loaders)
+    if not config.path:
+        raise UserError("data.path", f"what data.source={config.source} reads", "nothing", "Set data.path.")
+    if config.validation_path and config.source != "file":
+        raise UserError("data.validation_path", "null unless data.source=file", repr(config.validation_path),
+                        "Unset it, or use data.source=file.")  # fmt: skip
+    train, validation = loaders[config.source](config)
+    train, validation = train[: config.train_size], validation[: config.validation_size]
+    check_rows(train, config, config.path)
+    check_rows(validation, config, config.validation_path or config.path)
+    return train, validation
+
+
+def split_rows(rows: Iterable[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
+    """Divide rows into training and validation by a rule that depends on the prompts and not on their order.
+
+    Rows are ordered by the SHA-256 of (`validation_seed`, the prompt as JSON); the first `validation_size` are the
+    validation rows and the rest are the training rows, both in that order. A prompt is never on both sides: training
+    rows that repeat the last validation prompt are left out.
+
+    Raises:
+        UserError: a row has no prompt, or no training row is left.
+    """
+    rows = list(rows)
+    check_rows(rows, config, config.path or "the rows")
+    ordered = sorted(((_split_key(row, config), row) for row in rows), key=lambda pair: pair[0])
+    held_out = ordered[: config.validation_size]
+    train = [row for key, row in ordered[len(held_out) :] if key > held_out[-1][0]]
+    if not train:
+        raise UserError("data.validation_size", f"fewer than the {len(rows)} rows there are", config.validation_size,
+                        "Lower it so that training rows are left, or set data.validation_path.")  # fmt: skip
+    return train, [row for _, row in held_out]
+
+
+def check_rows(rows: Sequence[Row], config: DataConfig, where: str) -> None:
+    """Check that there are rows and that each has the columns the configuration names.
+
+    Raises:
+        UserError: no rows, or a row without its prompt or the answer that the verifier compares with.
+    """
+    if not rows:
+        raise UserError("data.path", "at least one row", f"none in {where}", "Check data.source and data.path.")
+    needed = [("data.prompt_column", config.prompt_column)]
+    if config.verifier in ANSWER_VERIFIERS and config.answer_column is not None:
+        needed.append(("data.answer_column", config.answer_column))
+    for index, row in enumerate(rows):
+        for key, column in needed:
+            if row.get(column) is None:
+                found = f"row {index} of {where} with columns {', '.join(k for k in row if row[k] is not None)}"
+                raise UserError(key, f"a column {column!r} in every row", found, f"Set {key} to one of the columns.")
+
+
+def import_extra(key: str, module: str, extra: str) -> Any:
+    """Import a package that only an optional extra installs.
+
+    Raises:
+        UserError: naming the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(key, f"the package {module!r}", str(error), f'Run: pip install "lit_opd[{extra}]".') from error
+
+
+def _split_key(row: Row, config: DataConfig) -> str:
+    text = json.dumps([config.validation_seed, row[config.prompt_column]], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file(config: DataConfig) -> tuple[list[Row], list[Row]]:
+    rows = _read_file("data.path", str(config.path), config.kwargs)
+    if config.validation_path is None:
+        return split_rows(rows, config)
+    return rows, _read_file("data.validation_path", config.validation_path, config.kwargs)
+
+
+def _read_file(key: str, name: str, kwargs: dict[str, Any]) -> list[Row]:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(key, "a file", f"no file {name!r}", "Check the path; it is relative to the current folder.")
+    choose(key, path.suffix, READERS)
+    return _load_dataset(key, READERS[path.suffix], data_files=str(path), split="train", **kwargs)
+
+
+def _hub(config: DataConfig) -> tuple[list[Row], list[Row]]:
+    rows = _load_dataset("data.path", str(config.path), split=config.split, **config.kwargs)
+    return split_rows(rows, config)
+
+
+def _load_dataset(key: str, name: str, **kwargs: Any) -> list[Row]:
+    datasets = import_extra("data.source", "datasets", "demo")
+    try:
+        return datasets.load_dataset(name, **kwargs).to_list()
+    except Exception as error:  # whatever its readers and the network raise
+        what = kwargs.get("data_files", name)
+        cause = f"{type(error).__name__}: {error.__cause__ or error}"
+        raise UserError(key, f"{what} to load with Hugging Face datasets", cause,
+                        "Check data.path, data.split and data.kwargs.") from error  # fmt: skip
+
+
+def _reasoning_gym(config: DataConfig) -> tuple[list[Row], list[Row]]:
+    if config.train_size is None:
+        raise UserError("data.train_size", "a number, as reasoning_gym makes as many questions as wanted", "null",
+                        "Set e.g. data.train_size=1000.")  # fmt: skip
+    validation = reasoning_gym_rows(config, config.validation_size, config.validation_seed)
+    held_out = {row[config.prompt_column] for row in validation}
+    # Most tasks draw question i of seed s with seed s + i: neighbouring seeds would ask almost the same questions.
+    seed = config.validation_seed + config.validation_size
+    train: list[Row] = []
+    for start in range(seed, seed + REASONING_GYM_ROUNDS * config.train_size, config.train_size):
+        drawn = reasoning_gym_rows(config, config.train_size, start)
+        train += [row for row in drawn if row[config.prompt_column] not in held_out]
+        if len(train) >= config.train_size:
+            return train, validation
+    if not train:
+        raise UserError("data.validation_size", f"{config.path} to have questions that are not held out", "none",
+                        "Lower data.validation_size or make the task larger in data.kwargs.")  # fmt: skip
+    rank_zero_warn(f"data.train_size={config.train_size}: {config.path} gave only {len(train)} questions that are "
+                   "not held out for validation.")  # fmt: skip
+    return train, validation
+
+
+def reasoning_gym_rows(config: DataConfig, size: int, seed: int) -> list[Row]:
+    """Questions of one reasoning_gym task, with the metadata that its own scoring wants."""
+    task = reasoning_gym_task(config, size, seed)
+    answer = config.answer_column or "answer"
+    entries = (task[i] for i in range(size))
+    return [{config.prompt_column: e["question"], answer: e["answer"], "metadata": e["metadata"]} for e in entries]
+
+
+def reasoning_gym_task(config: DataConfig, size: int, seed: int) -> Any:
+    """The reasoning_gym data set that `path` and `kwargs` name.
+
+    Raises:
+        UserError: reasoning_gym is not installed, the task is unknown, or its settings are wrong.
+    """
+    package = import_extra("data.source", "reasoning_gym", "demo")
+    names = package.factory.DATASETS
+    if config.path not in names:
+        raise UserError("data.path", "a reasoning_gym task", repr(config.path), suggest(str(config.path), names))
+    try:
+        return package.create_dataset(config.path, size=size, seed=seed, **config.kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError("data.kwargs", f"settings of the reasoning_gym task {config.path}", f"{error}",
+                        "Correct them.") from error  # fmt: skip
+
+
+def _function(config: DataConfig) -> tuple[list[Row], list[Row]]:
+    function = import_function("data.path", str(config.path))
+    sizes = {"train": config.train_size, "validation": config.validation_size}
+    parts = []
+    for split, size in sizes.items():
+        try:
+            rows = function(split=split, size=size, seed=config.validation_seed, **config.kwargs)
+            parts.append([dict(row) for row in rows])
+        except (TypeError, ValueError) as error:
+            call = f"{config.path} to give rows for split={split!r}, size={size}"
+            raise UserError("data.path", call, f"{type(error).__name__}: {error}",
+                            f"Correct the function, data.kwargs or data.{split}_size.") from error  # fmt: skip
+    return parts[0], parts[1]

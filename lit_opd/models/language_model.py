@@ -1,0 +1,154 @@
+"""A causal language model as distillation needs it: hidden states, the head, the stop tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_opd.errors import UserError
+from lit_opd.functional import Head, head_logits
+from lit_opd.functional.precision import upcast
+from lit_opd.types import Rollout
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel:
+    """A Hugging Face causal language model with its tokenizer.
+
+    Deliberately no `nn.Module`: whoever trains it registers `.model`; a frozen teacher stays out of checkpoints,
+    optimizers and train mode because nothing registers it.
+
+    Args:
+        model: a causal language model, or a `peft` wrapper of one.
+        tokenizer: its tokenizer.
+        key: `student` or `teacher`, for messages.
+        own_precision: run the body in the dtype of its weights, whatever autocast is in force.
+
+    Raises:
+        UserError: the model's logits cannot be rebuilt from its last hidden states.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, key: str, own_precision: bool = False) -> None:
+        self.model, self.tokenizer, self.key, self.own_precision = model, tokenizer, key, own_precision
+        causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.causal_lm = causal_lm
+        self.body: Any = causal_lm.base_model
+        self.config: Any = causal_lm.config
+        self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+        self.vocabulary = self._output_layer().weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._output_layer().weight.device
+
+    @property
+    def head(self) -> Head:
+        """The output layer, cut to the tokens that student and teacher share."""
+        layer, size = self._output_layer(), self.vocabulary
+        weight, bias = layer.weight, getattr(layer, "bias", None)
+        if size < len(weight):
+            weight, bias = weight[:size], None if bias is None else bias[:size]
+        scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
+        return Head(weight, bias, scale, getattr(self.config, "final_logit_softcapping", None))
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Every token that ends a completion: what the tokenizer, the generation config or the config names."""
+        generation = getattr(self.causal_lm, "generation_config", None)
+        named = [self.tokenizer.eos_token_id, self.config.eos_token_id, getattr(generation, "eos_token_id", None)]
+        flat = [i for ids in named for i in (ids if isinstance(ids, list | tuple) else [ids])]
+        return sorted({i for i in flat if i is not None})
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills unused positions; what it is never matters, it is masked."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else (self.stop_ids or [0])[0]
+
+    def _output_layer(self) -> Any:
+        layer = self.causal_lm.get_output_embeddings()
+        if layer is None or not hasattr(layer, "weight"):
+            raise UserError(f"{self.key}.path", "a causal language model with an output layer",
+                            type(self.causal_lm).__name__, "Name the folder of a causal language model.")  # fmt: skip
+        return layer
+
+    @contextmanager
+    def precision(self, cache_casts: bool = False) -> Iterator[None]:
+        """The arithmetic of this model: its weights' own, or the autocast in force.
+
+        Args:
+            cache_casts: keep low-precision copies of fp32 weights until the context ends, so that many forward passes
+                over unchanged weights cast them once. Only right where no gradient is taken and no weight changes.
+        """
+        device = self.device.type
+        enabled = torch.is_autocast_enabled(device) and not self.own_precision
+        dtype = torch.get_autocast_dtype(device)
+        try:
+            with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=enabled and cache_casts):
+                yield
+        finally:
+            if cache_casts:
+                # Within an outer autocast the cache would outlive this context, and the next optimizer step.
+                torch.clear_autocast_cache()
+
+    def run_body(self, ids_BL: Tensor, mask_BL: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
+        """The body's output for the last `ids_BL.shape[1]` positions of `mask_BL`.
+
+        Positions count real tokens only, so that left padding changes nothing.
+
+        Args:
+            ids_BL: [B, L] new tokens.
+            mask_BL: [B, past + L] True at real tokens, the cached ones included.
+            cache: keys and values of the past, or None.
+            use_cache: whether to return a cache.
+        """
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL.long(), "use_cache": use_cache}
+        if self._takes_positions:
+            positions_BL = (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions_BL[:, -ids_BL.shape[1] :]
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        return self.body(**inputs)
+
+    def completion_hidden(self, rollout: Rollout) -> Tensor:
+        """Hidden states that predict each completion token.
+
+        Args:
+            rollout: prompts and completions.
+
+        Returns:
+            [B, T, H] in the dtype the body ran in.
+        """
+        ids_BL = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BT], dim=1)[:, :-1]
+        mask_BL = torch.cat([rollout.prompt_mask_BP, rollout.completion_mask_BT], dim=1)[:, :-1]
+        with self.precision():
+            hidden_BLH = self.run_body(ids_BL, mask_BL).last_hidden_state
+        return hidden_BLH[:, rollout.prompt_ids_BP.shape[1] - 1 :]
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compare the model's own logits with those rebuilt from hidden states, on a few tokens.
+
+        Raises:
+            UserError: they differ: the model does more after its last hidden state than is known here.
+        """
+        # Small ids, no special meaning: any tokens show whether the two paths agree.
+        ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
+        mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+        with torch.autocast(self.device.type, enabled=False):
+            own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits)[
+                0, :, : self.vocabulary
+            ]
+            rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.head)
+        error = (own - rebuilt).abs().max().item() / own.abs().max().clamp(min=1).item()
+        if not error < 0.05:
+            found = f"{type(self.causal_lm).__name__}, off by {error:.2g}"
+            expected = "a model whose logits are a projection of its last hidden states"
+            raise UserError(f"{self.key}.path", expected, found, "This architecture is not supported yet.")

@@ -1,0 +1,147 @@
+"""Loading models and tokenizers from folders or a hub, with mistakes told before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_opd.config import StudentConfig, TeacherConfig
+from lit_opd.errors import UserError
+from lit_opd.models.language_model import LanguageModel
+
+__all__ = ["load_student", "load_teacher", "load_tokenizer", "read_model_config"]
+
+ModelConfig = StudentConfig | TeacherConfig
+
+
+def load_tokenizer(config: ModelConfig, key: str) -> Any:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    _check_path(config, key)
+    try:
+        return AutoTokenizer.from_pretrained(config.path, **_source(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(f"{key}.path", "a tokenizer", config.path, error) from error
+
+
+def read_model_config(config: ModelConfig, key: str) -> Any:
+    """The model's `config.json`; no weights are read.
+
+    Raises:
+        UserError: there is none, or it is not a causal language model's.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    _check_path(config, key)
+    try:
+        found = AutoConfig.from_pretrained(config.path, **_source(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(f"{key}.path", "a model folder", config.path, error) from error
+    if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.trust_remote_code:
+        raise UserError(f"{key}.path", "a causal language model", f"model_type {found.model_type!r}", "Name another.")
+    return found
+
+
+def load_student(config: StudentConfig, tokenizer: Any = None) -> LanguageModel:
+    """The student with trainable weights; with `lora`, only its adapters are trainable.
+
+    Args:
+        config: where it lies, its dtype, LoRA keywords (those of `peft.LoraConfig`), gradient checkpointing.
+        tokenizer: already loaded, or None.
+
+    Raises:
+        UserError: the folder cannot be read, or `peft` is missing or refuses the keywords.
+    """
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, "student")
+    model = _load_weights(config, "student", {})
+    if config.lora is not None:
+        model = _add_lora(model, config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    student = LanguageModel(model, tokenizer, "student")
+    student.check_head()
+    return student
+
+
+def load_teacher(config: TeacherConfig, tokenizer: Any = None) -> LanguageModel:
+    """The frozen teacher, in its own dtype or quantised by bitsandbytes, in eval mode.
+
+    Raises:
+        UserError: the folder cannot be read, or bitsandbytes is missing.
+    """
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, "teacher")
+    extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config)}
+    teacher = LanguageModel(_load_weights(config, "teacher", extra), tokenizer, "teacher", own_precision=True)
+    teacher.model.requires_grad_(False).eval()
+    teacher.check_head()
+    return teacher
+
+
+def _check_path(config: ModelConfig, key: str) -> None:
+    path = Path(config.path).expanduser()
+    looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1
+    if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
+        raise UserError(f"{key}.path", "a model folder with a config.json", f"none in {config.path!r}",
+                        "Name the folder that save_pretrained wrote.")  # fmt: skip
+    if config.gguf_file is not None and path.is_dir() and not (path / config.gguf_file).is_file():
+        raise UserError(f"{key}.gguf_file", f"a file in {config.path!r}", f"no {config.gguf_file!r}", "Correct it.")
+    if looks_local and not path.is_dir():
+        raise UserError(f"{key}.path", "a model folder", f"no folder {config.path!r}", "Check the path.")
+
+
+def _source(config: ModelConfig) -> dict[str, Any]:
+    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    return source | ({"gguf_file": config.gguf_file} if config.gguf_file else {})
+
+
+def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    read_model_config(config, key)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=getattr(torch, config.dtype), **_source(config), **extra
+        )
+    except ImportError as error:
+        raise _unreadable(f"{key}.path", "the packages this model needs", "a missing one", error) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(f"{key}.path", "readable weights", config.path, error) from error
+
+
+def _add_lora(model: Any, lora: dict[str, Any]) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("student.lora", "peft", "no such package", 'Run: pip install "lit_opd[lora]"') from error
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    except (TypeError, ValueError) as error:
+        raise UserError("student.lora", "keywords of peft.LoraConfig", str(error), "Correct them.") from error
+
+
+def _quantization(config: TeacherConfig) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        remedy = 'Run: pip install "lit_opd[quantization]"'
+        raise UserError("teacher.quantization", "bitsandbytes", "no such package", remedy) from error
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute_dtype = getattr(torch, config.dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
+
+
+def _unreadable(key: str, expected: str, found: str, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(key, expected, f"{found!r}: {lines[0]}", "Check the path, and that this machine reaches the hub.")

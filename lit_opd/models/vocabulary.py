@@ -1,0 +1,40 @@
+"""Student and teacher must mean the same token by the same id: checked id by id, before any weights load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_opd.errors import UserError
+
+__all__ = ["shared_vocabulary"]
+
+
+def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int) -> int:
+    """How many ids both models share.
+
+    The tokenizers must agree on every id. The output layers may differ in padding rows behind the last real token.
+
+    Args:
+        student_tokenizer: the student's tokenizer.
+        teacher_tokenizer: the teacher's tokenizer.
+        student_rows: rows of the student's output layer.
+        teacher_rows: rows of the teacher's output layer.
+
+    Returns:
+        The number of ids, from 0, that both output layers have.
+
+    Raises:
+        UserError: naming the first id on which the tokenizers differ, or the layer that is too short.
+    """
+    student = {index: token for token, index in student_tokenizer.get_vocab().items()}
+    teacher = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
+    for index in sorted(student.keys() | teacher.keys()):
+        if student.get(index) != teacher.get(index):
+            found = f"id {index} is {student.get(index)!r} for the student and {teacher.get(index)!r} for the teacher"
+            raise UserError("teacher.path", "the student's tokenizer, id by id", found,
+                            "Choose a teacher and a student of one tokenizer family.")  # fmt: skip
+    shared, tokens = min(student_rows, teacher_rows), max(student) + 1
+    if shared < tokens:
+        key = "student.path" if student_rows < teacher_rows else "teacher.path"
+        raise UserError(key, f"an output layer of at least {tokens} rows, one a token", shared, "Resize or replace it.")
+    return shared

@@ -1,0 +1,62 @@
+"""Optimizers and schedulers by name, any of torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer, lr_scheduler
+
+from lit_opd.config import OptimConfig
+from lit_opd.errors import UserError, suggest
+
+__all__ = ["build_optimizer", "build_scheduler"]
+
+
+def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Optimizer:
+    """The optimizer `torch.optim.<name>` over the trainable parameters.
+
+    Raises:
+        UserError: no such optimizer, or it refuses the keywords.
+    """
+    cls = _member("optim.name", torch.optim, config.name, Optimizer)
+    trainable = [p for p in parameters if p.requires_grad]
+    if not trainable:
+        raise UserError("student", "trainable parameters", "none", "Unfreeze some, or set student.lora.")
+    try:
+        return cls(trainable, lr=config.lr, **config.kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "optim.kwargs", f"keywords of torch.optim.{config.name}", str(error), "Correct them."
+        ) from error
+
+
+def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
+    """Linear warm-up over `warmup_steps` optimizer steps, then `torch.optim.lr_scheduler.<name>`; None where neither is set.
+
+    Raises:
+        UserError: no such scheduler, or it refuses the keywords.
+    """
+    parts: list[Any] = []
+    if config.warmup_steps:
+        start = 1 / (config.warmup_steps + 1)
+        parts.append(lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=config.warmup_steps))
+    if config.scheduler is not None:
+        cls = _member("optim.scheduler", lr_scheduler, config.scheduler, lr_scheduler.LRScheduler)
+        try:
+            parts.append(cls(optimizer, **config.scheduler_kwargs))
+        except (TypeError, ValueError) as error:
+            expected = f"keywords of torch.optim.lr_scheduler.{config.scheduler}"
+            raise UserError("optim.scheduler_kwargs", expected, str(error), "Correct them.") from error
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[config.warmup_steps])
+
+
+def _member(key: str, home: Any, name: str, base: type) -> Any:
+    known = [n for n, v in vars(home).items() if isinstance(v, type) and issubclass(v, base) and not n.startswith("_")]
+    if name not in known:
+        raise UserError(key, f"a class of {home.__name__}", repr(name), suggest(name, known))
+    return getattr(home, name)

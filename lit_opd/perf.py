@@ -1,0 +1,45 @@
+"""Where the time and the memory of a step go."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+__all__ = ["Stopwatch", "peak_memory_mb"]
+
+
+class Stopwatch:
+    """Seconds spent in the named phases of one step.
+
+    Args:
+        device: an accelerator is waited for at the end of a phase, so that its work is counted where it belongs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._accelerated = device.type != "cpu"
+        self._start = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Count the time since the last call for `phase`."""
+        if self._accelerated:
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds from the beginning to the last lap."""
+        return self._last - self._start
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory ever used, in MB: the accelerator's, or the resident size of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

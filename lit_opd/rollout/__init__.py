@@ -1,0 +1,7 @@
+"""Rollouts: sampling completions, and cutting them into micro-batches."""
+
+from lit_opd.rollout.batching import micro_batches, split_updates, uniforms
+from lit_opd.rollout.engine import RolloutEngine
+from lit_opd.rollout.local import LocalEngine
+
+__all__ = ["LocalEngine", "RolloutEngine", "micro_batches", "split_updates", "uniforms"]

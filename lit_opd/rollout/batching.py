@@ -1,0 +1,71 @@
+"""Cutting a rollout into updates and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_opd.types import Rollout
+
+__all__ = ["micro_batches", "split_updates", "uniforms"]
+
+
+def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completions: int, length: int) -> Tensor:
+    """The randomness of a rollout: one stream for each completion, named by (seed, draw, completion).
+
+    Args:
+        seed: the seed, and a number that sets training apart from evaluation.
+        draws: two integers for each prompt, from `PromptBatch.draws`.
+        num_completions: completions a prompt.
+        length: numbers a stream.
+
+    Returns:
+        [B, T] float64 in [0, 1), on the CPU; completions of one prompt are neighbours.
+    """
+    rows = [
+        np.random.default_rng([*seed, *draw, completion]).random(length)
+        for draw in draws
+        for completion in range(num_completions)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def split_updates(sequences: int, updates: int) -> list[Tensor]:
+    """Row indices of each optimizer update: row i goes to update i mod `updates`, so completions of one prompt spread.
+
+    Args:
+        sequences: rows of the rollout on this process.
+        updates: optimizer updates a rollout.
+
+    Returns:
+        `updates` index tensors; together they hold every row once.
+    """
+    return [torch.arange(sequences)[start::updates] for start in range(updates)]
+
+
+def micro_batches(rollout: Rollout, index: Tensor, budget: int) -> list[Rollout]:
+    """Micro-batches of the chosen rows, sorted by length, each of at most `budget` tokens with padding.
+
+    Args:
+        rollout: all rows.
+        index: the rows to use.
+        budget: rows x (longest prompt + longest completion) a micro-batch may hold; a row longer than that stands
+            alone.
+
+    Returns:
+        At least one micro-batch, longest rows last, padding trimmed. Empty only where `index` is.
+    """
+    prompts_B, completions_B = rollout.prompt_mask_BP.sum(1).cpu(), rollout.completion_mask_BT.sum(1).cpu()
+    order = index[torch.argsort((prompts_B + completions_B)[index], stable=True)]
+    groups: list[list[int]] = [[]]
+    for row in order.tolist():
+        rows = [*groups[-1], row]
+        width = int(prompts_B[rows].max() + completions_B[rows].max())
+        if groups[-1] and width * len(rows) > budget:
+            groups.append([row])
+        else:
+            groups[-1].append(row)
+    return [rollout.rows(torch.tensor(group, device=rollout.mask_BT.device)) for group in groups if group]
