@@ -5,10 +5,10 @@ Imports no torch, so that a mistake in a file is reported in under a second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -18,10 +18,11 @@ from lit_opd.errors import UserError, choose, suggest
 
 __all__ = [
     "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "OptimConfig", "RolloutConfig",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "load_config", "to_flat", "to_yaml",
+    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "load_config", "to_flat", "to_yaml",
 ]  # fmt: skip
 
 PACKAGE_FOLDER = Path(__file__).parent
+T = TypeVar("T")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -180,6 +181,21 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     assert isinstance(config, Config)
     check_values(config)
     return config
+
+
+def as_section(schema: type[T], value: T | Mapping[str, Any] | None, name: str) -> T:
+    """A section of the configuration from itself, from a mapping of its keys, or from nothing (its defaults).
+
+    Raises:
+        UserError: an unknown key or a wrong type.
+    """
+    if isinstance(value, schema):
+        return value
+    node = OmegaConf.structured(Config)
+    merged = _merge(node, OmegaConf.create({name: dict(value or {})}), where="keyword")  # type: ignore[arg-type]
+    section = OmegaConf.to_object(merged[name])
+    assert isinstance(section, schema)
+    return section
 
 
 def _read(file: Path) -> DictConfig:

@@ -57,12 +57,13 @@ class PromptMean(Metric):
             weights: [prompts] how many values (tokens, completions) each sum holds.
         """
         sums, weights = sums.detach().double(), weights.detach().double()
-        self.s += sums.sum()
-        self.n += weights.sum()
-        self.ss += (sums * sums).sum()
-        self.sn += (sums * weights).sum()
-        self.nn += (weights * weights).sum()
-        self.prompts += len(sums)
+        # Not in place: a state made in inference mode may not be changed outside it.
+        self.s = self.s + sums.sum()
+        self.n = self.n + weights.sum()
+        self.ss = self.ss + (sums * sums).sum()
+        self.sn = self.sn + (sums * weights).sum()
+        self.nn = self.nn + (weights * weights).sum()
+        self.prompts = self.prompts + len(sums)
 
     def compute(self) -> Interval:
         """Mean and confidence interval: NaN where nothing was counted, unbounded with fewer than two prompts."""
@@ -141,10 +142,15 @@ class Yardsticks(nn.Module):
 
     def __init__(self, per_token: Sequence[str], pass_at: Sequence[int]) -> None:
         super().__init__()
-        self.per_token = nn.ModuleDict({name: PromptMean() for name in per_token})
-        self.per_completion = nn.ModuleDict({"length": PromptMean(), "truncated_frac": PromptMean()})
-        passes = {f"pass_at_{k}": PassAtK(k) for k in pass_at if k > 1}
-        self.accuracy = nn.ModuleDict({"accuracy": AvgAtK(), **passes})
+        self._per_token = {name: PromptMean() for name in per_token}
+        self._per_completion = {name: PromptMean() for name in ("length", "truncated_frac")}
+        self._passes: dict[str, PassAtK] = {f"pass_at_{k}": PassAtK(k) for k in pass_at if k > 1}
+        self._passes["accuracy"] = AvgAtK()
+        # A module of all of them, so that they move with the module to its device.
+        self._modules["metrics"] = nn.ModuleList(self._all().values())
+
+    def _all(self) -> dict[str, PromptMean]:
+        return {**self._per_token, **self._per_completion, **self._passes}
 
     def update(self, values: Mapping[str, Tensor], rollout: Rollout, rewards_B: Tensor | None) -> None:
         """Add a batch.
@@ -154,28 +160,24 @@ class Yardsticks(nn.Module):
             rollout: the completions.
             rewards_B: [B] 1 where correct; None where nothing judges them.
         """
-        group_B = rollout.prompt_index_B
-        prompts = int(group_B.max()) + 1
-        tokens_B = rollout.mask_BT.sum(1)
+        group_B, tokens_B = rollout.prompt_index_B, rollout.mask_BT.sum(1)
+        blank = torch.zeros(int(group_B.max()) + 1, dtype=torch.float64, device=group_B.device)
 
         def by_prompt(values_B: Tensor) -> Tensor:
-            return torch.zeros(prompts, dtype=torch.float64, device=group_B.device).index_add(
-                0, group_B, values_B.double()
-            )
+            return blank.index_add(0, group_B, values_B.double())
 
         tokens, completions = by_prompt(tokens_B), by_prompt(torch.ones_like(tokens_B))
-        for name, metric in self.per_token.items():
+        for name, metric in self._per_token.items():
             metric.update(by_prompt(values[name].sum(1)), tokens)
-        self.per_completion["length"].update(tokens, completions)
-        self.per_completion["truncated_frac"].update(by_prompt(rollout.finish_B == FinishReason.LENGTH), completions)
+        self._per_completion["length"].update(tokens, completions)
+        self._per_completion["truncated_frac"].update(by_prompt(rollout.finish_B == FinishReason.LENGTH), completions)
         if rewards_B is not None:
-            for metric in self.accuracy.values():
+            for metric in self._passes.values():
                 metric.update(by_prompt(rewards_B >= 1), completions)
 
     def compute(self) -> dict[str, Interval]:
-        """Every metric that was fed, and reset all."""
-        metrics = {**self.per_token, **self.per_completion, **self.accuracy}
-        results = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}
-        for metric in metrics.values():
+        """Every metric that was fed; all are reset."""
+        results = {name: metric.compute() for name, metric in self._all().items() if metric.update_called}
+        for metric in self._all().values():
             metric.reset()
         return results

@@ -34,7 +34,7 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Opt
 
 
 def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
-    """Linear warm-up over `warmup_steps` optimizer steps, then `torch.optim.lr_scheduler.<name>`; None where neither is set.
+    """Linear warm-up over `warmup_steps`, then `torch.optim.lr_scheduler.<name>`; None where neither is set.
 
     Raises:
         UserError: no such scheduler, or it refuses the keywords.

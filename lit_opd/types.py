@@ -100,6 +100,10 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.completion_ids_BT)
 
+    def uncount(self, positions_BT: Tensor) -> Rollout:
+        """The same tokens with the chosen positions left out of the count."""
+        return replace(self, mask_BT=self.mask_BT & ~positions_BT)
+
     def rows(self, index: Tensor) -> Rollout:
         """The chosen rows, with padding that no chosen row needs trimmed from both ends."""
         picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "law"}

@@ -13,11 +13,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_opd.config import Config, DataConfig, UserError, check_values, suggest
+from lit_opd.config import Config, DataConfig, check_values
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
 from lit_opd.data.sources import Row, check_rows, load_rows
 from lit_opd.data.stream import Pick, PromptLoader, PromptStream
 from lit_opd.data.verifiers import Verifier, build_verifier
+from lit_opd.errors import UserError, suggest
 from lit_opd.types import PromptBatch
 
 __all__ = ["PromptDataModule"]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_opd.config import DataConfig, UserError, choose
+from lit_opd.config import DataConfig
+from lit_opd.errors import UserError, choose
 
 __all__ = ["EncodedPrompts", "encode", "encode_rows", "pad_left", "pad_token_id", "render"]
 

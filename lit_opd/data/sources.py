@@ -11,7 +11,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_opd.config import DataConfig, UserError, choose, suggest
+from lit_opd.config import DataConfig
+from lit_opd.errors import UserError, choose, suggest
 from lit_opd.plugins import import_function
 
 __all__ = ["Row", "check_rows", "import_extra", "load_rows", "split_rows"]

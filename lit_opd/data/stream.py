@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from lit_opd.config import UserError
 from lit_opd.data.prompts import EncodedPrompts, pad_left
+from lit_opd.errors import UserError
 from lit_opd.types import PromptBatch
 
 __all__ = ["Pick", "PromptLoader", "PromptStream"]

@@ -9,8 +9,9 @@ from decimal import Decimal
 from functools import partial
 from typing import Any
 
-from lit_opd.config import DataConfig, UserError, suggest
+from lit_opd.config import DataConfig
 from lit_opd.data.sources import import_extra, reasoning_gym_task
+from lit_opd.errors import UserError, suggest
 from lit_opd.plugins import import_function
 
 __all__ = ["Verifier", "build_verifier", "last_number"]

@@ -78,11 +78,9 @@ def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.
         return reverse_kl(student_logps, teacher_logps)
     student_logps, teacher_logps = upcast(student_logps), upcast(teacher_logps)
     weights = torch.tensor([1 - w, w], dtype=student_logps.dtype, device=student_logps.device).log()
-    # What neither can write is filled with any finite number: the gradient of logaddexp(-inf, -inf) is NaN.
+    # What neither can write counts zero below; here it must be finite, or the gradient of logaddexp(-inf, -inf) is NaN.
     nobody = torch.isneginf(student_logps) & torch.isneginf(teacher_logps)
-    mixture_logps = torch.logaddexp(
-        student_logps.masked_fill(nobody, 0.0) + weights[0], teacher_logps.masked_fill(nobody, 0.0) + weights[1]
-    )
+    mixture_logps = torch.logaddexp(student_logps.masked_fill(nobody, 0.0) + weights[0], teacher_logps + weights[1])
     student_part = _expected(student_logps.exp(), _difference(student_logps, mixture_logps))
     teacher_part = _expected(teacher_logps.exp(), _difference(teacher_logps, mixture_logps))
     return student_part / w + teacher_part / (1 - w)

@@ -3,19 +3,23 @@
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_student, load_teacher, load_tokenizer, read_model_config
 from lit_opd.models.objective import student_loss
-from lit_opd.models.scoring import score_teacher
+from lit_opd.models.pair import Pair
+from lit_opd.models.scoring import needs_of, score_teacher, support_size_of
 from lit_opd.models.vocabulary import shared_vocabulary
 from lit_opd.models.yardsticks import YARDSTICKS, measure_yardsticks
 
 __all__ = [
     "YARDSTICKS",
     "LanguageModel",
+    "Pair",
     "load_student",
     "load_teacher",
     "load_tokenizer",
     "measure_yardsticks",
     "read_model_config",
+    "needs_of",
     "score_teacher",
+    "support_size_of",
     "shared_vocabulary",
     "student_loss",
 ]

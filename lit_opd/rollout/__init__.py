@@ -3,5 +3,6 @@
 from lit_opd.rollout.batching import micro_batches, split_updates, uniforms
 from lit_opd.rollout.engine import RolloutEngine
 from lit_opd.rollout.local import LocalEngine
+from lit_opd.rollout.statistics import rollout_sums
 
-__all__ = ["LocalEngine", "RolloutEngine", "micro_batches", "split_updates", "uniforms"]
+__all__ = ["LocalEngine", "RolloutEngine", "micro_batches", "rollout_sums", "split_updates", "uniforms"]

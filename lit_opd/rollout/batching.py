@@ -46,26 +46,26 @@ def split_updates(sequences: int, updates: int) -> list[Tensor]:
     return [torch.arange(sequences)[start::updates] for start in range(updates)]
 
 
-def micro_batches(rollout: Rollout, index: Tensor, budget: int) -> list[Rollout]:
-    """Micro-batches of the chosen rows, sorted by length, each of at most `budget` tokens with padding.
+def micro_batches(rollout: Rollout, index: Tensor, budget: int) -> list[Tensor]:
+    """Rows of each micro-batch: the chosen rows sorted by length, at most `budget` tokens with padding together.
 
     Args:
         rollout: all rows.
         index: the rows to use.
-        budget: rows x (longest prompt + longest completion) a micro-batch may hold; a row longer than that stands
-            alone.
+        budget: rows x (longest prompt + longest completion) that a micro-batch may hold; a row longer than that
+            stands alone.
 
     Returns:
-        At least one micro-batch, longest rows last, padding trimmed. Empty only where `index` is.
+        Index tensors, shortest rows first; together they hold every chosen row once.
     """
     prompts_B, completions_B = rollout.prompt_mask_BP.sum(1).cpu(), rollout.completion_mask_BT.sum(1).cpu()
     order = index[torch.argsort((prompts_B + completions_B)[index], stable=True)]
-    groups: list[list[int]] = [[]]
+    groups: list[list[int]] = []
     for row in order.tolist():
-        rows = [*groups[-1], row]
+        rows = [*groups[-1], row] if groups else [row]
         width = int(prompts_B[rows].max() + completions_B[rows].max())
-        if groups[-1] and width * len(rows) > budget:
-            groups.append([row])
-        else:
+        if len(rows) > 1 and width * len(rows) <= budget:
             groups[-1].append(row)
-    return [rollout.rows(torch.tensor(group, device=rollout.mask_BT.device)) for group in groups if group]
+        else:
+            groups.append([row])
+    return [torch.tensor(group, device=rollout.mask_BT.device) for group in groups]

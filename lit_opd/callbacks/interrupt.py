@@ -1,0 +1,69 @@
+"""Ctrl-C ends a run between two steps, where its state is whole."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_opd.module import NonFiniteStepError
+
+__all__ = ["SaveOnInterrupt"]
+
+
+class SaveOnInterrupt(L.Callback):
+    """Saves a checkpoint on Ctrl-C and on a non-finite step.
+
+    The first Ctrl-C lets the step under way finish, saves, and ends the run; the second ends it at once, with what the
+    last checkpoint holds. A non-finite step has not moved the weights, so they are saved as they are.
+
+    Args:
+        path: the checkpoint to write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._asked = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen for Ctrl-C."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._ask)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and end where Ctrl-C was pressed during the step; in a distributed run, where any process was told."""
+        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signal back."""
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save the weights of before a step that could not be made; say how to go on."""
+        self._restore()
+        if isinstance(exception, NonFiniteStepError):
+            trainer.save_checkpoint(self.path)
+        if isinstance(exception, NonFiniteStepError | KeyboardInterrupt) and self.path.is_file():
+            rank_zero_info(
+                f"\nSaved {self.path}. Go on with: --resume auto, or trainer.fit(..., ckpt_path={str(self.path)!r})"
+            )
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        rank_zero_info("\nInterrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")

@@ -1,0 +1,80 @@
+"""One bar over the optimizer steps of the run, with the numbers to watch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm.auto import tqdm
+
+__all__ = ["StepProgress"]
+
+SHOWN = {
+    "train/reverse_kl": "reverse KL",
+    "val/reverse_kl": "held-out",
+    "val/accuracy": "accuracy",
+    "rollout/length": "length",
+    "perf/tokens_per_s": "tokens/s",
+}
+
+
+class StepProgress(ProgressBar):
+    """Steps done, time left, reverse KL, held-out results, length and speed; a passing bar for evaluations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._bar: Any = None
+        self._evaluation: Any = None
+
+    def disable(self) -> None:
+        """Show nothing (Lightning calls this on all processes but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar at the step the run begins with."""
+        total = trainer.max_steps if trainer.max_steps > 0 else None
+        self._bar = tqdm(
+            desc="distil",
+            total=total,
+            initial=trainer.global_step,
+            unit="step",
+            disable=not self._enabled,
+            mininterval=0.5,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Advance to the present step."""
+        metrics = trainer.callback_metrics
+        shown = {label: f"{float(metrics[name]):.3g}" for name, label in SHOWN.items() if name in metrics}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(trainer.global_step - self._bar.n)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bars, so that what is printed next begins on a line of its own."""
+        for bar in (self._evaluation, self._bar):
+            if bar is not None:
+                bar.close()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Open a bar that vanishes when the evaluation is done."""
+        total = sum(n for n in trainer.num_val_batches if isinstance(n, int))
+        name = f"measure the {pl_module.judged}"
+        self._evaluation = tqdm(desc=name, total=total, unit="batch", leave=False, disable=not self._enabled)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Advance."""
+        self._evaluation.update()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the evaluation's bar."""
+        self._evaluation.close()

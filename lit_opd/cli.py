@@ -1,0 +1,110 @@
+"""The command line: parse, build from the configuration, call, print. No logic of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lit_opd.config import Config, load_config
+from lit_opd.errors import UserError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0 done, 1 the run failed, 2 a mistake of the user, 130 interrupted.
+    """
+    try:
+        parsed = _parse(arguments)
+        parsed.run(parsed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command line", "a command and its arguments", message, f"See: python -m {self.prog} --help")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    # Not argparse's own positionals: it takes only one unbroken run of them, and overrides may stand anywhere.
+    parser = _parser()
+    parsed, overrides = parser.parse_known_args(arguments)
+    for word in overrides:
+        if word.startswith("-") or "overrides" not in parsed:
+            parser.error(f"unknown argument {word!r}")
+    parsed.overrides = overrides
+    return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lit_opd", description="On-policy distillation of language models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    fit = _command(commands, "fit", _fit, "distil the student from the teacher")
+    fit.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue the run in output_dir")
+    for name, what in (("validate", "measure the student on the validation prompts"),
+                       ("test", "the same, reported as test results")):  # fmt: skip
+        _command(commands, name, _evaluate, what).add_argument("--checkpoint", metavar="FILE")
+    export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
+    export.add_argument("--checkpoint", metavar="FILE", help="default: the newest of output_dir")
+    export.add_argument("--out", metavar="FOLDER", help="default: output_dir/student")
+    listing = commands.add_parser("estimators", help="list the registered estimators with their contracts")
+    listing.add_argument("--markdown", action="store_true", help="as a Markdown table")
+    listing.set_defaults(run=_estimators)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: object, what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=what, description=what, usage=f"lit_opd {name} --config FILE [options] [key=value ...]"
+    )
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help="YAML, may be repeated")
+    parser.set_defaults(run=run, stage=name, overrides=[])
+    return parser
+
+
+def _config(parsed: argparse.Namespace) -> Config:
+    return load_config(parsed.config, parsed.overrides)
+
+
+def _fit(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.lab.summary import print_outcome
+    from lit_opd.lab.training import train
+
+    print_outcome(config, train(config, parsed.resume))
+
+
+def _evaluate(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.lab.summary import print_results
+    from lit_opd.lab.training import evaluate
+
+    title = f"{parsed.stage}: {parsed.checkpoint or config.student.path}"
+    print_results(title, evaluate(config, parsed.checkpoint, parsed.stage))
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.lab.export import export_checkpoint
+    from lit_opd.lab.folder import RunFolder
+
+    folder = RunFolder(Path(config.output_dir))
+    checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else folder.last_checkpoint
+    print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))
+
+
+def _estimators(parsed: argparse.Namespace) -> None:
+    from lit_opd.lab.catalogue import markdown_table, print_table
+
+    print(markdown_table()) if parsed.markdown else print_table()

@@ -1,0 +1,112 @@
+"""One evaluation: sample at temperature 1 on fixed prompts and seeds, measure the yardsticks, keep examples to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_opd.config import EvaluationConfig
+from lit_opd.metrics import Interval, Yardsticks
+from lit_opd.models import YARDSTICKS, LanguageModel, measure_yardsticks
+from lit_opd.rollout import RolloutEngine, uniforms
+from lit_opd.types import PromptBatch, Rollout, SamplingLaw
+
+__all__ = ["Evaluation", "Example", "Verifier", "judge"]
+
+Verifier = Callable[[str, Mapping[str, Any]], float]
+
+# Sets the draws of evaluations apart from those of training (0).
+EVALUATION_STREAM = 1
+
+
+@dataclass(frozen=True)
+class Example:
+    """A completion to read: texts, reward, and the log-ratio (student minus teacher, nats) of each token."""
+
+    prompt: str
+    completion: str
+    reward: float | None
+    tokens: list[str]
+    log_ratios: list[float]
+
+
+def judge(policy: LanguageModel, batch: PromptBatch, rollout: Rollout, verifier: Verifier) -> Tensor:
+    """Rewards [B] of the completions' texts, special tokens left out."""
+    texts = completion_texts(policy, rollout)
+    rows = [batch.rows[i] for i in rollout.prompt_index_B.tolist()]
+    rewards = [float(verifier(text, row)) for text, row in zip(texts, rows, strict=True)]
+    return torch.tensor(rewards, device=rollout.mask_BT.device)
+
+
+def completion_texts(policy: LanguageModel, rollout: Rollout) -> list[str]:
+    """The completions as text, without special tokens."""
+    rows = zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)
+    return policy.tokenizer.batch_decode([ids[mask].tolist() for ids, mask in rows], skip_special_tokens=True)
+
+
+class Evaluation(nn.Module):
+    """Accumulates the yardsticks over batches.
+
+    Args:
+        config: completions a prompt, seed, pass@k, how many examples to keep.
+        max_new_tokens: the longest completion.
+    """
+
+    def __init__(self, config: EvaluationConfig, max_new_tokens: int) -> None:
+        super().__init__()
+        self.config, self.max_new_tokens = config, max_new_tokens
+        self.yardsticks = Yardsticks(YARDSTICKS, config.pass_at)
+        self.examples: list[Example] = []
+
+    def add(
+        self,
+        policy: LanguageModel,
+        teacher: LanguageModel,
+        batch: PromptBatch,
+        engine: RolloutEngine,
+        verifier: Verifier | None,
+        rows: int,
+    ) -> None:
+        """Sample and measure one batch of prompts.
+
+        Args:
+            policy: whose completions are measured: the student, or the teacher itself.
+            teacher: the frozen model.
+            batch: prompts.
+            engine: samples.
+            verifier: judges completions, or None.
+            rows: positions a chunk of the head.
+        """
+        count = self.config.num_completions
+        numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
+        rollout = engine.sample(policy, batch, SamplingLaw(), count, numbers_BT.to(batch.prompt_ids_BP.device))
+        values = measure_yardsticks(policy, teacher, rollout, rows)
+        rewards_B = None if verifier is None else judge(policy, batch, rollout, verifier)
+        self.yardsticks.update(values, rollout, rewards_B)
+        self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
+
+    def finish(self) -> tuple[dict[str, Interval], list[Example]]:
+        """Every metric with its interval, and the examples; both are reset."""
+        examples, self.examples = self.examples, []
+        return self.yardsticks.compute(), examples
+
+    def _keep_examples(
+        self, policy: LanguageModel, rollout: Rollout, log_ratio_BT: Tensor, rewards_B: Tensor | None
+    ) -> None:
+        tokenizer = policy.tokenizer
+        for row in range(min(len(rollout), self.config.num_examples - len(self.examples))):
+            prompt_ids = rollout.prompt_ids_BP[row][rollout.prompt_mask_BP[row]].tolist()
+            mask_T = rollout.completion_mask_BT[row]
+            ids = rollout.completion_ids_BT[row][mask_T].tolist()
+            example = Example(
+                prompt=tokenizer.decode(prompt_ids),
+                completion=tokenizer.decode(ids),
+                reward=None if rewards_B is None else float(rewards_B[row]),
+                tokens=[tokenizer.decode([i]) for i in ids],
+                log_ratios=[round(value, 4) for value in log_ratio_BT[row][mask_T].tolist()],
+            )
+            self.examples.append(example)

@@ -1,0 +1,64 @@
+"""What a run came to, as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_opd.config import Config
+from lit_opd.lab.training import Outcome, Results
+from lit_opd.metrics import Interval
+from lit_opd.tracking import ui_command
+
+__all__ = ["print_outcome", "print_results"]
+
+ROWS = {
+    "accuracy": "accuracy",
+    "reverse_kl": "reverse KL, nats/token",
+    "forward_kl": "forward KL, nats/token",
+    "jsd": "Jensen-Shannon, nats/token",
+    "teacher_nll": "teacher NLL, nats/token",
+    "top1_agreement": "top-1 agreement",
+    "student_entropy": "own entropy, nats/token",
+    "length": "length, tokens",
+    "truncated_frac": "truncated",
+}
+
+
+def print_outcome(config: Config, outcome: Outcome) -> None:
+    """The table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
+    console = Console()
+    columns = {"before": outcome.before, f"after {outcome.steps} steps": outcome.after, "teacher": outcome.teacher}
+    console.print(_table("Held-out prompts, sampled at temperature 1 (95% intervals)", columns))
+    speed, step = outcome.perf.get("perf/tokens_per_s"), outcome.perf.get("perf/step_s")
+    if speed is not None and step is not None:
+        memory = outcome.perf["perf/peak_memory_mb"]
+        print(f"last step: {step:.3f} s, {speed:.0f} completion tokens/s; peak memory {memory:.0f} MB")
+    print(f"checkpoint: {outcome.checkpoint}")
+    print(f"exported model: {outcome.student}")
+    print(f"MLflow: {ui_command(config, outcome.logger)}")
+
+
+def print_results(title: str, results: Results) -> None:
+    """One column of results."""
+    Console().print(_table(title, {"student": results}))
+
+
+def _table(title: str, columns: dict[str, Results]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    names = {**ROWS, **{k: k.replace("_at_", "@") for r in columns.values() for k in r if k.startswith("pass_at")}}
+    for name, label in names.items():
+        cells = [_cell(results.get(name)) for results in columns.values()]
+        if any(cells):
+            table.add_row(label, *cells)
+    return table
+
+
+def _cell(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    mean, low, high = interval
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"

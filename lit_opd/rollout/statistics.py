@@ -1,0 +1,42 @@
+"""What a rollout looks like: the numbers that warn of length inflation and loops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_opd.types import FinishReason, Rollout
+
+__all__ = ["repetition", "rollout_sums"]
+
+NGRAM = 4
+
+
+def repetition(ids_BT: Tensor, mask_BT: Tensor, n: int = NGRAM) -> Tensor:
+    """Share of n-grams of each completion that occurred earlier in it.
+
+    Args:
+        ids_BT: [B, T] tokens.
+        mask_BT: [B, T] True at real tokens, a prefix of each row.
+        n: length of the grams.
+
+    Returns:
+        [B] from 0 (all distinct) to nearly 1 (a loop); 0 for completions shorter than n.
+    """
+    shares = []
+    for row, length in zip(ids_BT.tolist(), mask_BT.sum(1).tolist(), strict=True):
+        grams = [tuple(row[i : i + n]) for i in range(length - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return torch.tensor(shares, device=ids_BT.device)
+
+
+def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
+    """Sums over sequences of length, truncation, end by a stop token and repetition, and the number of sequences."""
+    stopped_B = rollout.finish_B == FinishReason.STOP
+    return {
+        "rows": torch.tensor(len(rollout), device=stopped_B.device),
+        "length": rollout.completion_mask_BT.sum(),
+        "truncated_frac": (~stopped_B).sum(),
+        "eos_frac": stopped_B.sum(),
+        "repetition_frac": repetition(rollout.completion_ids_BT, rollout.completion_mask_BT).sum(),
+    }

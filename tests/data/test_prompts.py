@@ -1,0 +1,142 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_opd.config import DataConfig
+from lit_opd.data.prompts import encode, encode_rows, pad_left, pad_token_id, render
+from lit_opd.errors import UserError
+
+BOS, EOS = 1, 2
+
+
+def decoded(tokenizer, ids):
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_render_fills_the_template_with_prompt_and_columns(tokenizer):
+    config = DataConfig(prompt_column="q", prompt_template="{level}: {prompt} {{x}}")
+    assert render({"q": "1+1?", "level": 3}, config, tokenizer) == "3: 1+1? {x}"
+
+
+def test_prompt_in_the_template_is_the_prompt_column_even_where_a_column_has_that_name(tokenizer):
+    assert render({"q": "right", "prompt": "wrong"}, DataConfig(prompt_column="q"), tokenizer) == "right"
+
+
+@pytest.mark.parametrize("template", ["{missing}", "{}", "{prompt", "{prompt.nothing}"])
+def test_template_that_does_not_fit(template, tokenizer):
+    with pytest.raises(UserError, match=r"data\.prompt_template.*braces"):
+        render({"prompt": "a"}, DataConfig(prompt_template=template), tokenizer)
+
+
+def test_chat_puts_the_filled_template_after_the_system_prompt(make_tokenizer):
+    config = DataConfig(chat=True, system_prompt="be kind", prompt_template="Q {prompt}")
+    text = render({"prompt": "hi"}, config, make_tokenizer(chat=True))
+    assert text == "<bos>[system]be kind[user]Q hi[assistant]"
+
+
+def test_chat_messages_keep_their_own_system_message(make_tokenizer):
+    tokenizer = make_tokenizer(chat=True)
+    messages = [{"role": "system", "content": "own"}, {"role": "user", "content": "hi"}]
+    config = DataConfig(chat=True, system_prompt="ours")
+    assert render({"prompt": messages}, config, tokenizer) == "<bos>[system]own[user]hi[assistant]"
+    assert render({"prompt": messages[1:]}, config, tokenizer) == "<bos>[system]ours[user]hi[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "keys", "key"),
+    [
+        ("a", {"chat": True}, "data.chat"),  # the tokenizer has no chat template
+        ("a", {"system_prompt": "s"}, "data.system_prompt"),
+        ([{"role": "user", "content": "a"}], {}, "data.chat"),
+        (3, {}, "data.prompt_column"),
+        (["a"], {"chat": True}, "data.prompt_column"),
+    ],
+)
+def test_what_cannot_be_rendered(prompt, keys, key, tokenizer):
+    with pytest.raises(UserError) as error:
+        render({"prompt": prompt}, DataConfig(**keys), tokenizer)
+    assert error.value.key == key
+
+
+def test_what_the_chat_template_refuses(make_tokenizer):
+    with pytest.raises(UserError, match=r"data\.chat.*unknown role"):
+        render({"prompt": [{"role": "judge", "content": "a"}]}, DataConfig(chat=True), make_tokenizer(chat=True))
+
+
+def test_chat_has_one_beginning_of_sequence(make_tokenizer):
+    tokenizer = make_tokenizer(bos=True, eos=True, chat=True)
+    config = DataConfig(chat=True)
+    (ids,) = encode([render({"prompt": "hi"}, config, tokenizer)], config, tokenizer)
+    assert ids.count(BOS) == 1
+    assert ids[0] == BOS
+    assert EOS not in ids
+
+
+def test_plain_text_gets_a_beginning_but_no_end(make_tokenizer):
+    tokenizer = make_tokenizer(bos=True, eos=True)
+    (ids,) = encode(["hi"], DataConfig(), tokenizer)
+    assert (ids[0], decoded(tokenizer, ids[1:])) == (BOS, "hi")
+
+
+@pytest.mark.parametrize("appends", [True, False])
+def test_an_end_that_the_prompt_itself_has_stays(appends, make_tokenizer):
+    (ids,) = encode(["hi<eos>"], DataConfig(), make_tokenizer(eos=appends))
+    assert ids[-1] == EOS
+
+
+ROWS = [{"prompt": "a" * n + "z"} for n in (1, 5, 9)]
+
+
+def test_overlong_prompts_are_dropped_and_counted(tokenizer):
+    prompts = encode_rows(ROWS, DataConfig(max_prompt_tokens=6), tokenizer)
+    assert prompts.rows == ROWS[:2]
+    assert [len(ids) for ids in prompts.ids] == [2, 6]
+    assert (prompts.dropped, prompts.truncated) == (1, 0)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_truncation_keeps_the_end_and_the_beginning_of_sequence(bos, make_tokenizer):
+    tokenizer = make_tokenizer(bos=bos)
+    prompts = encode_rows(ROWS, DataConfig(max_prompt_tokens=4, overlong="truncate"), tokenizer)
+    kept = [decoded(tokenizer, ids) for ids in prompts.ids]
+    assert kept == (["<bos>az", "<bos>aaz", "<bos>aaz"] if bos else ["az", "aaaz", "aaaz"])
+    assert (len(prompts), prompts.dropped, prompts.truncated) == (3, 0, 2)
+
+
+def test_overlong_prompts_are_refused_with_counts(tokenizer):
+    with pytest.raises(UserError, match="at most 6 tokens, found 1 of 3 longer, the longest with 10"):
+        encode_rows(ROWS, DataConfig(max_prompt_tokens=6, overlong="error"), tokenizer)
+
+
+def test_dropping_every_prompt_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"data\.max_prompt_tokens.*3 of 3 longer"):
+        encode_rows(ROWS, DataConfig(max_prompt_tokens=1), tokenizer)
+
+
+def test_empty_prompt(tokenizer):
+    with pytest.raises(UserError, match="an empty one in row 1"):
+        encode_rows([{"prompt": "a"}, {"prompt": ""}], DataConfig(), tokenizer)
+
+
+def test_no_rows_are_no_prompts(tokenizer):
+    assert len(encode_rows([], DataConfig(), tokenizer)) == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=7), max_size=5))
+def test_padding_is_on_the_left_and_masked(prompts):
+    ids_BP, mask_BP = pad_left(prompts, pad_id=99)
+    assert (ids_BP.dtype, mask_BP.dtype) == (torch.long, torch.bool)
+    assert ids_BP.shape == mask_BP.shape == (len(prompts), max(map(len, prompts), default=0))
+    for ids_P, mask_P, prompt in zip(ids_BP, mask_BP, prompts, strict=True):
+        assert ids_P[mask_P].tolist() == prompt
+        assert mask_P[-len(prompt) :].all()
+        assert (ids_P[~mask_P] == 99).all()
+
+
+def test_padding_token_falls_back(tokenizer):
+    assert pad_token_id(tokenizer) == tokenizer.pad_token_id
+    tokenizer.pad_token = None
+    assert pad_token_id(tokenizer) == EOS
+    tokenizer.eos_token = None
+    assert pad_token_id(tokenizer) == 0

@@ -1,0 +1,177 @@
+"""Divergences against SciPy and torch's own, in float64; direction, limits, impossible tokens, gradients."""
+
+import numpy as np
+import pytest
+import scipy.spatial
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_opd.functional import entropy, forward_kl, jsd, renormalise, reverse_kl
+
+fast = settings(max_examples=50, deadline=None)
+IMPOSSIBLE = -torch.inf
+
+
+@st.composite
+def pairs(draw):
+    """Two [3, V] tables of log-probabilities, float64."""
+    vocabulary = draw(st.integers(2, 9))
+    numbers = st.lists(st.floats(-6, 6), min_size=6 * vocabulary, max_size=6 * vocabulary)
+    return tuple(torch.tensor(draw(numbers), dtype=torch.float64).view(2, 3, vocabulary).log_softmax(-1))
+
+
+def apart():
+    """A student and a teacher that differ, so that a swapped direction shows."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 4, 6, generator=generator, dtype=torch.float64).log_softmax(-1)
+
+
+def close(found, expected, atol=1e-12):
+    torch.testing.assert_close(found, torch.as_tensor(expected), rtol=0, atol=atol)
+
+
+@fast
+@given(pairs())
+def test_kls_are_those_of_scipy_and_torch(pair):
+    student, teacher = pair
+    p, q = student.exp().numpy(), teacher.exp().numpy()
+    close(reverse_kl(student, teacher), scipy.stats.entropy(p, q, axis=-1))
+    close(forward_kl(student, teacher), scipy.stats.entropy(q, p, axis=-1))
+    # torch's kl_div(input, target) is KL(target || input).
+    torch_kl = torch.nn.functional.kl_div(teacher, student, log_target=True, reduction="none").sum(-1)
+    close(reverse_kl(student, teacher), torch_kl)
+
+
+@fast
+@given(pairs())
+def test_entropy_is_that_of_scipy(pair):
+    close(entropy(pair[0]), scipy.stats.entropy(pair[0].exp().numpy(), axis=-1))
+
+
+@fast
+@given(pairs(), st.floats(0.01, 0.99))
+def test_jsd_is_two_kls_to_the_mixture(pair, w):
+    student, teacher = pair
+    p, q = student.exp().numpy(), teacher.exp().numpy()
+    m = w * q + (1 - w) * p
+    expected = (w * scipy.stats.entropy(q, m, axis=-1) + (1 - w) * scipy.stats.entropy(p, m, axis=-1)) / (w * (1 - w))
+    close(jsd(student, teacher, w), expected, atol=1e-10)
+
+
+def test_jsd_at_one_half_is_four_times_the_jensen_shannon_divergence():
+    student, teacher = apart()
+    distance = [scipy.spatial.distance.jensenshannon(p, q) for p, q in zip(student.exp(), teacher.exp(), strict=True)]
+    close(jsd(student, teacher), 4 * np.square(distance))
+
+
+@pytest.mark.parametrize(("end", "limit"), [(0.0, forward_kl), (1.0, reverse_kl)])
+def test_jsd_is_continuous_at_both_ends(end, limit):
+    """Value and gradient (on logits) approach the KL in proportion to the distance from the end."""
+    logits, teacher = apart()
+    logits.requires_grad_()
+    student = logits.log_softmax(-1)
+    target = limit(student, teacher)
+    (target_gradient,) = torch.autograd.grad(target.sum(), logits, retain_graph=True)
+    for distance in (1e-3, 1e-4):
+        value = jsd(student, teacher, abs(end - distance))
+        (gradient,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
+        close(value, target, atol=20 * distance)
+        close(gradient, target_gradient, atol=20 * distance)
+    assert torch.equal(jsd(student, teacher, end), target)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_jsd_refuses_a_weight_that_is_no_share(weight):
+    with pytest.raises(ValueError, match="teacher_weight"):
+        jsd(*apart(), weight)
+
+
+def test_directions_differ():
+    student, teacher = apart()
+    assert ((reverse_kl(student, teacher) - forward_kl(student, teacher)).abs() > 1e-3).all()
+    close(reverse_kl(student, teacher), forward_kl(teacher, student), atol=0)
+    close(jsd(student, teacher, 0.2), jsd(teacher, student, 0.8))
+    assert ((jsd(student, teacher, 0.2) - jsd(student, teacher, 0.8)).abs() > 1e-3).all()
+
+
+@fast
+@given(pairs(), st.one_of(st.just(0.0), st.just(1.0), st.floats(0.01, 0.99)))
+def test_zero_at_equality_and_never_negative(pair, w):
+    student, teacher = pair
+    for divergence in (reverse_kl, forward_kl, lambda a, b: jsd(a, b, w)):
+        assert (divergence(student, teacher) >= -1e-13).all()
+        assert (divergence(student, student).abs() <= 1e-13).all()
+
+
+def logits_with(student_impossible, teacher_impossible):
+    student = torch.tensor([0.3, -1.0, 0.5, 2.0], dtype=torch.float64)
+    teacher = torch.tensor([1.0, 0.2, -0.4, 0.1], dtype=torch.float64)
+    student[list(student_impossible)], teacher[list(teacher_impossible)] = IMPOSSIBLE, IMPOSSIBLE
+    return student.requires_grad_(), teacher.log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "student_impossible", "teacher_impossible"),
+    [
+        (reverse_kl, [1, 2], [2]),
+        (reverse_kl, [1, 2], []),
+        (forward_kl, [2], [1, 2]),
+        (forward_kl, [], [1, 2]),
+        (jsd, [2], [2]),
+        (jsd, [1, 2], [2, 3]),
+        (lambda a, b: jsd(a, b, 0.1), [0, 1], [1, 2]),
+        (lambda a, b: entropy(a), [1, 2], []),
+    ],
+    ids=["reverse-shared", "reverse", "forward-shared", "forward", "jsd-shared", "jsd-own", "jsd-lopsided", "entropy"],
+)
+def test_impossible_tokens_count_zero_in_value_and_gradient(divergence, student_impossible, teacher_impossible):
+    """As if the token was not in the vocabulary: the limit of a probability that goes to zero."""
+    student, teacher = logits_with(student_impossible, teacher_impossible)
+    value = divergence(student.log_softmax(-1), teacher)
+    (gradient,) = torch.autograd.grad(value, student)
+    nearly = torch.where(torch.isneginf(student), -60.0, student).detach().requires_grad_()
+    nearly_teacher = torch.where(torch.isneginf(teacher), -60.0, teacher)
+    expected = divergence(nearly.log_softmax(-1), nearly_teacher)
+    close(value, expected)
+    close(gradient, torch.autograd.grad(expected, nearly)[0])
+
+
+def test_reverse_kl_is_infinite_where_the_student_writes_what_the_teacher_cannot():
+    student, teacher = logits_with([], [2])
+    assert torch.isposinf(reverse_kl(student.log_softmax(-1), teacher))
+    assert torch.isposinf(forward_kl(teacher, student.log_softmax(-1)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [reverse_kl, forward_kl, jsd, lambda a, b: jsd(a, b, 0.05), lambda a, b: entropy(a) + entropy(b),
+     lambda a, b: reverse_kl(renormalise(a[..., :3]), renormalise(b[..., :3]))],
+    ids=["reverse", "forward", "jsd", "jsd-lopsided", "entropy", "renormalised"],
+)  # fmt: skip
+def test_gradients_by_finite_differences(function):
+    logits = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    a, b = (x.clone().requires_grad_() for x in logits)
+    assert torch.autograd.gradcheck(lambda a, b: function(a.log_softmax(-1), b.log_softmax(-1)), (a, b))
+
+
+def test_renormalise_sums_to_one_and_keeps_ratios():
+    logps = apart()[0][:, :3]
+    found = renormalise(logps)
+    close(found.exp().sum(-1), torch.ones(4).double())
+    close(found - found[:, :1], logps - logps[:, :1])
+
+
+@pytest.mark.parametrize("function", [reverse_kl, forward_kl, jsd])
+def test_bf16_is_raised_before_the_maths(function):
+    """At a KL of 1e-4 bf16 arithmetic would return noise of either sign."""
+    logits = torch.randn(200, 64, generator=torch.Generator().manual_seed(2))
+    student = logits.bfloat16()
+    teacher = (logits + 0.02 * torch.randn(200, 64, generator=torch.Generator().manual_seed(3))).bfloat16()
+    student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    found = function(student.bfloat16(), teacher.bfloat16())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, function(student.bfloat16().float(), teacher.bfloat16().float()))
+    torch.testing.assert_close(function(student, teacher), function(student.double(), teacher.double()).float(),
+                               rtol=1e-2, atol=1e-6)  # fmt: skip

@@ -1,0 +1,197 @@
+"""The chunked head against a dense reference that makes all logits at once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import linear
+
+from lit_opd.functional import Head, chunk_rows, chunks, head_logits, position_losses
+
+HIDDEN, VOCABULARY = 5, 7
+SHAPES = {
+    "plain": {"bias": False},
+    "bias": {"bias": True},
+    "scale": {"bias": True, "scale": 0.25},
+    "softcap": {"bias": False, "softcap": 1.5},
+    "scale-softcap": {"bias": True, "scale": 2.0, "softcap": 3.0},
+}
+
+
+def problem(positions, bias=True, scale=1.0, softcap=None, dtype=torch.float64):
+    """Hidden states, a head whose tensors want gradients, and a loss with a different target at each position."""
+    generator = torch.Generator().manual_seed(positions)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    hidden = normal(positions, HIDDEN)
+    head = Head(normal(VOCABULARY, HIDDEN), normal(VOCABULARY) if bias else None, scale, softcap)
+    teacher = torch.randn(positions, VOCABULARY, generator=generator).double().log_softmax(-1)
+
+    def kl(logits, part):
+        student = logits.log_softmax(-1)
+        kl = (student.exp() * (student - teacher[part].to(student.dtype))).sum(-1)
+        return (kl * (1.0 + kl.detach())).sum(), {"kl": kl, "entropy": -(student.exp() * student).sum(-1)}
+
+    return hidden, head, kl
+
+
+def dense(hidden, head, chunk_loss):
+    logits = hidden @ head.weight_VH.T * head.scale
+    if head.bias_V is not None:
+        logits = logits + head.scale * head.bias_V
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return chunk_loss(logits, slice(0, len(hidden)))
+
+
+def gradients(loss, hidden, head):
+    sources = [x for x in (hidden, head.weight_VH, head.bias_V) if x is not None and x.requires_grad]
+    return torch.autograd.grad(loss, sources)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("positions", "rows"), [(6, 1), (6, 2), (6, 4), (6, 6), (6, 100), (1, 3), (0, 4)])
+def test_loss_stats_and_gradients_are_those_of_the_dense_head(shape, positions, rows):
+    hidden, head, chunk_loss = problem(positions, **SHAPES[shape])
+    loss, stats = position_losses(hidden, head, chunk_loss, rows)
+    expected, expected_stats = dense(hidden, head, chunk_loss)
+    close(loss, expected)
+    for name, value in expected_stats.items():
+        close(stats[name], value.detach())
+        assert stats[name].shape == (positions,)
+        assert not stats[name].requires_grad
+    for found, wanted in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        close(found, wanted)
+
+
+def test_the_gradient_is_scaled_by_what_comes_from_above():
+    hidden, head, chunk_loss = problem(5)
+    loss, _ = position_losses(hidden, head, chunk_loss, 2)
+    expected, _ = dense(hidden, head, chunk_loss)
+    pairs = zip(gradients(3 * loss.square(), hidden, head), gradients(3 * expected.square(), hidden, head), strict=True)
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_goes_on_into_what_made_the_hidden_states():
+    hidden, head, chunk_loss = problem(5)
+    body = torch.eye(HIDDEN, dtype=torch.float64).requires_grad_()
+    (found,) = torch.autograd.grad(position_losses((hidden @ body).tanh(), head, chunk_loss, 2)[0], body)
+    (wanted,) = torch.autograd.grad(dense((hidden @ body).tanh(), head, chunk_loss)[0], body)
+    close(found, wanted)
+
+
+def test_gradients_of_several_calls_add_up():
+    hidden, head, chunk_loss = problem(5)
+    for _ in range(2):
+        position_losses(hidden, head, chunk_loss, 2)[0].backward()
+    expected, _ = dense(hidden, head, chunk_loss)
+    close(head.weight_VH.grad, 2 * gradients(expected, hidden, head)[1])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_head_gets_no_gradient(bias):
+    hidden, head, chunk_loss = problem(5, bias=bias)
+    frozen = replace(head, weight_VH=head.weight_VH.detach(), bias_V=head.bias_V.detach() if bias else None)
+    loss, _ = position_losses(hidden, frozen, chunk_loss, 2)
+    assert loss.grad_fn.gradients[1:] == [None, None], "a buffer the size of the head was made for nothing"
+    loss.backward()
+    assert frozen.weight_VH.grad is None
+    close(hidden.grad, gradients(dense(hidden, frozen, chunk_loss)[0], hidden, frozen)[0])
+
+
+def test_a_frozen_body_leaves_the_head_trainable():
+    hidden, head, chunk_loss = problem(5)
+    hidden = hidden.detach()
+    loss, _ = position_losses(hidden, head, chunk_loss, 2)
+    for found, wanted in zip(gradients(loss, hidden, head), gradients(dense(hidden, head, chunk_loss)[0], hidden, head),
+                             strict=True):  # fmt: skip
+        close(found, wanted)
+
+
+@pytest.mark.parametrize("positions", [5, 0])
+def test_without_gradients_only_values_are_computed(positions):
+    hidden, head, chunk_loss = problem(positions)
+    seen = []
+
+    def spy(logits, part):
+        seen.append(logits.requires_grad)
+        return chunk_loss(logits, part)
+
+    with torch.no_grad():
+        loss, stats = position_losses(hidden, head, spy, 2)
+    assert not loss.requires_grad
+    assert not any(seen)
+    close(loss, dense(hidden, head, chunk_loss)[0].detach())
+    assert len(stats["kl"]) == positions
+
+
+def test_no_chunk_is_larger_than_asked_and_every_position_is_seen_once():
+    hidden, head, chunk_loss = problem(11)
+    seen = []
+
+    def spy(logits, part):
+        assert len(logits) == part.stop - part.start
+        seen.append(len(logits))
+        return chunk_loss(logits, part)
+
+    position_losses(hidden, head, spy, 4)
+    assert seen == [4, 4, 3]
+
+
+def test_under_autocast_the_projection_is_bf16_and_the_loss_fp32():
+    hidden, head, chunk_loss = problem(6, dtype=torch.float32)
+    seen = []
+
+    def spy(logits, part):
+        seen.append((logits.dtype, torch.is_autocast_enabled("cpu"), logits.detach().clone()))
+        return chunk_loss(logits, part)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = position_losses(hidden, head, spy, 4)
+        rebuilt = head_logits(hidden, head)
+    low = [x.bfloat16() for x in (hidden, head.weight_VH, head.bias_V)]
+    assert [entry[:2] for entry in seen] == [(torch.float32, False)] * 2
+    assert torch.equal(torch.cat([entry[2] for entry in seen]), linear(*low).float())
+    assert torch.equal(rebuilt, linear(*low).float())
+    found = gradients(loss, hidden, head)
+    wanted = gradients(dense(hidden, head, chunk_loss)[0], hidden, head)
+    for gradient, reference in zip(found, wanted, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - reference).norm() < 0.03 * reference.norm()
+
+
+def test_a_bf16_model_gets_bf16_gradients():
+    hidden, head, chunk_loss = problem(6, dtype=torch.bfloat16)
+    loss, stats = position_losses(hidden, head, chunk_loss, 4)
+    assert loss.dtype == stats["kl"].dtype == torch.float32
+    assert {gradient.dtype for gradient in gradients(loss, hidden, head)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_head_logits_are_those_of_the_dense_head(shape):
+    hidden, head, _ = problem(4, **SHAPES[shape])
+    close(head_logits(hidden, head), dense(hidden, head, lambda logits, part: logits))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 60))
+def test_chunks_cover_all_positions_in_order(positions, rows):
+    parts = list(chunks(positions, rows))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(positions))
+    assert all(0 < part.stop - part.start <= rows for part in parts)
+
+
+def test_chunk_rows_keep_within_the_budget():
+    rows = chunk_rows(150_000, 256)
+    assert rows > 1
+    assert rows * 150_000 * 4 * 8 <= 256 * 2**20
+    assert chunk_rows(10**9, 1) == 1
