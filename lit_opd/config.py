@@ -62,6 +62,7 @@ class DataConfig:
     answer_column: str | None = "answer"
     chat: bool = False
     system_prompt: str | None = None
+    examples: list[dict[str, str]] = field(default_factory=list)
     prompt_template: str = "{prompt}"
     train_size: int | None = None
     validation_size: int = 256

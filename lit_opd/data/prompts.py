@@ -39,20 +39,23 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
     """The text a row's prompt becomes.
 
     `prompt_template` is formatted with `{prompt}` (the prompt column) and the row's other columns. With `chat`, the
-    result is the user's message in the tokenizer's chat template, after `system_prompt`. A prompt may also be a
-    list of messages `{"role": ..., "content": ...}`, which the template then does not touch; `system_prompt` goes
+    result is the user's message in the tokenizer's chat template, after `system_prompt` and the worked turns of
+    `examples` (`{"user": ..., "assistant": ...}` each). A prompt may also be a list of messages `{"role": ..., "content": ...}`, which the template then does not touch; `system_prompt` goes
     before them unless they begin with a system message.
 
     Raises:
         UserError: the prompt, the template or the tokenizer does not fit `data.chat`.
     """
-    if config.system_prompt is not None and not config.chat:
-        raise UserError("data.system_prompt", "null unless data.chat=true", repr(config.system_prompt),
-                        "Set data.chat=true or unset it.")  # fmt: skip
+    for key, value in (("system_prompt", config.system_prompt), ("examples", config.examples)):
+        if value and not config.chat:
+            remedy = "Set data.chat=true or unset it."
+            raise UserError(f"data.{key}", "nothing unless data.chat=true", repr(value), remedy)
     prompt = row[config.prompt_column]
     if isinstance(prompt, str):
         text = _fill(row, config)
-        return _apply_chat([{"role": "user", "content": text}], config, tokenizer) if config.chat else text
+        if not config.chat:
+            return text
+        return _apply_chat([*_worked_turns(config), {"role": "user", "content": text}], config, tokenizer)
     if not _are_messages(prompt):
         found = f"{type(prompt).__name__} in column {config.prompt_column!r}"
         raise UserError("data.prompt_column", "text or a list of {role, content} messages", found,
@@ -139,6 +142,14 @@ def _fill(row: Mapping[str, Any], config: DataConfig) -> str:
 
 def _are_messages(prompt: Any) -> bool:
     return isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+
+
+def _worked_turns(config: DataConfig) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    for example in config.examples:
+        if example.keys() != set(roles):
+            raise UserError("data.examples", "a list of {user: ..., assistant: ...}", repr(example), "Give both texts.")
+    return [{"role": role, "content": example[role]} for example in config.examples for role in roles]
 
 
 def _apply_chat(messages: list[Mapping[str, Any]], config: DataConfig, tokenizer: Any) -> str:
