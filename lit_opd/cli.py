@@ -79,17 +79,21 @@ def _config(parsed: argparse.Namespace) -> Config:
 
 def _fit(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
+    from lit_opd.lab.quiet import quiet_libraries
     from lit_opd.lab.summary import print_outcome
     from lit_opd.lab.training import train
 
+    quiet_libraries()
     print_outcome(config, train(config, parsed.resume))
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
+    from lit_opd.lab.quiet import quiet_libraries
     from lit_opd.lab.summary import print_results
     from lit_opd.lab.training import evaluate
 
+    quiet_libraries()
     title = f"{parsed.stage}: {parsed.checkpoint or config.student.path}"
     print_results(title, evaluate(config, parsed.checkpoint, parsed.stage))
 
@@ -98,7 +102,9 @@ def _export(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
     from lit_opd.lab.export import export_checkpoint
     from lit_opd.lab.folder import RunFolder
+    from lit_opd.lab.quiet import quiet_libraries
 
+    quiet_libraries()
     folder = RunFolder(Path(config.output_dir))
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else folder.last_checkpoint
     print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))

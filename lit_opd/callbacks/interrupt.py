@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_opd.module import NonFiniteStepError
 
@@ -53,8 +54,8 @@ class SaveOnInterrupt(L.Callback):
         if isinstance(exception, NonFiniteStepError):
             trainer.save_checkpoint(self.path)
         if isinstance(exception, NonFiniteStepError | KeyboardInterrupt) and self.path.is_file():
-            rank_zero_info(
-                f"\nSaved {self.path}. Go on with: --resume auto, or trainer.fit(..., ckpt_path={str(self.path)!r})"
+            _say(
+                f"Saved {self.path}. Go on with --resume auto, or with trainer.fit(..., ckpt_path={str(self.path)!r})."
             )
 
     def _restore(self) -> None:
@@ -66,4 +67,9 @@ class SaveOnInterrupt(L.Callback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        rank_zero_info("\nInterrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
+        _say("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(f"\n{text}", file=sys.stderr, flush=True)

@@ -40,8 +40,9 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
 
     `prompt_template` is formatted with `{prompt}` (the prompt column) and the row's other columns. With `chat`, the
     result is the user's message in the tokenizer's chat template, after `system_prompt` and the worked turns of
-    `examples` (`{"user": ..., "assistant": ...}` each). A prompt may also be a list of messages `{"role": ..., "content": ...}`, which the template then does not touch; `system_prompt` goes
-    before them unless they begin with a system message.
+    `examples` (each `{"user": ..., "assistant": ...}`). A prompt may also be a list of messages
+    `{"role": ..., "content": ...}`, which the template then does not touch; `system_prompt` goes before them unless
+    they begin with a system message.
 
     Raises:
         UserError: the prompt, the template or the tokenizer does not fit `data.chat`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,13 +15,13 @@ __all__ = ["print_outcome", "print_results"]
 
 ROWS = {
     "accuracy": "accuracy",
-    "reverse_kl": "reverse KL, nats/token",
-    "forward_kl": "forward KL, nats/token",
-    "jsd": "Jensen-Shannon, nats/token",
-    "teacher_nll": "teacher NLL, nats/token",
-    "top1_agreement": "top-1 agreement",
-    "student_entropy": "own entropy, nats/token",
-    "length": "length, tokens",
+    "reverse_kl": "reverse KL",
+    "forward_kl": "forward KL",
+    "jsd": "JSD",
+    "teacher_nll": "teacher NLL",
+    "top1_agreement": "top-1 agree",
+    "student_entropy": "entropy",
+    "length": "length",
     "truncated_frac": "truncated",
 }
 
@@ -29,7 +30,7 @@ def print_outcome(config: Config, outcome: Outcome) -> None:
     """The table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
     console = Console()
     columns = {"before": outcome.before, f"after {outcome.steps} steps": outcome.after, "teacher": outcome.teacher}
-    console.print(_table("Held-out prompts, sampled at temperature 1 (95% intervals)", columns))
+    console.print(_table("Held-out prompts at temperature 1, with 95% intervals", columns))
     speed, step = outcome.perf.get("perf/tokens_per_s"), outcome.perf.get("perf/step_s")
     if speed is not None and step is not None:
         memory = outcome.perf["perf/peak_memory_mb"]
@@ -45,10 +46,11 @@ def print_results(title: str, results: Results) -> None:
 
 
 def _table(title: str, columns: dict[str, Results]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, caption_justify="left")
+    table.caption = "KL, JSD, NLL and entropy in nats per token, length in tokens"
+    table.add_column("", no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     names = {**ROWS, **{k: k.replace("_at_", "@") for r in columns.values() for k in r if k.startswith("pass_at")}}
     for name, label in names.items():
         cells = [_cell(results.get(name)) for results in columns.values()]
@@ -58,7 +60,9 @@ def _table(title: str, columns: dict[str, Results]) -> Table:
 
 
 def _cell(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    mean, low, high = interval
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    return "" if interval is None else "{} \\[{}, {}]".format(*map(_number, interval))
+
+
+def _number(value: float) -> str:
+    # No "-0.000": a KL of rounding error has no sign.
+    return f"{0.0 if abs(value) < 5e-4 else value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -140,3 +140,14 @@ def test_padding_token_falls_back(tokenizer):
     assert pad_token_id(tokenizer) == EOS
     tokenizer.eos_token = None
     assert pad_token_id(tokenizer) == 0
+
+
+def test_chat_puts_worked_turns_before_the_question(make_tokenizer):
+    config = DataConfig(chat=True, examples=[{"user": "1+1", "assistant": "2"}])
+    text = render({"prompt": "2+2"}, config, make_tokenizer(chat=True))
+    assert text == "<bos>[user]1+1[assistant]2[user]2+2[assistant]"
+
+
+def test_a_worked_turn_needs_both_texts(make_tokenizer):
+    with pytest.raises(UserError, match=r"data\.examples: expected a list of \{user: ..., assistant: ...\}"):
+        render({"prompt": "2+2"}, DataConfig(chat=True, examples=[{"user": "1+1"}]), make_tokenizer(chat=True))

@@ -1,0 +1,34 @@
+"""Silence what other libraries print, so that what a run prints is what a user needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+__all__ = ["quiet_libraries"]
+
+# Each of these is about something that is meant: manual optimization, unequal ranks, a state of one's own, CPU use.
+EXPECTED_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*ModelCheckpoint.*manual optimization.*",
+    r".*does not have many workers.*",
+    r".*`weights_only` was not set.*",
+    r".*is supported for historical reasons but its usage is discouraged.*",
+    r".*The number of training batches.*",
+)
+
+
+def quiet_libraries() -> None:
+    """Keep warnings and errors of Lightning, MLflow and Transformers; drop their chatter and progress bars."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow  # noqa: F401  (sets up its own logging when imported, which would undo the levels below)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
