@@ -35,7 +35,7 @@ class PromptDataModule(L.LightningDataModule):
         tokenizer: of the student; by default the `tokenizer` of the LightningModule that is trained.
         train_rows: training rows, or plain prompts, instead of `config.source`.
         validation_rows: the same for validation; without them there is none where `train_rows` are given.
-        verifier: called as `verifier(completion, row)`; by default what `config.verifier` names.
+        verifier: called as `verifier(completion, row)`, or a name as in `config.verifier`, which is the default.
         seed: of the order of training rows.
         evaluation_batch_size: validation rows of a batch on each rank.
         context_length: tokens that the model can take; None to leave it unchecked.
@@ -53,7 +53,7 @@ class PromptDataModule(L.LightningDataModule):
         tokenizer: Any = None,
         train_rows: Sequence[Row | str] | None = None,
         validation_rows: Sequence[Row | str] | None = None,
-        verifier: Verifier | None = None,
+        verifier: Verifier | str | None = None,
         seed: int = 0,
         evaluation_batch_size: int = 64,
         context_length: int | None = None,
@@ -65,6 +65,8 @@ class PromptDataModule(L.LightningDataModule):
         for key in data_keys:
             if key not in known:
                 raise UserError(f"data.{key}", "a known key", "an unknown one", suggest(key, known))
+        if isinstance(verifier, str):
+            data_keys["verifier"], verifier = verifier, None
         self.config = replace(config or DataConfig(), **data_keys)
         check_values(Config(data=self.config))
         self.tokenizer = tokenizer
