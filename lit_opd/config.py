@@ -23,6 +23,12 @@ __all__ = [
 
 PACKAGE_FOLDER = Path(__file__).parent
 T = TypeVar("T")
+# Keywords belong to what they are given to: whoever names another estimator or optimizer begins with its own defaults.
+KEYWORDS_OF = {
+    "estimator.name": "estimator.kwargs",
+    "optim.name": "optim.kwargs",
+    "optim.scheduler": "optim.scheduler_kwargs",
+}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -158,6 +164,7 @@ class Config:
 def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """Build the configuration: defaults <- YAML files in order <- `key=value` overrides, then check every value.
 
+    Naming another estimator, optimizer or scheduler drops the keywords that earlier sources gave to the one before.
     `${lit_opd:NAME}` in a value stands for the path of NAME inside the installed package.
 
     Raises:
@@ -167,7 +174,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     node = OmegaConf.structured(Config)
     for file in files:
         node = _merge(node, _read(Path(file)), where=str(file))
-    for override in overrides:
+    for override in sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF):
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise UserError(override, "an override of the form key=value", "no '='", "Write e.g. optim.lr=1e-4.")
@@ -213,6 +220,9 @@ def _read(file: Path) -> DictConfig:
 
 def _merge(node: Any, update: DictConfig, where: str) -> Any:
     _check_keys(Config, update, prefix="", where=where)
+    for name, keywords in KEYWORDS_OF.items():
+        if OmegaConf.select(update, name) not in (None, OmegaConf.select(node, name)):
+            OmegaConf.update(node, keywords, {}, merge=False)
     try:
         return OmegaConf.merge(node, update)
     except omegaconf_errors.OmegaConfBaseException as error:
