@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lit_opd.config import Config, load_config
-from lit_opd.errors import UserError
+from lit_opd.errors import RunError, UserError
 
 __all__ = ["main"]
 
@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError("command line", "a command and its arguments", message, f"See: python -m {self.prog} --help")
+        raise UserError("command line", "a command and its arguments", message, "python -m lit_opd --help lists them.")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

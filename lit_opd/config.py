@@ -5,8 +5,9 @@ Imports no torch, so that a mistake in a file is reported in under a second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -14,11 +15,12 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
-from lit_opd.errors import UserError, choose, suggest
+from lit_opd.bounds import check_values
+from lit_opd.errors import UserError, suggest
 
 __all__ = [
     "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "OptimConfig", "RolloutConfig",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "load_config", "to_flat", "to_yaml",
+    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_values", "load_config", "to_flat", "to_yaml",
 ]  # fmt: skip
 
 PACKAGE_FOLDER = Path(__file__).parent
@@ -29,7 +31,6 @@ KEYWORDS_OF = {
     "optim.name": "optim.kwargs",
     "optim.scheduler": "optim.scheduler_kwargs",
 }
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass
@@ -175,10 +176,7 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     for file in files:
         node = _merge(node, _read(Path(file)), where=str(file))
     for override in sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF):
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise UserError(override, "an override of the form key=value", "no '='", "Write e.g. optim.lr=1e-4.")
-        node = _merge(node, OmegaConf.from_dotlist([override]), where=f"override {override!r}")
+        node = _merge(node, _parse(override), where=f"override {override!r}")
     try:
         config = OmegaConf.to_object(node)
     except omegaconf_errors.MissingMandatoryValue as error:
@@ -216,6 +214,16 @@ def _read(file: Path) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise UserError("--config", "a mapping of keys", f"{file}: a list", "Write `key: value` lines.")
     return node
+
+
+def _parse(override: str) -> DictConfig:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(override, "an override of the form key=value", "no '='", "Write e.g. optim.lr=1e-4.")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, omegaconf_errors.OmegaConfBaseException) as error:
+        raise UserError(key, "a value in YAML", f"{value!r}: {_first_line(error)}", "Quote it.") from error
 
 
 def _merge(node: Any, update: DictConfig, where: str) -> Any:
@@ -262,85 +270,28 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-# Bounds as (section.key, test, what is expected): the ranges every command relies on.
-_BOUNDS: list[tuple[str, Any, str]] = [
-    ("data.batch_size", lambda v: v >= 1, "at least 1"),
-    ("data.validation_size", lambda v: v >= 1, "at least 1"),
-    ("data.max_prompt_tokens", lambda v: v >= 1, "at least 1"),
-    ("data.train_size", lambda v: v is None or v >= 1, "at least 1, or null for all"),
-    ("rollout.num_completions", lambda v: v >= 1, "at least 1"),
-    ("rollout.max_new_tokens", lambda v: v >= 1, "at least 1"),
-    ("rollout.min_new_tokens", lambda v: v >= 0, "at least 0"),
-    ("rollout.temperature", lambda v: v >= 0, "at least 0"),
-    ("rollout.top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
-    ("rollout.top_k", lambda v: v >= 0, "at least 0 (0 keeps all tokens)"),
-    ("rollout.min_p", lambda v: 0 <= v < 1, "in [0, 1)"),
-    ("optim.lr", lambda v: v > 0, "above 0"),
-    ("optim.clip_norm", lambda v: v is None or v > 0, "above 0, or null for no clipping"),
-    ("optim.warmup_steps", lambda v: v >= 0, "at least 0"),
-    ("optim.updates_per_rollout", lambda v: v >= 1, "at least 1"),
-    ("optim.micro_batch_tokens", lambda v: v >= 1, "at least 1"),
-    ("optim.head_chunk_mib", lambda v: v >= 1, "at least 1"),
-    ("evaluation.every_n_steps", lambda v: v >= 1, "at least 1"),
-    ("evaluation.num_completions", lambda v: v >= 1, "at least 1"),
-    ("evaluation.batch_size", lambda v: v >= 1, "at least 1"),
-]
-
-_CHOICES: list[tuple[str, tuple[str, ...]]] = [
-    ("student.dtype", DTYPES),
-    ("teacher.dtype", DTYPES),
-    ("teacher.quantization", ("none", "8bit", "4bit")),
-    ("data.source", ("file", "hub", "reasoning_gym", "function")),
-    ("data.overlong", ("drop", "truncate", "error")),
-    ("rollout.engine", ("local",)),
-    ("estimator.aggregation", ("token_mean", "sequence_mean", "sequence_sum")),
-]
-
-
-def check_values(config: Config) -> None:
-    """Check every bound and choice that needs no model and no data.
-
-    Raises:
-        UserError: naming the first key whose value is out of its range.
-    """
-    for key, allowed in _CHOICES:
-        choose(key, _value(config, key), allowed)
-    for key, holds, expected in _BOUNDS:
-        value = _value(config, key)
-        if not holds(value):
-            raise UserError(key, f"a value {expected}", value, f"Set {key} to a value {expected}.")
-    rollout, evaluation, optim = config.rollout, config.evaluation, config.optim
-    if rollout.min_new_tokens > rollout.max_new_tokens:
-        raise UserError("rollout.min_new_tokens", f"at most rollout.max_new_tokens ({rollout.max_new_tokens})",
-                        rollout.min_new_tokens, "Lower it or raise rollout.max_new_tokens.")  # fmt: skip
-    for k in evaluation.pass_at:
-        if not 1 <= k <= evaluation.num_completions:
-            limit = f"values from 1 to evaluation.num_completions ({evaluation.num_completions})"
-            raise UserError("evaluation.pass_at", limit, k, "Raise evaluation.num_completions or drop it.")
-    sequences = config.data.batch_size * rollout.num_completions
-    if optim.updates_per_rollout > sequences:
-        raise UserError("optim.updates_per_rollout", f"at most data.batch_size x rollout.num_completions ({sequences})",
-                        optim.updates_per_rollout, "Lower it or sample more.")  # fmt: skip
-
-
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
-
-
 def to_flat(config: Config) -> dict[str, Any]:
-    """The configuration as `section.key` -> value, for parameter tables."""
-    flat: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        pairs = vars(value).items() if is_dataclass(value) else [("", value)]
-        if isinstance(value, dict):
-            pairs = value.items()
-        for name, inner in pairs:
-            flat[f"{item.name}.{name}" if name else item.name] = inner
-    return flat
+    """The configuration as dotted key -> value, as overrides are written, for parameter tables."""
+    return dict(_leaves(asdict(config), ""))
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{name}.{key}" if name else str(key))
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+
+
+def _escaped(value: Any) -> Any:
+    # Everything is resolved: what still looks like an interpolation is text.
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -1,11 +1,11 @@
-"""Mistakes of the user, and how they are told."""
+"""Mistakes of the user and failures of a run, and how they are told."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "choose", "suggest"]
+__all__ = ["RunError", "UserError", "choose", "suggest"]
 
 
 class UserError(Exception):
@@ -15,6 +15,10 @@ class UserError(Exception):
         self.key, self.expected, self.found, self.remedy = key, expected, found, remedy
         text = f"{key}: expected {expected}, found {found}. {remedy}"
         super().__init__(" ".join(text.split()))
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, though nobody made a mistake: told in one line, without traceback."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

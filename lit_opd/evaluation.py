@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from lit_opd.config import EvaluationConfig
 from lit_opd.metrics import Interval, Yardsticks
 from lit_opd.models import YARDSTICKS, LanguageModel, measure_yardsticks
-from lit_opd.rollout import RolloutEngine, uniforms
+from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, uniforms
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["Evaluation", "Example", "Verifier", "judge"]
 
 Verifier = Callable[[str, Mapping[str, Any]], float]
-
-# Sets the draws of evaluations apart from those of training (0).
-EVALUATION_STREAM = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def judge(policy: LanguageModel, batch: PromptBatch, rollout: Rollout, verifier:
     texts = completion_texts(policy, rollout)
     rows = [batch.rows[i] for i in rollout.prompt_index_B.tolist()]
     rewards = [float(verifier(text, row)) for text, row in zip(texts, rows, strict=True)]
-    return torch.tensor(rewards, device=rollout.mask_BT.device)
+    return torch.tensor(rewards, dtype=torch.float32, device=rollout.mask_BT.device)
 
 
 def completion_texts(policy: LanguageModel, rollout: Rollout) -> list[str]:

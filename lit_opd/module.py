@@ -5,42 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from lit_opd import estimators
-from lit_opd.config import Config, EvaluationConfig, OptimConfig, RolloutConfig, as_section
+from lit_opd import estimators, models
+from lit_opd.config import (
+    Config,
+    DataConfig,
+    EstimatorConfig,
+    EvaluationConfig,
+    OptimConfig,
+    RolloutConfig,
+    as_section,
+    check_values,
+)
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, Example, judge
-from lit_opd.functional import chunk_rows, token_weights
+from lit_opd.functional import chunk_rows, token_weights, upcast
 from lit_opd.metrics import Interval
-from lit_opd.models import Pair, needs_of, score_teacher, student_loss, support_size_of
-from lit_opd.models.pair import Student, Teacher
-from lit_opd.optim import build_optimizer, build_scheduler
-from lit_opd.perf import Stopwatch, peak_memory_mb
-from lit_opd.rollout import LocalEngine, RolloutEngine, micro_batches, rollout_sums, split_updates, uniforms
-from lit_opd.types import PromptBatch, Rollout, SamplingLaw, TeacherScores
+from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
+from lit_opd.perf import Stopwatch, step_report
+from lit_opd.rollout import (
+    TRAINING_STREAM,
+    LocalEngine,
+    RolloutEngine,
+    micro_batches,
+    rollout_sums,
+    split_updates,
+    training_law,
+    uniforms,
+)
+from lit_opd.types import PromptBatch, Rollout, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
-
-# Sets the draws of training apart from those of evaluations (1).
-TRAINING_STREAM = 0
-
-
-class NonFiniteStepError(RuntimeError):
-    """Loss or gradient was not finite; the optimizer has not moved."""
-
-
-class ScoredRollout(NamedTuple):
-    """A micro-batch with what the teacher and the verifier say of it."""
-
-    rollout: Rollout
-    scores: TeacherScores
-    rewards_B: Tensor | None
 
 
 class DistillationModule(L.LightningModule):
@@ -71,8 +72,8 @@ class DistillationModule(L.LightningModule):
 
     def __init__(
         self,
-        student: Student,
-        teacher: Teacher,
+        student: models.Student,
+        teacher: models.Teacher,
         estimator: Any = "full_vocab",
         *,
         estimator_kwargs: Mapping[str, Any] | None = None,
@@ -91,15 +92,19 @@ class DistillationModule(L.LightningModule):
         self.estimator = estimators.build(estimator, **(estimator_kwargs or {}))
         self.rollout_config = as_section(RolloutConfig, rollout, "rollout")
         self.optim_config = as_section(OptimConfig, optim, "optim")
-        self.law = self._sampling_law()
-        self.pair = Pair(student, teacher, tokenizer, teacher_tokenizer, support_size_of(self.estimator))
+        settings = as_section(EvaluationConfig, evaluation, "evaluation")
+        # How many prompts a batch holds is the data module's to say.
+        check_values(Config(data=DataConfig(batch_size=self.optim_config.updates_per_rollout), optim=self.optim_config,
+                            rollout=self.rollout_config, evaluation=settings,
+                            estimator=EstimatorConfig(aggregation=aggregation)))  # fmt: skip
+        self.law = training_law(self.rollout_config, self.estimator)
+        self.pair = models.Pair(student, teacher, tokenizer, teacher_tokenizer, models.support_size_of(self.estimator))
         self.student = self.pair.student
         self.model = self.student.model
         self.teacher: Any = None
         self.engine = engine or LocalEngine()
         self.aggregation, self.seed = aggregation, seed
-        self.masked_ids = [_token_id(self.student.tokenizer, token) for token in masked_tokens]
-        settings = as_section(EvaluationConfig, evaluation, "evaluation")
+        self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
         self.evaluation = Evaluation(settings, settings.max_new_tokens or self.rollout_config.max_new_tokens)
         self.head_rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib)
         self.results: dict[str, dict[str, Interval]] = {}
@@ -123,25 +128,42 @@ class DistillationModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load the teacher, now that the device is known, and put it there."""
-        if self.trainer.precision == "16-mixed":
-            raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", "16-mixed", "Use bf16-mixed.")
+        precision = self.trainer.precision
+        if precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
+            raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", precision, "Use bf16-mixed.")
+        if stage == "fit" and "rewards" in models.needs_of(self.estimator) and self.verifier is None:
+            raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
+                            "Set data.verifier=package.module:function.")  # fmt: skip
         if self.teacher is None:
             self.teacher = self.pair.load_teacher()
         if not getattr(self.teacher.causal_lm, "quantization_method", None):
             self.teacher.model.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Forget, in Lightning's count of batches, one that was begun and never made.
+
+        After resuming from a checkpoint that an interrupted step left behind, Lightning goes on to count it as begun.
+        The next checkpoint at the end of a batch then looks like another interrupted one, and what resumes from that
+        is one batch off. A whole batch (begun and processed) must stay: Lightning completes it itself.
+        """
+        batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        if batches.ready > batches.processed:
+            batches.reset_on_restart()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample, score, estimate, step."""
         watch = Stopwatch(self.device)
         rollout, rewards_B = self.sample(batch)
         watch.lap("rollout_s")
-        updates = [self.score(rollout, rows, rewards_B) for rows in self.split(rollout)]
+        parts = split_updates(len(rollout), self.optim_config.updates_per_rollout)
+        updates = [self.score(rollout, rows, rewards_B) for rows in parts]
         watch.lap("teacher_s")
         for update in updates:
             totals = self.estimate(update)
             self.step(totals, batch)
         watch.lap("student_s")
-        self.log_dict(self.report(rollout, totals, watch), prog_bar=False, batch_size=1)
+        sums = self.total(rollout_sums(rollout))
+        self.log_dict(step_report(totals, sums, watch, self.device), batch_size=1)
 
     def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor | None]:
         """Completions of every prompt under the sampling law, and their rewards where the estimator wants them."""
@@ -151,19 +173,17 @@ class DistillationModule(L.LightningModule):
         if self.masked_ids:
             masked_BT = torch.isin(rollout.completion_ids_BT, torch.tensor(self.masked_ids, device=self.device))
             rollout = rollout.uncount(masked_BT)
-        wanted = "rewards" in needs_of(self.estimator)
+        wanted = "rewards" in models.needs_of(self.estimator)
         return rollout, judge(self.student, batch, rollout, self.verifier) if wanted else None
-
-    def split(self, rollout: Rollout) -> list[Tensor]:
-        """Row indices of each optimizer update."""
-        return split_updates(len(rollout), self.optim_config.updates_per_rollout)
 
     def score(self, rollout: Rollout, rows: Tensor, rewards_B: Tensor | None) -> list[ScoredRollout]:
         """Micro-batches of the chosen rows, scored by the teacher before any student activation exists."""
+        if not len(rows):  # the other processes wait for this one: it takes part with a row that does not count
+            rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
         scored = []
         for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens):
             micro = rollout.rows(index)
-            scores = score_teacher(self.teacher, micro, self.estimator, self.head_rows)
+            scores = models.score_teacher(self.teacher, micro, self.estimator, self.head_rows)
             scored.append(ScoredRollout(micro, scores, None if rewards_B is None else rewards_B[index]))
         return scored
 
@@ -171,27 +191,23 @@ class DistillationModule(L.LightningModule):
         """Accumulate the gradient of one update over its micro-batches; returns totals over all processes."""
         masks = [micro.rollout.mask_BT for micro in update]
         counts = self.total({"tokens": sum(m.sum() for m in masks), "sequences": sum(m.any(1).sum() for m in masks)})
-        tokens, sequences = (torch.tensor(counts[name], device=self.device) for name in ("tokens", "sequences"))
-        sums = {name: torch.zeros((), device=self.device) for name in ("loss", "kl", "entropy", "gap")}
-        for number, (rollout, scores, rewards_B) in enumerate(update, start=1):
-            weights_BT = token_weights(rollout.mask_BT, self.aggregation, tokens, sequences)
+        # Of a dtype said: under bf16-true torch's default is bf16, which cannot count to 257.
+        zero = upcast(torch.zeros((), device=self.device).to(self.dtype))
+        tokens, sequences = zero + counts["tokens"], zero + counts["sequences"]
+        sums = {name: zero.clone() for name in ("loss", "kl", "entropy", "gap")}
+        for number, micro in enumerate(update, start=1):
+            mask_BT = micro.rollout.mask_BT
+            weights_BT = token_weights(mask_BT, self.aggregation, tokens, sequences)
             with self.gradients_kept_local(number < len(update)):
-                loss, stats = student_loss(
-                    self.student,
-                    rollout,
-                    scores,
-                    self.teacher.head,
-                    self.estimator,
-                    weights_BT,
-                    self.head_rows,
-                    rewards_B,
+                loss, stats = models.student_loss(
+                    self.student, micro, self.teacher.head, self.estimator, weights_BT, self.head_rows
                 )
                 # DistributedDataParallel averages over processes; this loss is already a share of the global count.
                 self.manual_backward(loss * self.trainer.world_size)
             sums["loss"] += loss.detach()
             sums["kl"] += stats["kl"].sum()
             sums["entropy"] -= stats["student_logps"].sum()
-            sums["gap"] += (rollout.sampler_logps_BT[rollout.mask_BT] - stats["student_logps"]).sum()
+            sums["gap"] += (micro.rollout.sampler_logps_BT[mask_BT] - stats["student_logps"]).sum()
         return self.total(sums) | counts
 
     def step(self, totals: dict[str, float], batch: PromptBatch) -> None:
@@ -205,31 +221,15 @@ class DistillationModule(L.LightningModule):
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trainable, torch.inf if limit is None else limit)
         totals["grad_norm"] = float(norm)
-        if not (math.isfinite(totals["grad_norm"]) and math.isfinite(totals["loss"])):
+        if not (norm.isfinite() and math.isfinite(totals["loss"])):
             optimizer.zero_grad()
-            raise NonFiniteStepError(self.non_finite_message(totals, batch))
+            prompt = self.tokenizer.decode(batch.prompt_ids_BP[0][batch.prompt_mask_BP[0]])
+            raise NonFiniteStepError(totals["loss"], totals["grad_norm"], self.global_step, batch.draws[0][0], prompt)
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
-
-    def report(self, rollout: Rollout, totals: dict[str, float], watch: Stopwatch) -> dict[str, float]:
-        """The metrics of a step, the same keys whatever the estimator; the `train` ones are of its last update."""
-        sums = self.total(rollout_sums(rollout))
-        tokens, rows = max(totals["tokens"], 1.0), sums.pop("rows")
-        return {
-            "train/loss": totals["loss"],
-            "train/reverse_kl": totals["kl"] / tokens,
-            "train/entropy": totals["entropy"] / tokens,
-            "train/grad_norm": totals["grad_norm"],
-            **{f"rollout/{name}": value / rows for name, value in sums.items()},
-            "rollout/sampler_gap": totals["gap"] / tokens,
-            "perf/tokens_per_s": sums["length"] / watch.total,
-            **{f"perf/{phase}": seconds for phase, seconds in watch.seconds.items()},
-            "perf/step_s": watch.total,
-            "perf/peak_memory_mb": peak_memory_mb(self.device),
-        }
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
@@ -272,7 +272,7 @@ class DistillationModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes: frozen weights are where they came from, the random state is not."""
-        frozen = {f"model.{name}" for name, p in self.model.named_parameters() if not p.requires_grad}
+        frozen = {f"model.{name}" for name in models.frozen_names(self.model)}
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in frozen}
         checkpoint["torch_rng_state"] = torch.get_rng_state()
@@ -297,31 +297,3 @@ class DistillationModule(L.LightningModule):
         """Within it, backward passes exchange no gradients between processes; the last micro-batch does it once."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if local and isinstance(strategy, ParallelStrategy) else nullcontext()
-
-    def non_finite_message(self, totals: dict[str, float], batch: PromptBatch) -> str:
-        """Which batch failed, and what to try."""
-        prompt = self.tokenizer.decode(batch.prompt_ids_BP[0][batch.prompt_mask_BP[0]])
-        return (
-            f"loss {totals['loss']}, gradient norm {totals['grad_norm']} at optimizer step {self.global_step}, rollout "
-            f"batch {batch.draws[0][0]} (first prompt {prompt!r}). The weights are those of before this step. "
-            "Lower optim.lr, set optim.clip_norm, or bound the estimator's log-ratio."
-        )
-
-    def _sampling_law(self) -> SamplingLaw:
-        rollout = self.rollout_config
-        if rollout.temperature == 0:
-            for _, term in self.estimator.terms:
-                if term.spec.needs.startswith("token"):
-                    expected = f"above 0 for {term.spec.name!r}, which learns from what it samples"
-                    raise UserError("rollout.temperature", expected, 0, "Set rollout.temperature=1.")
-        return SamplingLaw(rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p, rollout.min_new_tokens)
-
-
-def _token_id(tokenizer: Any, token: str | int) -> int:
-    """The id of one token given as text or id."""
-    if isinstance(token, int):
-        return token
-    ids = tokenizer.convert_tokens_to_ids([token])
-    if ids[0] is None or ids[0] == tokenizer.unk_token_id:
-        raise UserError("estimator.masked_tokens", "single tokens of the student's tokenizer", repr(token), "Give ids.")
-    return int(ids[0])

@@ -1,4 +1,4 @@
-"""Optimizers and schedulers by name, any of torch's."""
+"""Optimizers and schedulers by name, any of torch's; the error of a step that may not be made."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from torch.nn import Parameter
 from torch.optim import Optimizer, lr_scheduler
 
 from lit_opd.config import OptimConfig
-from lit_opd.errors import UserError, suggest
+from lit_opd.errors import RunError, UserError, suggest
 
-__all__ = ["build_optimizer", "build_scheduler"]
+__all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler"]
+
+# What a step without closure, metric or sparse gradients cannot drive, and the base classes.
+UNUSABLE = {"LBFGS", "SparseAdam", "Optimizer", "ReduceLROnPlateau", "LRScheduler"}
+
+
+class NonFiniteStepError(RunError):
+    """Loss or gradient was not finite; the optimizer has not moved."""
+
+    def __init__(self, loss: float, grad_norm: float, step: int, batch: int, prompt: str) -> None:
+        super().__init__(
+            f"loss {loss}, gradient norm {grad_norm} at optimizer step {step}, rollout batch {batch} (first prompt "
+            f"{prompt!r}). The weights are those of before this step. Lower optim.lr, set optim.clip_norm, or bound "
+            "the estimator's log-ratio."
+        )
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Optimizer:
@@ -56,7 +70,8 @@ def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
 
 
 def _member(key: str, home: Any, name: str, base: type) -> Any:
-    known = [n for n, v in vars(home).items() if isinstance(v, type) and issubclass(v, base) and not n.startswith("_")]
+    classes = {n for n, v in vars(home).items() if isinstance(v, type) and issubclass(v, base) and n[0] != "_"}
+    known = classes - UNUSABLE
     if name not in known:
         raise UserError(key, f"a class of {home.__name__}", repr(name), suggest(name, known))
     return getattr(home, name)

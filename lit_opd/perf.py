@@ -1,14 +1,15 @@
-"""Where the time and the memory of a step go."""
+"""What a step logs, and where its time and memory go."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from collections.abc import Mapping
 
 import torch
 
-__all__ = ["Stopwatch", "peak_memory_mb"]
+__all__ = ["Stopwatch", "peak_memory_mb", "step_report"]
 
 
 class Stopwatch:
@@ -43,3 +44,29 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def step_report(
+    update: Mapping[str, float], rollout: Mapping[str, float], watch: Stopwatch, device: torch.device
+) -> dict[str, float]:
+    """The metrics of a step, the same keys whatever the estimator.
+
+    Args:
+        update: totals of the last update over its tokens: `loss`, `kl`, `entropy`, `gap`, `tokens`, and `grad_norm`.
+        rollout: totals over sequences, from `rollout_sums`.
+        watch: seconds of each phase.
+        device: whose memory is reported.
+    """
+    tokens, rows = max(update["tokens"], 1.0), rollout["rows"]
+    return {
+        "train/loss": update["loss"],
+        "train/reverse_kl": update["kl"] / tokens,
+        "train/entropy": update["entropy"] / tokens,
+        "train/grad_norm": update["grad_norm"],
+        **{f"rollout/{name}": value / rows for name, value in rollout.items() if name != "rows"},
+        "rollout/sampler_gap": update["gap"] / tokens,
+        "perf/tokens_per_s": rollout["length"] / watch.total,
+        **{f"perf/{phase}": seconds for phase, seconds in watch.seconds.items()},
+        "perf/step_s": watch.total,
+        "perf/peak_memory_mb": peak_memory_mb(device),
+    }

@@ -38,10 +38,9 @@ def import_function(key: str, reference: str) -> Callable[..., Any]:
 def _import_module(key: str, target: str) -> Any:
     try:
         return importlib.import_module(target)
-    except ImportError as error:
-        raise UserError(
-            key, f"an importable module {target!r}", str(error), "Install it or correct the name."
-        ) from error
+    except Exception as error:  # whatever the user's module raises while it is imported
+        expected, found = f"an importable module {target!r}", f"{type(error).__name__}: {error}"
+        raise UserError(key, expected, found, "Install it, or correct it or its name.") from error
 
 
 def _import_file(key: str, target: str) -> Any:

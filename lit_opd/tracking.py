@@ -12,14 +12,17 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lit_opd.config import Config, to_flat
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Example
 
-__all__ = ["RunLogger", "RunRecord", "build_logger", "check_tracking", "log_examples", "ui_command"]
+__all__ = ["RunLogger", "RunRecord", "begin_run", "check_tracking", "log_examples", "ui_command"]
 
 COMPLETIONS_FILE = "completions.json"
+# The first bytes of every SQLite file.
+SQLITE = b"SQLite format 3\0"
 
 
 def check_tracking(uri: str) -> None:
@@ -30,48 +33,73 @@ def check_tracking(uri: str) -> None:
     """
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
-        port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
+            port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname or "", port), timeout=5).close()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             remedy = "Start the server, or set tracking.uri=sqlite:///mlflow.db."
             raise UserError("tracking.uri", "an MLflow server that answers", f"{uri!r}: {error}", remedy) from error
     elif parts.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).expanduser().parent
-        if not folder.is_dir():
-            raise UserError(
-                "tracking.uri", "a database in an existing folder", f"no folder {str(folder)!r}", "Make it."
-            )
+        _check_database(Path(uri.removeprefix("sqlite:///")).expanduser())
     elif parts.scheme not in ("postgresql", "mysql", "mssql", "databricks", "file"):
         raise UserError("tracking.uri", "sqlite:///FILE, http://HOST:PORT or a database URI", repr(uri), "Correct it.")
+
+
+def _check_database(file: Path) -> None:
+    if not file.parent.is_dir():
+        expected = "a database in an existing folder"
+        raise UserError("tracking.uri", expected, f"no folder {str(file.parent)!r}", "Make it.")
+    if file.is_dir() or (file.is_file() and file.stat().st_size and file.open("rb").read(len(SQLITE)) != SQLITE):
+        raise UserError("tracking.uri", "an SQLite database or a new file", f"{str(file)!r}, which is another thing",
+                        "Name another file.")  # fmt: skip
 
 
 class RunLogger(MLFlowLogger):
     """Lightning's MLflow logger, which also tells a run that was interrupted (KILLED) from one that failed."""
 
+    @rank_zero_only
+    def begin(self) -> None:
+        """Make the MLflow run, or find the one to continue."""
+        self.experiment.update_run(self.run_id, status="RUNNING")
+
     def finalize(self, status: str = "success") -> None:
         """End the run: FINISHED, FAILED, or KILLED after Ctrl-C."""
         super().finalize(status)
-        if status == "failed" and isinstance(sys.exception(), KeyboardInterrupt) and self.run_id is not None:
-            self.experiment.set_terminated(self.run_id, "KILLED")
+        if status == "failed" and isinstance(sys.exception(), KeyboardInterrupt):
+            self.end("KILLED")
+
+    @rank_zero_only
+    def end(self, status: str) -> None:
+        """Give the MLflow run its last status."""
+        self.experiment.set_terminated(self.run_id, status)
 
 
-def build_logger(config: Config, tags: dict[str, str], run_id: str | None = None) -> RunLogger:
-    """The logger of a run; the run itself begins when something is first logged.
+def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None) -> RunLogger:
+    """The logger of a run, with the MLflow run made or, where it is to be continued, found.
 
     Args:
         config: its `tracking` section; the run's default name says estimator and pair.
         tags: of the design, merged with `tracking.tags`.
         run_id: an MLflow run to continue.
+
+    Raises:
+        UserError: the store refuses, or does not hold the run.
     """
     pair = f"{Path(tags['student']).name} <- {Path(tags['teacher']).name}"
-    return RunLogger(
-        experiment_name=config.tracking.experiment,
-        run_name=config.tracking.run_name or f"{tags['estimator']} · {pair} · seed {config.seed}",
-        tracking_uri=config.tracking.uri,
-        tags=tags | dict(config.tracking.tags),
-        run_id=run_id,
-    )
+    try:
+        logger = RunLogger(
+            experiment_name=config.tracking.experiment,
+            run_name=config.tracking.run_name or f"{tags['estimator']} · {pair} · seed {config.seed}",
+            tracking_uri=config.tracking.uri,
+            tags=tags | dict(config.tracking.tags),
+            run_id=run_id,
+        )
+        logger.begin()
+    except Exception as error:  # MLflow passes on whatever its database or its server raises
+        remedy = "Correct it; to record a resumed run anew, delete run.json in output_dir."
+        found = f"{config.tracking.uri!r}: {error}"
+        raise UserError("tracking.uri", "an MLflow store that takes the run", found, remedy) from error
+    return logger
 
 
 def git_sha() -> dict[str, str]:
@@ -138,8 +166,10 @@ class RunRecord(L.Callback):
         logger.experiment.update_run(run_id, status="RUNNING")
         if not self._described:
             logger.experiment.log_artifact(run_id, str(self.config_file))
-            described = {name: value for name, value in to_flat(self.config).items() if value not in (None, {}, [])}
-            logger.log_hyperparams(described)
+            # MLflow refuses another value for a parameter it has: after resuming, config.yaml tells what changed.
+            known = logger.experiment.get_run(run_id).data.params
+            values = {name: value for name, value in to_flat(self.config).items() if value not in (None, {}, [])}
+            logger.log_hyperparams({name: value for name, value in values.items() if name not in known})
             self._described = True
         if self.config.tracking.system_metrics and self._monitor is None:
             self._monitor = _start_monitor(run_id, self.config.tracking.uri)

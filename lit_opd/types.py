@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Estimate", "FinishReason", "PromptBatch", "Rollout", "SamplingLaw", "TeacherScores", "TokenBatch"]
+__all__ = [
+    "Estimate", "FinishReason", "PromptBatch", "Rollout", "SamplingLaw", "ScoredRollout", "TeacherScores", "TokenBatch",
+]  # fmt: skip
 
 
 class PromptBatch(NamedTuple):
@@ -132,6 +134,14 @@ class TeacherScores:
     support_ids_NK: Tensor | None = None
     support_logps_NK: Tensor | None = None
     hidden_NH: Tensor | None = None
+
+
+class ScoredRollout(NamedTuple):
+    """A rollout, or a micro-batch of one, with what the teacher and the verifier say of it."""
+
+    rollout: Rollout
+    scores: TeacherScores
+    rewards_B: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -28,24 +28,37 @@ class SaveOnInterrupt(L.Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._asked = False
-        self._previous: Any = None
+        self._asked = self._saved = False
+        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for Ctrl-C."""
+        """Listen for Ctrl-C, and for the signal by which a scheduler ends a job."""
+        self._asked = self._saved = False
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and end where Ctrl-C was pressed during the step; in a distributed run, where any process was told."""
+        """Save where Ctrl-C was pressed during the step; in a distributed run, where any process was told."""
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
+            self._saved = True
+
+    # The metrics of the step are logged after `on_train_batch_end`: the run ends with whatever would come next.
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """End the run after the step that was saved."""
+        self._end()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the run after the step that was saved."""
+        self._end()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -58,10 +71,15 @@ class SaveOnInterrupt(L.Callback):
                 f"Saved {self.path}. Go on with --resume auto, or with trainer.fit(..., ckpt_path={str(self.path)!r})."
             )
 
+    def _end(self) -> None:
+        if self._saved:
+            self._saved = False
+            raise KeyboardInterrupt
+
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _ask(self, number: int, frame: Any) -> None:
         if self._asked:

@@ -67,7 +67,8 @@ class StepProgress(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Open a bar that vanishes when the evaluation is done."""
-        total = sum(n for n in trainer.num_val_batches if isinstance(n, int))
+        batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+        total = sum(n for n in batches if isinstance(n, int))
         name = f"measure the {pl_module.judged}"
         self._evaluation = tqdm(desc=name, total=total, unit="batch", leave=False, disable=not self._enabled)
 
@@ -78,3 +79,15 @@ class StepProgress(ProgressBar):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the evaluation's bar."""
         self._evaluation.close()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The same bar for `test`, which measures like `validate`."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Advance."""
+        self.on_validation_batch_end(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the evaluation's bar."""
+        self.on_validation_end(trainer, pl_module)

@@ -7,7 +7,7 @@ once with respect to these logits, and only the gradients of the hidden states a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ class Head:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """The same head with its tensors in `dtype`."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
+        return replace(self, weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
 
     def shape_logits(self, linear_NV: Tensor) -> Tensor:
         """What the model does to the projection: scale, then soft-cap; [N, V] to [N, V]."""

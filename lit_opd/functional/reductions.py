@@ -24,12 +24,12 @@ def token_weights(mask_BT: Tensor, aggregation: str, tokens: Tensor, sequences: 
         sequences: scalar, sequences with at least one counted token in the whole step.
 
     Returns:
-        [B, T] weights in fp32, zero where masked.
+        [B, T] weights in fp32 (float64 where the counts are), zero where masked.
 
     Raises:
         ValueError: an unknown aggregation.
     """
-    mask = mask_BT.float()
+    mask = mask_BT.to(upcast(tokens).dtype)
     if aggregation == "token_mean":
         return mask / tokens.clamp(min=1)
     if aggregation == "sequence_mean":

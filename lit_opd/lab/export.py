@@ -6,7 +6,8 @@ import copy
 from pathlib import Path
 
 from lit_opd.config import StudentConfig
-from lit_opd.lab.folder import load_weights, read_checkpoint
+from lit_opd.lab.checks import check_weight_files
+from lit_opd.lab.folder import check_writable, load_weights, read_checkpoint
 from lit_opd.models import LanguageModel, load_student
 
 __all__ = ["export_checkpoint", "export_student"]
@@ -39,9 +40,11 @@ def export_checkpoint(config: StudentConfig, checkpoint: Path, folder: Path) -> 
         folder: where to write.
 
     Raises:
-        UserError: no such checkpoint, a damaged one, or one of another student.
+        UserError: no such checkpoint, a damaged one, or one of another student; a folder that cannot be written to.
     """
     read_checkpoint(checkpoint)
+    check_writable("--out", folder)
+    check_weight_files(config, "student")
     student = load_student(config)
     load_weights(student.model, checkpoint)
     return export_student(student, folder)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-import pickle
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import _get_rank
 
 from lit_opd.errors import UserError
+from lit_opd.models import frozen_names
 
-__all__ = ["RunFolder", "load_weights", "read_checkpoint"]
+__all__ = ["RunFolder", "check_weights", "check_writable", "load_weights", "read_checkpoint", "read_training_state"]
+
+# What a resumed run cannot do without, beside the weights.
+TRAINING_STATE = ("global_step", "loops", "optimizer_states", "torch_rng_state", "pytorch-lightning_version")
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class RunFolder:
         return self.path / "summary.json"
 
     def claim(self, resume: str | None) -> Path | None:
-        """Take the folder for a run, or continue the run in it.
+        """Find out whether a run may begin here, or the run in it go on; nothing is written.
 
         Args:
             resume: None for a new run; `auto` to continue from the newest checkpoint where there is one; or the path
@@ -62,17 +67,31 @@ class RunFolder:
             The checkpoint to continue from, or None.
 
         Raises:
-            UserError: the folder holds another run and `resume` is None; no such checkpoint.
+            UserError: the folder holds another run, or cannot be written to; no such checkpoint, or a damaged one.
         """
-        if resume not in (None, "auto"):
-            assert resume is not None
-            if not Path(resume).is_file():
-                raise UserError("--resume", "auto or a checkpoint", f"no file {resume!r}", "Check the path.")
-            return Path(resume)
-        if self.config.exists() and resume is None:
+        checkpoint = Path(resume) if resume not in (None, "auto") else self.last_checkpoint if resume else None
+        if checkpoint == self.last_checkpoint and not checkpoint.is_file() and resume == "auto":
+            checkpoint = None
+        if checkpoint is not None:
+            read_training_state(checkpoint)
+        continued = resume == "auto" or (checkpoint and checkpoint.resolve().parent == self.checkpoints.resolve())
+        # Only the first process looks: it may have begun the run before the others come here.
+        if self.config.exists() and not continued and _get_rank() in (None, 0):
             remedy = "Set output_dir=NEW, delete the folder, or add --resume auto to continue that run."
             raise UserError("output_dir", "a new folder", f"{str(self.path)!r}, which holds another run", remedy)
-        return self.last_checkpoint if resume == "auto" and self.last_checkpoint.is_file() else None
+        check_writable("output_dir", self.path)
+        return checkpoint
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+            UserError: the file system refuses.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError("output_dir", "a folder that can be made", str(error), "Set output_dir.") from error
 
     def read_notes(self) -> dict[str, Any]:
         """The notes, empty where there are none."""
@@ -80,46 +99,80 @@ class RunFolder:
 
     def write_notes(self, **notes: Any) -> None:
         """Add to the notes."""
-        self.path.mkdir(parents=True, exist_ok=True)
         self.notes.write_text(json.dumps(self.read_notes() | notes, indent=2))
 
 
+def check_writable(key: str, folder: Path) -> None:
+    """Find out whether a folder can be made, or written to, without making it.
+
+    Raises:
+        UserError: something on its path is a file, or may not be written to.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "may not be written to" if place.is_dir() else "is a file"
+        raise UserError(key, "a folder that can be written to", f"{str(folder)!r}: {str(place)!r} {reason}",
+                        "Choose another folder.")  # fmt: skip
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, read as plain tensors and values only.
+    """A checkpoint's contents, as plain tensors and values only; tensors are read when they are used.
 
     Raises:
         UserError: there is no such file, or it is damaged.
     """
     if not path.is_file():
-        raise UserError("--checkpoint", "a checkpoint file", f"no file {str(path)!r}", "Check the path.")
+        raise UserError("checkpoint", "a checkpoint file", f"no file {str(path)!r}", "Check the path.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "It is damaged or no checkpoint of lit_opd: choose an earlier one."
-        raise UserError("checkpoint", "a readable checkpoint", f"{path}: {reason[:120]}", remedy) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError("checkpoint", "a checkpoint of lit_opd", f"{path}, without weights", "Choose another file.")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # there is no end to what a damaged file makes the reader raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = "It is damaged or no checkpoint of lit_opd: choose another one."
+        raise UserError("checkpoint", "a readable checkpoint", f"{str(path)!r}: {reason[:120]}", remedy) from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        found = f"{str(path)!r}, without weights"
+        raise UserError("checkpoint", "a checkpoint of lit_opd", found, "Choose another file.")
     return checkpoint
+
+
+def read_training_state(path: Path) -> dict[str, Any]:
+    """A checkpoint that training can go on from.
+
+    Raises:
+        UserError: no such file, a damaged one, or one that holds no more than weights.
+    """
+    checkpoint = read_checkpoint(path)
+    for name in TRAINING_STATE:
+        if name not in checkpoint:
+            found = f"{str(path)!r}, without {name!r}"
+            raise UserError("checkpoint", "a checkpoint that fit wrote", found, "Choose another file.")
+    return checkpoint
+
+
+def check_weights(model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, when they are a model's own.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of another model.
+    """
+    held = read_checkpoint(path)["state_dict"]
+    weights = {name.removeprefix("model."): value for name, value in held.items() if name.startswith("model.")}
+    own, frozen = model.state_dict(), frozen_names(model)
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)} - frozen
+    differing = sorted((weights.keys() - own.keys()) | (trained - weights.keys()))
+    differing += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
+    if differing:
+        found = f"{str(path)!r}, which differs at {differing[0]!r}"
+        raise UserError("checkpoint", "weights of this student", found, "Set student.path, or student.lora.")
+    return weights
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Put a checkpoint's student weights into a model; weights that training never changed stay.
 
     Raises:
-        UserError: damaged, or of another model.
+        UserError: a damaged checkpoint, or one of another model.
     """
-    weights = read_checkpoint(path)["state_dict"]
-    own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    try:
-        result = model.load_state_dict(own, strict=False)
-    except RuntimeError as error:
-        raise UserError(
-            "checkpoint", "weights of this student", f"{path}, of other shapes", "Set student.path."
-        ) from error
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if result.unexpected_keys or trained & set(result.missing_keys):
-        first = (result.unexpected_keys or sorted(trained & set(result.missing_keys)))[0]
-        raise UserError(
-            "checkpoint", "weights of this student", f"{path}, which differs at {first!r}", "Set student.path."
-        )
+    model.load_state_dict(check_weights(model, path), strict=False)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 __all__ = ["quiet_libraries"]
 
-# Each of these is about something that is meant: manual optimization, unequal ranks, a state of one's own, CPU use.
+# Each of these is about something that is meant: manual optimization, unequal ranks, a resumed run, CPU use.
 EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*ModelCheckpoint.*manual optimization.*",
@@ -16,12 +17,18 @@ EXPECTED_WARNINGS = (
     r".*`weights_only` was not set.*",
     r".*is supported for historical reasons but its usage is discouraged.*",
     r".*The number of training batches.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*The dirpath has changed from .*",
+    r".*`is_gradient_checkpointing` is deprecated.*",
 )
 
 
 def quiet_libraries() -> None:
     """Keep warnings and errors of Lightning, MLflow and Transformers; drop their chatter and progress bars."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # which reads the variable above only when it is imported
+        sys.modules["datasets"].disable_progress_bars()
     import mlflow  # noqa: F401  (sets up its own logging when imported, which would undo the levels below)
     from transformers.utils import logging as transformers_logging
 

@@ -1,17 +1,20 @@
 """Students and teachers: loading, vocabulary check, scoring."""
 
 from lit_opd.models.language_model import LanguageModel
-from lit_opd.models.loading import load_student, load_teacher, load_tokenizer, read_model_config
+from lit_opd.models.loading import frozen_names, load_student, load_teacher, load_tokenizer, read_model_config
 from lit_opd.models.objective import student_loss
-from lit_opd.models.pair import Pair
+from lit_opd.models.pair import Pair, Student, Teacher
 from lit_opd.models.scoring import needs_of, score_teacher, support_size_of
-from lit_opd.models.vocabulary import shared_vocabulary
+from lit_opd.models.vocabulary import shared_vocabulary, token_ids
 from lit_opd.models.yardsticks import YARDSTICKS, measure_yardsticks
 
 __all__ = [
     "YARDSTICKS",
     "LanguageModel",
     "Pair",
+    "Student",
+    "Teacher",
+    "frozen_names",
     "load_student",
     "load_teacher",
     "load_tokenizer",
@@ -22,4 +25,5 @@ __all__ = [
     "support_size_of",
     "shared_vocabulary",
     "student_loss",
+    "token_ids",
 ]

@@ -62,9 +62,10 @@ class LanguageModel:
     def stop_ids(self) -> list[int]:
         """Every token that ends a completion: what the tokenizer, the generation config or the config names."""
         generation = getattr(self.causal_lm, "generation_config", None)
-        named = [self.tokenizer.eos_token_id, self.config.eos_token_id, getattr(generation, "eos_token_id", None)]
+        named = [getattr(source, "eos_token_id", None) for source in (self.tokenizer, self.config, generation)]
         flat = [i for ids in named for i in (ids if isinstance(ids, list | tuple) else [ids])]
-        return sorted({i for i in flat if i is not None})
+        # A config's default may lie outside a vocabulary that was cut down.
+        return sorted({i for i in flat if i is not None and i < self.vocabulary})
 
     @property
     def pad_id(self) -> int:
@@ -77,7 +78,21 @@ class LanguageModel:
         if layer is None or not hasattr(layer, "weight"):
             raise UserError(f"{self.key}.path", "a causal language model with an output layer",
                             type(self.causal_lm).__name__, "Name the folder of a causal language model.")  # fmt: skip
+        if hasattr(layer, "base_layer"):
+            raise UserError(f"{self.key}.lora", "an output layer without adapter: its weight is used directly",
+                            "one on it", "Leave it out of target_modules, or name it in modules_to_save.")  # fmt: skip
         return layer
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Eval mode inside: no dropout; every part returns to the mode it was in."""
+        modes = [(part, part.training) for part in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
     @contextmanager
     def precision(self, cache_casts: bool = False) -> Iterator[None]:
@@ -142,13 +157,11 @@ class LanguageModel:
         # Small ids, no special meaning: any tokens show whether the two paths agree.
         ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
         mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-        with torch.autocast(self.device.type, enabled=False):
-            own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits)[
-                0, :, : self.vocabulary
-            ]
+        with self.evaluating(), torch.autocast(self.device.type, enabled=False):
+            own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[0])
             rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.head)
-        error = (own - rebuilt).abs().max().item() / own.abs().max().clamp(min=1).item()
-        if not error < 0.05:
+        error = (own[:, : self.vocabulary] - rebuilt).abs().max().item() / max(own.abs().max().item(), 1e-6)
+        if not error < 0.02:  # the same products, so only the rounding of bf16 may differ
             found = f"{type(self.causal_lm).__name__}, off by {error:.2g}"
             expected = "a model whose logits are a projection of its last hidden states"
             raise UserError(f"{self.key}.path", expected, found, "This architecture is not supported yet.")

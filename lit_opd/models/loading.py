@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lit_opd.config import StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.models.language_model import LanguageModel
 
-__all__ = ["load_student", "load_teacher", "load_tokenizer", "read_model_config"]
+__all__ = ["frozen_names", "load_student", "load_teacher", "load_tokenizer", "read_model_config"]
 
 ModelConfig = StudentConfig | TeacherConfig
 
@@ -86,6 +88,11 @@ def load_teacher(config: TeacherConfig, tokenizer: Any = None) -> LanguageModel:
     return teacher
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """Names of the weights that training does not change, tied ones under each of their names."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 def _check_path(config: ModelConfig, key: str) -> None:
     path = Path(config.path).expanduser()
     looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1
@@ -137,6 +144,8 @@ def _quantization(config: TeacherConfig) -> Any:
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "8bit":
+        # It says at every product of every layer that it computes in fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute_dtype = getattr(torch, config.dtype)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)

@@ -18,7 +18,7 @@ from lit_opd.functional import Head, position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.scoring import CountedPositions, needs_of, support_size_of
-from lit_opd.types import Rollout, TeacherScores, TokenBatch
+from lit_opd.types import Rollout, ScoredRollout, TokenBatch
 
 __all__ = ["student_loss"]
 
@@ -27,30 +27,27 @@ Terms = list[tuple[float, BoundEstimator]]
 
 def student_loss(
     student: LanguageModel,
-    rollout: Rollout,
-    scores: TeacherScores,
+    micro: ScoredRollout,
     teacher_head: Head,
     estimator: BoundEstimator,
     weights_BT: Tensor,
     rows: int,
-    rewards_B: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """The weighted sum of the estimator's per-token losses over a micro-batch.
 
     Args:
         student: the model that learns.
-        rollout: completions; only counted positions reach the head.
-        scores: the teacher's, of the same rollout.
+        micro: completions, of which only counted positions reach the head, with their scores and rewards.
         teacher_head: the teacher's output layer.
         estimator: one estimator, or a mix.
         weights_BT: [B, T] weight of every token, from `functional.token_weights`.
         rows: positions a chunk of the head.
-        rewards_B: [B] outcome rewards, for estimators that use them.
 
     Returns:
         A scalar to differentiate, and per-position detached values [N]: `kl` (the estimator's), `student_logps`,
         `teacher_logps`.
     """
+    rollout, scores, rewards_B = micro
     mask_BT = rollout.mask_BT
     hidden_NH = student.completion_hidden(rollout)[mask_BT]
     weights_N = weights_BT[mask_BT]

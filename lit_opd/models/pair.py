@@ -45,6 +45,7 @@ class Pair:
             raise UserError(
                 "estimator.kwargs.k", f"at most the vocabulary ({self.vocabulary})", support_size, "Lower it."
             )
+        _check_apart(student, teacher)
         self._teacher, self._teacher_tokenizer = teacher, teacher_tokenizer
         self.student = _as_student(student, tokenizer)
         self.student.vocabulary = self.vocabulary
@@ -66,6 +67,15 @@ class Pair:
         name = self._teacher.path if isinstance(self._teacher, TeacherConfig) else _class_name(self._teacher)
         own = self.student.causal_lm.config._name_or_path or _class_name(self.student.model)
         return {"student": own, "teacher": name, "teacher_quantization": quantization}
+
+
+def _check_apart(student: Student, teacher: Teacher) -> None:
+    # Freezing the teacher would freeze the student, and training the student would move the teacher.
+    if isinstance(student, nn.Module) and isinstance(teacher, nn.Module):
+        mine = {id(p) for p in student.parameters()}
+        if any(id(p) in mine for p in teacher.parameters()):
+            raise UserError("teacher", "a model of its own", "one that shares weights with the student",
+                            "Pass copy.deepcopy(model).")  # fmt: skip
 
 
 def _class_name(model: Any) -> str:
@@ -92,7 +102,10 @@ def _vocabulary_rows(model: Any, key: str) -> int:
 
 def _as_student(student: Any, tokenizer: Any) -> LanguageModel:
     if isinstance(student, StudentConfig):
-        return load_student(student, tokenizer)
-    loaded = LanguageModel(student, tokenizer, "student")
-    loaded.check_head()
+        loaded = load_student(student, tokenizer)
+    else:
+        loaded = LanguageModel(student, tokenizer, "student")
+        loaded.check_head()
+    # Hugging Face loads in eval mode and Lightning keeps the mode it finds: dropout would never be on.
+    loaded.model.train()
     return loaded

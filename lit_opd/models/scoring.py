@@ -43,9 +43,11 @@ def score_teacher(teacher: LanguageModel, rollout: Rollout, estimator: BoundEsti
         return TeacherScores(hidden_NH=hidden_NH)
     ids_N, size = rollout.completion_ids_BT[rollout.mask_BT], support_size_of(estimator)
     pieces = []
-    for part in chunks(len(hidden_NH), rows):
-        logps_cV = log_softmax(head_logits(hidden_NH[part], teacher.head))
-        pieces.append((logps_cV.gather(-1, ids_N[part, None]).squeeze(-1), *logps_cV.topk(size, dim=-1)))
+    with teacher.precision():  # for the head: the body sees to itself
+        # One empty chunk where nothing is counted, so that there is something to concatenate.
+        for part in list(chunks(len(hidden_NH), rows)) or [slice(0, 0)]:
+            logps_cV = log_softmax(head_logits(hidden_NH[part], teacher.head))
+            pieces.append((logps_cV.gather(-1, ids_N[part, None]).squeeze(-1), *logps_cV.topk(size, dim=-1)))
     logps_N, support_logps_NK, support_ids_NK = map(torch.cat, zip(*pieces, strict=True))
     return TeacherScores(logps_N, support_ids_NK, support_logps_NK) if size else TeacherScores(logps_N)
 

@@ -1,12 +1,13 @@
-"""Student and teacher must mean the same token by the same id: checked id by id, before any weights load."""
+"""Tokens and ids: student and teacher must mean the same by them, checked id by id before any weights load."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lit_opd.errors import UserError
 
-__all__ = ["shared_vocabulary"]
+__all__ = ["shared_vocabulary", "token_ids"]
 
 
 def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int) -> int:
@@ -38,3 +39,25 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student_ro
         key = "student.path" if student_rows < teacher_rows else "teacher.path"
         raise UserError(key, f"an output layer of at least {tokens} rows, one a token", shared, "Resize or replace it.")
     return shared
+
+
+def token_ids(tokenizer: Any, tokens: Iterable[str | int], key: str) -> list[int]:
+    """The ids of single tokens given as text or as ids.
+
+    Args:
+        tokenizer: whose vocabulary they are of.
+        tokens: texts or ids.
+        key: the configuration key they come from, for messages.
+
+    Raises:
+        UserError: a text that is no single token, or an id that no token has.
+    """
+    vocabulary = tokenizer.get_vocab()
+    known = set(vocabulary.values())
+    ids = []
+    for token in tokens:
+        index = token if isinstance(token, int) else vocabulary.get(token)
+        if index not in known:
+            raise UserError(key, "single tokens of the student's tokenizer, or their ids", repr(token), "Correct it.")
+        ids.append(int(index))
+    return ids

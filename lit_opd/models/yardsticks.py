@@ -43,7 +43,8 @@ def measure_yardsticks(policy: LanguageModel, teacher: LanguageModel, rollout: R
     """
     mask_BT = rollout.mask_BT
     taken_N1 = rollout.completion_ids_BT[mask_BT][:, None]
-    teacher_hidden_NH = teacher.completion_hidden(rollout)[mask_BT]
+    with teacher.evaluating():
+        teacher_hidden_NH = teacher.completion_hidden(rollout)[mask_BT]
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         student = log_softmax(logits_cV)
@@ -61,6 +62,8 @@ def measure_yardsticks(policy: LanguageModel, teacher: LanguageModel, rollout: R
         }
         return logits_cV.new_zeros(()), stats
 
-    _, stats = position_losses(policy.completion_hidden(rollout)[mask_BT], policy.head, read, rows)
-    blank_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+    # The head too in the policy's own precision, or a teacher would differ from itself.
+    with policy.evaluating(), policy.precision():
+        _, stats = position_losses(policy.completion_hidden(rollout)[mask_BT], policy.head, read, rows)
+    blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
     return {name: blank_BT.masked_scatter(mask_BT, values.float()) for name, values in stats.items()}

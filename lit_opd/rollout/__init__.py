@@ -1,8 +1,19 @@
 """Rollouts: sampling completions, and cutting them into micro-batches."""
 
-from lit_opd.rollout.batching import micro_batches, split_updates, uniforms
+from lit_opd.rollout.batching import EVALUATION_STREAM, TRAINING_STREAM, micro_batches, split_updates, uniforms
 from lit_opd.rollout.engine import RolloutEngine
+from lit_opd.rollout.law import training_law
 from lit_opd.rollout.local import LocalEngine
 from lit_opd.rollout.statistics import rollout_sums
 
-__all__ = ["LocalEngine", "RolloutEngine", "micro_batches", "rollout_sums", "split_updates", "uniforms"]
+__all__ = [
+    "EVALUATION_STREAM",
+    "TRAINING_STREAM",
+    "LocalEngine",
+    "RolloutEngine",
+    "micro_batches",
+    "rollout_sums",
+    "split_updates",
+    "training_law",
+    "uniforms",
+]

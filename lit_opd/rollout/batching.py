@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lit_opd.types import Rollout
 
-__all__ = ["micro_batches", "split_updates", "uniforms"]
+__all__ = ["EVALUATION_STREAM", "TRAINING_STREAM", "micro_batches", "split_updates", "uniforms"]
+
+# Set the draws of training and of evaluations apart: the second number of a seed.
+TRAINING_STREAM, EVALUATION_STREAM = 0, 1
 
 
 def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completions: int, length: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.functional import draw, head_logits, law_logps
+from lit_opd.functional.head import compute_dtype
 from lit_opd.models import LanguageModel
 from lit_opd.types import FinishReason, PromptBatch, Rollout, SamplingLaw
 
@@ -20,13 +21,9 @@ class LocalEngine:
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
     ) -> Rollout:
         """Complete every prompt; see `RolloutEngine.sample`. Prompts are prefilled once for all their completions."""
-        was_training = policy.model.training
-        policy.model.eval()  # no dropout: the sampler must be the law that the log-probabilities are of
-        try:
-            with policy.precision(cache_casts=True):
-                ids_BT, logps_BT, mask_BT, stopped_B = _decode(policy, batch, law, num_completions, uniforms_BT)
-        finally:
-            policy.model.train(was_training)
+        # No dropout: the sampler must be the law that the log-probabilities are of.
+        with policy.evaluating(), policy.precision(cache_casts=True):
+            ids_BT, logps_BT, mask_BT, stopped_B = _decode(policy, batch, law, num_completions, uniforms_BT)
         rows_B = torch.arange(len(batch.prompt_ids_BP), device=ids_BT.device).repeat_interleave(num_completions)
         return Rollout(
             prompt_ids_BP=batch.prompt_ids_BP[rows_B],
@@ -48,15 +45,17 @@ def _decode(
     (rows, length), device = uniforms_BT.shape, uniforms_BT.device
     stop_ids = torch.tensor(policy.stop_ids, device=device)
     ids_BT = torch.full((rows, length), policy.pad_id, device=device)
-    logps_BT = torch.zeros((rows, length), device=device)
+    # The dtype said, here as elsewhere: under bf16-true torch's default is bf16.
+    logps_BT = torch.zeros((rows, length), dtype=torch.float32, device=device)
     mask_BT = torch.zeros((rows, length), dtype=torch.bool, device=device)
     running_B = torch.ones(rows, dtype=torch.bool, device=device)
     hidden_BH, cache = _prefill(policy, batch, num_completions)
+    head = policy.head.to(compute_dtype(hidden_BH))  # cast once, not at every token
     seen_BL = batch.prompt_mask_BP.repeat_interleave(num_completions, dim=0)
     steps = 0
     for t in range(length):
         forbidden = stop_ids if t < law.min_new_tokens else None
-        logps_BV = law_logps(head_logits(hidden_BH, policy.head), law, forbidden)
+        logps_BV = law_logps(head_logits(hidden_BH, head), law, forbidden)
         token_B = draw(logps_BV, uniforms_BT[:, t])
         ids_BT[:, t] = torch.where(running_B, token_B, policy.pad_id)
         logps_BT[:, t] = torch.where(running_B, logps_BV.gather(-1, token_B[:, None]).squeeze(-1).float(), 0.0)

@@ -27,7 +27,7 @@ def repetition(ids_BT: Tensor, mask_BT: Tensor, n: int = NGRAM) -> Tensor:
     for row, length in zip(ids_BT.tolist(), mask_BT.sum(1).tolist(), strict=True):
         grams = [tuple(row[i : i + n]) for i in range(length - n + 1)]
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return torch.tensor(shares, device=ids_BT.device)
+    return torch.tensor(shares, dtype=torch.float32, device=ids_BT.device)
 
 
 def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
