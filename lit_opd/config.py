@@ -20,7 +20,8 @@ from lit_opd.errors import UserError, suggest
 
 __all__ = [
     "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "OptimConfig", "RolloutConfig",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_values", "load_config", "to_flat", "to_yaml",
+    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_values", "load_config", "to_flat",
+    "to_yaml",
 ]  # fmt: skip
 
 PACKAGE_FOLDER = Path(__file__).parent

@@ -1,0 +1,92 @@
+"""What can be known of a run before any weights load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lit_opd import estimators
+from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
+from lit_opd.data import PromptDataModule
+from lit_opd.errors import UserError
+from lit_opd.models import load_tokenizer, needs_of, read_model_config, token_ids
+from lit_opd.optim import build_optimizer, build_scheduler
+
+__all__ = ["check_optimizer", "check_weight_files", "prepare_data"]
+
+
+def prepare_data(config: Config) -> PromptDataModule:
+    """The data, loaded and encoded, once estimator, optimizer and model folders have been found to be in order.
+
+    Raises:
+        UserError: whatever cannot work and shows without weights.
+    """
+    estimator = estimators.build(config.estimator.name, **config.estimator.kwargs)
+    if "rewards" in needs_of(estimator) and config.data.verifier is None:
+        raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
+    check_optimizer(config.optim)
+    contexts = [
+        _context_length(section, key) for section, key in ((config.student, "student"), (config.teacher, "teacher"))
+    ]
+    tokenizer = load_tokenizer(config.student, "student")
+    token_ids(tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
+    evaluated = config.evaluation.max_new_tokens or 0
+    data = PromptDataModule(
+        config.data, tokenizer=tokenizer, seed=config.seed,
+        evaluation_batch_size=config.evaluation.batch_size,
+        context_length=min((c for c in contexts if c is not None), default=None),
+        max_new_tokens=max(config.rollout.max_new_tokens, evaluated),
+    )  # fmt: skip
+    data.setup("fit")
+    return data
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """Rehearse a step of optimizer and scheduler on one made-up parameter.
+
+    Raises:
+        UserError: an unknown one, keywords it refuses, or one that needs more than a gradient to step.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1, 1))
+    parameter.grad = torch.zeros(1, 1)
+    try:
+        optimizer = build_optimizer(config, [parameter])
+        scheduler = build_scheduler(config, optimizer)
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    except UserError:
+        raise
+    except Exception as error:  # every one of them has its own way to refuse
+        expected = f"{config.name} and scheduler {config.scheduler} to make a step"
+        raise UserError("optim", expected, f"{type(error).__name__}: {error}", "Correct their keywords.") from error
+
+
+def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
+    """Look for weights in a local model folder, and read the headers of the files that hold them.
+
+    Raises:
+        UserError: no weights, or a damaged or truncated file.
+    """
+    folder = Path(config.path).expanduser()
+    if config.gguf_file is not None or not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and not list(folder.glob("*.bin")):
+        raise UserError(f"{key}.path", "a model folder with weights", f"none in {config.path!r}",
+                        "Name the folder that save_pretrained wrote.")  # fmt: skip
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{key}.path", "readable weights", f"{file}: {error}",
+                            "The file is damaged: copy or download it again.") from error  # fmt: skip
+
+
+def _context_length(section: StudentConfig | TeacherConfig, key: str) -> int | None:
+    found = read_model_config(section, key).get_text_config()
+    check_weight_files(section, key)
+    return getattr(found, "max_position_embeddings", None)

@@ -1,0 +1,136 @@
+"""The Lightning trainer of a run: what the configuration may set, what it decides itself."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lit_opd.callbacks import SaveOnInterrupt, StepProgress
+from lit_opd.config import Config
+from lit_opd.errors import UserError, suggest
+from lit_opd.lab.folder import RunFolder
+from lit_opd.tracking import RunRecord
+
+__all__ = ["build_evaluation_trainer", "build_trainer", "check_trainer_keys"]
+
+# Set here, from other keys where there are any; a second source would contradict them.
+OWN_TRAINER_KEYS = {
+    "logger": "See the section tracking.",
+    "callbacks": "In Python, give them to lightning.Trainer; see DistillationModule.",
+    "plugins": "In Python, give them to lightning.Trainer; see DistillationModule.",
+    "default_root_dir": "Set output_dir.",
+    "enable_checkpointing": "Checkpoints come every evaluation.every_n_steps.",
+    "use_distributed_sampler": "The data module shares out the prompts.",
+    "val_check_interval": "Set evaluation.every_n_steps.",
+    "check_val_every_n_epoch": "Set evaluation.every_n_steps.",
+    "gradient_clip_val": "Set optim.clip_norm.",
+    "gradient_clip_algorithm": "Set optim.clip_norm.",
+    "accumulate_grad_batches": "Set optim.micro_batch_tokens.",
+    "overfit_batches": "Repeat a few prompts with data.train_size=N.",
+    "fast_dev_run": "Set trainer.max_steps=2 data.validation_size=8.",
+    "barebones": "It switches off what a run needs.",
+}
+SCALARS = (bool, int, float, str, NoneType)
+
+
+def check_trainer_keys(config: Config) -> None:
+    """Compare `trainer:` with the signature of `lightning.Trainer`.
+
+    Raises:
+        UserError: an argument it does not take, a value of a wrong type, or an argument that other keys decide.
+    """
+    known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
+    hints = get_type_hints(L.Trainer.__init__)
+    for key, value in config.trainer.items():
+        name = f"trainer.{key}"
+        if key not in known:
+            raise UserError(name, "an argument of lightning.Trainer", "an unknown one", suggest(key, known))
+        if key in OWN_TRAINER_KEYS:
+            raise UserError(name, "to be left out: other keys decide it", repr(value), OWN_TRAINER_KEYS[key])
+        if not _fits(value, hints[key]):
+            raise UserError(name, f"a value of type {_name(hints[key])}", repr(value), "Correct the value.")
+
+
+def build_trainer(config: Config, folder: RunFolder) -> L.Trainer:
+    """The trainer with checkpoints, tracking, progress and a safe Ctrl-C; its logger comes when all checks are done.
+
+    Raises:
+        UserError: whatever `lightning.Trainer` refuses.
+    """
+    every = config.evaluation.every_n_steps
+    callbacks: list[L.Callback] = [
+        # After each evaluation, when the metrics of the step and of the evaluation have been logged: a run that is
+        # killed and resumed has no gap in its curves.
+        ModelCheckpoint(folder.checkpoints, filename=folder.last_checkpoint.stem, enable_version_counter=False,
+                        every_n_epochs=1, save_on_train_epoch_end=False),
+        SaveOnInterrupt(folder.last_checkpoint),
+        RunRecord(config, folder.config),
+        LearningRateMonitor(logging_interval="step"),
+    ]  # fmt: skip
+    return _build(config, callbacks=callbacks, default_root_dir=folder.path,
+                  val_check_interval=every, check_val_every_n_epoch=None)  # fmt: skip
+
+
+def build_evaluation_trainer(config: Config) -> L.Trainer:
+    """A trainer that measures and writes nothing.
+
+    Raises:
+        UserError: whatever `lightning.Trainer` refuses.
+    """
+    return _build(config, callbacks=[], enable_checkpointing=False)
+
+
+def _build(config: Config, callbacks: list[L.Callback], **own: Any) -> L.Trainer:
+    check_trainer_keys(config)
+    defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+    arguments = defaults | dict(config.trainer)
+    progress = [StepProgress()] if arguments.get("enable_progress_bar", True) else []
+    try:
+        trainer = L.Trainer(**arguments, **own, logger=False, callbacks=[*callbacks, *progress],
+                            plugins=[WholeFileIO()], use_distributed_sampler=False)  # fmt: skip
+    except Exception as error:  # Lightning has no common class for what it refuses
+        raise UserError("trainer", "values that lightning.Trainer accepts", str(error), "Correct them.") from error
+    if trainer.precision.startswith("16"):
+        found = repr(config.trainer.get("precision"))
+        raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", found, "Use bf16-mixed.")
+    return trainer
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one and then puts it in its place.
+
+    Lightning writes to the system's temporary folder and moves: a copy where that is another disk, and a run killed
+    while it copies has neither the new checkpoint nor the old one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write the whole file or nothing."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        torch.save(checkpoint, part)
+        os.replace(part, path)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    # Only scalars are judged: what lists and mappings may hold is Lightning's to say.
+    if type(value) not in SCALARS or hint is Any:
+        return True
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint) and get_origin(hint) not in (list, dict, tuple):
+        return any(_fits(value, option) for option in get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _name(hint: Any) -> str:
+    options = [option for option in (get_args(hint) or (hint,)) if option in SCALARS]
+    return " or ".join("null" if option is NoneType else option.__name__ for option in options)

@@ -1,0 +1,24 @@
+"""The law that training samples with."""
+
+from __future__ import annotations
+
+from lit_opd.config import RolloutConfig
+from lit_opd.errors import UserError
+from lit_opd.estimators import BoundEstimator
+from lit_opd.types import SamplingLaw
+
+__all__ = ["training_law"]
+
+
+def training_law(config: RolloutConfig, estimator: BoundEstimator) -> SamplingLaw:
+    """The configured law.
+
+    Raises:
+        UserError: greedy sampling for an estimator that learns from the chance of what was sampled.
+    """
+    if config.temperature == 0:
+        for _, term in estimator.terms:
+            if term.spec.needs.startswith("token"):
+                expected = f"above 0 for {term.spec.name!r}, which learns from what it samples"
+                raise UserError("rollout.temperature", expected, 0, "Set rollout.temperature=1.")
+    return SamplingLaw(config.temperature, config.top_p, config.top_k, config.min_p, config.min_new_tokens)

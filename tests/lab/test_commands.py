@@ -1,0 +1,166 @@
+"""The other commands, on one finished run; and estimators of a user's own."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_opd import estimators
+from lit_opd.cli import main
+from lit_opd.config import load_config
+from lit_opd.lab.training import evaluate, train
+
+SHORT = ("trainer.max_steps=3", "evaluation.every_n_steps=2", "data.train_size=8", "evaluation.teacher=false")
+
+
+@pytest.fixture(scope="module")
+def finished(make_workspace):
+    made = make_workspace("commands", *SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made.folder)
+        assert main(made.arguments("fit")) == 0
+    return made
+
+
+@pytest.fixture
+def run(finished, monkeypatch):
+    monkeypatch.chdir(finished.folder)
+    return finished
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_checkpoint_measures_what_fit_measured_and_nothing_is_written(run, capsys, stage):
+    before = contents(run.folder)
+    words = run.arguments(stage)
+    results = evaluate(load_config([words[2]], words[3:]), str(run.checkpoint), stage)
+    expected = json.loads((run.output / "summary.json").read_text())["after"]
+    assert {name: interval._asdict() for name, interval in results.items()} == expected
+    assert main([*words, "--checkpoint", "run/checkpoints/last.ckpt"]) == 0
+    out = capsys.readouterr().out
+    assert f"{stage}: run/checkpoints/last.ckpt" in out
+    assert f"{expected['reverse_kl']['mean']:.3f}" in out
+    assert contents(run.folder) == before
+
+
+def test_validate_without_checkpoint_measures_the_student_as_it_lies(run):
+    words = run.arguments("validate")
+    results = evaluate(load_config([words[2]], words[3:]), None, "validate")
+    expected = json.loads((run.output / "summary.json").read_text())["before"]
+    assert {name: interval._asdict() for name, interval in results.items()} == expected
+
+
+def test_export_writes_what_fit_exported(run, capsys):
+    assert main(run.arguments("export", "--checkpoint", "run/checkpoints/last.ckpt", "--out", "exported")) == 0
+    assert capsys.readouterr().out.strip() == "exported"
+    mine, theirs = run.folder / "exported", run.output / "student"
+    assert {file.name for file in mine.iterdir()} == {file.name for file in theirs.iterdir()}
+    for file in theirs.iterdir():
+        assert (mine / file.name).read_bytes() == file.read_bytes(), file.name
+    shutil.rmtree(mine)
+
+
+def test_export_merges_lora_into_a_plain_model(workspace):
+    lora = "student.lora={r: 2, target_modules: [q_proj], init_lora_weights: false}"
+    assert main(workspace.arguments("fit", *SHORT, lora)) == 0
+    state = torch.load(workspace.checkpoint, weights_only=True)["state_dict"]
+    assert all("lora_" in name for name in state)
+    model, info = AutoModelForCausalLM.from_pretrained(workspace.output / "student", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model(torch.arange(3, 17)[None]).logits.isfinite().all()
+
+
+def test_finished_run_resumed_changes_nothing(run, capsys):
+    def lasting():
+        return {k: v for k, v in contents(run.output).items() if k.suffix != ".ckpt"}
+
+    before, weights = lasting(), torch.load(run.checkpoint, weights_only=True)
+    capsys.readouterr()
+    assert main(run.arguments("fit", "--resume", "auto")) == 0
+    assert "after 3 steps" in capsys.readouterr().out
+    assert lasting() == before
+    after = torch.load(run.checkpoint, weights_only=True)
+    assert all(torch.equal(after["state_dict"][k], v) for k, v in weights["state_dict"].items())
+    (record,) = run.runs
+    assert record.info.status == "FINISHED"
+
+
+def test_more_steps_after_the_end_are_those_of_a_longer_run(workspace):
+    constant = ("optim.scheduler=null", "evaluation.teacher=false", "optim.updates_per_rollout=2")
+    words = workspace.arguments("fit", *constant)
+    straight = train(load_config([words[2]], [*words[3:], "output_dir=straight", "trainer.max_steps=10"]))
+    train(load_config([words[2]], [*words[3:], "trainer.max_steps=6"]))
+    longer = train(load_config([words[2]], [*words[3:], "trainer.max_steps=10"]), "auto")
+    assert longer.steps == straight.steps == 10
+    assert (longer.student / "model.safetensors").read_bytes() == (straight.student / "model.safetensors").read_bytes()
+    assert longer.after == straight.after
+
+
+def test_resume_from_a_checkpoint_elsewhere_begins_a_run_of_its_own(run, capsys):
+    assert main(run.arguments("fit", "--resume", "run/checkpoints/last.ckpt", "output_dir=continued",
+                              "trainer.max_steps=4", "tracking.experiment=continued")) == 0  # fmt: skip
+    assert json.loads((run.folder / "continued" / "summary.json").read_text())["steps"] == 4
+    (record,) = run.runs
+    assert record.info.run_id != json.loads((run.folder / "continued" / "run.json").read_text())["mlflow_run_id"]
+    shutil.rmtree(run.folder / "continued")
+
+
+def test_resume_from_a_checkpoint_does_not_write_over_another_run(run, capsys):
+    shutil.copy(run.checkpoint, "elsewhere.ckpt")
+    assert main(run.arguments("fit", "--resume", "elsewhere.ckpt")) == 2
+    assert "another run" in capsys.readouterr().err
+    (run.folder / "elsewhere.ckpt").unlink()
+
+
+def test_estimators_lists_the_registry(capsys, monkeypatch):
+    assert main(["estimators", "--markdown"]) == 0
+    table = capsys.readouterr().out
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == estimators.names()
+    assert all(row.count(" | ") == 6 for row in rows)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["estimators"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in estimators.names())
+
+
+MINE = """
+from lit_opd import register_estimator
+from lit_opd.types import Estimate
+
+def clipped_reverse_kl(tokens, *, max_log_ratio=5.0):
+    ratio = (tokens.student_logps_BT.detach() - tokens.teacher_logps_BT).clamp(-max_log_ratio, max_log_ratio)
+    return Estimate(loss_BT=ratio * tokens.student_logps_BT, kl_BT=ratio)
+
+@register_estimator("clipped_{name}", target="reverse_kl", source="me")
+def decorated(tokens, *, max_log_ratio=5.0):
+    return clipped_reverse_kl(tokens, max_log_ratio=max_log_ratio)
+"""
+
+
+@pytest.mark.parametrize("reference", ["{file}.py:clipped_reverse_kl", "{file}.py:decorated", "{file}:decorated"])
+def test_estimator_of_ones_own(workspace, monkeypatch, reference):
+    name = f"mine_{abs(hash(reference))}"
+    (workspace.folder / f"{name}.py").write_text(MINE.format(name=name))
+    monkeypatch.syspath_prepend(workspace.folder)
+    reference = reference.format(file=name)
+    words = (f"estimator.name={reference}", "estimator.kwargs.max_log_ratio=3")
+    assert main(workspace.arguments("fit", *SHORT, *words)) == 0
+    (record,) = workspace.runs
+    assert record.data.tags["estimator"] == reference
+    assert record.data.params["estimator.kwargs.max_log_ratio"] == "3"
+    assert "estimator.kwargs.divergence" not in record.data.params
+    estimators.registry._REGISTRY.pop(f"clipped_{name}", None)
+
+
+def test_keyword_of_ones_own_is_checked(workspace, capsys):
+    (workspace.folder / "mine.py").write_text(MINE.format(name="x"))
+    assert main(workspace.arguments("fit", "estimator.name=mine.py:decorated", "estimator.kwargs.max_ratio=3")) == 2
+    assert "Did you mean 'max_log_ratio'?" in capsys.readouterr().err
+    estimators.registry._REGISTRY.pop("clipped_x", None)

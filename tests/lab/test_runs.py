@@ -1,0 +1,211 @@
+"""Whole runs as a user starts them: to the end, killed and resumed, interrupted and resumed, failing."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_opd import load_config
+from lit_opd.config import PACKAGE_FOLDER
+
+TAGS = {"estimator", "family", "student", "teacher", "teacher_quantization", "seed", "dataset_sha256"}
+YARDSTICKS = ("reverse_kl", "forward_kl", "jsd", "teacher_nll", "top1_agreement", "student_entropy", "teacher_entropy",
+              "accuracy", "pass_at_2")  # fmt: skip
+METRICS = {
+    *(f"train/{name}" for name in ("loss", "reverse_kl", "entropy", "grad_norm")),
+    *(f"rollout/{name}" for name in ("length", "truncated_frac", "eos_frac", "repetition_frac", "sampler_gap")),
+    *(f"val/{name}" for name in YARDSTICKS),
+    *(f"perf/{name}" for name in
+      ("tokens_per_s", "rollout_s", "teacher_s", "student_s", "step_s", "peak_memory_mb")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def student_with_dropout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dropout") / "student"
+    shutil.copytree(PACKAGE_FOLDER / "tiny" / "student", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.2}))
+    return f"student.path={folder}"
+
+
+@pytest.fixture(scope="module")
+def finished(make_workspace, student_with_dropout):
+    """One uninterrupted run, which the resumed ones must equal."""
+    made = make_workspace("finished", student_with_dropout)
+    done = made.run(*made.arguments("fit"))
+    assert done.returncode == 0, done.stderr
+    return made, done
+
+
+def read(workspace):
+    state = torch.load(workspace.checkpoint, weights_only=True)
+    return state, (workspace.output / "student" / "model.safetensors").read_bytes()
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def assert_same_end(resumed, finished):
+    (state, exported), (expected, expected_export) = read(resumed), read(finished)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "torch_rng_state"):
+        assert same(state[key], expected[key]), key
+    assert exported == expected_export
+
+
+def losses(workspace):
+    (run,) = workspace.runs
+    return {m.step: m.value for m in workspace.client.get_metric_history(run.info.run_id, "train/loss")}
+
+
+def test_fit_prints_what_a_user_needs(finished):
+    workspace, done = finished
+    lines = done.stdout.splitlines()
+    for word in ("before", "after 8 steps", "teacher"):
+        assert word in lines[2] + lines[1] + lines[0]
+    for label in ("accuracy", "reverse KL", "forward KL", "JSD", "pass@2"):
+        (row,) = [line for line in lines if line.strip().startswith(label)]
+        assert row.count("[") == row.count("]") == 3
+    (run,) = workspace.runs
+    assert "checkpoint: run/checkpoints/last.ckpt" in lines
+    assert "exported model: run/student" in lines
+    assert f"mlflow ui --backend-store-uri {workspace.uri}" in done.stdout
+    assert run.info.run_id in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_fit_leaves_a_summary_and_a_configuration_that_loads_back(finished):
+    workspace, _ = finished
+    summary = json.loads((workspace.output / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert summary["after"]["reverse_kl"].keys() == {"mean", "low", "high"}
+    words = workspace.arguments("fit")
+    (run,) = workspace.runs
+    artifact = workspace.client.download_artifacts(run.info.run_id, "config.yaml", str(workspace.folder))
+    assert load_config([artifact]) == load_config([words[2]], words[3:])
+
+
+def test_fit_exports_the_trained_student(finished):
+    workspace, _ = finished
+    exported = AutoModelForCausalLM.from_pretrained(workspace.output / "student")
+    trained = AutoModelForCausalLM.from_pretrained(PACKAGE_FOLDER / "tiny" / "student")
+    before = trained(torch.arange(3, 17)[None]).logits
+    weights = torch.load(workspace.checkpoint, weights_only=True)["state_dict"]
+    trained.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()})
+    expected = trained(torch.arange(3, 17)[None]).logits
+    assert torch.equal(exported(torch.arange(3, 17)[None]).logits, expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
+
+
+def test_fit_records_the_run_in_mlflow(finished):
+    workspace, _ = finished
+    (run,) = workspace.runs
+    assert run.info.status == "FINISHED"
+    assert run.data.tags.keys() >= TAGS
+    assert run.data.tags["family"] == "token"
+    assert run.data.tags["teacher"].endswith("tiny/teacher")
+    assert run.data.metrics.keys() >= METRICS
+    assert run.data.params["optim.scheduler_kwargs.T_max"] == "8"
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert sorted(losses(workspace)) == list(range(8))
+
+
+def test_fit_records_completions_before_during_and_after(finished):
+    workspace, _ = finished
+    (run,) = workspace.runs
+    path = workspace.client.download_artifacts(run.info.run_id, "completions.json", str(workspace.folder))
+    table = json.loads(Path(path).read_text())
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert {(row["policy"], row["step"]) for row in rows} == {
+        ("before", 0), ("teacher", 0), ("student", 3), ("student", 6), ("student", 8),
+    }  # fmt: skip
+    for row in rows:
+        tokens = json.loads(row["token_log_ratios"])
+        assert row["reward"] in (0.0, 1.0)
+        assert "".join(token for token, _ in tokens) == row["completion"]
+        assert row["mean_log_ratio"] == pytest.approx(sum(ratio for _, ratio in tokens) / len(tokens))
+
+
+def test_killed_run_resumes_bit_for_bit(finished, make_workspace, student_with_dropout):
+    workspace = make_workspace("killed", student_with_dropout)
+    killed = workspace.stop_after_first_checkpoint(signal.SIGKILL, *workspace.arguments("fit", "--resume", "auto"))
+    assert killed.returncode == -signal.SIGKILL
+    assert not (workspace.output / "student").exists()
+    (begun,) = workspace.runs
+    assert begun.info.status == "RUNNING"
+    resumed = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(workspace, finished[0])
+    (run,) = workspace.runs
+    assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
+    assert losses(workspace) == losses(finished[0])
+    steps = {m.step for m in workspace.client.get_metric_history(run.info.run_id, "val/reverse_kl")}
+    assert steps == {0, 2, 5, 8}  # Lightning counts from 0 while it trains
+    assert resumed.stdout.splitlines()[3:6] == finished[1].stdout.splitlines()[3:6]  # with the results before training
+
+
+def test_interrupted_run_saves_and_resumes_bit_for_bit(finished, make_workspace, student_with_dropout):
+    workspace = make_workspace("interrupted", student_with_dropout)
+    stopped = workspace.stop_after_first_checkpoint(signal.SIGINT, *workspace.arguments("fit"))
+    assert stopped.returncode == 130
+    assert "Traceback" not in stopped.stderr
+    assert "--resume auto" in stopped.stderr
+    (begun,) = workspace.runs
+    assert begun.info.status == "KILLED"
+    saved = torch.load(workspace.checkpoint, weights_only=True)["global_step"]
+    assert 3 <= saved < 8
+    assert sorted(losses(workspace)) == list(range(saved))
+    resumed = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(workspace, finished[0])
+    (run,) = workspace.runs
+    assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
+    assert losses(workspace) == losses(finished[0])
+
+
+NOT_FINITE = """
+from lit_opd.types import Estimate
+calls = [0]
+
+def fails_late(tokens):
+    calls[0] += 1
+    if calls[0] > 2:
+        {failure}
+    loss = tokens.student_logps_BT
+    return Estimate(loss_BT=loss, kl_BT=loss.detach())
+"""
+
+
+def test_run_that_is_not_finite_ends_in_one_line_with_a_checkpoint(workspace):
+    loss = "return Estimate(loss_BT=tokens.student_logps_BT * float('nan'), kl_BT=tokens.student_logps_BT.detach())"
+    (workspace.folder / "mine.py").write_text(NOT_FINITE.format(failure=loss))
+    done = workspace.run(*workspace.arguments("fit", "estimator.name=mine.py:fails_late"))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert "optimizer step 2" in line
+    assert "optim.lr" in line
+    (run,) = workspace.runs
+    assert run.info.status == "FAILED"
+    assert torch.load(workspace.checkpoint, weights_only=True)["global_step"] == 2
+
+
+def test_run_that_raises_is_a_failed_run(workspace):
+    from lit_opd.cli import main
+
+    (workspace.folder / "mine.py").write_text(NOT_FINITE.format(failure="raise RuntimeError('a bug of mine')"))
+    with pytest.raises(RuntimeError, match="a bug of mine"):
+        main(workspace.arguments("fit", "estimator.name=mine.py:fails_late"))
+    (run,) = workspace.runs
+    assert run.info.status == "FAILED"

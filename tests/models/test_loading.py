@@ -1,0 +1,151 @@
+"""Quantised teachers, GGUF files, LoRA and gradient checkpointing; what a folder lacks is said in one line."""
+
+import copy
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from lit_opd import DistillationModule
+from lit_opd.config import PACKAGE_FOLDER, StudentConfig, TeacherConfig
+from lit_opd.errors import UserError
+from lit_opd.models import load_student, load_teacher, load_tokenizer, read_model_config
+
+TINY = {"student": str(PACKAGE_FOLDER / "tiny/student"), "teacher": str(PACKAGE_FOLDER / "tiny/teacher")}
+LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0}
+SMALL = {"rollout": {"max_new_tokens": 4}, "optim": {"name": "SGD", "lr": 0.1}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_teacher_loads_scores_and_stays_close(bits, dtype, fit, make_data):
+    """On the CPU; close means that its distributions are nearly those of the teacher in full precision."""
+    config = TeacherConfig(TINY["teacher"], dtype=dtype, quantization=f"{bits}bit")
+    module = DistillationModule(TINY["student"], config, **SMALL)
+    record = fit(module)
+    layer = module.teacher.model.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert module.pair.names()["teacher_quantization"] == f"{bits}bit"
+    assert record.gradients[0]["model.embed_tokens.weight"].any()
+    whole = load_teacher(TeacherConfig(TINY["teacher"], dtype="float32"))
+    ids = torch.tensor([[1, 4, 14, 5, 15]])
+    exact, found = (m.model(ids).logits.float().log_softmax(-1) for m in (whole, module.teacher))
+    assert 0 < (exact.exp() * (exact - found)).sum(-1).max() < {8: 0.02, 4: 0.5}[bits]
+
+
+def write_gguf(model, path):
+    """The model as llama.cpp writes it: tensors renamed, query and key rows permuted."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        array = weight.float().numpy()
+        if "q_proj" in name or "k_proj" in name:
+            heads, rows = config.num_attention_heads, len(array)
+            array = array.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_teacher_is_the_model_it_was_made_from(make_model, tmp_path, tiny_tokenizer, student_path, fit):
+    model = make_model(2)
+    write_gguf(model, str(tmp_path / "model.gguf"))
+    tiny_tokenizer.save_pretrained(tmp_path)
+    config = TeacherConfig(str(tmp_path), dtype="float32", gguf_file="model.gguf")
+    teacher = load_teacher(config, tiny_tokenizer)
+    ids = torch.arange(8)[None]
+    torch.testing.assert_close(teacher.model(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    fit(DistillationModule(student_path, config, teacher_tokenizer=tiny_tokenizer, **SMALL))
+    with pytest.raises(UserError, match=r"teacher\.gguf_file: .*no 'other\.gguf'"):
+        load_teacher(TeacherConfig(str(tmp_path), gguf_file="other.gguf"), tiny_tokenizer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_trains_saves_and_resumes_only_its_adapters(tied, make_model, save_model, teacher_path, fit):
+    """Tied weights have two names in a state dict; both are frozen."""
+    path = save_model(make_model(1, tie_word_embeddings=tied))
+
+    def module():
+        torch.manual_seed(0)
+        return DistillationModule(StudentConfig(path, lora=LORA), teacher_path, **copy.deepcopy(SMALL))
+
+    trained = module()
+    before = copy.deepcopy(trained.model.state_dict())
+    record = fit(trained, 2)
+    assert record.gradients[0]
+    assert all("lora_" in name for name in record.gradients[0])
+    moved = {name for name, value in trained.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved
+    assert all("lora_" in name for name in moved)
+    file = trained.trainer.default_root_dir + "/lora.ckpt"
+    trained.trainer.save_checkpoint(file)
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    assert saved
+    assert all("lora_" in name for name in saved)
+    resumed = module()
+    fit(resumed, 3, ckpt_path=file)
+    fit(trained, 3, ckpt_path=file)
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_gradient_checkpointing_gives_the_same_gradients(lora, student_path, teacher_path, fit):
+    """And is really in use: a student in eval mode would silently go without."""
+
+    def run(checkpointing):
+        torch.manual_seed(0)
+        student = StudentConfig(student_path, lora=lora, gradient_checkpointing=checkpointing)
+        module = DistillationModule(student, teacher_path, **copy.deepcopy(SMALL))
+        calls = []
+        norm = module.student.causal_lm.model.layers[1].input_layernorm
+        norm.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled() or module.model.training))
+        return fit(module).gradients[0], sum(calls)
+
+    plain, forwards = run(False)
+    checkpointed, more_forwards = run(True)
+    assert (forwards, more_forwards) == (1, 2)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=1e-7)
+
+
+def test_mistakes_are_told_in_one_line(tmp_path, student_path, tiny_tokenizer):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (lambda: read_model_config(StudentConfig(str(tmp_path / "none")), "student"), r"student\.path: .*no folder"),
+        (lambda: read_model_config(StudentConfig(str(tmp_path / "empty")), "student"), r"student\.path: .*\.json"),
+        (lambda: load_tokenizer(TeacherConfig(str(tmp_path / "none")), "teacher"), r"teacher\.path: .*no folder"),
+        (lambda: load_student(StudentConfig(student_path, lora={"rank": 2})), r"student\.lora: .*peft"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_and_a_wrong_kind_of_model_are_refused(make_model, tmp_path, tiny_tokenizer):
+    make_model(1).config.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"student\.path: .*readable weights"):
+        load_student(StudentConfig(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="a causal language model, found model_type 'vit'"):
+        read_model_config(StudentConfig(str(tmp_path)), "student")
+
+
+def test_a_loaded_teacher_is_frozen_and_in_eval(teacher_path):
+    teacher = load_teacher(TeacherConfig(teacher_path))
+    assert not teacher.model.training
+    assert not any(p.requires_grad for p in teacher.model.parameters())

@@ -1,0 +1,105 @@
+"""What the teacher says, and the yardsticks, against dense references."""
+
+import pytest
+import torch
+
+from lit_opd import estimators
+from lit_opd.functional import head_logits
+from lit_opd.models import LanguageModel, measure_yardsticks, needs_of, score_teacher, support_size_of
+from lit_opd.types import SamplingLaw
+
+ROWS = [1, 3, 1000]
+
+
+@pytest.fixture(scope="module")
+def scene(make_model, tiny_tokenizer, make_batch, sample, full_logits):
+    """Student, teacher, a rollout with holes in its mask, and both models' log-probabilities at counted positions."""
+    student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
+    rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
+    rollout = rollout.uncount(rollout.completion_ids_BT == 7)
+    logps = [full_logits(m, rollout).detach().log_softmax(-1)[rollout.mask_BT] for m in (student, teacher)]
+    policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
+    return *policies, rollout, *logps
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("token", {}), ("sequence", {}), ("teacher_topk", {"k": 5}), ("full_vocab", {})]
+)
+def test_scores_hold_what_the_estimator_needs_and_no_more(name, kwargs, rows, scene):
+    _, teacher, rollout, _, logps = scene
+    scores = score_teacher(teacher, rollout, estimators.build(name, **kwargs), rows)
+    filled = {name for name, value in vars(scores).items() if value is not None}
+    if name == "full_vocab":
+        assert filled == {"hidden_NH"}
+        return close(head_logits(scores.hidden_NH, teacher.head).log_softmax(-1), logps)
+    close(scores.logps_N, logps.gather(-1, rollout.completion_ids_BT[rollout.mask_BT][:, None])[:, 0])
+    if name == "teacher_topk":
+        assert filled == {"logps_N", "support_ids_NK", "support_logps_NK"}
+        close(scores.support_logps_NK, logps.sort(descending=True).values[:, :5])
+        return close(logps.gather(-1, scores.support_ids_NK), scores.support_logps_NK)
+    return None if filled == {"logps_N"} else pytest.fail(str(filled))
+
+
+@pytest.mark.parametrize("name", ["token", "teacher_topk", "full_vocab"])
+def test_nothing_counted_is_scored_as_nothing(name, scene):
+    _, teacher, rollout, _, _ = scene
+    scores = score_teacher(teacher, rollout.uncount(rollout.mask_BT), estimators.build(name), 4)
+    assert all(len(value) == 0 for value in vars(scores).values() if value is not None)
+
+
+def test_needs_and_support_size_of_a_mix():
+    mix = estimators.build("mix", terms={"sequence": 1, "teacher_topk": {"weight": 1, "k": 5}, "full_vocab": 1})
+    assert needs_of(mix) == {"token", "support", "full"}
+    assert support_size_of(mix) == 5
+    assert support_size_of(estimators.build("token")) == 0
+
+
+def dense_yardsticks(p, q, ids):
+    m = (0.5 * p.exp() + 0.5 * q.exp()).log()
+    taken_p, taken_q = (x.gather(-1, ids[:, None])[:, 0] for x in (p, q))
+    return {
+        "reverse_kl": (p.exp() * (p - q)).sum(-1),
+        "forward_kl": (q.exp() * (q - p)).sum(-1),
+        "jsd": 0.5 * (p.exp() * (p - m)).sum(-1) + 0.5 * (q.exp() * (q - m)).sum(-1),
+        "teacher_nll": -taken_q,
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double(),
+        "student_entropy": -(p.exp() * p).sum(-1),
+        "teacher_entropy": -(q.exp() * q).sum(-1),
+        "log_ratio": taken_p - taken_q,
+    }
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_yardsticks_are_the_dense_ones(rows, scene):
+    student, teacher, rollout, p, q = scene
+    found = measure_yardsticks(student, teacher, rollout, rows)
+    expected = dense_yardsticks(p, q, rollout.completion_ids_BT[rollout.mask_BT])
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name][rollout.mask_BT].double(), values, rtol=1e-6, atol=1e-6)
+        assert not found[name][~rollout.mask_BT].any()
+
+
+def test_a_teacher_does_not_differ_from_itself_under_autocast(make_model, tiny_tokenizer, make_batch, sample):
+    """Its body and both uses of its head run in its own precision."""
+    teacher = LanguageModel(make_model(2), tiny_tokenizer, "teacher", own_precision=True)
+    rollout = sample(teacher.model, make_batch(), SamplingLaw())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = measure_yardsticks(teacher, teacher, rollout, 4)
+    assert found["reverse_kl"].abs().max() < 1e-6
+    assert not found["log_ratio"].any()
+    assert (found["top1_agreement"][rollout.mask_BT] == 1).all()
+
+
+def test_measuring_uses_eval_mode_and_restores_the_mode(make_model, tiny_tokenizer, make_batch, sample):
+    student = LanguageModel(make_model(1, attention_dropout=0.5).train(), tiny_tokenizer, "student")
+    teacher = LanguageModel(make_model(2, attention_dropout=0.5).train(), tiny_tokenizer, "teacher")
+    rollout = sample(student.model, make_batch(), SamplingLaw())
+    one, two = (measure_yardsticks(student, teacher, rollout, 100) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert student.model.training

@@ -1,0 +1,76 @@
+"""Cutting rollouts, and the streams of random numbers."""
+
+import itertools
+
+import numpy as np
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_opd.rollout import micro_batches, split_updates, uniforms
+from lit_opd.types import Rollout, SamplingLaw
+
+fast = settings(max_examples=60, deadline=None)
+lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=20)
+
+
+def rollout_of(sizes):
+    """A rollout with prompts and completions of the given lengths."""
+    prompts, completions = torch.tensor(sizes).T
+    prompt_mask = torch.arange(prompts.max()).flip(0) < prompts[:, None]
+    mask = torch.arange(completions.max()) < completions[:, None]
+    return Rollout(prompt_mask.long(), prompt_mask, mask.long(), mask, mask, mask.float(), torch.zeros(len(sizes)),
+                   SamplingLaw(), torch.arange(len(sizes)))  # fmt: skip
+
+
+@fast
+@given(lengths, st.integers(1, 120), st.randoms(use_true_random=False))
+def test_micro_batches_hold_every_row_once_sorted_and_within_the_budget(sizes, budget, random):
+    chosen = torch.tensor(random.sample(range(len(sizes)), random.randint(1, len(sizes))))
+    rollout = rollout_of(sizes)
+    groups = micro_batches(rollout, chosen, budget)
+    rows = [row for group in groups for row in group.tolist()]
+    assert sorted(rows) == sorted(chosen.tolist())
+    totals = [sum(sizes[row]) for row in rows]
+    assert totals == sorted(totals)
+    for group in groups:
+        part = rollout.rows(group)
+        assert torch.cat([part.prompt_ids_BP, part.completion_ids_BT], 1).numel() <= budget or len(group) == 1
+
+
+@fast
+@given(lengths, st.integers(1, 120))
+def test_micro_batches_are_as_few_as_this_order_allows(sizes, budget):
+    """A new one is begun only where the next row did not fit."""
+    groups = [group.tolist() for group in micro_batches(rollout_of(sizes), torch.arange(len(sizes)), budget)]
+    for group, following in itertools.pairwise(groups):
+        rows = [*group, following[0]]
+        assert (max(sizes[r][0] for r in rows) + max(sizes[r][1] for r in rows)) * len(rows) > budget
+
+
+@fast
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_updates_split_the_rows_evenly(sequences, updates):
+    parts = split_updates(sequences, updates)
+    assert len(parts) == updates
+    assert sorted(row for part in parts for row in part.tolist()) == list(range(sequences))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_streams_are_distinct_uniform_and_independent_of_the_batch():
+    draws = [(number, place) for number in range(8) for place in range(8)]
+    numbers = uniforms((3, 0), draws, 2, 50)
+    assert numbers.shape == (128, 50)
+    assert numbers.dtype == torch.float64
+    assert len({tuple(row) for row in numbers.tolist()}) == 128
+    assert scipy.stats.kstest(numbers.flatten().numpy(), "uniform").pvalue > 1e-3
+    correlations = np.corrcoef(numbers.numpy())[np.triu_indices(128, 1)]
+    assert abs(correlations).max() < 0.65
+    for place in (0, 13, 63):
+        assert torch.equal(uniforms((3, 0), draws[place : place + 1], 2, 50), numbers[2 * place : 2 * place + 2])
+    assert torch.equal(uniforms((3, 0), draws, 2, 20), numbers[:, :20]), "a longer stream begins with the shorter one"
+    assert torch.equal(uniforms((3, 0), draws[:1], 1, 50), numbers[:1])
+    for seed in ((4, 0), (3, 1)):
+        assert not torch.isin(uniforms(seed, draws, 2, 50), numbers).any()

@@ -1,0 +1,28 @@
+"""What a rollout looks like, on rollouts written by hand."""
+
+import pytest
+import torch
+
+from lit_opd.rollout import rollout_sums
+from lit_opd.rollout.statistics import repetition
+from lit_opd.types import FinishReason, Rollout, SamplingLaw
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [([1, 2, 3], 0.0), ([1, 2, 3, 4, 5], 0.0), ([7] * 10, 6 / 7), ([1, 2, 1, 2, 1, 2, 1, 2], 3 / 5)],
+)
+def test_repetition_is_the_share_of_four_grams_seen_before(ids, expected):
+    padded = torch.tensor([ids + [0] * 8])
+    mask = torch.arange(padded.shape[1])[None] < len(ids)
+    assert repetition(padded, mask).item() == pytest.approx(expected)
+
+
+def test_sums_count_sequences():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
+    finish = torch.tensor([FinishReason.STOP, FinishReason.LENGTH, FinishReason.STOP])
+    prompts = torch.ones(3, 1, dtype=torch.long)
+    rollout = Rollout(prompts, prompts.bool(), mask.long(), mask, mask, mask.float(), finish, SamplingLaw(),
+                      torch.arange(3))  # fmt: skip
+    sums = {name: value.item() for name, value in rollout_sums(rollout).items()}
+    assert sums == {"rows": 3, "length": 7, "truncated_frac": 1, "eos_frac": 2, "repetition_frac": 0}

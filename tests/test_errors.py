@@ -1,0 +1,28 @@
+import pytest
+
+from lit_opd.errors import RunError, UserError, choose, suggest
+
+
+def test_user_error_is_one_line_with_its_four_parts():
+    error = UserError("optim.lr", "a\nnumber", ["x\n", 1], "Set   it.")
+    assert str(error) == "optim.lr: expected a number, found ['x\\n', 1]. Set it."
+    assert (error.key, error.expected, error.remedy) == ("optim.lr", "a\nnumber", "Set   it.")
+
+
+def test_run_error_is_not_a_mistake_of_the_user():
+    assert issubclass(RunError, RuntimeError)
+    assert not issubclass(RunError, UserError)
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    ("tok", "Did you mean 'token'?"), ("zzz", "Known: hybrid, sequence, token."),
+    ("", "Known: hybrid, sequence, token."),
+])  # fmt: skip
+def test_suggest_names_the_nearest_or_all(word, said):
+    assert suggest(word, ["token", "sequence", "hybrid"]) == said
+
+
+def test_choose():
+    choose("key", "a", iter(["a", "b"]))
+    with pytest.raises(UserError, match=r"^key: expected one of alpha, beta, found 'alpa'. Did you mean 'alpha'\?$"):
+        choose("key", "alpa", iter(["alpha", "beta"]))

@@ -1,0 +1,125 @@
+"""An evaluation: fixed draws, temperature 1, examples to read; and what the module makes of it."""
+
+import math
+
+import pytest
+import torch
+
+from lit_opd.config import EvaluationConfig
+from lit_opd.evaluation import Evaluation, judge
+from lit_opd.models import YARDSTICKS, LanguageModel
+from lit_opd.rollout import LocalEngine
+from lit_opd.types import SamplingLaw
+
+
+@pytest.fixture(scope="module")
+def policies(make_model, tiny_tokenizer):
+    return [LanguageModel(make_model(seed), tiny_tokenizer, key) for seed, key in ((1, "student"), (2, "teacher"))]
+
+
+def correct_if_short(completion, row):
+    return float(len(completion) < 4 and row["answer"] == "1")
+
+
+def evaluate(policies, batches, verifier=correct_if_short, **config):
+    evaluation = Evaluation(EvaluationConfig(**config), max_new_tokens=8)
+    for batch in batches:
+        evaluation.add(*policies, batch, LocalEngine(), verifier, rows=50)
+    return evaluation.finish()
+
+
+def test_results_do_not_depend_on_the_batches_nor_on_training_s_random_state(policies, make_batch):
+    prompts = ["1+2=", "7=", "12-9+3=", "5+5="]
+    torch.manual_seed(1)
+    whole, _ = evaluate(policies, [make_batch(prompts)], num_completions=3, pass_at=[1, 3])
+    torch.manual_seed(2)
+    cut, _ = evaluate(policies, [make_batch([p]) for p in prompts], num_completions=3, pass_at=[1, 3])
+    assert set(whole) == {*YARDSTICKS, "length", "truncated_frac", "accuracy", "pass_at_3"}
+    for name, interval in whole.items():
+        assert cut[name] == pytest.approx(interval, rel=1e-4, abs=1e-5)
+    other, _ = evaluate(policies, [make_batch(prompts)], num_completions=3, seed=1)
+    assert other["reverse_kl"].mean != whole["reverse_kl"].mean
+
+
+def test_it_samples_at_temperature_one_untruncated(policies, make_batch):
+    laws = []
+
+    class Engine(LocalEngine):
+        def sample(self, policy, batch, law, num_completions, uniforms_BT):
+            laws.append((law, num_completions, uniforms_BT.shape))
+            return super().sample(policy, batch, law, num_completions, uniforms_BT)
+
+    evaluation = Evaluation(EvaluationConfig(num_completions=2), max_new_tokens=8)
+    evaluation.add(*policies, make_batch(), Engine(), None, rows=50)
+    assert laws == [(SamplingLaw(), 2, (10, 8))]
+    results, _ = evaluation.finish()
+    assert "accuracy" not in results
+
+
+def test_examples_to_read(policies, make_batch, full_logits, tiny_tokenizer):
+    """As many as asked for, over batches; each token's log-ratio is that of a plain forward pass."""
+    batches = [make_batch(["1+2=", "7="]), make_batch(["5+5="])]
+    _, examples = evaluate(policies, batches, num_examples=3)
+    assert [e.prompt for e in examples] == ["1+2=", "7=", "5+5="]
+    assert len(evaluate(policies, batches, num_examples=2)[1]) == 2
+    for example in examples:
+        assert "".join(example.tokens) == example.completion
+        assert len(example.tokens) == len(example.log_ratios)
+        assert example.reward in (0.0, 1.0)
+        prompt = tiny_tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        ids = tiny_tokenizer.convert_tokens_to_ids(example.tokens)
+        logps = [p.model(torch.tensor([prompt + ids])).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+                 for p in policies]  # fmt: skip
+        ratios = (logps[0] - logps[1]).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert example.log_ratios == pytest.approx(ratios.tolist(), abs=2e-4)
+    assert evaluate(policies, batches, verifier=None)[1][0].reward is None
+
+
+def test_the_verifier_sees_text_without_special_tokens_and_its_own_row(policies, make_batch, sample):
+    batch = make_batch(["1+2=", "7="])
+    rollout = sample(policies[0].model, batch, SamplingLaw(), num_completions=3)
+    seen = []
+
+    def verifier(completion, row):
+        seen.append((completion, row["prompt"]))
+        return len(seen)
+
+    rewards = judge(policies[0], batch, rollout, verifier)
+    assert rewards.tolist() == [1, 2, 3, 4, 5, 6]
+    assert rewards.dtype == torch.float32
+    assert [prompt for _, prompt in seen] == ["1+2="] * 3 + ["7="] * 3
+    assert not any("<" in text for text, _ in seen)
+
+
+def test_the_module_logs_every_yardstick_with_its_interval(make_model, make_module, make_trainer, make_data):
+    module, data = make_module(make_model(1), make_model(2), evaluation={"num_completions": 2}), make_data()
+    trainer = make_trainer(limit_val_batches=1.0)
+    trainer.validate(module, data, verbose=False)
+    logged = {k: v.item() for k, v in trainer.callback_metrics.items()}
+    for name, interval in module.results["val"].items():
+        assert logged[f"val/{name}"] == pytest.approx(interval.mean, rel=1e-5)
+        assert logged[f"val_interval/{name}_low"] == pytest.approx(interval.low, rel=1e-5)
+        assert logged[f"val_interval/{name}_high"] == pytest.approx(interval.high, rel=1e-5)
+    assert {"accuracy", "reverse_kl"} <= set(module.results["val"])
+    assert len(module.examples) == 10
+    assert module.measured_at == 0
+    before = dict(module.results["val"])
+    with module.judging_teacher():
+        trainer.validate(module, data, verbose=False)
+    assert module.results["teacher"]["reverse_kl"].mean == pytest.approx(0, abs=1e-6)
+    assert module.results["val"] == before
+    assert module.judged == "student"
+    trainer.test(module, data, verbose=False)
+    assert module.results["test"] == before
+    assert not math.isnan(logged["val/accuracy"])
+
+
+def test_training_leaves_the_measured_prompts_and_draws_alone(make_model, make_module, make_trainer, make_data):
+    """The same student measures the same before and after another run's training."""
+    module, data = make_module(make_model(1), make_model(2), optim={"lr": 1e-30}), make_data()
+    trainer = make_trainer(2, limit_val_batches=1.0)
+    trainer.validate(module, data, verbose=False)
+    before = module.results["val"]
+    trainer.fit(module, data)
+    trainer.validate(module, data, verbose=False)
+    assert module.results["val"] == before

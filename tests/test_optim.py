@@ -1,0 +1,69 @@
+"""Optimizers and schedules by name."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from lit_opd.config import OptimConfig
+from lit_opd.errors import UserError
+from lit_opd.optim import build_optimizer, build_scheduler
+
+
+def rates(steps=8, **keys):
+    """Learning rates of the first steps; any warning is an error."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = OptimConfig(name="SGD", lr=2.0, **keys)
+        optimizer = build_optimizer(config, [weight])
+        scheduler = build_scheduler(config, optimizer)
+        found = []
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            weight.grad = torch.ones(2)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+    return found
+
+
+def test_warm_up_begins_above_zero_and_hands_over_to_the_schedule():
+    cosine = [1 + math.cos(math.pi * t / 10) for t in range(4)]
+    found = rates(scheduler="CosineAnnealingLR", scheduler_kwargs={"T_max": 10}, warmup_steps=4)
+    assert found == pytest.approx([0.4, 0.8, 1.2, 1.6, *cosine])
+
+
+def test_warm_up_alone_schedule_alone_and_neither():
+    assert rates(5, warmup_steps=3) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates(3, scheduler="ExponentialLR", scheduler_kwargs={"gamma": 0.5}) == pytest.approx([2.0, 1.0, 0.5])
+    assert rates(3) == [2.0, 2.0, 2.0]
+
+
+def test_only_trainable_parameters_are_optimized():
+    frozen, free = torch.nn.Parameter(torch.zeros(1), requires_grad=False), torch.nn.Parameter(torch.zeros(1))
+    optimizer = build_optimizer(OptimConfig(name="AdamW", lr=0.1, kwargs={"weight_decay": 0.3}), [frozen, free])
+    assert [p is free for g in optimizer.param_groups for p in g["params"]] == [True]
+    assert optimizer.defaults["weight_decay"] == 0.3
+    with pytest.raises(UserError, match=r"student: expected trainable parameters"):
+        build_optimizer(OptimConfig(), [frozen])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "AdmaW"}, r"optim\.name: .*Did you mean 'AdamW'"),
+        ({"name": "LBFGS"}, r"optim\.name"),
+        ({"name": "Optimizer"}, r"optim\.name"),
+        ({"kwargs": {"momentum": 1}}, r"optim\.kwargs: expected keywords of torch\.optim\.AdamW"),
+        ({"kwargs": {"weight_decay": -1}}, r"optim\.kwargs: .*weight_decay"),
+        ({"scheduler": "CosineAnealingLR"}, r"optim\.scheduler: .*Did you mean 'CosineAnnealingLR'"),
+        ({"scheduler": "ReduceLROnPlateau"}, r"optim\.scheduler"),
+        ({"scheduler": "CosineAnnealingLR"}, r"optim\.scheduler_kwargs: .*T_max"),
+    ],
+)
+def test_mistakes_are_told(keys, message):
+    config = OptimConfig(**keys)
+    with pytest.raises(UserError, match=message):
+        build_scheduler(config, build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))]))
