@@ -155,15 +155,14 @@ class DistillationModule(L.LightningModule):
         watch = Stopwatch(self.device)
         rollout, rewards_B = self.sample(batch)
         watch.lap("rollout_s")
-        parts = split_updates(len(rollout), self.optim_config.updates_per_rollout)
-        updates = [self.score(rollout, rows, rewards_B) for rows in parts]
+        updates = [self.score(rollout, rows, rewards_B) for rows in self.split(batch)]
         watch.lap("teacher_s")
         for update in updates:
             totals = self.estimate(update)
             self.step(totals, batch)
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout))
-        self.log_dict(step_report(totals, sums, watch, self.device), batch_size=1)
+        self.log_dict(self.at_step(step_report(totals, sums, watch, self.device)), batch_size=1)
 
     def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor | None]:
         """Completions of every prompt under the sampling law, and their rewards where the estimator wants them."""
@@ -175,6 +174,12 @@ class DistillationModule(L.LightningModule):
             rollout = rollout.uncount(masked_BT)
         wanted = "rewards" in models.needs_of(self.estimator)
         return rollout, judge(self.student, batch, rollout, self.verifier) if wanted else None
+
+    def split(self, batch: PromptBatch) -> list[Tensor]:
+        """Which rows of the rollout each optimizer update is made of."""
+        prompts = int(self.total({"prompts": len(batch.draws)})["prompts"])
+        completions, updates = self.rollout_config.num_completions, self.optim_config.updates_per_rollout
+        return split_updates(batch.draws, completions, updates, prompts)
 
     def score(self, rollout: Rollout, rows: Tensor, rewards_B: Tensor | None) -> list[ScoredRollout]:
         """Micro-batches of the chosen rows, scored by the teacher before any student activation exists."""
@@ -251,9 +256,14 @@ class DistillationModule(L.LightningModule):
         results, self.examples = self.evaluation.finish()
         self.results[prefix] = results
         self.measured_at = self.global_step
-        self.log_dict({f"{prefix}/{name}": interval.mean for name, interval in results.items()})
+        values = {f"{prefix}/{name}": interval.mean for name, interval in results.items()}
         for end in ("low", "high"):
-            self.log_dict({f"{prefix}_interval/{name}_{end}": getattr(i, end) for name, i in results.items()})
+            values |= {f"{prefix}_interval/{name}_{end}": getattr(i, end) for name, i in results.items()}
+        self.log_dict(self.at_step(values))
+
+    def at_step(self, values: dict[str, float]) -> dict[str, float]:
+        """The values, placed on the curves by optimizer steps done, and not by batches begun."""
+        return values | {"step": float(self.global_step)}
 
     @contextmanager
     def judging_teacher(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # What each scenario trains; prompts of uneven lengths, so that ranks differ in tokens and in micro-batches.
-SCRIPT = '''
+SCRIPT = """
 import sys
 import torch
 import lightning as L
@@ -22,6 +22,7 @@ SCENARIOS = {
     "mixed": dict(estimator="mix", batch=7, budget=30, aggregation="sequence_mean", updates=1,
                   kwargs={"terms": {"sequence": 0.5, "teacher_topk": {"weight": 1.0, "k": 4}}}),
     "whole": dict(estimator="token", batch=6, budget=10_000, aggregation="sequence_sum", updates=1),
+    "updates": dict(estimator="hybrid", batch=7, budget=60, aggregation="token_mean", updates=2),
     # One rank has one row and two updates to take part in.
     "idle": dict(estimator="full_vocab", batch=3, budget=30, aggregation="token_mean", updates=2, completions=1),
 }
@@ -51,7 +52,7 @@ if __name__ == "__main__":
     student, teacher, out = sys.argv[1:]
     results = {name: run(student, teacher, 2, name) for name in SCENARIOS}
     torch.save(results, f"{out}.{torch.distributed.get_rank()}")
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def one_and_two(tmp_path_factory, make_model, save_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uneven", "mixed", "whole"])
+@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle"])
 def test_two_processes_give_the_weights_of_one(one_and_two, name):
     one, two = one_and_two
     for rank in two:
@@ -85,7 +86,7 @@ def test_two_processes_give_the_weights_of_one(one_and_two, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uneven", "mixed", "whole"])
+@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle"])
 def test_two_processes_log_the_numbers_of_one(one_and_two, name):
     """Also the yardsticks, whose states are summed over processes."""
     one, two = one_and_two

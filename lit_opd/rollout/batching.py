@@ -36,17 +36,24 @@ def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completi
     return torch.from_numpy(np.stack(rows))
 
 
-def split_updates(sequences: int, updates: int) -> list[Tensor]:
-    """Row indices of each optimizer update: row i goes to update i mod `updates`, so completions of one prompt spread.
+def split_updates(draws: Sequence[tuple[int, int]], num_completions: int, updates: int, prompts: int) -> list[Tensor]:
+    """Row indices of each optimizer update: the rollout batch of all processes, cut into equal parts in order.
+
+    Which update a row belongs to follows from its place in the whole batch, so it is the same whatever the number of
+    processes.
 
     Args:
-        sequences: rows of the rollout on this process.
+        draws: of this process's prompts; the second number is the prompt's place in the whole batch.
+        num_completions: completions a prompt.
         updates: optimizer updates a rollout.
+        prompts: prompts of the whole batch.
 
     Returns:
-        `updates` index tensors; together they hold every row once.
+        `updates` index tensors, some perhaps empty; together they hold every row of this process once.
     """
-    return [torch.arange(sequences)[start::updates] for start in range(updates)]
+    places = [place * num_completions + completion for _, place in draws for completion in range(num_completions)]
+    update_B = torch.tensor(places) * updates // (prompts * num_completions)
+    return [torch.nonzero(update_B == update).flatten() for update in range(updates)]
 
 
 def micro_batches(rollout: Rollout, index: Tensor, budget: int) -> list[Tensor]:

@@ -50,13 +50,19 @@ def test_micro_batches_are_as_few_as_this_order_allows(sizes, budget):
 
 
 @fast
-@given(st.integers(1, 40), st.integers(1, 12))
-def test_updates_split_the_rows_evenly(sequences, updates):
-    parts = split_updates(sequences, updates)
-    assert len(parts) == updates
-    assert sorted(row for part in parts for row in part.tolist()) == list(range(sequences))
-    sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
+@given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 12), st.integers(1, 4))
+def test_updates_split_the_rows_evenly_and_alike_on_any_number_of_processes(prompts, completions, updates, processes):
+    draws = [(5, place) for place in range(prompts)]
+    whole = split_updates(draws, completions, updates, prompts)
+    assert len(whole) == updates
+    assert sorted(row for part in whole for row in part.tolist()) == list(range(prompts * completions))
+    assert max(map(len, whole)) - min(map(len, whole)) <= 1
+    for rank in range(min(processes, prompts)):
+        own = list(range(prompts))[rank::processes]
+        parts = split_updates([draws[p] for p in own], completions, updates, prompts)
+        for part, expected in zip(parts, whole, strict=True):
+            places = [own[row // completions] * completions + row % completions for row in part.tolist()]
+            assert set(places) == {row for row in expected.tolist() if row // completions in own}
 
 
 def test_streams_are_distinct_uniform_and_independent_of_the_batch():
