@@ -118,7 +118,10 @@ def test_every_update_under_autocast_uses_the_weights_it_starts_from(make_model,
     def reference(weights, rollout):
         student.load_state_dict(weights)
         student.zero_grad()
-        p, q = (full_logits(m, rollout).log_softmax(-1)[rollout.mask_BT] for m in (student, teacher))
+        # The same bf16 products: what is measured is which weights they are of, not their rounding.
+        with torch.autocast("cpu", torch.bfloat16):
+            p = full_logits(student, rollout).float().log_softmax(-1)[rollout.mask_BT]
+        q = full_logits(teacher, rollout).log_softmax(-1)[rollout.mask_BT]
         (p.exp() * (p - q)).sum(-1).mean().backward()
         return {n: p.grad for n, p in student.named_parameters()}
 
@@ -126,7 +129,7 @@ def test_every_update_under_autocast_uses_the_weights_it_starts_from(make_model,
         rollout = record.rollouts[step // 2]
         half = rollout.rows(torch.arange(len(rollout)).chunk(2)[step % 2])
         right = relative_distance(record.gradients[step], reference(record.weights[step], half))
-        assert right < 0.15
+        assert right < 0.05
         if step:
             stale = relative_distance(record.gradients[step], reference(record.weights[step - 1], half))
             assert stale > 2 * right
