@@ -143,7 +143,8 @@ class Yardsticks(nn.Module):
     def __init__(self, per_token: Sequence[str], pass_at: Sequence[int]) -> None:
         super().__init__()
         self._per_token = {name: PromptMean() for name in per_token}
-        self._per_completion = {name: PromptMean() for name in ("length", "truncated_frac")}
+        # A share of completions, like accuracy, so its interval is Wilson's too.
+        self._per_completion = {"length": PromptMean(), "truncated_frac": AvgAtK()}
         self._passes: dict[str, PassAtK] = {f"pass_at_{k}": PassAtK(k) for k in pass_at if k > 1}
         self._passes["accuracy"] = AvgAtK()
         # A module of all of them, so that they move with the module to its device.

@@ -147,7 +147,9 @@ def test_yardsticks_group_completions_by_prompt(batch):
     found = yardsticks.compute()
     assert found["kl"] == pytest.approx(prompt_mean([15.0, 21.0], [5.0, 3.0]))
     assert found["length"] == pytest.approx(prompt_mean([5.0, 3.0], [2.0, 2.0]))
-    assert found["truncated_frac"] == pytest.approx(prompt_mean([1.0, 0.0], [2.0, 2.0]))
+    share = AvgAtK()
+    share.update(torch.tensor([1, 0]), torch.tensor([2, 2]))
+    assert found["truncated_frac"] == pytest.approx(share.compute())
     assert found["accuracy"].mean == pytest.approx(0.25), "half a reward is not correct"
     assert found["pass_at_2"].mean == pytest.approx(0.5)
     assert set(found) == {"kl", "length", "truncated_frac", "accuracy", "pass_at_2"}
