@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.pytorch.utilities import rank_zero_only
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,7 @@ ROWS = {
 }
 
 
+@rank_zero_only
 def print_outcome(config: Config, outcome: Outcome) -> None:
     """The table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
     columns = {"before": outcome.before, f"after {outcome.steps} steps": outcome.after, "teacher": outcome.teacher}
@@ -39,6 +41,7 @@ def print_outcome(config: Config, outcome: Outcome) -> None:
     print(f"MLflow: {ui_command(config, outcome.logger)}")
 
 
+@rank_zero_only
 def print_results(title: str, results: Results) -> None:
     """One column of results."""
     _print(_table(title, {"student": results}))
@@ -51,7 +54,9 @@ def _print(table: Table) -> None:
 
 
 def _table(title: str, columns: dict[str, Results]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False
+    )
     table.caption, table.caption_justify = "KL, JSD, NLL and entropy in nats per token, length in tokens", "left"
     table.add_column("", no_wrap=True)
     for name in columns:

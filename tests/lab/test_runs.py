@@ -82,6 +82,7 @@ def test_fit_prints_what_a_user_needs(finished):
     assert "exported model: run/student" in lines
     assert f"mlflow ui --backend-store-uri {workspace.uri}" in done.stdout
     assert run.info.run_id in done.stdout
+    assert max(map(len, lines[:14])) <= 80
     assert "Warning" not in done.stderr
 
 
@@ -118,7 +119,7 @@ def test_fit_records_the_run_in_mlflow(finished):
     assert run.data.metrics.keys() >= METRICS
     assert run.data.params["optim.scheduler_kwargs.T_max"] == "8"
     assert any(name.startswith("system/") for name in run.data.metrics)
-    assert sorted(losses(workspace)) == list(range(8))
+    assert sorted(losses(workspace)) == list(range(1, 9))
 
 
 def test_fit_records_completions_before_during_and_after(finished):
@@ -151,7 +152,7 @@ def test_killed_run_resumes_bit_for_bit(finished, make_workspace, student_with_d
     assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
     assert losses(workspace) == losses(finished[0])
     steps = {m.step for m in workspace.client.get_metric_history(run.info.run_id, "val/reverse_kl")}
-    assert steps == {0, 2, 5, 8}  # Lightning counts from 0 while it trains
+    assert steps == {0, 3, 6, 8}
     assert resumed.stdout.splitlines()[3:6] == finished[1].stdout.splitlines()[3:6]  # with the results before training
 
 
@@ -165,7 +166,7 @@ def test_interrupted_run_saves_and_resumes_bit_for_bit(finished, make_workspace,
     assert begun.info.status == "KILLED"
     saved = torch.load(workspace.checkpoint, weights_only=True)["global_step"]
     assert 3 <= saved < 8
-    assert sorted(losses(workspace)) == list(range(saved))
+    assert sorted(losses(workspace)) == list(range(1, saved + 1))
     resumed = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
     assert resumed.returncode == 0, resumed.stderr
     assert_same_end(workspace, finished[0])
@@ -209,3 +210,15 @@ def test_run_that_raises_is_a_failed_run(workspace):
         main(workspace.arguments("fit", "estimator.name=mine.py:fails_late"))
     (run,) = workspace.runs
     assert run.info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(make_workspace):
+    workspace = make_workspace("two")
+    done = workspace.run(*workspace.arguments("fit", "trainer.devices=2", "trainer.strategy=ddp"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("after 8 steps") == 1
+    (run,) = workspace.runs
+    assert run.info.status == "FINISHED"
+    assert sorted(losses(workspace)) == list(range(1, 9))
+    assert json.loads((workspace.output / "summary.json").read_text())["steps"] == 8
