@@ -212,8 +212,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_model, make_module, fit, tm
         return make_module(make_model(1, attention_dropout=0.3), make_model(2), **copy.deepcopy(settings))
 
     torch.manual_seed(0)
-    saving = {"enable_checkpointing": True,
-              "callbacks": [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)]}
+    saving = {
+        "enable_checkpointing": True,
+        "callbacks": [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+    }
     whole = module()
     fit(whole, 4, **saving)
     resumed = module()

@@ -48,7 +48,7 @@ def test_colon_in_a_folder(tmp_path):
     ("no_such_package.module:f", "No module named 'no_such_package'"),
     ("no/such/file.py:f", "no file 'no/such/file.py'"),
     ("json:dump_s", "Did you mean 'dump"),
-    ("{file}:functio", "Did you mean 'function'?"),
+    ("{file}:function_", "Did you mean 'function'?"),
     ("{file}:value", "a function 'value'"),
     ("{file}:xxx", "Known: function."),
 ])  # fmt: skip

@@ -31,7 +31,7 @@ ROWS = {
 def print_outcome(config: Config, outcome: Outcome) -> None:
     """The table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
     columns = {"before": outcome.before, f"after {outcome.steps} steps": outcome.after, "teacher": outcome.teacher}
-    _print(_table("Held-out prompts at temperature 1, with 95% intervals", columns))
+    _print("Held-out prompts at temperature 1, with 95% intervals", columns)
     speed, step = outcome.perf.get("perf/tokens_per_s"), outcome.perf.get("perf/step_s")
     if speed is not None and step is not None:
         memory = outcome.perf["perf/peak_memory_mb"]
@@ -44,20 +44,20 @@ def print_outcome(config: Config, outcome: Outcome) -> None:
 @rank_zero_only
 def print_results(title: str, results: Results) -> None:
     """One column of results."""
-    _print(_table(title, {"student": results}))
+    _print(title, {"student": results})
 
 
-def _print(table: Table) -> None:
+def _print(title: str, columns: dict[str, Results]) -> None:
+    table = _table(columns)
     # At its own width: a narrow terminal wraps it, a file keeps it whole, and no number is cut.
-    wide = Console(width=1000)
-    Console(width=wide.measure(table).maximum).print(table)
+    width = Console(width=1000).measure(table).maximum
+    print(f"{title}\n")
+    Console(width=width).print(table)
+    print("\nKL, JSD, NLL and entropy in nats per token, length in tokens")
 
 
-def _table(title: str, columns: dict[str, Results]) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False
-    )
-    table.caption, table.caption_justify = "KL, JSD, NLL and entropy in nats per token, length in tokens", "left"
+def _table(columns: dict[str, Results]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

@@ -115,13 +115,18 @@ def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
 
     read_model_config(config, key)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=getattr(torch, config.dtype), **_source(config), **extra
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=getattr(torch, config.dtype), output_loading_info=True, **_source(config), **extra
         )
     except ImportError as error:
         raise _unreadable(f"{key}.path", "the packages this model needs", "a missing one", error) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(f"{key}.path", "readable weights", config.path, error) from error
+    model, found = loaded
+    if found["missing_keys"]:  # Hugging Face would go on with random ones
+        lacking = f"{config.path!r} without {min(found['missing_keys'])}"
+        raise UserError(f"{key}.path", "weights for all that config.json names", lacking, "Correct or replace them.")
+    return model
 
 
 def _add_lora(model: Any, lora: dict[str, Any]) -> Any:

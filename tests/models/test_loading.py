@@ -1,6 +1,8 @@
 """Quantised teachers, GGUF files, LoRA and gradient checkpointing; what a folder lacks is said in one line."""
 
 import copy
+import json
+import shutil
 
 import gguf
 import numpy as np
@@ -149,3 +151,13 @@ def test_a_loaded_teacher_is_frozen_and_in_eval(teacher_path):
     teacher = load_teacher(TeacherConfig(teacher_path))
     assert not teacher.model.training
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_config_that_names_more_layers_than_the_weights_hold_is_refused(tmp_path):
+    """Hugging Face fills such layers with random numbers and says so only in a log."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(TINY["teacher"], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 9}))
+    with pytest.raises(UserError, match=r"teacher\.path: expected weights for all that config\.json names.*layers\.3"):
+        load_teacher(TeacherConfig(str(folder)))
