@@ -131,7 +131,7 @@ class DistillationModule(L.LightningModule):
         precision = self.trainer.precision
         if precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
             raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", precision, "Use bf16-mixed.")
-        if stage == "fit" and "rewards" in models.needs_of(self.estimator) and self.verifier is None:
+        if stage == "fit" and "rewards" in self.estimator.needs and self.verifier is None:
             raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
                             "Set data.verifier=package.module:function.")  # fmt: skip
         if self.teacher is None:
@@ -172,25 +172,35 @@ class DistillationModule(L.LightningModule):
         if self.masked_ids:
             masked_BT = torch.isin(rollout.completion_ids_BT, torch.tensor(self.masked_ids, device=self.device))
             rollout = rollout.uncount(masked_BT)
-        wanted = "rewards" in models.needs_of(self.estimator)
+        wanted = "rewards" in self.estimator.needs
         return rollout, judge(self.student, batch, rollout, self.verifier) if wanted else None
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Which rows of the rollout each optimizer update is made of."""
         prompts = int(self.total({"prompts": len(batch.draws)})["prompts"])
         completions, updates = self.rollout_config.num_completions, self.optim_config.updates_per_rollout
-        return split_updates(batch.draws, completions, updates, prompts)
+        return split_updates(batch.draws, completions, updates, prompts, "groups" in self.estimator.needs)
 
     def score(self, rollout: Rollout, rows: Tensor, rewards_B: Tensor | None) -> list[ScoredRollout]:
         """Micro-batches of the chosen rows, scored by the teacher before any student activation exists."""
         if not len(rows):  # the other processes wait for this one: it takes part with a row that does not count
             rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
         scored = []
-        for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens):
+        whole_prompts = "groups" in self.estimator.needs
+        for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens, whole_prompts):
             micro = rollout.rows(index)
             scores = models.score_teacher(self.teacher, micro, self.estimator, self.head_rows)
-            scored.append(ScoredRollout(micro, scores, None if rewards_B is None else rewards_B[index]))
+            rewards = None if rewards_B is None else rewards_B[index]
+            scored.append(ScoredRollout(micro, scores, rewards, self.progress))
         return scored
+
+    @property
+    def progress(self) -> float:
+        """The share of training that is done, 0 to 1."""
+        steps: float = self.trainer.max_steps
+        if steps < 0:
+            steps = self.trainer.estimated_stepping_batches * self.optim_config.updates_per_rollout
+        return min(1.0, self.global_step / steps)
 
     def estimate(self, update: list[ScoredRollout]) -> dict[str, float]:
         """Accumulate the gradient of one update over its micro-batches; returns totals over all processes."""

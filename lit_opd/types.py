@@ -121,27 +121,37 @@ class Rollout:
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """What the teacher says about the counted tokens of a rollout; exactly one of the three forms is filled.
+    """What the teacher says about the counted tokens of a rollout: log-probabilities, or hidden states to make them.
 
     Attributes:
         logps_N: log-probabilities of the sampled tokens.
         support_ids_NK: the teacher's K most probable tokens at each position.
         support_logps_NK: their log-probabilities under the full softmax.
         hidden_NH: last hidden states, from which full-vocabulary log-probabilities are rebuilt a chunk at a time.
+        reference_logps_N: log-probabilities of the sampled tokens under the reference model, where one is asked for.
     """
 
     logps_N: Tensor | None = None
     support_ids_NK: Tensor | None = None
     support_logps_NK: Tensor | None = None
     hidden_NH: Tensor | None = None
+    reference_logps_N: Tensor | None = None
 
 
 class ScoredRollout(NamedTuple):
-    """A rollout, or a micro-batch of one, with what the teacher and the verifier say of it."""
+    """A rollout, or a micro-batch of one, with what the teacher and the verifier say of it.
+
+    Attributes:
+        rollout: the completions.
+        scores: the teacher's.
+        rewards_B: the verifier's, where the estimator wants them.
+        progress: the share of training that is done, 0 to 1.
+    """
 
     rollout: Rollout
     scores: TeacherScores
     rewards_B: Tensor | None = None
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,28 +165,40 @@ class TokenBatch:
         teacher_logps_BT: teacher log-probabilities of the same tokens.
         sampler_logps_BT: log-probabilities under the law that sampled them.
         mask_BT: True at counted tokens.
+        completion_ids_BT: the sampled tokens.
         support_ids_BTK: the tokens compared at each position.
+        support_mask_BTK: True at slots that belong to the support; a union or an intersection leaves some empty.
         student_support_logps_BTK: student log-probabilities of the support, under the full softmax.
         teacher_support_logps_BTK: teacher log-probabilities of the support, under the full softmax.
         student_full_logps_BTV: student log-probabilities of the whole vocabulary.
         teacher_full_logps_BTV: teacher log-probabilities of the whole vocabulary.
         kl_BT: exact reverse KL(student || teacher) at each position, detached: a baseline.
+        student_entropy_BT: entropy of the student at each position, detached.
+        teacher_entropy_BT: entropy of the teacher at each position.
         rewards_B: outcome reward of each sequence.
+        groups_B: completions of one prompt have one number; a batch holds all completions of its prompts.
         reference_logps_BT: log-probabilities of the sampled tokens under a third, reference model.
+        progress: the share of training that is done, 0 to 1.
     """
 
     student_logps_BT: Tensor
     teacher_logps_BT: Tensor
     sampler_logps_BT: Tensor
     mask_BT: Tensor
+    completion_ids_BT: Tensor | None = None
     support_ids_BTK: Tensor | None = None
+    support_mask_BTK: Tensor | None = None
     student_support_logps_BTK: Tensor | None = None
     teacher_support_logps_BTK: Tensor | None = None
     student_full_logps_BTV: Tensor | None = None
     teacher_full_logps_BTV: Tensor | None = None
     kl_BT: Tensor | None = None
+    student_entropy_BT: Tensor | None = None
+    teacher_entropy_BT: Tensor | None = None
     rewards_B: Tensor | None = None
+    groups_B: Tensor | None = None
     reference_logps_BT: Tensor | None = None
+    progress: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,20 @@
 """Estimators: pure functions from a `TokenBatch` to an `Estimate`, each registered with its contract."""
 
-from lit_opd.estimators import full, hybrid, sampled, sequence, support  # noqa: F401  (importing registers)
-from lit_opd.estimators.registry import BoundEstimator, EstimatorSpec, build, get, names, register_estimator
+from lit_opd.estimators import full, hybrid, mixtures, sampled, sequence, support  # noqa: F401  (importing registers)
+from lit_opd.estimators.contract import BoundEstimator, Contract, EstimatorSpec, Term, Variant
+from lit_opd.estimators.registry import build, get, names, register_estimator
+from lit_opd.estimators.terms import register_mixture, register_weighting
 
-__all__ = ["BoundEstimator", "EstimatorSpec", "build", "get", "names", "register_estimator"]
+__all__ = [
+    "BoundEstimator",
+    "Contract",
+    "EstimatorSpec",
+    "Term",
+    "Variant",
+    "build",
+    "get",
+    "names",
+    "register_estimator",
+    "register_mixture",
+    "register_weighting",
+]

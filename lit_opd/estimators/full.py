@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.functional.divergences import forward_kl, jsd, reverse_kl
 from lit_opd.types import Estimate, TokenBatch
@@ -24,6 +25,11 @@ def _check_divergence(divergence: str, teacher_weight: float) -> None:
     needs="full",
     source="GKD, arXiv:2306.13649; DeepSeek-V4, arXiv:2606.19348 (reverse)",
     check=_check_divergence,
+    variants=(
+        Variant({"divergence": "forward_kl"}, "the target is the chosen one", target="forward_kl"),
+        Variant({"divergence": "jsd"}, "the target is the chosen one", target="jsd"),
+        Variant({"divergence": "jsd", "teacher_weight": 0.1}, "lopsided mixture", target="jsd"),
+    ),
 )
 def full_vocab(tokens: TokenBatch, *, divergence: str = "reverse_kl", teacher_weight: float = 0.5) -> Estimate:
     """Full-vocabulary divergence at every position of the student's own completion.

@@ -4,101 +4,43 @@ On a tabular model with a few tokens and a few positions all completions can be 
 and the variance of an estimator are finite sums: float64 rounding is the only error, and "unbiased" becomes a yes or
 a no. The objectives themselves are computed from the same tables by other means, in `exact_gradient`.
 
-Shapes, in addition to the legend of `lit_opd.types`: C contexts, that is the completions shorter than T from which a
-next token is chosen, ordered by length and then as numbers in base V; B here runs over all completions; G is C * V, one
-coordinate for every student logit.
+Shapes as in `tabular`, and: S samples, which are completions or, for estimators that compare the completions of one
+prompt, all pairs of them; G is C * V, one coordinate for every student logit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_opd.estimators.registry import BoundEstimator
-from lit_opd.functional.divergences import reverse_kl
+from lit_opd.estimators.contract import BoundEstimator
+from lit_opd.estimators.tabular import TabularPair
+from lit_opd.functional.divergences import entropy, reverse_kl
+from lit_opd.functional.topk import choose_support
 from lit_opd.types import TokenBatch
 
 __all__ = ["TARGETS", "TabularPair", "Verdict", "declared_target", "exact_gradient", "expected_gradient", "pair_for",
            "second_moment", "trace_variance", "trajectory_gradients", "verify"]  # fmt: skip
 
-TARGETS = ("sequence_reverse_kl", "reverse_kl", "forward_kl", "jsd")
-_STOP = 0
+TARGETS = ("sequence_reverse_kl", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "tvd",
+           "outcome")  # fmt: skip
+_GROUP = 2
 
 
-@dataclass(frozen=True)
-class TabularPair:
-    """A student and a teacher that are nothing but tables of logits.
-
-    Attributes:
-        student_logits_CV: one row of logits for every context, float64.
-        teacher_logits_CV: the teacher's, same shape.
-        horizon: T, the longest completion.
-        stop: whether token 0 ends a completion. It is itself counted, and what follows it is masked.
-    """
-
-    student_logits_CV: Tensor
-    teacher_logits_CV: Tensor
-    horizon: int
-    stop: bool = False
-
-    @classmethod
-    def random(cls, vocabulary: int, horizon: int, seed: int, scale: float = 1.0, stop: bool = False) -> TabularPair:
-        """Independent normal logits of standard deviation `scale`; there are `vocabulary` ** `horizon` completions."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (2, sum(_contexts(vocabulary, horizon)), vocabulary)
-        student_logits_CV, teacher_logits_CV = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-        return cls(student_logits_CV, teacher_logits_CV, horizon, stop)
-
-    def with_equal_models(self) -> TabularPair:
-        """The same student, as its own teacher."""
-        return replace(self, teacher_logits_CV=self.student_logits_CV)
-
-    def completions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Every completion once: ids [B, T], mask [B, T], and the context each token is chosen from [B, T]."""
-        vocabulary = self.student_logits_CV.shape[1]
-        ids_BT = torch.cartesian_prod(*[torch.arange(vocabulary)] * self.horizon).reshape(-1, self.horizon)
-        mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        if self.stop:
-            stopped_BT = ids_BT == _STOP
-            mask_BT = stopped_BT.cumsum(1) - stopped_BT.long() == 0
-            once_B = (mask_BT | stopped_BT).all(1)  # of all continuations of a stop token, keep one as padding
-            ids_BT, mask_BT = ids_BT[once_B], mask_BT[once_B]
-        contexts, first, number_B = [], 0, torch.zeros(len(ids_BT), dtype=torch.long)
-        for position, of_this_length in enumerate(_contexts(vocabulary, self.horizon)):
-            contexts.append(first + number_B)
-            first, number_B = first + of_this_length, number_B * vocabulary + ids_BT[:, position]
-        return ids_BT, mask_BT, torch.stack(contexts, dim=1)
-
-    def reach(self, logps_CV: Tensor) -> Tensor:
-        """Probability that a model with these log-probabilities comes through each context, [C]."""
-        vocabulary = logps_CV.shape[1]
-        goes_on_V = (torch.arange(vocabulary) != _STOP) if self.stop else torch.ones(vocabulary)
-        steps = (logps_CV.exp() * goes_on_V).split(_contexts(vocabulary, self.horizon))
-        levels = [torch.ones(1, dtype=logps_CV.dtype)]
-        for step_cV in steps[:-1]:
-            levels.append((levels[-1][:, None] * step_cV).flatten())
-        return torch.cat(levels)
-
-
-def _contexts(vocabulary: int, horizon: int) -> list[int]:
-    """How many contexts there are of each length."""
-    return [vocabulary**length for length in range(horizon)]
-
-
-def exact_gradient(pair: TabularPair, target: str, teacher_weight: float = 0.5) -> Tensor:
+def exact_gradient(pair: TabularPair, target: str, teacher_weight: float = 0.5, skew: float = 0.1) -> Tensor:
     """Gradient of an objective with respect to the student's logits, from the tables and without any sample.
 
-    Every target sums, over contexts, the probability to come there times a divergence of the next-token distributions.
-    For `sequence_reverse_kl` the gradient also runs through that probability (chain rule of the KL); the others are
-    local: the student's own prefixes are taken as given.
+    Every divergence sums, over contexts, the probability to come there times a divergence of the next-token
+    distributions. For `sequence_reverse_kl` the gradient also runs through that probability (chain rule of the KL); the
+    others are local: prefixes are taken as the sampler writes them. `outcome` is minus the expected reward.
 
     Args:
         pair: the two models.
         target: one of `TARGETS`.
         teacher_weight: of the `jsd`, 0 to 1, with the convention of `functional.jsd`.
+        skew: of the skew divergences, the share of their first argument in the mixture.
 
     Returns:
         [G] gradient.
@@ -109,95 +51,151 @@ def exact_gradient(pair: TabularPair, target: str, teacher_weight: float = 0.5) 
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, found {target!r}")
     logits_CV = pair.student_logits_CV.clone().requires_grad_()
-    student_logps_CV = logits_CV.log_softmax(-1)
-    reach_C = pair.reach(student_logps_CV)
-    if target != "sequence_reverse_kl":
-        reach_C = reach_C.detach()
-    local_C = _divergence(student_logps_CV, pair.teacher_logits_CV.log_softmax(-1), target, teacher_weight)
-    return torch.autograd.grad((reach_C * local_C).sum(), logits_CV)[0].flatten()
+    student_CV, teacher_CV = logits_CV.log_softmax(-1), pair.teacher_logits_CV.log_softmax(-1)
+    if target == "outcome":
+        objective = -(_probabilities(pair, student_CV) * pair.rewards()).sum()
+    else:
+        along = student_CV if target == "sequence_reverse_kl" else pair.law_logps_CV
+        objective = (pair.reach(along) * _divergence(student_CV, teacher_CV, target, teacher_weight, skew)).sum()
+    return torch.autograd.grad(objective, logits_CV)[0].flatten()
 
 
-def _divergence(student_logps_CV: Tensor, teacher_logps_CV: Tensor, target: str, teacher_weight: float) -> Tensor:
+def _divergence(student_CV: Tensor, teacher_CV: Tensor, target: str, teacher_weight: float, skew: float) -> Tensor:
     # Not those of lit_opd.functional: an oracle that shares code with what it checks would share its mistakes.
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a.exp() * (a - b)).sum(-1)
+    p, q = student_CV.exp(), teacher_CV.exp()
 
-    w = {"forward_kl": 0.0, "jsd": teacher_weight}.get(target, 1.0)
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1)
+
+    if target in ("sequence_reverse_kl", "reverse_kl"):
+        return kl(p, q)
+    if target == "tvd":
+        return (p - q).abs().sum(-1) / 2
+    if target.startswith("skew"):
+        first, second = (p, q) if target == "skew_reverse_kl" else (q, p)
+        return kl(first, skew * first + (1 - skew) * second)
+    w = 0.0 if target == "forward_kl" else teacher_weight
     if w in (0.0, 1.0):
-        return kl(student_logps_CV, teacher_logps_CV) if w else kl(teacher_logps_CV, student_logps_CV)
-    mixture_logps_CV = (w * teacher_logps_CV.exp() + (1 - w) * student_logps_CV.exp()).log()
-    return kl(teacher_logps_CV, mixture_logps_CV) / (1 - w) + kl(student_logps_CV, mixture_logps_CV) / w
+        return kl(p, q) if w else kl(q, p)
+    mixture = w * q + (1 - w) * p
+    return kl(q, mixture) / (1 - w) + kl(p, mixture) / w
+
+
+def _probabilities(pair: TabularPair, logps_CV: Tensor) -> Tensor:
+    """Probability of each completion under a model, [B]."""
+    ids_BT, mask_BT, contexts_BT = pair.completions()
+    return torch.where(mask_BT, logps_CV[contexts_BT, ids_BT], 0.0).sum(1).exp()
 
 
 def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> tuple[Tensor, Tensor]:
-    """What every completion would contribute to the gradient, were it sampled: that of its sum of counted losses.
+    """What every sample would contribute to the gradient: that of its sum of counted losses.
 
-    A mix is evaluated term by term, as in training.
+    A mix is evaluated term by term, as in training. Where a term compares the completions of one prompt, a sample is a
+    pair of completions and its gradient the mean of both; otherwise it is one completion.
 
     Args:
         pair: the two models.
-        estimator: must treat each row of its batch by itself, as the rows here are all completions, not a sample.
+        estimator: what to evaluate.
 
     Returns:
-        Student probability of each completion [B], and its gradient [B, G].
+        Probability of each sample [S], and its gradient [S, G].
 
     Raises:
         ValueError: the estimator's loss is not one value a position, or its support is larger than the vocabulary.
     """
+    size = _group_size(estimator)
     ids_BT, mask_BT, contexts_BT = pair.completions()
-    # Every completion has its own copy of the table, so that one backward pass keeps their gradients apart.
-    table_BCV = pair.student_logits_CV.repeat(len(ids_BT), 1, 1).requires_grad_()
-    rows_B1 = torch.arange(len(ids_BT))[:, None]
-    student_BTV = table_BCV.log_softmax(-1)[rows_B1, contexts_BT]
-    teacher_BTV = pair.teacher_logits_CV.log_softmax(-1)[contexts_BT]
-    total = 0.0 * table_BCV.sum()  # so that a loss without any gradient has the gradient zero
-    for weight, term in estimator.terms:
-        loss_BT = term(_token_batch(student_BTV, teacher_BTV, ids_BT, mask_BT, term)).loss_BT
-        if loss_BT.shape != mask_BT.shape:
-            raise ValueError(f"{term.spec.name} must return one loss a position, {tuple(mask_BT.shape)}, "
-                             f"found {tuple(loss_BT.shape)}")  # fmt: skip
-        total = total + weight * torch.where(mask_BT, loss_BT, 0.0).sum()
-    (gradients_BCV,) = torch.autograd.grad(total, table_BCV)
-    logps_BT = student_BTV.detach().gather(-1, ids_BT[..., None]).squeeze(-1)
-    return torch.where(mask_BT, logps_BT, 0.0).sum(1).exp(), gradients_BCV.flatten(1)
+    samples_SG = torch.cartesian_prod(*[torch.arange(len(ids_BT))] * size).reshape(-1, size)
+    rows = samples_SG.flatten()
+    owner = torch.arange(len(samples_SG)).repeat_interleave(size)
+    # Every sample has its own copy of the table, so that one backward pass keeps their gradients apart.
+    table_SCV = pair.student_logits_CV.repeat(len(samples_SG), 1, 1).requires_grad_()
+    student_BTV = table_SCV.log_softmax(-1)[owner[:, None], contexts_BT[rows]]
+    view = _View(pair, student_BTV, ids_BT[rows], mask_BT[rows], contexts_BT[rows], pair.rewards()[rows], owner)
+    total = 0.0 * table_SCV.sum()  # so that a loss without any gradient has the gradient zero
+    for term in estimator.terms:
+        loss_BT = term(view.tokens(term.estimator, term.needs)).loss_BT
+        if loss_BT.shape != view.mask_BT.shape:
+            raise ValueError(f"{term.estimator.spec.name} must return one loss a position, "
+                             f"{tuple(view.mask_BT.shape)}, found {tuple(loss_BT.shape)}")  # fmt: skip
+        total = total + term.weight * torch.where(view.mask_BT, loss_BT, 0.0).sum() / size
+    (gradients_SCV,) = torch.autograd.grad(total, table_SCV)
+    return _probabilities(pair, pair.law_logps_CV)[samples_SG].prod(1), gradients_SCV.flatten(1)
 
 
-def _token_batch(
-    student_BTV: Tensor, teacher_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor, estimator: BoundEstimator
-) -> TokenBatch:
-    """Only what the estimator declares to need. Masked positions hold padding, not zeros: forgetting the mask shows."""
-    student_BT, teacher_BT = (x.gather(-1, ids_BT[..., None]).squeeze(-1) for x in (student_BTV, teacher_BTV))
-    tokens = TokenBatch(student_BT, teacher_BT, student_BT.detach(), mask_BT)
-    needs, _, baseline = estimator.spec.needs.partition("+")
-    if needs == "full":
-        tokens = replace(tokens, student_full_logps_BTV=student_BTV, teacher_full_logps_BTV=teacher_BTV)
-    if needs == "support":
-        k, vocabulary = estimator.support_size, teacher_BTV.shape[-1]
-        if k > vocabulary:
-            raise ValueError(f"a support of {k} tokens does not fit into a vocabulary of {vocabulary}")
-        teacher_BTK, support_BTK = teacher_BTV.topk(k, dim=-1)
-        student_BTK = student_BTV.gather(-1, support_BTK)
-        tokens = replace(tokens, support_ids_BTK=support_BTK, student_support_logps_BTK=student_BTK,
-                         teacher_support_logps_BTK=teacher_BTK)  # fmt: skip
-    return replace(tokens, kl_BT=reverse_kl(student_BTV.detach(), teacher_BTV)) if baseline else tokens
+def _group_size(estimator: BoundEstimator) -> int:
+    return _GROUP if "groups" in estimator.needs else 1
+
+
+class _View(NamedTuple):
+    """The rows of a batch, from which each term is given only what it declares to need."""
+
+    pair: TabularPair
+    student_BTV: Tensor
+    ids_BT: Tensor
+    mask_BT: Tensor
+    contexts_BT: Tensor
+    rewards_B: Tensor
+    groups_B: Tensor
+
+    def tokens(self, estimator: BoundEstimator, needs: frozenset[str]) -> TokenBatch:
+        """Masked positions hold padding, not zeros: forgetting the mask shows."""
+        student_BTV, teacher_BTV = self.student_BTV, self._log_softmax(self.pair.teacher_logits_CV)
+        fields: dict[str, Any] = {}
+        if "full" in needs:
+            fields |= {"student_full_logps_BTV": student_BTV, "teacher_full_logps_BTV": teacher_BTV}
+        if "support" in needs:
+            fields |= _support(student_BTV, teacher_BTV, estimator)
+        if "kl" in needs:
+            fields["kl_BT"] = reverse_kl(student_BTV.detach(), teacher_BTV)
+        if "entropy" in needs:
+            fields |= {"student_entropy_BT": entropy(student_BTV.detach()), "teacher_entropy_BT": entropy(teacher_BTV)}
+        if "reference" in needs:
+            fields["reference_logps_BT"] = self._taken(self._log_softmax(self.pair.reference_logits_CV))
+        if "rewards" in needs:
+            fields["rewards_B"] = self.rewards_B
+        if "groups" in needs:
+            fields["groups_B"] = self.groups_B
+        return TokenBatch(
+            self._taken(student_BTV), self._taken(teacher_BTV), self._taken(self.pair.law_logps_CV[self.contexts_BT]),
+            self.mask_BT, completion_ids_BT=self.ids_BT, progress=0.5, **fields,
+        )  # fmt: skip
+
+    def _log_softmax(self, logits_CV: Tensor) -> Tensor:
+        return logits_CV.log_softmax(-1)[self.contexts_BT]
+
+    def _taken(self, logps_BTV: Tensor) -> Tensor:
+        return logps_BTV.gather(-1, self.ids_BT[..., None]).squeeze(-1)
+
+
+def _support(student_BTV: Tensor, teacher_BTV: Tensor, estimator: BoundEstimator) -> dict[str, Tensor]:
+    k, vocabulary = estimator.support_size, teacher_BTV.shape[-1]
+    if k > vocabulary:
+        raise ValueError(f"a support of {k} tokens does not fit into a vocabulary of {vocabulary}")
+    ids, mask = choose_support(student_BTV.detach(), teacher_BTV, k, estimator.support)
+    return {
+        "support_ids_BTK": ids, "support_mask_BTK": mask,
+        "student_support_logps_BTK": student_BTV.gather(-1, ids),
+        "teacher_support_logps_BTK": teacher_BTV.gather(-1, ids),
+    }  # fmt: skip
 
 
 def expected_gradient(pair: TabularPair, estimator: BoundEstimator) -> Tensor:
-    """Exact expectation, over completions of the student, of the gradient of the summed loss; [G]."""
-    probs_B, gradients_BG = trajectory_gradients(pair, estimator)
-    return probs_B @ gradients_BG
+    """Exact expectation, over what the sampler writes, of the gradient of a completion's summed loss; [G]."""
+    probs_S, gradients_SG = trajectory_gradients(pair, estimator)
+    return probs_S @ gradients_SG
 
 
 def second_moment(pair: TabularPair, estimator: BoundEstimator) -> float:
-    """Expected squared norm of the gradient of one completion; zero only if every completion's gradient is."""
-    probs_B, gradients_BG = trajectory_gradients(pair, estimator)
-    return float(probs_B @ gradients_BG.square().sum(1))
+    """Expected squared norm of the gradient of one sample; zero only if every sample's gradient is."""
+    probs_S, gradients_SG = trajectory_gradients(pair, estimator)
+    return float(probs_S @ gradients_SG.square().sum(1))
 
 
 def trace_variance(pair: TabularPair, estimator: BoundEstimator) -> float:
-    """Trace of the covariance of the gradient of one completion."""
-    probs_B, gradients_BG = trajectory_gradients(pair, estimator)
-    return float(probs_B @ (gradients_BG - probs_B @ gradients_BG).square().sum(1))
+    """Trace of the covariance of the gradient, per completion: for pairs, twice that of their mean."""
+    probs_S, gradients_SG = trajectory_gradients(pair, estimator)
+    return _group_size(estimator) * float(probs_S @ (gradients_SG - probs_S @ gradients_SG).square().sum(1))
 
 
 class Verdict(NamedTuple):
@@ -223,14 +221,13 @@ class Verdict(NamedTuple):
 
 
 def declared_target(estimator: BoundEstimator) -> str | None:
-    """The target an estimator declares; by convention a keyword `divergence` chooses it."""
-    return estimator.kwargs.get("divergence", estimator.spec.target)
+    """The target an estimator declares with its keywords."""
+    return estimator.contract.target
 
 
 def pair_for(estimator: BoundEstimator, seed: int = 0) -> TabularPair:
     """Random models small enough to enumerate, with more tokens than the estimator's support."""
-    sizes = [term.support_size for _, term in estimator.terms if term.spec.needs.startswith("support")]
-    vocabulary = max([4, *(size + 2 for size in sizes)])
+    vocabulary = max(4, *(term.estimator.support_size + 2 for term in estimator.terms))
     horizon = 3 if vocabulary <= 6 else 2 if vocabulary <= 40 else 1
     return TabularPair.random(vocabulary, horizon, seed, stop=True)
 
@@ -244,6 +241,10 @@ def verify(estimator: BoundEstimator, pair: TabularPair | None = None, target: s
     if target is None:
         return Verdict(None, None, None, None, *spread)
     found = expected_gradient(pair, estimator)
-    wanted = exact_gradient(pair, target, estimator.kwargs.get("teacher_weight", 0.5))
+    wanted = exact_gradient(pair, target, **_target_keywords(estimator))
     bias = float((found - wanted).norm() / wanted.norm())
     return Verdict(target, bias, float(torch.cosine_similarity(found, wanted, dim=0)), bias < 1e-10, *spread)
+
+
+def _target_keywords(estimator: BoundEstimator) -> dict[str, float]:
+    return {name: estimator.keywords[name] for name in ("teacher_weight", "skew") if name in estimator.keywords}

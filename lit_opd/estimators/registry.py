@@ -1,81 +1,25 @@
-"""The registry: what an estimator declares, how it is found by name or path, and how its keywords are bound."""
+"""The registry: how an estimator is found by name or path, and how its keywords are bound."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lit_opd.errors import UserError, choose, suggest
+from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term, Variant, bound_arguments
+from lit_opd.functional.topk import SUPPORTS
 from lit_opd.plugins import import_function
-from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["BoundEstimator", "EstimatorSpec", "build", "get", "names", "register_estimator"]
+__all__ = ["build", "get", "names", "register_estimator"]
 
-EstimatorFn = Callable[..., Estimate]
 F = TypeVar("F", bound=EstimatorFn)
 
 FAMILIES = ("token", "sequence", "hybrid")
-NEEDS = ("token", "support", "full")
-EXTRAS = ("kl", "rewards")
-
-
-@dataclass(frozen=True)
-class EstimatorSpec:
-    """An estimator and the contract it declares.
-
-    Attributes:
-        name: the registered name, or the path it was loaded from.
-        fn: the pure function.
-        family: `token` (each position for itself), `sequence` (credit flows to earlier positions) or `hybrid`.
-        target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
-        unbiased: is its expected gradient exactly the target's, on-policy?
-        needs: `token`, `support` or `full`; `+kl` where it wants the exact per-position KL as a baseline, `+rewards`
-            where it wants outcome rewards.
-        source: where the formula comes from.
-        check: raises ValueError for keywords that cannot work, before any model is loaded.
-    """
-
-    name: str
-    fn: EstimatorFn
-    family: str = "token"
-    target: str | None = None
-    unbiased: bool = False
-    needs: str = "token"
-    source: str = ""
-    check: Callable[..., None] | None = field(default=None, repr=False)
-
-    @property
-    def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (inspect.getdoc(self.fn) or "").split("\n")[0]
-
-
-@dataclass(frozen=True)
-class BoundEstimator:
-    """An estimator with its keywords; calling it maps a `TokenBatch` to an `Estimate`."""
-
-    spec: EstimatorSpec
-    kwargs: Mapping[str, Any]
-
-    def __call__(self, tokens: TokenBatch) -> Estimate:
-        """Apply the estimator."""
-        return self.spec.fn(tokens, **self.kwargs)
-
-    @cached_property
-    def terms(self) -> tuple[tuple[float, BoundEstimator], ...]:
-        """The weighted estimators a mix is made of; every other estimator is its own only term."""
-        if self.spec.name != "mix":
-            return ((1.0, self),)
-        parts = self.kwargs["terms"].items()
-        return tuple((weight, build(name, **kwargs)) for name, (weight, kwargs) in map(read_term, parts))
-
-    @property
-    def support_size(self) -> int:
-        """K, for an estimator that needs a support: by convention its keyword `k`."""
-        return int(_bound_arguments(self.spec.fn, self.kwargs)["k"])
+NEEDS = ("token", "support", "full", "terms")
+EXTRAS = ("kl", "entropy", "rewards", "groups", "reference")
+OF_ROWS = ("rewards", "groups")
+AT_EQUAL = ("sample", "expectation", "never")
 
 
 def register_estimator(
@@ -87,6 +31,11 @@ def register_estimator(
     needs: str = "token",
     source: str = "",
     check: Callable[..., None] | None = None,
+    at_equal: str = "sample",
+    on_policy: bool | None = None,
+    corrects: bool = False,
+    variants: tuple[Variant, ...] = (),
+    split: Callable[..., tuple[Term, ...]] | None = None,
 ) -> Callable[[F], F]:
     """Register a pure function `(tokens: TokenBatch, *, ...) -> Estimate` under a name, with its contract.
 
@@ -95,28 +44,43 @@ def register_estimator(
         family: `token`, `sequence` or `hybrid`.
         target: whose gradient it aims at, e.g. `reverse_kl`, `sequence_reverse_kl`; None claims nothing.
         unbiased: whether its expected gradient is exactly the target's, on-policy.
-        needs: `token`, `support` or `full`, optionally with `+kl` and `+rewards`.
+        needs: `token`, `support` or `full`, with any of `+kl`, `+entropy`, `+rewards`, `+groups`, `+reference`.
         source: citation.
         check: called with the keywords; raises ValueError where they cannot work.
+        at_equal: where student == teacher, the gradient is zero for every `sample`, in `expectation`, or `never`.
+        on_policy: whether it is right only where the student itself wrote the tokens; by default where it needs no more
+            than these.
+        corrects: whether it weighs tokens by student over sampler.
+        variants: keywords with which the contract is another, or which deserve a test of their own.
+        split: what it is made of; `register_mixture` and `register_weighting` set it.
 
     Raises:
-        UserError: an unknown family or need, a name already taken by another function, or a `support` or `full`
-            estimator outside the `token` family: those are called on slices of positions.
+        UserError: an unknown family or need, a name already taken by another function, or a `token` estimator that
+            asks for what belongs to rows, or another that asks for more than tokens: what is called on slices of
+            positions sees no rows, and only that may see a support or the vocabulary.
     """
-    choose(f"register_estimator({name!r}).family", family, FAMILIES)
+    where = f"register_estimator({name!r})"
+    choose(f"{where}.family", family, FAMILIES)
+    choose(f"{where}.at_equal", at_equal, AT_EQUAL)
     base, *extras = needs.split("+")
-    choose(f"register_estimator({name!r}).needs", base, NEEDS)
+    choose(f"{where}.needs", base, NEEDS)
     for extra in extras:
-        choose(f"register_estimator({name!r}).needs", extra, EXTRAS)
-    if family != "token" and base != "token":
+        choose(f"{where}.needs", extra, EXTRAS)
+    if family != "token" and base not in ("token", "terms"):
         expected = "family 'token' where needs is 'support' or 'full': those see slices of positions"
-        raise UserError(f"register_estimator({name!r})", expected, f"family {family!r}", "Combine them with `mix`.")
+        raise UserError(where, expected, f"family {family!r}", "Combine them with `mix`.")
+    if family == "token" and set(extras) & set(OF_ROWS):
+        expected = "family 'sequence' or 'hybrid' where needs has rewards or groups: slices of positions have no rows"
+        raise UserError(where, expected, "family 'token'", "Choose another family.")
 
     def register(fn: F) -> F:
         taken = _REGISTRY.get(name)
         if taken is not None and inspect.getsourcefile(taken.fn) != inspect.getsourcefile(fn):
-            raise UserError(f"register_estimator({name!r})", "a new name", "a registered one", "Choose another name.")
-        _REGISTRY[name] = EstimatorSpec(name, fn, family, target, unbiased, needs, source, check)
+            raise UserError(where, "a new name", "a registered one", "Choose another name.")
+        sampled = base == "token" if on_policy is None else on_policy
+        _REGISTRY[name] = EstimatorSpec(
+            name, fn, family, target, unbiased, needs, source, check, at_equal, sampled, corrects, variants, split
+        )
         return fn
 
     return register
@@ -166,30 +130,20 @@ def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
             remedy = suggest(key, known) if known else f"{spec.name} takes none."
             raise UserError(f"estimator.kwargs.{key}", f"a keyword of {spec.name}", "an unknown one", remedy)
     try:
-        bound = _bound_arguments(spec.fn, kwargs)
+        bound = bound_arguments(spec.fn, kwargs)
         if spec.check is not None:
             spec.check(**bound)
+        estimator = BoundEstimator(spec, kwargs)
+        _ = estimator.terms  # builds, and so checks, what it is made of
     except (TypeError, ValueError) as error:
         raise UserError("estimator.kwargs", f"valid keywords for {spec.name}", str(error), "Correct them.") from error
-    if spec.needs.startswith("support") and "k" not in bound:
-        raise UserError("estimator.name", "a keyword `k`, the support size", f"none in {spec.name}", "Add `k: int`.")
-    estimator = BoundEstimator(spec, kwargs)
-    _ = estimator.terms  # builds, and so checks, what a mix is made of
+    if spec.needs.startswith("support"):
+        if "k" not in bound:
+            raise UserError(
+                "estimator.name", "a keyword `k`, the support size", f"none in {spec.name}", "Add `k: int`."
+            )
+        choose("estimator.kwargs.support", str(bound.get("support", "teacher")), SUPPORTS)
     return estimator
-
-
-def read_term(term: tuple[str, Any]) -> tuple[str, tuple[float, dict[str, Any]]]:
-    """A term of a mix, `name: weight` or `name: {weight: w, ...keywords}`, as (name, (weight, keywords)).
-
-    Raises:
-        ValueError: the weight is missing or not a number.
-    """
-    name, value = term
-    kwargs = dict(value) if isinstance(value, Mapping) else {"weight": value}
-    weight = kwargs.pop("weight", None)
-    if not isinstance(weight, int | float) or isinstance(weight, bool):
-        raise ValueError(f"term {name!r} needs a number as its weight, found {weight!r}")
-    return name, (float(weight), kwargs)
 
 
 def _spec_of(fn: EstimatorFn, name: str) -> EstimatorSpec:
@@ -199,11 +153,3 @@ def _spec_of(fn: EstimatorFn, name: str) -> EstimatorSpec:
 
 def _keywords(fn: EstimatorFn) -> list[str]:
     return [p.name for p in inspect.signature(fn).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-
-
-def _bound_arguments(fn: EstimatorFn, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(fn).bind(None, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    arguments.pop(next(iter(arguments)))
-    return arguments

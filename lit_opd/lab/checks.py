@@ -11,7 +11,7 @@ from lit_opd import estimators
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
-from lit_opd.models import load_tokenizer, needs_of, read_model_config, token_ids
+from lit_opd.models import load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 
 __all__ = ["check_optimizer", "check_weight_files", "prepare_data"]
@@ -24,7 +24,7 @@ def prepare_data(config: Config) -> PromptDataModule:
         UserError: whatever cannot work and shows without weights.
     """
     estimator = estimators.build(config.estimator.name, **config.estimator.kwargs)
-    if "rewards" in needs_of(estimator) and config.data.verifier is None:
+    if "rewards" in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
     check_optimizer(config.optim)
     contexts = [

@@ -4,7 +4,7 @@ from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_student, load_teacher, load_tokenizer, read_model_config
 from lit_opd.models.objective import student_loss
 from lit_opd.models.pair import Pair, Student, Teacher
-from lit_opd.models.scoring import needs_of, score_teacher, support_size_of
+from lit_opd.models.scoring import score_reference, score_teacher, support_size_of
 from lit_opd.models.vocabulary import shared_vocabulary, token_ids
 from lit_opd.models.yardsticks import YARDSTICKS, measure_yardsticks
 
@@ -20,7 +20,7 @@ __all__ = [
     "load_tokenizer",
     "measure_yardsticks",
     "read_model_config",
-    "needs_of",
+    "score_reference",
     "score_teacher",
     "support_size_of",
     "shared_vocabulary",

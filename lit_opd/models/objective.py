@@ -2,27 +2,26 @@
 
 Estimators of the `token` family are evaluated inside the head's chunks, where logits exist. Others need the layout of
 sequences: for them a first pass over the head, without gradient, gives log-probabilities [B, T]; differentiating their
-loss with respect to these gives one coefficient a token, and the second pass applies coefficient x log p(y_t). Both
-kinds meet in one loop over chunks, so a mix projects no more often than its most expensive term.
+loss with respect to these gives one coefficient a token, and the second pass applies coefficient x log p(y_t). The same
+first pass gives the weights of terms that have them. Both kinds meet in one loop over chunks, so a mix projects no more
+often than its most expensive term.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_opd.estimators import BoundEstimator
+from lit_opd.estimators import BoundEstimator, Term
 from lit_opd.functional import Head, position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.models.language_model import LanguageModel
-from lit_opd.models.scoring import CountedPositions, needs_of, support_size_of
-from lit_opd.types import Rollout, ScoredRollout, TokenBatch
+from lit_opd.models.positions import CountedPositions
+from lit_opd.types import ScoredRollout, TokenBatch
 
 __all__ = ["student_loss"]
-
-Terms = list[tuple[float, BoundEstimator]]
 
 
 def student_loss(
@@ -47,88 +46,106 @@ def student_loss(
         A scalar to differentiate, and per-position detached values [N]: `kl` (the estimator's), `student_logps`,
         `teacher_logps`.
     """
-    rollout, scores, rewards_B = micro
-    mask_BT = rollout.mask_BT
+    rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
     hidden_NH = student.completion_hidden(rollout)[mask_BT]
     weights_N = weights_BT[mask_BT]
     positions = CountedPositions(
-        rollout.completion_ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT], scores, teacher_head,
-        needs_of(estimator), support_size_of(estimator),
+        rollout.completion_ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT], micro.scores, teacher_head,
+        micro.progress,
     )  # fmt: skip
-    local = [(weight, term) for weight, term in estimator.terms if term.spec.family == "token"]
-    spread = [(weight, term) for weight, term in estimator.terms if term.spec.family != "token"]
-    share = sum(weight for weight, _ in estimator.terms)
-    value, coefficients_N, spread_kl_N = _sequence_terms(
-        spread, rollout, positions, hidden_NH, student.head, weights_BT, rows, rewards_B
-    )
+    spread = _spread_terms(estimator, micro, positions, hidden_NH, student.head, weights_BT, rows)
+    share = sum(term.weight for term in estimator.terms)
 
     def chunk_loss(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-        tokens = positions.tokens(logits_cV, part)
-        logps, kl = tokens.student_logps_BT, spread_kl_N[part]
-        loss = (coefficients_N[part] * (logps - logps.detach())).sum()
-        for weight, term in local:
-            estimate = term(_narrow(tokens, term))
-            loss = loss + weight * (weights_N[part] * estimate.loss_BT).sum()
-            kl = kl + weight * estimate.kl_BT
-        return loss, {"kl": kl / share, "student_logps": logps, "teacher_logps": tokens.teacher_logps_BT}
+        chunk = positions.chunk(logits_cV, part)
+        logps, kl = chunk.sampled.student_logps_BT, spread.kl_N[part]
+        loss = (spread.coefficients_N[part] * (logps - logps.detach())).sum()
+        for term, factor_N in spread.local:
+            estimate = term.estimator(chunk.tokens(term.estimator))
+            loss = loss + term.weight * (weights_N[part] * factor_N[part] * estimate.loss_BT).sum()
+            kl = kl + term.weight * estimate.kl_BT
+        return loss, {"kl": kl / share, "student_logps": logps, "teacher_logps": chunk.sampled.teacher_logps_BT}
 
     loss, stats = position_losses(hidden_NH, student.head, chunk_loss, rows)
-    return loss + value, stats
+    return loss + spread.value, stats
 
 
-def _narrow(tokens: TokenBatch, term: BoundEstimator) -> TokenBatch:
-    # A mix may hold several support sizes; the teacher's K most probable are the first K of more.
-    ids = tokens.support_ids_BTK
-    if ids is None or not term.spec.needs.startswith("support") or ids.shape[-1] == term.support_size:
-        return tokens
-    names = ("support_ids_BTK", "student_support_logps_BTK", "teacher_support_logps_BTK")
-    return replace(tokens, **{name: getattr(tokens, name)[..., : term.support_size] for name in names})
+class _Spread(NamedTuple):
+    """What the first pass found.
+
+    Attributes:
+        value: of the terms that see sequences.
+        coefficients_N: derivative of that value by each log-probability.
+        kl_N: their weighted KL estimates.
+        local: the other terms, each with its factor of every token.
+    """
+
+    value: Tensor
+    coefficients_N: Tensor
+    kl_N: Tensor
+    local: list[tuple[Term, Tensor]]
 
 
-def _sequence_terms(
-    terms: Terms,
-    rollout: Rollout,
+def _spread_terms(
+    estimator: BoundEstimator,
+    micro: ScoredRollout,
     positions: CountedPositions,
     hidden_NH: Tensor,
     head: Head,
     weights_BT: Tensor,
     rows: int,
-    rewards_B: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, coefficient of each log-probability, and weighted KL estimates of the terms that see sequences."""
-    mask_BT, zeros_N = rollout.mask_BT, torch.zeros_like(positions.sampler_logps_N)
-    if not terms:
-        return zeros_N.sum(), zeros_N, zeros_N
-    tokens = _sequence_tokens(rollout, positions, hidden_NH, head, rows, rewards_B)
+) -> _Spread:
+    mask_BT, zeros_N = micro.rollout.mask_BT, torch.zeros_like(positions.sampler_logps_N)
+    ones_N = torch.ones_like(zeros_N)
+    if all(term.is_local and term.weighting is None for term in estimator.terms):
+        return _Spread(zeros_N.sum(), zeros_N, zeros_N, [(term, ones_N) for term in estimator.terms])
+    tokens = _sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
+    local = []
     with torch.enable_grad():
-        value, kl_BT = zeros_N.sum(), torch.zeros_like(tokens.student_logps_BT)
-        for weight, term in terms:
+        kl_BT = torch.zeros_like(tokens.student_logps_BT)
+        value = 0.0 * tokens.student_logps_BT.sum()  # so that it can be differentiated, whatever the terms are
+        for term in estimator.terms:
+            if term.is_local:
+                local.append((term, term.factors(tokens)[mask_BT]))
+                continue
             estimate = term(tokens)
             counted_BT = torch.where(mask_BT, estimate.loss_BT, 0.0)
-            value, kl_BT = value + weight * (weights_BT * counted_BT).sum(), kl_BT + weight * estimate.kl_BT
+            value, kl_BT = value + term.weight * (weights_BT * counted_BT).sum(), kl_BT + term.weight * estimate.kl_BT
     (coefficients_BT,) = torch.autograd.grad(value, tokens.student_logps_BT)
-    return value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach()
+    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach(), local)
 
 
 @torch.no_grad()
 def _sequence_tokens(
-    rollout: Rollout, positions: CountedPositions, hidden_NH: Tensor, head: Head, rows: int, rewards_B: Tensor | None
+    estimator: BoundEstimator,
+    micro: ScoredRollout,
+    positions: CountedPositions,
+    hidden_NH: Tensor,
+    head: Head,
+    rows: int,
 ) -> TokenBatch:
+    rollout, needs = micro.rollout, estimator.needs
+
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-        tokens = positions.tokens(logits_cV, part)
-        stats = {"student": tokens.student_logps_BT, "teacher": tokens.teacher_logps_BT}
-        return logits_cV.new_zeros(()), stats | ({} if tokens.kl_BT is None else {"kl": tokens.kl_BT})
+        chunk = positions.chunk(logits_cV, part)
+        sampled = {"student": chunk.sampled.student_logps_BT, "teacher": chunk.sampled.teacher_logps_BT}
+        return logits_cV.new_zeros(()), sampled | chunk.summaries(needs)
 
     def spread(values_N: Tensor) -> Tensor:
         blank_BT = values_N.new_zeros(rollout.mask_BT.shape)
         return blank_BT.masked_scatter(rollout.mask_BT, values_N)
 
     _, stats = position_losses(hidden_NH, head, read, rows)
+    reference_N = micro.scores.reference_logps_N
     return TokenBatch(
-        student_logps_BT=spread(stats["student"]).requires_grad_(),
-        teacher_logps_BT=spread(stats["teacher"]),
+        student_logps_BT=spread(stats.pop("student")).requires_grad_(),
+        teacher_logps_BT=spread(stats.pop("teacher")),
         sampler_logps_BT=rollout.sampler_logps_BT,
         mask_BT=rollout.mask_BT,
-        kl_BT=spread(stats["kl"]) if "kl" in stats else None,
-        rewards_B=rewards_B,
+        completion_ids_BT=rollout.completion_ids_BT,
+        rewards_B=micro.rewards_B,
+        groups_B=rollout.prompt_index_B,
+        reference_logps_BT=None if reference_N is None else spread(reference_N),
+        progress=micro.progress,
+        **{name: spread(values_N) for name, values_N in stats.items()},
     )

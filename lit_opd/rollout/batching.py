@@ -36,7 +36,9 @@ def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completi
     return torch.from_numpy(np.stack(rows))
 
 
-def split_updates(draws: Sequence[tuple[int, int]], num_completions: int, updates: int, prompts: int) -> list[Tensor]:
+def split_updates(
+    draws: Sequence[tuple[int, int]], num_completions: int, updates: int, prompts: int, whole_prompts: bool = False
+) -> list[Tensor]:
     """Row indices of each optimizer update: the rollout batch of all processes, cut into equal parts in order.
 
     Which update a row belongs to follows from its place in the whole batch, so it is the same whatever the number of
@@ -47,35 +49,41 @@ def split_updates(draws: Sequence[tuple[int, int]], num_completions: int, update
         num_completions: completions a prompt.
         updates: optimizer updates a rollout.
         prompts: prompts of the whole batch.
+        whole_prompts: keep the completions of a prompt in one update.
 
     Returns:
         `updates` index tensors, some perhaps empty; together they hold every row of this process once.
     """
     places = [place * num_completions + completion for _, place in draws for completion in range(num_completions)]
-    update_B = torch.tensor(places) * updates // (prompts * num_completions)
+    unit = num_completions if whole_prompts else 1
+    update_B = torch.tensor(places) // unit * updates // (prompts * num_completions // unit)
     return [torch.nonzero(update_B == update).flatten() for update in range(updates)]
 
 
-def micro_batches(rollout: Rollout, index: Tensor, budget: int) -> list[Tensor]:
+def micro_batches(rollout: Rollout, index: Tensor, budget: int, whole_prompts: bool = False) -> list[Tensor]:
     """Rows of each micro-batch: the chosen rows sorted by length, at most `budget` tokens with padding together.
 
     Args:
         rollout: all rows.
         index: the rows to use.
-        budget: rows x (longest prompt + longest completion) that a micro-batch may hold; a row longer than that
-            stands alone.
+        budget: rows x (longest prompt + longest completion) that a micro-batch may hold; what does not fit and
+            cannot be cut stands alone.
+        whole_prompts: keep the chosen completions of a prompt together.
 
     Returns:
         Index tensors, shortest rows first; together they hold every chosen row once.
     """
     prompts_B, completions_B = rollout.prompt_mask_BP.sum(1).cpu(), rollout.completion_mask_BT.sum(1).cpu()
-    order = index[torch.argsort((prompts_B + completions_B)[index], stable=True)]
+    lengths_B = prompts_B + completions_B
+    units: dict[int, list[int]] = {}
+    for row in index.tolist():
+        units.setdefault(int(rollout.prompt_index_B[row]) if whole_prompts else row, []).append(row)
     groups: list[list[int]] = []
-    for row in order.tolist():
-        rows = [*groups[-1], row] if groups else [row]
+    for unit in sorted(units.values(), key=lambda rows: int(lengths_B[rows].max())):
+        rows = [*groups[-1], *unit] if groups else unit
         width = int(prompts_B[rows].max() + completions_B[rows].max())
-        if len(rows) > 1 and width * len(rows) <= budget:
-            groups[-1].append(row)
+        if groups and width * len(rows) <= budget:
+            groups[-1] = rows
         else:
-            groups.append([row])
+            groups.append(unit)
     return [torch.tensor(group, device=rollout.mask_BT.device) for group in groups]

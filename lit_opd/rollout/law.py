@@ -17,8 +17,8 @@ def training_law(config: RolloutConfig, estimator: BoundEstimator) -> SamplingLa
         UserError: greedy sampling for an estimator that learns from the chance of what was sampled.
     """
     if config.temperature == 0:
-        for _, term in estimator.terms:
-            if term.spec.needs.startswith("token"):
-                expected = f"above 0 for {term.spec.name!r}, which learns from what it samples"
+        for term in estimator.terms:
+            if term.estimator.spec.on_policy:
+                expected = f"above 0 for {term.estimator.spec.name!r}, which learns from what it samples"
                 raise UserError("rollout.temperature", expected, 0, "Set rollout.temperature=1.")
     return SamplingLaw(config.temperature, config.top_p, config.top_k, config.min_p, config.min_new_tokens)

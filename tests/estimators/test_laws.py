@@ -1,11 +1,11 @@
 """The laws that every registered estimator passes, whoever wrote it.
 
-Each registered name is tested with its defaults; TABLE adds hyper-parameters that deserve a row, and says where and why
-an estimator departs from what is expected of it.
+Each registered name is tested with its defaults and with the variants it was registered with.
 """
 
 import inspect
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,48 +18,22 @@ from lit_opd.types import TokenBatch
 VOCABULARY, SUPPORT = 4, 2
 
 
-@dataclass(frozen=True)
-class Case:
-    """An estimator with hyper-parameters, and what differs from the contract it was registered with.
-
-    `target`, `unbiased`: None where the declaration holds. `at_equal`: where student == teacher, the gradient is zero
-    for every "sample", only in "expectation", or "never".
-    """
+class Case(NamedTuple):
+    """An estimator with the keywords of one of its variants, on a support that fits the small vocabulary."""
 
     name: str
-    kwargs: dict = field(default_factory=dict)
-    target: str | None = None
-    unbiased: bool | None = None
-    at_equal: str = "sample"
-    reason: str = "the defaults"
+    keywords: dict
 
     def build(self):
         spec = estimators.get(self.name)
-        # The default support (16) is larger than the vocabulary here.
-        kwargs = ({"k": SUPPORT} if spec.needs.startswith("support") else {}) | self.kwargs
+        kwargs = ({"k": SUPPORT} if spec.needs.startswith("support") else {}) | dict(self.keywords)
         try:
             return estimators.build(self.name, **kwargs)
         except UserError as error:
-            pytest.fail(f"{error} If {self.name!r} cannot be built from its defaults, add a row with keywords that "
-                        "work to TABLE in tests/estimators/test_laws.py.")  # fmt: skip
+            pytest.fail(f"{error} {self.name!r} cannot be built from its defaults: register it with `variants`.")
 
     def __str__(self):
-        return "-".join([self.name, *(f"{key}={value}" for key, value in self.kwargs.items())])
-
-
-MIXED = {"sequence": 1.0, "full_vocab": {"weight": 0.5, "divergence": "forward_kl"}}
-TABLE = [
-    Case("hybrid", {"gamma": 1.0}, unbiased=True, reason="undiscounted, it is the sequence estimator"),
-    Case("hybrid", {"gamma": 0.0}, target="reverse_kl", unbiased=True, reason="it is the token estimator"),
-    Case("full_vocab", {"divergence": "forward_kl"}, target="forward_kl", reason="the target is the chosen one"),
-    Case("full_vocab", {"divergence": "jsd"}, target="jsd", reason="the target is the chosen one"),
-    Case("full_vocab", {"divergence": "jsd", "teacher_weight": 0.1}, target="jsd", reason="lopsided mixture"),
-    Case("teacher_topk", {"k": VOCABULARY}, unbiased=True, reason="on the whole vocabulary nothing is left out"),
-    Case("mix", {"terms": MIXED}, reason="has no default terms; this one has a target of its own"),
-    Case("mix", {"terms": {"token": 0.25, "full_vocab": 0.75}}, target="reverse_kl", unbiased=True,
-         reason="a convex combination of estimators of the same target"),
-    Case("mix", {"terms": {"token": 1.0, "teacher_topk": {"weight": 1.0, "k": SUPPORT}}}, reason="every need but one"),
-]  # fmt: skip
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.keywords.items())])
 
 
 def needs_keywords(name):
@@ -68,8 +42,11 @@ def needs_keywords(name):
 
 
 def cases():
-    listed = {case.name for case in TABLE}
-    return [Case(name) for name in estimators.names() if name not in listed or not needs_keywords(name)] + TABLE
+    found = []
+    for name in estimators.names():
+        variants = [Case(name, variant.keywords) for variant in estimators.get(name).variants]
+        found += variants if variants and needs_keywords(name) else [Case(name, {}), *variants]
+    return found
 
 
 def assert_equal_up_to_rounding(found, expected):
@@ -86,6 +63,7 @@ def token_batch(dtype=torch.float64, seed=0):
     student_BTV, teacher_BTV = torch.randn(2, 3, 5, VOCABULARY, generator=generator).double().log_softmax(-1)
     ids_BT1 = torch.randint(VOCABULARY, (3, 5, 1), generator=generator)
     support_BTK = teacher_BTV.topk(SUPPORT, dim=-1).indices
+    support_mask_BTK = torch.rand(3, 5, SUPPORT, generator=generator) > 0.2
     student_BT = student_BTV.gather(-1, ids_BT1).squeeze(-1)
     values = {
         "student_logps_BT": student_BT,
@@ -96,16 +74,27 @@ def token_batch(dtype=torch.float64, seed=0):
         "student_full_logps_BTV": student_BTV,
         "teacher_full_logps_BTV": teacher_BTV,
         "kl_BT": (student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1),
+        "student_entropy_BT": -(student_BTV.exp() * student_BTV).sum(-1),
+        "teacher_entropy_BT": -(teacher_BTV.exp() * teacher_BTV).sum(-1),
         "rewards_B": torch.tensor([1.0, 0.0, 0.5]).double(),
         "reference_logps_BT": student_BT - 0.1,
     }
-    return TokenBatch(mask_BT=mask_BT, support_ids_BTK=support_BTK, **{k: v.to(dtype) for k, v in values.items()})
+    return TokenBatch(
+        mask_BT=mask_BT, completion_ids_BT=ids_BT1.squeeze(-1), support_ids_BTK=support_BTK,
+        support_mask_BTK=support_mask_BTK, groups_B=torch.tensor([4, 4, 7]), progress=0.25,
+        **{k: v.to(dtype) for k, v in values.items()},
+    )  # fmt: skip
+
+
+def tensors(tokens):
+    return {f.name: value for f in fields(tokens) if isinstance(value := getattr(tokens, f.name), torch.Tensor)}
 
 
 def student_leaves(tokens):
     """The same batch with fresh student leaves, and these leaves."""
-    names = [f.name for f in fields(tokens) if f.name.startswith("student_")]
-    leaves = {name: getattr(tokens, name).detach().clone().requires_grad_() for name in names}
+    values = {name: value for name, value in tensors(tokens).items()
+              if name.startswith("student_") and "entropy" not in name}  # fmt: skip
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     return replace(tokens, **leaves), leaves
 
 
@@ -124,8 +113,8 @@ def with_garbage(tokens, garbage, prefixes):
         mask = tokens.mask_BT.reshape(tokens.mask_BT.shape + (1,) * (value.dim() - 2))
         return torch.where(mask, value, garbage(value))
 
-    spoilt = [f.name for f in fields(tokens) if f.name.startswith(prefixes) and getattr(tokens, f.name).dim() > 1]
-    return replace(tokens, **{name: spoil(getattr(tokens, name)) for name in spoilt})
+    spoilt = {name: value for name, value in tensors(tokens).items() if name.startswith(prefixes) and value.dim() > 1}
+    return replace(tokens, **{name: spoil(value) for name, value in spoilt.items()})
 
 
 def assert_same_and_zero_where_masked(estimator, clean, dirty):
@@ -141,7 +130,7 @@ def assert_same_and_zero_where_masked(estimator, clean, dirty):
 def test_finite_garbage_where_masked_has_no_effect(case):
     """Loss and every gradient stay the same, whichever field holds the garbage."""
     clean, generator = token_batch(), torch.Generator().manual_seed(3)
-    fields_with_values = ("student", "teacher", "sampler", "kl", "reference")
+    fields_with_values = ("student", "teacher", "sampler", "kl", "reference")  # of logps, entropies and all
     dirty = with_garbage(clean, lambda x: 100 * torch.randn(x.shape, generator=generator, dtype=x.dtype),
                          fields_with_values)  # fmt: skip
     assert_same_and_zero_where_masked(case.build(), clean, dirty)
@@ -155,8 +144,8 @@ def test_non_finite_teacher_values_where_masked_have_no_effect(case, garbage):
     The law is for what sees [B, T]: per-position estimators are called on counted positions only, and the
     per-position terms of a mix likewise.
     """
-    for _, term in case.build().terms:
-        if term.spec.family != "token":
+    for term in case.build().terms:
+        if not term.is_local:
             clean = token_batch()
             dirty = with_garbage(clean, lambda x: torch.full_like(x, garbage), ("teacher_logps",))
             assert_same_and_zero_where_masked(term, clean, dirty)
@@ -179,8 +168,8 @@ def test_float64_stays(case):
 @every_case
 def test_bf16_is_raised_to_fp32_before_any_maths(case):
     low = token_batch(torch.bfloat16)
-    raised = replace(low, **{f.name: value.float() for f in fields(low)
-                             if (value := getattr(low, f.name)).dtype == torch.bfloat16})  # fmt: skip
+    raised = replace(low, **{name: value.float() for name, value in tensors(low).items()
+                             if value.dtype == torch.bfloat16})  # fmt: skip
     estimate, expected = case.build()(low), case.build()(raised)
     assert estimate.loss_BT.dtype == estimate.kl_BT.dtype == torch.float32
     assert torch.equal(estimate.loss_BT, expected.loss_BT)
@@ -199,7 +188,7 @@ def test_one_value_a_position_and_only_the_loss_carries_grad(case):
 @every_case
 def test_inputs_are_left_alone(case):
     tokens = token_batch()
-    before = {f.name: getattr(tokens, f.name).clone() for f in fields(tokens)}
+    before = {name: value.clone() for name, value in tensors(tokens).items()}
     loss_and_gradients(case.build(), tokens)
     assert all(torch.equal(getattr(tokens, name), value) for name, value in before.items())
 
@@ -207,15 +196,16 @@ def test_inputs_are_left_alone(case):
 @every_case
 def test_per_position_estimators_commute_with_slicing(case):
     """Any slice of flattened counted positions gives what these positions give inside the batch."""
-    for _, term in case.build().terms:
+    for term in (term.estimator for term in case.build().terms):
         if term.spec.family == "token":
             tokens = token_batch()
-            per_position = {f.name: getattr(tokens, f.name)[tokens.mask_BT] for f in fields(tokens)
-                            if f.name != "rewards_B"}  # fmt: skip
-            flat = TokenBatch(**per_position)
+            per_position = {name: value[tokens.mask_BT] for name, value in tensors(tokens).items()
+                            if not name.endswith("_B")}  # fmt: skip
+            flat = TokenBatch(**per_position, progress=tokens.progress)
             whole = term(tokens)
             for part in (slice(None), slice(0, 3), slice(3, None), slice(0, 0)):
-                estimate = term(TokenBatch(**{name: value[part] for name, value in per_position.items()}))
+                sliced = {name: value[part] for name, value in per_position.items()}
+                estimate = term(TokenBatch(**sliced, progress=tokens.progress))
                 assert_equal_up_to_rounding(estimate.loss_BT, whole.loss_BT[tokens.mask_BT][part])
                 assert_equal_up_to_rounding(estimate.kl_BT, whole.kl_BT[tokens.mask_BT][part])
             _, gradients = loss_and_gradients(term, tokens)
@@ -230,14 +220,14 @@ def test_per_position_estimators_commute_with_slicing(case):
 def test_declared_bias_holds_in_both_directions(case, horizon, stop):
     """Declared unbiased: equal to the target's gradient. Declared biased: provably different from it."""
     estimator = case.build()
-    target = case.target or estimator.spec.target
+    target, unbiased, _ = estimator.contract
     if target is None:
-        assert not estimator.spec.unbiased, "unbiased for what?"
+        assert not unbiased, "unbiased for what?"
         return
     assert target in TARGETS, f"teach lit_opd.estimators.oracle the exact gradient of {target!r}"
     pair = TabularPair.random(VOCABULARY, horizon, seed=1, stop=stop)
     bias = verify(estimator, pair, target).relative_bias
-    if estimator.spec.unbiased if case.unbiased is None else case.unbiased:
+    if unbiased:
         assert bias < 1e-12
     elif horizon > 1 or target != "sequence_reverse_kl":  # with one position there is no later credit to discount
         assert bias > 1e-6
@@ -246,19 +236,22 @@ def test_declared_bias_holds_in_both_directions(case, horizon, stop):
 @every_case
 @pytest.mark.parametrize("stop", [False, True], ids=["fixed-length", "with-stop-token"])
 def test_gradient_where_student_equals_teacher(case, stop):
-    verdict = verify(case.build(), TabularPair.random(VOCABULARY, 3, seed=2, stop=stop))
-    assert (verdict.norm_at_equal < 1e-14) == (case.at_equal != "never")
-    assert (verdict.rms_at_equal < 1e-14) == (case.at_equal == "sample")
+    estimator = case.build()
+    verdict = verify(estimator, TabularPair.random(VOCABULARY, 3, seed=2, stop=stop))
+    assert (verdict.norm_at_equal < 1e-14) == (estimator.contract.at_equal != "never")
+    assert (verdict.rms_at_equal < 1e-14) == (estimator.contract.at_equal == "sample")
 
 
 def test_an_estimator_without_usable_defaults_asks_for_a_row():
-    with pytest.raises(pytest.fail.Exception, match="add a row"):
-        Case("mix").build()
+    with pytest.raises(pytest.fail.Exception, match="register it with `variants`"):
+        Case("mix", {}).build()
 
 
 def test_mix_is_the_weighted_sum_of_its_terms():
     tokens = token_batch()
-    mixed = estimators.build("mix", terms=MIXED)(tokens)
+    mixed = estimators.build("mix", terms={"sequence": 1, "full_vocab": {"weight": 0.5, "divergence": "forward_kl"}})(
+        tokens
+    )
     parts = [estimators.build("sequence")(tokens), estimators.build("full_vocab", divergence="forward_kl")(tokens)]
     assert_equal_up_to_rounding(mixed.loss_BT, parts[0].loss_BT + 0.5 * parts[1].loss_BT)
     assert_equal_up_to_rounding(mixed.kl_BT, (parts[0].kl_BT + 0.5 * parts[1].kl_BT) / 1.5)

@@ -5,7 +5,7 @@ import torch
 
 from lit_opd import estimators
 from lit_opd.functional import head_logits
-from lit_opd.models import LanguageModel, measure_yardsticks, needs_of, score_teacher, support_size_of
+from lit_opd.models import LanguageModel, measure_yardsticks, score_teacher, support_size_of
 from lit_opd.types import SamplingLaw
 
 ROWS = [1, 3, 1000]
@@ -54,7 +54,7 @@ def test_nothing_counted_is_scored_as_nothing(name, scene):
 
 def test_needs_and_support_size_of_a_mix():
     mix = estimators.build("mix", terms={"sequence": 1, "teacher_topk": {"weight": 1, "k": 5}, "full_vocab": 1})
-    assert needs_of(mix) == {"token", "support", "full"}
+    assert mix.needs == {"token", "support", "full"}
     assert support_size_of(mix) == 5
     assert support_size_of(estimators.build("token")) == 0
 

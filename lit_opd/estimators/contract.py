@@ -1,0 +1,195 @@
+"""What an estimator declares of itself, and an estimator with its keywords bound."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_opd.types import Estimate, TokenBatch
+
+__all__ = ["BoundEstimator", "Contract", "EstimatorFn", "EstimatorSpec", "Term", "Variant", "bound_arguments"]
+
+EstimatorFn = Callable[..., Estimate]
+
+
+class Contract(NamedTuple):
+    """What an estimator promises; tests and `check` hold it to every word.
+
+    Attributes:
+        target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
+        unbiased: is its expected gradient exactly the target's, on-policy?
+        at_equal: where student == teacher, the gradient is zero for every `sample`, in `expectation`, or `never`.
+    """
+
+    target: str | None
+    unbiased: bool
+    at_equal: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Keywords that deserve a test of their own, and what the contract is with them.
+
+    Attributes:
+        keywords: the keywords; the others keep their defaults.
+        reason: why this row is here.
+        target: None where it is the declared one.
+        unbiased: None where it is as declared.
+        at_equal: None where it is as declared.
+    """
+
+    keywords: Mapping[str, Any]
+    reason: str
+    target: str | None = None
+    unbiased: bool | None = None
+    at_equal: str | None = None
+
+
+@dataclass(frozen=True)
+class EstimatorSpec:
+    """An estimator and the contract it declares.
+
+    Attributes:
+        name: the registered name, or the path it was loaded from.
+        fn: the pure function.
+        family: `token` (each position for itself), `sequence` (credit flows to earlier positions) or `hybrid`.
+        target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
+        unbiased: is its expected gradient exactly the target's, on-policy?
+        needs: `token`, `support` or `full` (`terms`: what its terms need); further `+kl`, `+entropy`, `+rewards`,
+            `+groups`, `+reference`.
+        source: where the formula comes from.
+        check: raises ValueError for keywords that cannot work, before any model is loaded.
+        at_equal: where student == teacher, the gradient is zero for every `sample`, in `expectation`, or `never`.
+        on_policy: is it right only where the student itself wrote the tokens?
+        corrects: does it weigh tokens by student over sampler, so that stale or tempered samples do?
+        variants: keywords with which the contract is another, or which deserve a test of their own.
+        split: gives, from the keywords, the terms it is made of; None where it is its own only term.
+    """
+
+    name: str
+    fn: EstimatorFn
+    family: str = "token"
+    target: str | None = None
+    unbiased: bool = False
+    needs: str = "token"
+    source: str = ""
+    check: Callable[..., None] | None = field(default=None, repr=False)
+    at_equal: str = "sample"
+    on_policy: bool = True
+    corrects: bool = False
+    variants: tuple[Variant, ...] = field(default=(), repr=False)
+    split: Callable[..., tuple[Term, ...]] | None = field(default=None, repr=False)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.fn) or "").split("\n")[0]
+
+    def contract(self, keywords: Mapping[str, Any]) -> Contract:
+        """The contract with the given keywords: that of the first variant they agree with, else the declared one."""
+        for variant in self.variants:
+            if all(keywords.get(key) == value for key, value in variant.keywords.items()):
+                return Contract(
+                    variant.target or self.target,
+                    self.unbiased if variant.unbiased is None else variant.unbiased,
+                    variant.at_equal or self.at_equal,
+                )
+        return Contract(self.target, self.unbiased, self.at_equal)
+
+
+@dataclass(frozen=True)
+class BoundEstimator:
+    """An estimator with its keywords; calling it maps a `TokenBatch` to an `Estimate`."""
+
+    spec: EstimatorSpec
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, tokens: TokenBatch) -> Estimate:
+        """Apply the estimator."""
+        return self.spec.fn(tokens, **self.kwargs)
+
+    @cached_property
+    def keywords(self) -> dict[str, Any]:
+        """All keywords, those that were not given with their defaults."""
+        return bound_arguments(self.spec.fn, self.kwargs)
+
+    @property
+    def contract(self) -> Contract:
+        """What the estimator promises with these keywords."""
+        return self.spec.contract(self.keywords)
+
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """The weighted estimators it is made of; most are their own only term."""
+        return (Term(1.0, self),) if self.spec.split is None else self.spec.split(**self.keywords)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its terms and their weightings ask for together."""
+        return frozenset().union(*(term.needs for term in self.terms))
+
+    @property
+    def support(self) -> str:
+        """Whose most probable tokens are compared: by convention its keyword `support`, by default the teacher's."""
+        return str(self.keywords.get("support", "teacher"))
+
+    @property
+    def support_size(self) -> int:
+        """K, by convention its keyword `k`; 0 for an estimator that compares no support."""
+        return int(self.keywords["k"]) if self.spec.needs.startswith("support") else 0
+
+
+class Term(NamedTuple):
+    """A part of a sum.
+
+    Attributes:
+        weight: its factor.
+        estimator: one without terms of its own.
+        weighting: maps a whole [B, T] batch to the factor of every token, detached; None for one everywhere.
+        weighting_needs: what the weighting wants to see.
+    """
+
+    weight: float
+    estimator: BoundEstimator
+    weighting: Callable[[TokenBatch], Tensor] | None = None
+    weighting_needs: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What estimator and weighting ask for."""
+        return frozenset(self.estimator.spec.needs.split("+")) | frozenset(self.weighting_needs)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the estimator may be called on slices of positions."""
+        return self.estimator.spec.family == "token"
+
+    def factors(self, tokens: TokenBatch) -> Tensor:
+        """The factor of every token of a whole [B, T] batch, detached."""
+        return torch.ones_like(tokens.teacher_logps_BT) if self.weighting is None else self.weighting(tokens).detach()
+
+    def __call__(self, tokens: TokenBatch) -> Estimate:
+        """The estimate on a whole [B, T] batch, weighted token by token but not by `weight`."""
+        estimate = self.estimator(tokens)
+        if self.weighting is None:
+            return estimate
+        return Estimate(self.factors(tokens) * estimate.loss_BT, estimate.kl_BT)
+
+
+def bound_arguments(fn: EstimatorFn, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of an estimator, those that were not given with their defaults.
+
+    Raises:
+        TypeError: one is missing.
+    """
+    bound = inspect.signature(fn).bind(None, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    arguments.pop(next(iter(arguments)))
+    return arguments

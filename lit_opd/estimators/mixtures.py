@@ -1,0 +1,44 @@
+"""Weighted sums of estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.terms import register_mixture
+
+
+def _check_terms(terms: Mapping[str, Any]) -> None:
+    if not isinstance(terms, Mapping) or not terms:
+        raise ValueError(f"terms must map estimator names to weights, found {terms!r}")
+    weights = [value.get("weight", 0) if isinstance(value, Mapping) else value for value in terms.values()]
+    if sum(weight for weight in weights if isinstance(weight, int | float)) <= 0:
+        raise ValueError("the weights of a mix must have a positive sum")
+
+
+@register_mixture(
+    "mix",
+    source="weighted sums as in arXiv:2306.08543 (sequence + single-step), arXiv:2605.16826 (forward + reverse)",
+    check=_check_terms,
+    variants=(
+        Variant({"terms": {"sequence": 1.0, "full_vocab": {"weight": 0.5, "divergence": "forward_kl"}}},
+                "no default terms; these have a target of their own"),
+        Variant({"terms": {"token": 0.25, "full_vocab": 0.75}}, "a convex combination of estimators of one target",
+                target="reverse_kl", unbiased=True),
+        Variant({"terms": {"token": 1.0, "teacher_topk": {"weight": 1.0, "k": 2}}}, "a score function and a support"),
+    ),
+)  # fmt: skip
+def mix(*, terms: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Weighted sum of registered estimators.
+
+    Formula: loss_t = sum over terms of weight x loss_t of the term; the logged KL is their weighted mean. Bias and
+    variance are those of its terms, weighted.
+
+    Args:
+        terms: `{name: weight}` or `{name: {weight: w, keyword: value, ...}}`.
+
+    Returns:
+        The terms.
+    """
+    return terms

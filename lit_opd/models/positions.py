@@ -1,0 +1,119 @@
+"""What estimators see of a chunk of positions."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators import BoundEstimator
+from lit_opd.functional import Head, entropy, head_logits, log_softmax, reverse_kl
+from lit_opd.functional.topk import choose_support
+from lit_opd.types import TeacherScores, TokenBatch
+
+__all__ = ["Chunk", "CountedPositions"]
+
+
+@dataclass(frozen=True)
+class CountedPositions:
+    """The N counted positions of a micro-batch, flattened: everything but the student's logits.
+
+    Attributes:
+        ids_N: the sampled tokens.
+        sampler_logps_N: their log-probabilities under the law that sampled them.
+        scores: the teacher's scores.
+        teacher_head: rebuilds the teacher's logits where the scores are hidden states.
+        progress: the share of training that is done.
+    """
+
+    ids_N: Tensor
+    sampler_logps_N: Tensor
+    scores: TeacherScores
+    teacher_head: Head
+    progress: float = 0.0
+
+    def chunk(self, student_logits_cV: Tensor, part: slice) -> Chunk:
+        """Student and teacher at the positions `part`.
+
+        Args:
+            student_logits_cV: [c, V] fp32, with grad.
+            part: the slice of positions the chunk covers.
+        """
+        student_cV, ids_c = torch.log_softmax(student_logits_cV, dim=-1), self.ids_N[part]
+        teacher_cV = None
+        if self.scores.hidden_NH is not None:
+            teacher_cV = log_softmax(head_logits(self.scores.hidden_NH[part], self.teacher_head))
+        return Chunk(self._sampled(student_cV, teacher_cV, ids_c, part), student_cV, teacher_cV, self.scores, part)
+
+    def _sampled(self, student_cV: Tensor, teacher_cV: Tensor | None, ids_c: Tensor, part: slice) -> TokenBatch:
+        known_N, reference_N = self.scores.logps_N, self.scores.reference_logps_N
+        teacher_c = _at(teacher_cV, ids_c) if known_N is None else known_N[part]
+        return TokenBatch(
+            student_logps_BT=_at(student_cV, ids_c),
+            teacher_logps_BT=teacher_c,
+            sampler_logps_BT=self.sampler_logps_N[part],
+            mask_BT=torch.ones_like(ids_c, dtype=torch.bool),
+            completion_ids_BT=ids_c,
+            reference_logps_BT=None if reference_N is None else reference_N[part],
+            progress=self.progress,
+        )
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The models' distributions at some positions, and what every estimator sees of them.
+
+    Attributes:
+        sampled: the fields that concern the sampled tokens alone, leading shape [c].
+        student_cV: log-probabilities, with grad.
+        teacher_cV: log-probabilities, or None where the teacher was asked for less.
+        scores: the teacher's, of all positions.
+        part: which of them these are.
+    """
+
+    sampled: TokenBatch
+    student_cV: Tensor
+    teacher_cV: Tensor | None
+    scores: TeacherScores
+    part: slice
+
+    def tokens(self, estimator: BoundEstimator) -> TokenBatch:
+        """The fields an estimator asks for; the others stay None."""
+        needs = estimator.spec.needs.split("+")
+        batch = replace(self.sampled, **self.summaries(needs))
+        if "full" in needs:
+            batch = replace(batch, student_full_logps_BTV=self.student_cV, teacher_full_logps_BTV=self.teacher_cV)
+        return self._with_support(batch, estimator) if "support" in needs else batch
+
+    def summaries(self, needs: Container[str]) -> dict[str, Any]:
+        """Numbers that sum up the two distributions, detached: the KL and the entropies, where asked for."""
+        found: dict[str, Any] = {}
+        student_cV, teacher_cV = self.student_cV.detach(), self.teacher_cV
+        if teacher_cV is not None and "kl" in needs:
+            found["kl_BT"] = reverse_kl(student_cV, teacher_cV)
+        if teacher_cV is not None and "entropy" in needs:
+            found |= {"student_entropy_BT": entropy(student_cV), "teacher_entropy_BT": entropy(teacher_cV)}
+        return found
+
+    def _with_support(self, batch: TokenBatch, estimator: BoundEstimator) -> TokenBatch:
+        size, scores = estimator.support_size, self.scores
+        if self.teacher_cV is not None:
+            ids, mask = choose_support(self.student_cV.detach(), self.teacher_cV, size, estimator.support)
+            teacher = self.teacher_cV.gather(-1, ids)
+        else:  # the teacher's K most probable are the first K of more
+            assert scores.support_ids_NK is not None
+            assert scores.support_logps_NK is not None
+            ids, teacher = (x[self.part, :size] for x in (scores.support_ids_NK, scores.support_logps_NK))
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        return replace(
+            batch, support_ids_BTK=ids, support_mask_BTK=mask, teacher_support_logps_BTK=teacher,
+            student_support_logps_BTK=self.student_cV.gather(-1, ids),
+        )  # fmt: skip
+
+
+def _at(logps_cV: Tensor | None, ids_c: Tensor) -> Tensor:
+    assert logps_cV is not None
+    return logps_cV.gather(-1, ids_c[:, None]).squeeze(-1)
