@@ -26,6 +26,7 @@ _BOUNDS: list[tuple[str, Any, str]] = [
     ("rollout.top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
     ("rollout.top_k", lambda v: v >= 0, "at least 0 (0 keeps all tokens)"),
     ("rollout.min_p", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("estimator.adapt_gamma_every", lambda v: v is None or v >= 1, "at least 1, or null for a fixed gamma"),
     ("optim.lr", lambda v: v > 0, "above 0"),
     ("optim.clip_norm", lambda v: v is None or v > 0, "above 0, or null for no clipping"),
     ("optim.warmup_steps", lambda v: v >= 0, "at least 0"),

@@ -103,6 +103,7 @@ class EstimatorConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     masked_tokens: list[Any] = field(default_factory=list)
     aggregation: str = "token_mean"
+    adapt_gamma_every: int | None = None
 
 
 @dataclass

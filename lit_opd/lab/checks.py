@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lit_opd import estimators
+from lit_opd.callbacks import check_gamma
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
@@ -26,6 +27,8 @@ def prepare_data(config: Config) -> PromptDataModule:
     estimator = estimators.build(config.estimator.name, **config.estimator.kwargs)
     if "rewards" in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
+    if config.estimator.adapt_gamma_every is not None:
+        check_gamma(estimator)
     check_optimizer(config.optim)
     contexts = [
         _context_length(section, key) for section, key in ((config.student, "student"), (config.teacher, "teacher"))

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_opd.callbacks import SaveOnInterrupt, StepProgress
+from lit_opd.callbacks import ChooseGamma, SaveOnInterrupt, StepProgress
 from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
 from lit_opd.lab.folder import RunFolder
@@ -75,6 +75,8 @@ def build_trainer(config: Config, folder: RunFolder) -> L.Trainer:
         RunRecord(config, folder.config),
         LearningRateMonitor(logging_interval="step"),
     ]  # fmt: skip
+    if config.estimator.adapt_gamma_every is not None:
+        callbacks.append(ChooseGamma(config.estimator.adapt_gamma_every))
     return _build(config, callbacks=callbacks, default_root_dir=folder.path,
                   val_check_interval=every, check_val_every_n_epoch=None)  # fmt: skip
 

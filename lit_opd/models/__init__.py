@@ -1,5 +1,6 @@
 """Students and teachers: loading, vocabulary check, scoring."""
 
+from lit_opd.models.credit import credit_sketches
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_student, load_teacher, load_tokenizer, read_model_config
 from lit_opd.models.objective import student_loss
@@ -14,6 +15,7 @@ __all__ = [
     "Pair",
     "Student",
     "Teacher",
+    "credit_sketches",
     "frozen_names",
     "load_student",
     "load_teacher",

@@ -21,7 +21,7 @@ from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.positions import CountedPositions
 from lit_opd.types import ScoredRollout, TokenBatch
 
-__all__ = ["student_loss"]
+__all__ = ["counted_positions", "sequence_tokens", "student_loss"]
 
 
 def student_loss(
@@ -49,10 +49,7 @@ def student_loss(
     rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
     hidden_NH = student.completion_hidden(rollout)[mask_BT]
     weights_N = weights_BT[mask_BT]
-    positions = CountedPositions(
-        rollout.completion_ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT], micro.scores, teacher_head,
-        micro.progress,
-    )  # fmt: skip
+    positions = counted_positions(micro, teacher_head)
     spread = _spread_terms(estimator, micro, positions, hidden_NH, student.head, weights_BT, rows)
     share = sum(term.weight for term in estimator.terms)
 
@@ -68,6 +65,13 @@ def student_loss(
 
     loss, stats = position_losses(hidden_NH, student.head, chunk_loss, rows)
     return loss + spread.value, stats
+
+
+def counted_positions(micro: ScoredRollout, teacher_head: Head) -> CountedPositions:
+    """The counted positions of a micro-batch, flattened."""
+    rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
+    ids_N, sampler_logps_N = rollout.completion_ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT]
+    return CountedPositions(ids_N, sampler_logps_N, micro.scores, teacher_head, micro.progress)
 
 
 class _Spread(NamedTuple):
@@ -99,7 +103,7 @@ def _spread_terms(
     ones_N = torch.ones_like(zeros_N)
     if all(term.is_local and term.weighting is None for term in estimator.terms):
         return _Spread(zeros_N.sum(), zeros_N, zeros_N, [(term, ones_N) for term in estimator.terms])
-    tokens = _sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
+    tokens = sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
     local = []
     with torch.enable_grad():
         kl_BT = torch.zeros_like(tokens.student_logps_BT)
@@ -116,7 +120,7 @@ def _spread_terms(
 
 
 @torch.no_grad()
-def _sequence_tokens(
+def sequence_tokens(
     estimator: BoundEstimator,
     micro: ScoredRollout,
     positions: CountedPositions,
@@ -124,6 +128,7 @@ def _sequence_tokens(
     head: Head,
     rows: int,
 ) -> TokenBatch:
+    """What estimators that see sequences are given: a leaf of student log-probabilities, and what the needs ask for."""
     rollout, needs = micro.rollout, estimator.needs
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:

@@ -1,0 +1,114 @@
+"""The discount that is chosen from measured bias and variance."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+
+from lit_opd import estimators, models
+from lit_opd.callbacks import ChooseGamma, check_gamma
+from lit_opd.errors import UserError
+from lit_opd.functional import token_weights
+from lit_opd.models import LanguageModel, score_teacher
+from lit_opd.models.credit import _signs
+from lit_opd.types import SamplingLaw, ScoredRollout
+
+GAMMAS = (0.0, 0.5, 1.0)
+
+
+def test_sketches_are_projections_of_the_gradient_of_the_head(
+    make_model, tiny_tokenizer, make_batch, sample, full_logits
+):
+    """Every completion's gradient by autograd through dense logits, projected afterwards."""
+    student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
+    policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
+    rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
+    rollout = rollout.uncount(rollout.completion_ids_BT == 7)
+    candidates = [estimators.build("hybrid", gamma=gamma) for gamma in GAMMAS]
+    micro = ScoredRollout(rollout, score_teacher(policies[1], rollout, candidates[0], 3))
+    tokens, sequences = rollout.mask_BT.sum().double(), rollout.mask_BT.any(1).sum().double()
+    weights_BT = token_weights(rollout.mask_BT, "sequence_mean", tokens, sequences)
+    found = models.credit_sketches(policies[0], micro, policies[1].head, candidates, weights_BT, rows=3, size=4, seed=5)
+
+    logps, taught = (full_logits(m, rollout).log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])[..., 0]
+                     for m in (student, teacher))  # fmt: skip
+    weight_VH = student.lm_head.weight
+    left, right = _signs(17, 4, 5, weight_VH), _signs(16, 4, 6, weight_VH)
+    for m, gamma in enumerate(GAMMAS):
+        for b in range(len(rollout)):
+            loss = 0
+            for t in range(logps.shape[1]):
+                later = [gamma ** (i - t) * (logps[b, i] - taught[b, i]).detach()
+                         for i in range(t, logps.shape[1]) if rollout.mask_BT[b, i]]  # fmt: skip
+                loss = loss + weights_BT[b, t] * sum(later) * logps[b, t]
+            (gradient_VH,) = torch.autograd.grad(loss, weight_VH, retain_graph=True)
+            torch.testing.assert_close(found[m, b], (left.T @ gradient_VH @ right).flatten(), rtol=0, atol=1e-11)
+
+
+def run(make_module, make_model, fit, teacher=2, steps=3, **kwargs):
+    chooser = ChooseGamma(every_n_steps=2, gammas=GAMMAS)
+    module = make_module(make_model(1), make_model(teacher), "hybrid", estimator_kwargs={"gamma": 0.75})
+    record = fit(module, steps, callbacks=[chooser], **kwargs)
+    return chooser, module, record
+
+
+def test_choice_is_the_least_error_and_is_logged(make_module, make_model, fit):
+    chooser, module, record = run(make_module, make_model, fit)
+    error = chooser.squared_bias.clamp(min=0) + chooser.variance
+    assert chooser.chosen == GAMMAS[int(error.argmin())]
+    assert module.estimator.kwargs["gamma"] == chooser.chosen
+    assert record.metrics[-1]["train/gamma"] == chooser.chosen
+    assert chooser.squared_bias[-1] == 0
+    assert chooser.variance[0] < chooser.variance[-1]
+    assert chooser.next_at == 4
+
+
+def test_where_student_equals_teacher_there_is_nothing_to_trade(make_module, make_model, fit):
+    chooser, _, _ = run(make_module, make_model, fit, teacher=1, steps=1)
+    assert chooser.squared_bias.abs().max() < 1e-9
+    assert chooser.variance.abs().max() < 1e-9
+    assert chooser.chosen == 0
+
+
+def test_choosing_does_not_change_what_is_sampled(make_module, make_model, fit):
+    """The rollout that is judged is the very one the step then samples."""
+    _, _, record = run(make_module, make_model, fit, steps=1)
+    judged, stepped = record.rollouts
+    assert torch.equal(judged.completion_ids_BT, stepped.completion_ids_BT)
+
+
+def test_a_resumed_run_goes_on_with_what_was_measured(make_module, make_model, fit, tmp_path):
+    whole, module, record = run(make_module, make_model, fit, steps=6)
+    save = L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    first = ChooseGamma(every_n_steps=2, gammas=GAMMAS)
+    fresh = make_module(make_model(1), make_model(2), "hybrid", estimator_kwargs={"gamma": 0.75})
+    fit(fresh, 3, callbacks=[first, save], enable_checkpointing=True)
+    second = ChooseGamma(every_n_steps=2, gammas=GAMMAS)
+    resumed = make_module(make_model(1), make_model(2), "hybrid", estimator_kwargs={"gamma": 0.75})
+    again = fit(resumed, 6, callbacks=[second], ckpt_path=str(tmp_path / "step=3.ckpt"))
+    assert second.chosen == whole.chosen
+    torch.testing.assert_close(second.squared_bias, whole.squared_bias, rtol=0, atol=0)
+    for name, weight in record.weights[-1].items():
+        assert torch.equal(again.weights[-1][name], weight), name
+
+
+def test_what_has_no_discount_is_refused(make_model):
+    with pytest.raises(UserError, match="expected an estimator with a keyword gamma, found token"):
+        check_gamma(estimators.build("token"))
+    discounted = copy.copy(estimators.build("hybrid", gamma=0.5))
+    check_gamma(discounted)
+
+
+def test_what_stays_biased_without_discount_is_refused(monkeypatch):
+    from lit_opd.estimators import registry
+    from lit_opd.estimators.sequence import discounted_reverse_kl
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+    @estimators.register_estimator("half", family="sequence", target="sequence_reverse_kl")
+    def half(tokens, *, gamma=0.5):
+        return discounted_reverse_kl(tokens, gamma / 2)
+
+    with pytest.raises(UserError, match="unbiased at gamma = 1, against which bias is measured, found half"):
+        check_gamma(estimators.build("half"))
