@@ -1,28 +1,65 @@
 """Pure maths: tensors in, tensors out, torch only."""
 
-from lit_opd.functional.divergences import entropy, forward_kl, jsd, renormalise, reverse_kl
+from lit_opd.functional.adaptive import WEIGHTINGS, adaptive_kl, logit_matching, todi
+from lit_opd.functional.divergences import (
+    entropy,
+    forward_kl,
+    jsd,
+    mixed_kl,
+    renormalise,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    tvd,
+)
 from lit_opd.functional.head import Head, chunk_rows, chunks, head_logits, position_losses
 from lit_opd.functional.precision import log_softmax, upcast
+from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
 from lit_opd.functional.reductions import masked_mean, token_weights
-from lit_opd.functional.returns import return_to_go
+from lit_opd.functional.returns import k_step_return, leave_one_out_mean, remaining_mean, return_to_go
 from lit_opd.functional.sampling import draw, law_logps
+from lit_opd.functional.support import MASSES, SUPPORT_DIVERGENCES, support_divergence, support_mass
+from lit_opd.functional.targets import interpolate_logps
+from lit_opd.functional.topk import SUPPORTS, choose_support
 
 __all__ = [
+    "MASSES",
+    "SUPPORTS",
+    "SUPPORT_DIVERGENCES",
+    "WEIGHTINGS",
     "Head",
+    "adaptive_kl",
+    "banded_ratio",
+    "choose_support",
     "chunk_rows",
     "chunks",
     "draw",
     "entropy",
     "forward_kl",
     "head_logits",
+    "importance_ratio",
+    "interpolate_logps",
     "jsd",
+    "k_step_return",
     "law_logps",
+    "leave_one_out_mean",
     "log_softmax",
+    "logit_matching",
     "masked_mean",
+    "mixed_kl",
+    "one_sided_ratio",
     "position_losses",
+    "remaining_mean",
     "renormalise",
     "return_to_go",
     "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "support_divergence",
+    "support_mass",
+    "todi",
     "token_weights",
+    "truncated_ratio",
+    "tvd",
     "upcast",
 ]

@@ -6,23 +6,36 @@ fp32; tokens of probability zero contribute zero, to the value and to the gradie
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lit_opd.functional.precision import upcast
 
-__all__ = ["entropy", "forward_kl", "jsd", "renormalise", "reverse_kl"]
+__all__ = ["entropy", "expectation", "forward_kl", "jsd", "log_difference", "mixed_kl", "renormalise", "reverse_kl",
+           "skew_forward_kl", "skew_reverse_kl", "tvd"]  # fmt: skip
 
 
-def _expected(probs: Tensor, values: Tensor) -> Tensor:
+def expectation(weights: Tensor, values: Tensor) -> Tensor:
+    """Sum over the last dimension of weights x values, where a weight of zero counts zero whatever the value.
+
+    Args:
+        weights: [..., V], not negative.
+        values: [..., V]; may be infinite where the weight is zero.
+
+    Returns:
+        [...] in the units of `values`.
+    """
     # Two `where`s: the inner one keeps 0 * inf out of the value, the outer one out of the gradient.
-    possible = probs > 0
-    return torch.where(possible, probs * torch.where(possible, values, 0.0), 0.0).sum(-1)
+    possible = weights > 0
+    return torch.where(possible, weights * torch.where(possible, values, 0.0), 0.0).sum(-1)
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    both_impossible = torch.isneginf(a) & torch.isneginf(b)
-    return torch.where(both_impossible, 0.0, a) - torch.where(both_impossible, 0.0, b)
+def log_difference(a_logps: Tensor, b_logps: Tensor) -> Tensor:
+    """`a_logps` - `b_logps` in nats, zero at what both hold impossible."""
+    both_impossible = torch.isneginf(a_logps) & torch.isneginf(b_logps)
+    return torch.where(both_impossible, 0.0, a_logps) - torch.where(both_impossible, 0.0, b_logps)
 
 
 def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -39,7 +52,7 @@ def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     tensor(0.1438)
     """
     student_logps, teacher_logps = upcast(student_logps), upcast(teacher_logps)
-    return _expected(student_logps.exp(), _difference(student_logps, teacher_logps))
+    return expectation(student_logps.exp(), log_difference(student_logps, teacher_logps))
 
 
 def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
@@ -49,6 +62,40 @@ def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     tensor(0.1308)
     """
     return reverse_kl(teacher_logps, student_logps)
+
+
+def mixed_kl(student_logps: Tensor, teacher_logps: Tensor, forward_weight: float) -> Tensor:
+    """Weighted sum of both KLs: a KL(teacher || student) + (1 - a) KL(student || teacher), with a = `forward_weight`.
+
+    Source: arXiv:2605.16826.
+
+    Args:
+        student_logps: [..., V] log-probabilities p, normalised.
+        teacher_logps: [..., V] log-probabilities q, normalised.
+        forward_weight: share of the forward KL, 0 to 1.
+
+    Returns:
+        [...] nats.
+
+    Raises:
+        ValueError: `forward_weight` outside [0, 1].
+    """
+    if not 0 <= forward_weight <= 1:
+        raise ValueError(f"forward_weight must lie in [0, 1], found {forward_weight}")
+    # A direction of weight zero may be infinite and must not be touched.
+    if forward_weight == 0:
+        return reverse_kl(student_logps, teacher_logps)
+    if forward_weight == 1:
+        return forward_kl(student_logps, teacher_logps)
+    forward, reverse = forward_kl(student_logps, teacher_logps), reverse_kl(student_logps, teacher_logps)
+    return forward_weight * forward + (1 - forward_weight) * reverse
+
+
+def _mixture(a_logps: Tensor, b_logps: Tensor, a_share: float) -> Tensor:
+    """Log-probabilities of a_share x a + (1 - a_share) x b, for a share strictly between 0 and 1."""
+    # What neither can write counts zero later; here it must be finite, or the gradient of logaddexp(-inf, -inf) is NaN.
+    nobody = torch.isneginf(a_logps) & torch.isneginf(b_logps)
+    return torch.logaddexp(a_logps.masked_fill(nobody, 0.0) + math.log(a_share), b_logps + math.log1p(-a_share))
 
 
 def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.5) -> Tensor:
@@ -77,13 +124,61 @@ def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.
     if w == 1:
         return reverse_kl(student_logps, teacher_logps)
     student_logps, teacher_logps = upcast(student_logps), upcast(teacher_logps)
-    weights = torch.tensor([1 - w, w], dtype=student_logps.dtype, device=student_logps.device).log()
-    # What neither can write counts zero below; here it must be finite, or the gradient of logaddexp(-inf, -inf) is NaN.
-    nobody = torch.isneginf(student_logps) & torch.isneginf(teacher_logps)
-    mixture_logps = torch.logaddexp(student_logps.masked_fill(nobody, 0.0) + weights[0], teacher_logps + weights[1])
-    student_part = _expected(student_logps.exp(), _difference(student_logps, mixture_logps))
-    teacher_part = _expected(teacher_logps.exp(), _difference(teacher_logps, mixture_logps))
-    return student_part / w + teacher_part / (1 - w)
+    mixture_logps = _mixture(teacher_logps, student_logps, w)
+    return reverse_kl(student_logps, mixture_logps) / w + reverse_kl(teacher_logps, mixture_logps) / (1 - w)
+
+
+def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -> Tensor:
+    """KL(q || skew q + (1 - skew) p): the forward KL to a student that holds a share of the teacher.
+
+    At most -log(skew), even where the student cannot write what the teacher can. Source: DistiLLM, arXiv:2402.03898.
+
+    Args:
+        student_logps: [..., V] log-probabilities p, normalised.
+        teacher_logps: [..., V] log-probabilities q, normalised.
+        skew: the share, 0 (the forward KL) to below 1.
+
+    Returns:
+        [...] nats.
+
+    Raises:
+        ValueError: `skew` outside [0, 1).
+    """
+    return _skewed(teacher_logps, student_logps, skew)
+
+
+def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -> Tensor:
+    """KL(p || skew p + (1 - skew) q): the reverse KL to a teacher that holds a share of the student.
+
+    At most -log(skew), even where the teacher cannot write what the student can. Source and arguments as in
+    `skew_forward_kl`; the gradient also runs through the student's share of the mixture.
+    """
+    return _skewed(student_logps, teacher_logps, skew)
+
+
+def _skewed(a_logps: Tensor, b_logps: Tensor, skew: float) -> Tensor:
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew must lie in [0, 1), found {skew}")
+    if skew == 0:
+        return reverse_kl(a_logps, b_logps)
+    a_logps, b_logps = upcast(a_logps), upcast(b_logps)
+    return reverse_kl(a_logps, _mixture(a_logps, b_logps, skew))
+
+
+def tvd(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
+    """Total variation distance: half the sum over tokens of |p - q|, 0 to 1.
+
+    Its gradient with respect to the student's logits is bounded whatever the teacher says, and zero at equality, where
+    it has a kink. Source: arXiv:2307.15190.
+
+    Args:
+        student_logps: [..., V] log-probabilities p, normalised.
+        teacher_logps: [..., V] log-probabilities q, normalised.
+
+    Returns:
+        [...] a difference of probabilities, without unit.
+    """
+    return 0.5 * (upcast(student_logps).exp() - upcast(teacher_logps).exp()).abs().sum(-1)
 
 
 def entropy(logps: Tensor) -> Tensor:
@@ -96,7 +191,7 @@ def entropy(logps: Tensor) -> Tensor:
         [...] nats.
     """
     logps = upcast(logps)
-    return -_expected(logps.exp(), logps)
+    return -expectation(logps.exp(), logps)
 
 
 def renormalise(logps: Tensor) -> Tensor:

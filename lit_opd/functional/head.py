@@ -34,12 +34,14 @@ class Head:
         bias_V: [V] or None.
         scale: factor on the logits (Cohere; 1 / logits_scaling in Granite).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma), or None.
+        temperature: divides the logits at the very end; another value than 1 gives another distribution.
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def to(self, dtype: torch.dtype) -> Head:
         """The same head with its tensors in `dtype`."""
@@ -47,9 +49,10 @@ class Head:
         return replace(self, weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
 
     def shape_logits(self, linear_NV: Tensor) -> Tensor:
-        """What the model does to the projection: scale, then soft-cap; [N, V] to [N, V]."""
+        """What becomes of the projection: scale, then soft-cap, then temperature; [N, V] to [N, V]."""
         logits = linear_NV if self.scale == 1 else linear_NV * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        capped = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return capped if self.temperature == 1 else capped / self.temperature
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -1,11 +1,14 @@
-"""Credit that flows to earlier positions."""
+"""Credit that flows to earlier positions, and credit compared with that of other completions."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["return_to_go"]
+from lit_opd.functional.precision import upcast
+
+__all__ = ["k_step_return", "leave_one_out_mean", "remaining_mean", "return_to_go"]
 
 
 def return_to_go(values_BT: Tensor, gamma: float) -> Tensor:
@@ -28,12 +31,97 @@ def return_to_go(values_BT: Tensor, gamma: float) -> Tensor:
     >>> return_to_go(torch.tensor([[1.0, 2.0, 4.0]]), 0.5)
     tensor([[3., 4., 4.]])
     """
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], found {gamma}")
+    _check_gamma(gamma)
     returns_BT = values_BT
     shift = 1
     # Each pass doubles how far ahead a position sees: log2(T) tensor operations instead of T.
     while gamma > 0 and shift < values_BT.shape[1]:
-        returns_BT = returns_BT + gamma**shift * pad(returns_BT[:, shift:], (0, shift))
+        returns_BT = returns_BT + gamma**shift * _ahead(returns_BT, shift)
         shift *= 2
     return returns_BT
+
+
+def k_step_return(values_BT: Tensor, steps: int, gamma: float = 1.0) -> Tensor:
+    """Discounted sum of this value and the next `steps` - 1: sum over i = t .. t + steps - 1 of gamma^(i - t) v_i.
+
+    A hard window on `return_to_go`: one step gives the values themselves, T steps the whole return. Mask the values
+    first. Source: KETCHUP, arXiv:2504.19024.
+
+    Args:
+        values_BT: [B, T] one value a position, zero where masked.
+        steps: length of the window, at least 1; what reaches beyond T counts zero.
+        gamma: discount, 0 to 1.
+
+    Returns:
+        [B, T] returns, in the units of the values.
+
+    Raises:
+        ValueError: `steps` below 1, or `gamma` outside [0, 1].
+
+    >>> k_step_return(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), 2)
+    tensor([[ 3.,  6., 12.,  8.]])
+    """
+    _check_gamma(gamma)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, found {steps}")
+    steps = min(steps, values_BT.shape[1])
+    # Windows of 1, 2, 4, ... positions are doubled, and those that `steps` has in binary are laid end to end. A
+    # difference of two suffix sums would lose the digits of small values behind large ones.
+    returns_BT, covered = torch.zeros_like(values_BT), 0
+    window_BT, size = values_BT, 1
+    while size <= steps:
+        if steps & size:
+            returns_BT = returns_BT + gamma**covered * _ahead(window_BT, covered)
+            covered += size
+        window_BT = window_BT + gamma**size * _ahead(window_BT, size)
+        size *= 2
+    return returns_BT
+
+
+def remaining_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean of this and all later counted values: the return-to-go over the number of counted tokens it sums.
+
+    Early positions of long completions no longer have the largest returns. Source: the length normalisation of
+    MiniLLM, arXiv:2306.08543, with the position itself counted.
+
+    Args:
+        values_BT: [B, T] one value a position.
+        mask_BT: [B, T] True at counted positions; the others are ignored.
+
+    Returns:
+        [B, T] in the units of the values, fp32 (float64 stays), zero where masked.
+    """
+    values_BT = torch.where(mask_BT, upcast(values_BT), 0.0)
+    remaining_BT = mask_BT.flip(1).cumsum(1).flip(1)
+    return torch.where(mask_BT, return_to_go(values_BT, 1.0) / remaining_BT.clamp(min=1), 0.0)
+
+
+def leave_one_out_mean(values: Tensor, groups_B: Tensor) -> Tensor:
+    """For each row, the mean over the other rows of its group: a baseline that does not depend on the row itself.
+
+    Args:
+        values: [B] or [B, T].
+        groups_B: [B] integers, equal where rows belong to one group (completions of one prompt).
+
+    Returns:
+        The shape of `values`, in its units, fp32 (float64 stays); zero for a row alone in its group.
+
+    >>> leave_one_out_mean(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([7, 7, 7, 9]))
+    tensor([4.0000, 3.5000, 1.5000, 0.0000])
+    """
+    # float64: the row itself is taken out of a sum that it may dominate.
+    wide = values.double()
+    _, group_B, sizes_G = groups_B.unique(return_inverse=True, return_counts=True)
+    sums_G = wide.new_zeros(len(sizes_G), *wide.shape[1:]).index_add(0, group_B, wide)
+    others_B = (sizes_G[group_B] - 1).view(-1, *[1] * (wide.dim() - 1))
+    means = torch.where(others_B > 0, (sums_G[group_B] - wide) / others_B.clamp(min=1), 0.0)
+    return means.to(upcast(values).dtype)
+
+
+def _ahead(values_BT: Tensor, shift: int) -> Tensor:
+    return pad(values_BT[:, shift:], (0, shift))
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must lie in [0, 1], found {gamma}")

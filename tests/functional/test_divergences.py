@@ -8,10 +8,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_opd.functional import entropy, forward_kl, jsd, renormalise, reverse_kl
+from lit_opd.functional import (
+    entropy,
+    forward_kl,
+    jsd,
+    mixed_kl,
+    renormalise,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    tvd,
+)
 
 fast = settings(max_examples=50, deadline=None)
 IMPOSSIBLE = -torch.inf
+
+
+def lopsided_jsd(student, teacher):
+    return jsd(student, teacher, 0.05)
+
+
+def skewed_forward(student, teacher):
+    return skew_forward_kl(student, teacher, 0.1)
+
+
+def skewed_reverse(student, teacher):
+    return skew_reverse_kl(student, teacher, 0.1)
+
+
+def mixed(student, teacher):
+    return mixed_kl(student, teacher, 0.3)
+
+
+BOUNDED = [jsd, lopsided_jsd, skewed_forward, skewed_reverse, tvd]
+ALL = [reverse_kl, forward_kl, mixed, *BOUNDED]
 
 
 @st.composite
@@ -88,6 +118,86 @@ def test_jsd_refuses_a_weight_that_is_no_share(weight):
         jsd(*apart(), weight)
 
 
+@fast
+@given(pairs(), st.floats(0.01, 0.99))
+def test_skewed_kls_are_kls_to_a_mixture(pair, skew):
+    student, teacher = pair
+    p, q = student.exp().numpy(), teacher.exp().numpy()
+    close(skew_forward_kl(student, teacher, skew), scipy.stats.entropy(q, skew * q + (1 - skew) * p, axis=-1))
+    close(skew_reverse_kl(student, teacher, skew), scipy.stats.entropy(p, skew * p + (1 - skew) * q, axis=-1))
+
+
+@fast
+@given(pairs(), st.floats(0.01, 0.99))
+def test_the_jsd_is_made_of_the_two_skewed_kls(pair, w):
+    parts = skew_reverse_kl(*pair, 1 - w) / w + skew_forward_kl(*pair, w) / (1 - w)
+    close(jsd(*pair, w), parts, atol=1e-11)
+
+
+@pytest.mark.parametrize(("skewed", "plain"), [(skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl)])
+def test_without_skew_the_kls_are_plain_and_a_little_skew_changes_little(skewed, plain):
+    student, teacher = apart()
+    assert torch.equal(skewed(student, teacher, 0.0), plain(student, teacher))
+    close(skewed(student, teacher, 1e-9), plain(student, teacher), atol=1e-6)
+    assert ((skewed(student, teacher, 0.1) - plain(student, teacher)).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("skewed", [skew_forward_kl, skew_reverse_kl])
+def test_skewed_kls_are_bounded_even_where_nothing_is_shared(skewed):
+    student, teacher = torch.tensor([[0.0, IMPOSSIBLE], [IMPOSSIBLE, 0.0]], dtype=torch.float64)
+    close(skewed(student, teacher, 0.1), -np.log(0.1))
+
+
+@pytest.mark.parametrize("skew", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("skewed", [skew_forward_kl, skew_reverse_kl])
+def test_skewed_kls_refuse_what_is_no_skew(skewed, skew):
+    with pytest.raises(ValueError, match=r"skew must lie in \[0, 1\), found"):
+        skewed(*apart(), skew)
+
+
+@fast
+@given(pairs(), st.floats(0, 1))
+def test_mixed_kl_is_a_weighted_sum(pair, share):
+    p, q = (x.exp().numpy() for x in pair)
+    forward, reverse = scipy.stats.entropy(q, p, axis=-1), scipy.stats.entropy(p, q, axis=-1)
+    close(mixed_kl(*pair, share), share * forward + (1 - share) * reverse)
+
+
+def test_a_direction_of_weight_zero_may_be_infinite():
+    student, teacher = logits_with([], [2])
+    assert torch.isposinf(mixed_kl(student.log_softmax(-1), teacher, 0.5))
+    value = mixed_kl(student.log_softmax(-1), teacher, 1.0)
+    assert torch.isfinite(torch.stack([value, *torch.autograd.grad(value, student)[0]])).all()
+    assert torch.isfinite(mixed_kl(teacher, student.log_softmax(-1), 0.0))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_mixed_kl_refuses_a_weight_that_is_no_share(share):
+    with pytest.raises(ValueError, match="forward_weight"):
+        mixed_kl(*apart(), share)
+
+
+@fast
+@given(pairs())
+def test_tvd_is_half_the_distance_and_within_pinsker(pair):
+    student, teacher = pair
+    close(tvd(student, teacher), 0.5 * np.abs(student.exp().numpy() - teacher.exp().numpy()).sum(-1))
+    assert (tvd(student, teacher) <= (reverse_kl(student, teacher) / 2).clamp(min=0).sqrt() + 1e-7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", ALL, ids=lambda f: f.__name__)
+def test_log_ratios_of_sixty_are_finite_in_value_and_gradient(divergence, dtype):
+    logits = torch.tensor([0.0, 60.0, -60.0, 5.0, 1.0], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([60.0, 0.0, 0.0, -60.0, 1.0], dtype=dtype).log_softmax(-1)
+    value = divergence(logits.log_softmax(-1), teacher)
+    (gradient,) = torch.autograd.grad(value, logits)
+    exact = logits.detach().double().requires_grad_()
+    expected = divergence(exact.log_softmax(-1), teacher.double())
+    torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected, exact)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_directions_differ():
     student, teacher = apart()
     assert ((reverse_kl(student, teacher) - forward_kl(student, teacher)).abs() > 1e-3).all()
@@ -96,11 +206,18 @@ def test_directions_differ():
     assert ((jsd(student, teacher, 0.2) - jsd(student, teacher, 0.8)).abs() > 1e-3).all()
 
 
+@pytest.mark.parametrize("divergence", ALL, ids=lambda f: f.__name__)
+def test_no_gradient_at_equality(divergence):
+    logits = apart()[0].clone().requires_grad_()
+    value = divergence(logits.log_softmax(-1), logits.detach().log_softmax(-1))
+    close(torch.autograd.grad(value.sum(), logits)[0], torch.zeros(4, 6).double())
+
+
 @fast
 @given(pairs(), st.one_of(st.just(0.0), st.just(1.0), st.floats(0.01, 0.99)))
 def test_zero_at_equality_and_never_negative(pair, w):
     student, teacher = pair
-    for divergence in (reverse_kl, forward_kl, lambda a, b: jsd(a, b, w)):
+    for divergence in (*ALL, lambda a, b: jsd(a, b, w)):
         assert (divergence(student, teacher) >= -1e-13).all()
         assert (divergence(student, student).abs() <= 1e-13).all()
 
@@ -123,8 +240,10 @@ def logits_with(student_impossible, teacher_impossible):
         (jsd, [1, 2], [2, 3]),
         (lambda a, b: jsd(a, b, 0.1), [0, 1], [1, 2]),
         (lambda a, b: entropy(a), [1, 2], []),
+        *[(divergence, *tokens) for divergence in BOUNDED for tokens in (([1, 2], [2, 3]), ([], [2]))],
+        (mixed, [2], [2]),
     ],
-    ids=["reverse-shared", "reverse", "forward-shared", "forward", "jsd-shared", "jsd-own", "jsd-lopsided", "entropy"],
+    ids=lambda x: getattr(x, "__name__", None) or "".join(map(str, x)) or "none",
 )
 def test_impossible_tokens_count_zero_in_value_and_gradient(divergence, student_impossible, teacher_impossible):
     """As if the token was not in the vocabulary: the limit of a probability that goes to zero."""
@@ -146,10 +265,13 @@ def test_reverse_kl_is_infinite_where_the_student_writes_what_the_teacher_cannot
 
 @pytest.mark.parametrize(
     "function",
-    [reverse_kl, forward_kl, jsd, lambda a, b: jsd(a, b, 0.05), lambda a, b: entropy(a) + entropy(b),
-     lambda a, b: reverse_kl(renormalise(a[..., :3]), renormalise(b[..., :3]))],
-    ids=["reverse", "forward", "jsd", "jsd-lopsided", "entropy", "renormalised"],
-)  # fmt: skip
+    [
+        *ALL,
+        lambda a, b: entropy(a) + entropy(b),
+        lambda a, b: reverse_kl(*(renormalise(x[..., :3]) for x in (a, b))),
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_gradients_by_finite_differences(function):
     logits = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     a, b = (x.clone().requires_grad_() for x in logits)
@@ -163,7 +285,7 @@ def test_renormalise_sums_to_one_and_keeps_ratios():
     close(found - found[:, :1], logps - logps[:, :1])
 
 
-@pytest.mark.parametrize("function", [reverse_kl, forward_kl, jsd])
+@pytest.mark.parametrize("function", [reverse_kl, forward_kl, jsd, mixed, skewed_forward, skewed_reverse, tvd])
 def test_bf16_is_raised_before_the_maths(function):
     """At a KL of 1e-4 bf16 arithmetic would return noise of either sign."""
     logits = torch.randn(200, 64, generator=torch.Generator().manual_seed(2))

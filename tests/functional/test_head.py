@@ -17,10 +17,12 @@ SHAPES = {
     "scale": {"bias": True, "scale": 0.25},
     "softcap": {"bias": False, "softcap": 1.5},
     "scale-softcap": {"bias": True, "scale": 2.0, "softcap": 3.0},
+    "temperature": {"bias": True, "temperature": 2.5},
+    "scale-softcap-temperature": {"bias": True, "scale": 2.0, "softcap": 3.0, "temperature": 0.4},
 }
 
 
-def problem(positions, bias=True, scale=1.0, softcap=None, dtype=torch.float64):
+def problem(positions, bias=True, scale=1.0, softcap=None, temperature=1.0, dtype=torch.float64):
     """Hidden states, a head whose tensors want gradients, and a loss with a different target at each position."""
     generator = torch.Generator().manual_seed(positions)
 
@@ -28,7 +30,7 @@ def problem(positions, bias=True, scale=1.0, softcap=None, dtype=torch.float64):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
     hidden = normal(positions, HIDDEN)
-    head = Head(normal(VOCABULARY, HIDDEN), normal(VOCABULARY) if bias else None, scale, softcap)
+    head = Head(normal(VOCABULARY, HIDDEN), normal(VOCABULARY) if bias else None, scale, softcap, temperature)
     teacher = torch.randn(positions, VOCABULARY, generator=generator).double().log_softmax(-1)
 
     def kl(logits, part):
@@ -45,6 +47,7 @@ def dense(hidden, head, chunk_loss):
         logits = logits + head.scale * head.bias_V
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
+    logits = logits / head.temperature
     return chunk_loss(logits, slice(0, len(hidden)))
 
 

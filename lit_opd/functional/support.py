@@ -1,0 +1,108 @@
+"""Divergences of which only K tokens a position are known, and four things to do about the mass outside."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_opd.functional.divergences import forward_kl, jsd, renormalise, reverse_kl
+from lit_opd.functional.precision import upcast
+
+__all__ = ["MASSES", "SUPPORT_DIVERGENCES", "support_divergence", "support_mass"]
+
+MASSES = ("truncate", "renormalise", "tail", "generalised")
+SUPPORT_DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+
+def support_divergence(
+    student_logps_K: Tensor,
+    teacher_logps_K: Tensor,
+    mask_K: Tensor | None = None,
+    *,
+    divergence: str,
+    mass: str,
+    teacher_weight: float = 0.5,
+) -> Tensor:
+    """Divergence of student p and teacher q on a support S of K tokens.
+
+    What `mass` does about the tokens outside S, with P and Q the two masses on S:
+
+    - `truncate`: nothing, the plain sum over S. May be negative; at p = q its gradient is grad P (reverse) or -grad P
+      (forward), not zero. Source: arXiv:2603.25562 on why not.
+    - `renormalise`: both sides are scaled to sum to one over S. Blind to P and Q, and 0 for a single token. Source:
+      arXiv:2603.25562, eq. 6-8.
+    - `tail`: all tokens outside become one bucket of mass 1 - P and 1 - Q. Never above the full divergence. Masses
+      outside are resolved down to the floating-point epsilon, counted as this below it, and then have no gradient.
+      Source: arXiv:2601.20802.
+    - `generalised`: the divergence of unnormalised measures, sum of p log(p / q) - p + q (reverse) or of
+      q log(q / p) - q + p (forward). Never negative, zero only at p = q on S. For the JSD the two corrections cancel:
+      it equals `truncate` for 0 < teacher_weight < 1, whose limits at the ends are the generalised KLs, not the
+      truncated ones. Source: arXiv:2606.30406, eq. 5.
+
+    Where S is the whole vocabulary all four are the full divergence.
+
+    Args:
+        student_logps_K: [..., K] log-probabilities p under the full softmax.
+        teacher_logps_K: [..., K] log-probabilities q under the full softmax.
+        mask_K: [..., K] True where the slot belongs to the support, None where all do. What masked slots hold is
+            ignored; a support without any slot has value and gradient zero.
+        divergence: one of `SUPPORT_DIVERGENCES`.
+        mass: one of `MASSES`.
+        teacher_weight: the teacher's share of the JSD's mixture as in `divergences.jsd`; unused by the KLs.
+
+    Returns:
+        [...] nats; undefined (NaN) where `renormalise` meets a side without any mass on S.
+
+    Raises:
+        ValueError: an unknown divergence or mass, or a `teacher_weight` outside [0, 1] for the JSD.
+    """
+    if divergence not in SUPPORT_DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(SUPPORT_DIVERGENCES)}, found {divergence!r}")
+    if mass not in MASSES:
+        raise ValueError(f"mass must be one of {', '.join(MASSES)}, found {mass!r}")
+    if divergence == "jsd" and teacher_weight in (0, 1):
+        divergence = "reverse_kl" if teacher_weight else "forward_kl"
+    student_K, teacher_K = _inside(student_logps_K, mask_K), _inside(teacher_logps_K, mask_K)
+    if mass == "renormalise":
+        student_K, teacher_K = _renormalised(student_K, mask_K), _renormalised(teacher_K, mask_K)
+    if mass == "tail":
+        student_K, teacher_K = _with_tail(student_K), _with_tail(teacher_K)
+    if divergence == "jsd":
+        return jsd(student_K, teacher_K, teacher_weight)
+    value = reverse_kl(student_K, teacher_K) if divergence == "reverse_kl" else forward_kl(student_K, teacher_K)
+    if mass != "generalised":
+        return value
+    surplus = student_K.exp().sum(-1) - teacher_K.exp().sum(-1)
+    return value - surplus if divergence == "reverse_kl" else value + surplus
+
+
+def support_mass(logps_K: Tensor, mask_K: Tensor | None = None) -> Tensor:
+    """Probability of the support.
+
+    Args:
+        logps_K: [..., K] log-probabilities under the full softmax.
+        mask_K: [..., K] True where the slot belongs to the support, None where all do.
+
+    Returns:
+        [...] mass, 0 to 1 but for rounding.
+    """
+    return _inside(logps_K, mask_K).exp().sum(-1)
+
+
+def _inside(logps_K: Tensor, mask_K: Tensor | None) -> Tensor:
+    logps_K = upcast(logps_K)
+    return logps_K if mask_K is None else logps_K.masked_fill(~mask_K, -torch.inf)
+
+
+def _renormalised(logps_K: Tensor, mask_K: Tensor | None) -> Tensor:
+    if mask_K is not None:
+        # A softmax over nothing is NaN: both sides of an empty support become the same distribution.
+        logps_K = logps_K.masked_fill(~mask_K.any(-1, keepdim=True), 0.0)
+    return renormalise(logps_K)
+
+
+def _with_tail(logps_K: Tensor) -> Tensor:
+    # Rounding leaves a mass outside of the order of epsilon on either side, or below zero. One floor under both keeps
+    # log-ratio and gradient finite, and makes what lies below it count zero: it is the same on both sides.
+    mass = logps_K.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(logps_K.dtype).eps)
+    return torch.cat([logps_K, torch.log1p(-mass)], dim=-1)

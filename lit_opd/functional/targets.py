@@ -1,0 +1,41 @@
+"""Targets between student and teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_opd.functional.precision import upcast
+
+__all__ = ["interpolate_logps"]
+
+
+def interpolate_logps(student_logps: Tensor, teacher_logps: Tensor, teacher_share: float) -> Tensor:
+    """Normalised geometric mixture of student and teacher, held fixed: a nearer target than the teacher.
+
+    log m = (1 - t) log p + t log q - log Z, the mixture of logits, with t = `teacher_share` and no gradient. Only with
+    the forward KL is m an objective of its own: KL(p || m) has t times the gradient of KL(p || q), as log p - log m =
+    t (log p - log q) + log Z, so that for the reverse KL a nearer target is nothing but a smaller step. Source: TAID,
+    arXiv:2501.16937 (interpolated logits); Veto, arXiv:2601.07155 (geometric intermediate target).
+
+    Args:
+        student_logps: [..., V] log-probabilities p, normalised.
+        teacher_logps: [..., V] log-probabilities q, normalised.
+        teacher_share: t, 0 (the student) to 1 (the teacher).
+
+    Returns:
+        [..., V] detached log-probabilities; -inf where either is, if 0 < t < 1. Undefined (NaN) only where student and
+        teacher have no token in common.
+
+    Raises:
+        ValueError: `teacher_share` outside [0, 1].
+    """
+    if not 0 <= teacher_share <= 1:
+        raise ValueError(f"teacher_share must lie in [0, 1], found {teacher_share}")
+    student_logps, teacher_logps = upcast(student_logps).detach(), upcast(teacher_logps).detach()
+    # 0 * -inf is no number: the ends are returned, not computed.
+    if teacher_share == 0:
+        return student_logps
+    if teacher_share == 1:
+        return teacher_logps
+    return torch.log_softmax((1 - teacher_share) * student_logps + teacher_share * teacher_logps, dim=-1)
