@@ -21,8 +21,21 @@ from lit_opd.functional.divergences import entropy, reverse_kl
 from lit_opd.functional.topk import choose_support
 from lit_opd.types import TokenBatch
 
-__all__ = ["TARGETS", "TabularPair", "Verdict", "declared_target", "exact_gradient", "expected_gradient", "pair_for",
-           "second_moment", "trace_variance", "trajectory_gradients", "verify"]  # fmt: skip
+__all__ = [
+    "TARGETS",
+    "Completions",
+    "TabularPair",
+    "Verdict",
+    "declared_target",
+    "exact_gradient",
+    "expected_gradient",
+    "pair_for",
+    "sample_gradients",
+    "second_moment",
+    "trace_variance",
+    "trajectory_gradients",
+    "verify",
+]
 
 TARGETS = ("sequence_reverse_kl", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "tvd",
            "outcome")  # fmt: skip
@@ -103,24 +116,45 @@ def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> tuple[
     Raises:
         ValueError: the estimator's loss is not one value a position, or its support is larger than the vocabulary.
     """
-    size = _group_size(estimator)
     ids_BT, mask_BT, contexts_BT = pair.completions()
+    rows = Completions(ids_BT, mask_BT, contexts_BT, pair.rewards())
+    size = _group_size(estimator)
     samples_SG = torch.cartesian_prod(*[torch.arange(len(ids_BT))] * size).reshape(-1, size)
-    rows = samples_SG.flatten()
-    owner = torch.arange(len(samples_SG)).repeat_interleave(size)
+    probs_S = _probabilities(pair, pair.law_logps_CV)[samples_SG].prod(1)
+    return probs_S, sample_gradients(pair, estimator, rows, samples_SG)
+
+
+class Completions(NamedTuple):
+    """Completions of a pair of tables: ids, mask, the context each token is chosen from, and rewards."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    contexts_BT: Tensor
+    rewards_B: Tensor
+
+
+def sample_gradients(pair: TabularPair, estimator: BoundEstimator, rows: Completions, samples_SG: Tensor) -> Tensor:
+    """The gradient of each of the given samples, [S, G]: the mean over its completions, `samples_SG` of the rows.
+
+    Raises:
+        ValueError: as in `trajectory_gradients`.
+    """
+    samples, size = samples_SG.shape
+    owner = torch.arange(samples).repeat_interleave(size)
+    ids_BT, mask_BT, contexts_BT, rewards_B = (values[samples_SG.flatten()] for values in rows)
     # Every sample has its own copy of the table, so that one backward pass keeps their gradients apart.
-    table_SCV = pair.student_logits_CV.repeat(len(samples_SG), 1, 1).requires_grad_()
-    student_BTV = table_SCV.log_softmax(-1)[owner[:, None], contexts_BT[rows]]
-    view = _View(pair, student_BTV, ids_BT[rows], mask_BT[rows], contexts_BT[rows], pair.rewards()[rows], owner)
+    table_SCV = pair.student_logits_CV.repeat(samples, 1, 1).requires_grad_()
+    student_BTV = table_SCV.log_softmax(-1)[owner[:, None], contexts_BT]
+    view = _View(pair, student_BTV, ids_BT, mask_BT, contexts_BT, rewards_B, owner)
     total = 0.0 * table_SCV.sum()  # so that a loss without any gradient has the gradient zero
     for term in estimator.terms:
         loss_BT = term(view.tokens(term.estimator, term.needs)).loss_BT
-        if loss_BT.shape != view.mask_BT.shape:
-            raise ValueError(f"{term.estimator.spec.name} must return one loss a position, "
-                             f"{tuple(view.mask_BT.shape)}, found {tuple(loss_BT.shape)}")  # fmt: skip
-        total = total + term.weight * torch.where(view.mask_BT, loss_BT, 0.0).sum() / size
+        if loss_BT.shape != mask_BT.shape:
+            raise ValueError(f"{term.estimator.spec.name} must return one loss a position, {tuple(mask_BT.shape)}, "
+                             f"found {tuple(loss_BT.shape)}")  # fmt: skip
+        total = total + term.weight * torch.where(mask_BT, loss_BT, 0.0).sum() / size
     (gradients_SCV,) = torch.autograd.grad(total, table_SCV)
-    return _probabilities(pair, pair.law_logps_CV)[samples_SG].prod(1), gradients_SCV.flatten(1)
+    return gradients_SCV.flatten(1)
 
 
 def _group_size(estimator: BoundEstimator) -> int:
