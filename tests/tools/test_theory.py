@@ -318,7 +318,7 @@ def test_quick_run_writes_its_files(theory, tmp_path, capsys):
     names = ["theory.json", "theory_control.png", "theory_growth.png", "theory_map.png"]
     assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == names
     found = json.loads((tmp_path / "docs" / "theory.json").read_text())
-    assert set(found) == {"control", "growth"}
+    assert set(found) == {"control", "growth", "map"}
     assert set(found["control"]) == {"main", "learning_rate", "horizon", "large_batch", "warm_start"}
     assert len(found["control"]["main"]["ends"]) == 8
     assert all((tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG") for name in names[1:])
