@@ -87,6 +87,7 @@ class Rollout:
         finish_B: `FinishReason` of each row.
         law: the sampling law.
         prompt_index_B: which prompt of the batch each row completes.
+        student_wrote_B: True at rows that the student sampled, False at demonstrations; None where it sampled all.
     """
 
     prompt_ids_BP: Tensor
@@ -98,9 +99,15 @@ class Rollout:
     finish_B: Tensor
     law: SamplingLaw
     prompt_index_B: Tensor
+    student_wrote_B: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.completion_ids_BT)
+
+    @property
+    def own_mask_BT(self) -> Tensor:
+        """True at counted tokens that the student sampled."""
+        return self.mask_BT if self.student_wrote_B is None else self.mask_BT & self.student_wrote_B[:, None]
 
     def uncount(self, positions_BT: Tensor) -> Rollout:
         """The same tokens with the chosen positions left out of the count."""
@@ -108,7 +115,8 @@ class Rollout:
 
     def rows(self, index: Tensor) -> Rollout:
         """The chosen rows, with padding that no chosen row needs trimmed from both ends."""
-        picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "law"}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        picked = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
         first = int(picked["prompt_mask_BP"].sum(1).amax()) if len(index) else 0
         last = int(picked["completion_mask_BT"].sum(1).amax()) if len(index) else 0
         start = picked["prompt_ids_BP"].shape[1] - first
@@ -166,6 +174,7 @@ class TokenBatch:
         sampler_logps_BT: log-probabilities under the law that sampled them.
         mask_BT: True at counted tokens.
         completion_ids_BT: the sampled tokens.
+        student_wrote_BT: False at tokens of demonstrations; None where the student sampled all.
         support_ids_BTK: the tokens compared at each position.
         support_mask_BTK: True at slots that belong to the support; a union or an intersection leaves some empty.
         student_support_logps_BTK: student log-probabilities of the support, under the full softmax.
@@ -186,6 +195,7 @@ class TokenBatch:
     sampler_logps_BT: Tensor
     mask_BT: Tensor
     completion_ids_BT: Tensor | None = None
+    student_wrote_BT: Tensor | None = None
     support_ids_BTK: Tensor | None = None
     support_mask_BTK: Tensor | None = None
     student_support_logps_BTK: Tensor | None = None

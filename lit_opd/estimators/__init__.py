@@ -1,6 +1,25 @@
 """Estimators: pure functions from a `TokenBatch` to an `Estimate`, each registered with its contract."""
 
-from lit_opd.estimators import full, hybrid, mixtures, sampled, sequence, support  # noqa: F401  (importing registers)
+from lit_opd.estimators import (  # noqa: F401  (importing registers)
+    adaptive,
+    baselines,
+    corrected,
+    full,
+    hybrid,
+    mixtures,
+    outcomes,
+    reference,
+    routing,
+    sampled,
+    selection,
+    sequence,
+    supervised,
+    support,
+    tails,
+    targets,
+    trust,
+    weighted,
+)
 from lit_opd.estimators.contract import BoundEstimator, Contract, EstimatorSpec, Term, Variant
 from lit_opd.estimators.registry import build, get, names, register_estimator
 from lit_opd.estimators.terms import register_mixture, register_weighting

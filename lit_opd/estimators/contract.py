@@ -121,8 +121,12 @@ class BoundEstimator:
 
     @property
     def contract(self) -> Contract:
-        """What the estimator promises with these keywords."""
-        return self.spec.contract(self.keywords)
+        """What the estimator promises with these keywords; weights of another base aim nowhere."""
+        declared = inspect.signature(self.spec.fn).parameters.get("base")
+        if self.spec.split is None or declared is None or self.keywords["base"] == declared.default:
+            return self.spec.contract(self.keywords)
+        at_equal = {term.estimator.contract.at_equal for term in self.terms}
+        return Contract(None, False, max(at_equal, key=("sample", "expectation", "never").index))
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.functional.divergences import forward_kl, jsd, reverse_kl
+from lit_opd.functional.divergences import (
+    forward_kl,
+    jsd,
+    mixed_kl,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    tvd,
+)
 from lit_opd.types import Estimate, TokenBatch
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
+    "reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd, "tvd": tvd, "skew_reverse_kl": skew_reverse_kl,
+    "skew_forward_kl": skew_forward_kl,
+}  # fmt: skip
 
 
-def _check_divergence(divergence: str, teacher_weight: float) -> None:
+def full_logps(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Student and teacher log-probabilities of the whole vocabulary, [..., V], nats."""
+    assert tokens.student_full_logps_BTV is not None
+    assert tokens.teacher_full_logps_BTV is not None
+    return tokens.student_full_logps_BTV, tokens.teacher_full_logps_BTV
+
+
+def with_exact_kl(tokens: TokenBatch, loss_BT: Tensor) -> Estimate:
+    """The loss, and the exact reverse KL to log."""
+    student_logps, teacher_logps = full_logps(tokens)
+    return Estimate(loss_BT=loss_BT, kl_BT=reverse_kl(student_logps.detach(), teacher_logps))
+
+
+def _check_skew(skew: float) -> None:
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew must lie in [0, 1), found {skew}")
+
+
+def _check_divergence(divergence: str, teacher_weight: float, skew: float) -> None:
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, found {divergence!r}")
     if not 0 <= teacher_weight <= 1:
         raise ValueError(f"teacher_weight must lie in [0, 1], found {teacher_weight}")
+    _check_skew(skew)
 
 
 @register_estimator(
@@ -27,32 +61,119 @@ def _check_divergence(divergence: str, teacher_weight: float) -> None:
     check=_check_divergence,
     variants=(
         Variant({"divergence": "forward_kl"}, "the target is the chosen one", target="forward_kl"),
-        Variant({"divergence": "jsd"}, "the target is the chosen one", target="jsd"),
         Variant({"divergence": "jsd", "teacher_weight": 0.1}, "lopsided mixture", target="jsd"),
+        Variant({"divergence": "jsd"}, "the target is the chosen one", target="jsd"),
+        Variant({"divergence": "tvd"}, "the target is the chosen one", target="tvd"),
+        Variant({"divergence": "skew_reverse_kl", "skew": 0.7}, "mostly the student itself", target="skew_reverse_kl"),
+        Variant({"divergence": "skew_reverse_kl"}, "the target is the chosen one", target="skew_reverse_kl"),
+        Variant({"divergence": "skew_forward_kl", "skew": 0.7}, "mostly the teacher itself", target="skew_forward_kl"),
+        Variant({"divergence": "skew_forward_kl"}, "the target is the chosen one", target="skew_forward_kl"),
     ),
 )
-def full_vocab(tokens: TokenBatch, *, divergence: str = "reverse_kl", teacher_weight: float = 0.5) -> Estimate:
+def full_vocab(
+    tokens: TokenBatch, *, divergence: str = "reverse_kl", teacher_weight: float = 0.5, skew: float = 0.1
+) -> Estimate:
     """Full-vocabulary divergence at every position of the student's own completion.
 
-    Formula: loss_t = KL(student || teacher), KL(teacher || student), or the JSD of `functional.jsd`, over all V tokens.
-    The gradient is that of the chosen divergence with the prefix held fixed, without sampling noise from the action;
-    it costs the teacher's whole distribution.
+    Formula: loss_t = the divergence of that name in `functional.divergences`, over all V tokens. The gradient is that
+    of the chosen divergence with the prefix held fixed, without sampling noise from the action; it costs the teacher's
+    whole distribution.
 
     Args:
         tokens: full log-probabilities, [..., V], nats.
-        divergence: `reverse_kl`, `forward_kl` or `jsd`; the declared target is the chosen one.
-        teacher_weight: the teacher's share of the JSD's mixture, 0 to 1; unused by the KLs.
+        divergence: `reverse_kl`, `forward_kl`, `jsd`, `tvd`, `skew_reverse_kl` or `skew_forward_kl`; the declared
+            target is the chosen one.
+        teacher_weight: the teacher's share of the JSD's mixture, 0 to 1; unused by the others.
+        skew: the share of the skew divergences' first argument in their mixture, 0 to below 1; unused by the others.
 
     Returns:
         Loss, and the exact reverse KL as KL estimate.
     """
-    assert tokens.student_full_logps_BTV is not None
-    assert tokens.teacher_full_logps_BTV is not None
-    student_logps, teacher_logps = tokens.student_full_logps_BTV, tokens.teacher_full_logps_BTV
+    keywords = {"jsd": {"teacher_weight": teacher_weight}}
+    keywords |= {name: {"skew": skew} for name in ("skew_reverse_kl", "skew_forward_kl")}
+    loss = DIVERGENCES[divergence](*full_logps(tokens), **keywords.get(divergence, {}))
     if divergence == "reverse_kl":
-        loss = reverse_kl(student_logps, teacher_logps)
         return Estimate(loss_BT=loss, kl_BT=loss.detach())
-    kl = reverse_kl(student_logps.detach(), teacher_logps)
-    if divergence == "forward_kl":
-        return Estimate(loss_BT=forward_kl(student_logps, teacher_logps), kl_BT=kl)
-    return Estimate(loss_BT=jsd(student_logps, teacher_logps, teacher_weight), kl_BT=kl)
+    return with_exact_kl(tokens, loss)
+
+
+@register_estimator("tvd", target="tvd", unbiased=True, needs="full", source="arXiv:2307.15190")
+def total_variation(tokens: TokenBatch) -> Estimate:
+    """Total variation distance at every position: bounded like its gradient, which does not fade near the teacher.
+
+    Formula: loss_t = half the sum over tokens of |p - q|. By a student logit the gradient is at most p (1 - p),
+    whatever the log-ratio, and of one size however small the difference: a token the student all but forgot is not
+    pulled.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats.
+
+    Returns:
+        Loss, and the exact reverse KL as KL estimate.
+    """
+    return full_vocab(tokens, divergence="tvd")
+
+
+def _check_distillm(divergence: str, skew: float) -> None:
+    skewed = ("skew_reverse_kl", "skew_forward_kl")
+    if divergence not in skewed:
+        raise ValueError(f"divergence must be one of {', '.join(skewed)}, found {divergence!r}")
+    _check_skew(skew)
+
+
+@register_estimator(
+    "distillm",
+    target="skew_reverse_kl",
+    unbiased=True,
+    needs="full",
+    source="DistiLLM, arXiv:2402.03898; for the student's completions, DistiLLM-2, arXiv:2503.07067",
+    check=_check_distillm,
+    variants=(Variant({"divergence": "skew_forward_kl"}, "the target is the chosen one", target="skew_forward_kl"),),
+)
+def distillm(tokens: TokenBatch, *, divergence: str = "skew_reverse_kl", skew: float = 0.1) -> Estimate:
+    """Skew KL: the KL to a mixture with a share of the first argument, bounded by -log(share) where a KL is not.
+
+    Formula, with a = `skew`: loss_t = KL(p || a p + (1 - a) q), or KL(q || a q + (1 - a) p). The optimum is the
+    teacher; on the way the pull of tokens that one side holds impossible stays small.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats.
+        divergence: `skew_reverse_kl` or `skew_forward_kl`; the declared target is the chosen one.
+        skew: the share, 0 to below 1.
+
+    Returns:
+        Loss, and the exact reverse KL as KL estimate.
+    """
+    return full_vocab(tokens, divergence=divergence, skew=skew)
+
+
+def _check_forward_weight(forward_weight: float) -> None:
+    if not 0 <= forward_weight <= 1:
+        raise ValueError(f"forward_weight must lie in [0, 1], found {forward_weight}")
+
+
+@register_estimator(
+    "mixed_kl",
+    needs="full",
+    source="arXiv:2605.16826",
+    check=_check_forward_weight,
+    variants=(
+        Variant({"forward_weight": 0.0}, "it is the reverse KL", target="reverse_kl", unbiased=True),
+        Variant({"forward_weight": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),
+        Variant({"forward_weight": 0.9}, "lopsided"),
+    ),
+)
+def mixed_kl_estimator(tokens: TokenBatch, *, forward_weight: float = 0.5) -> Estimate:
+    """Weighted sum of forward and reverse KL over the whole vocabulary: covers modes and seeks them.
+
+    Formula, with a = `forward_weight`: loss_t = a KL(teacher || student) + (1 - a) KL(student || teacher). Exact, but
+    infinite where either side holds a token impossible that the other may write; the JSD is the bounded alternative.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats.
+        forward_weight: share of the forward KL, 0 to 1.
+
+    Returns:
+        Loss, and the exact reverse KL as KL estimate.
+    """
+    return with_exact_kl(tokens, mixed_kl(*full_logps(tokens), forward_weight))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.estimators.sequence import discounted_reverse_kl
+from lit_opd.estimators.sequence import check_gamma, discounted_reverse_kl
 from lit_opd.types import Estimate, TokenBatch
 
-
-def _check_gamma(gamma: float) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], found {gamma}")
+__all__ = ["hybrid_reverse_kl"]
 
 
 @register_estimator(
@@ -20,7 +17,7 @@ def _check_gamma(gamma: float) -> None:
     unbiased=False,
     needs="token",
     source="arXiv:2603.25562, discounted return",
-    check=_check_gamma,
+    check=check_gamma,
     variants=(
         Variant({"gamma": 1.0}, "undiscounted, it is the sequence estimator", unbiased=True),
         Variant({"gamma": 0.0}, "it is the token estimator", target="reverse_kl", unbiased=True),

@@ -42,3 +42,29 @@ def mix(*, terms: Mapping[str, Any]) -> Mapping[str, Any]:
         The terms.
     """
     return terms
+
+
+def _check_single_step(single_step_weight: float) -> None:
+    if not single_step_weight >= 0:
+        raise ValueError(f"single_step_weight must be at least 0, found {single_step_weight}")
+
+
+@register_mixture(
+    "minillm",
+    target="sequence_reverse_kl",
+    source="MiniLLM, arXiv:2306.08543 (without teacher-mixed sampling, clipping and the language-modelling loss)",
+    check=_check_single_step,
+)
+def minillm(*, single_step_weight: float = 1.0) -> Mapping[str, Any]:
+    """Length-normalised return plus the exact KL of the single step: less noise in the credit that is exact.
+
+    Formula: the loss of `length_normalised` plus single_step_weight times KL(student || teacher) over the whole
+    vocabulary. This token's own log-ratio stands in the return too, so that the single step counts twice.
+
+    Args:
+        single_step_weight: of the exact KL.
+
+    Returns:
+        The terms.
+    """
+    return {"length_normalised": 1.0, "full_vocab": single_step_weight}

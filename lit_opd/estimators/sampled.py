@@ -1,10 +1,65 @@
-"""Estimators that need one teacher log-probability a token, each position for itself."""
+"""Estimators that need one teacher log-probability a token, each position for itself; and the parts of all such.
+
+A value of the KL at the sampled token (k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, with d the log-ratio) becomes a
+gradient in one of two ways: differentiated as a loss, or detached as the credit of the score function. They differ: k1
+gives the reverse KL's gradient as credit and none at all as a loss; k2 and k3 as losses give the reverse and the
+*forward* KL's.
+"""
 
 from __future__ import annotations
 
+import math
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.functional.precision import upcast
 from lit_opd.types import Estimate, TokenBatch
+
+__all__ = ["clipped_log_ratio", "k2_loss", "k3", "k3_loss", "log_ratio", "sampled_reverse_kl", "score_function"]
+
+
+def log_ratio(tokens: TokenBatch) -> Tensor:
+    """Log p - log q of the sampled tokens, with the student's gradient.
+
+    Args:
+        tokens: student and teacher log-probabilities, [B, T] or [N], nats.
+
+    Returns:
+        The same shape, nats, fp32 (float64 stays).
+    """
+    return upcast(tokens.student_logps_BT) - upcast(tokens.teacher_logps_BT)
+
+
+def score_function(tokens: TokenBatch, credit: Tensor, kl: Tensor | None = None) -> Estimate:
+    """The estimate whose gradient is credit x grad log p(y_t); credit is what the token is to blame for.
+
+    Args:
+        tokens: student and teacher log-probabilities, [B, T] or [N], nats.
+        credit: minus the advantage of each token, the same shape; no gradient flows through it, and what stands at
+            masked positions is ignored.
+        kl: what to log as the KL; None for the log-ratio.
+
+    Returns:
+        Surrogate loss credit x log p(y_t), and the KL, same shape.
+    """
+    counted_credit = credit.detach().masked_fill(~tokens.mask_BT, 0.0)
+    value = log_ratio(tokens) if kl is None else kl
+    return Estimate(loss_BT=counted_credit * upcast(tokens.student_logps_BT), kl_BT=value.detach())
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(-d) - 1 + d: an estimate of the reverse KL that is never negative.
+
+    Args:
+        log_ratio: d, any shape, nats.
+
+    Returns:
+        The same shape, nats; infinite in fp32 where d is below -88.
+    """
+    return torch.expm1(-log_ratio) + log_ratio
 
 
 @register_estimator(
@@ -13,7 +68,7 @@ from lit_opd.types import Estimate, TokenBatch
     target="reverse_kl",
     unbiased=True,
     needs="token",
-    source="Thinking Machines, On-Policy Distillation (2025); arXiv:2603.25562, gamma = 0",
+    source="Thinking Machines Lab, On-Policy Distillation (2025); arXiv:2603.25562, gamma = 0",
 )
 def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
     """Sampled reverse KL: the score function weighted by this token's log-ratio.
@@ -28,6 +83,84 @@ def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
     Returns:
         Surrogate loss and the log-ratio (the k1 estimate of the KL), same shape.
     """
-    student_logps = upcast(tokens.student_logps_BT)
-    log_ratio = student_logps.detach() - upcast(tokens.teacher_logps_BT)
-    return Estimate(loss_BT=log_ratio * student_logps, kl_BT=log_ratio)
+    return score_function(tokens, log_ratio(tokens))
+
+
+@register_estimator(
+    "k2_loss",
+    family="token",
+    target="reverse_kl",
+    unbiased=True,
+    needs="token",
+    source="k2 of Schulman's note on approximating KL; arXiv:2603.25562, whose code has it as mse",
+)
+def k2_loss(tokens: TokenBatch) -> Estimate:
+    """Half the squared log-ratio as a loss: the gradient of `token` for every sample, and a value that can be read.
+
+    Formula: loss_t = d_t^2 / 2 with d_t = log p(y_t) - log q(y_t), differentiated: d_t grad log p(y_t).
+
+    Args:
+        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
+
+    Returns:
+        Loss, the k2 estimate of the KL, and the same detached.
+    """
+    loss = log_ratio(tokens).square() / 2
+    return Estimate(loss_BT=loss, kl_BT=loss.detach())
+
+
+@register_estimator(
+    "k3_loss",
+    family="token",
+    target="forward_kl",
+    unbiased=True,
+    needs="token",
+    source="k3 of Schulman's note on approximating KL; arXiv:2603.25562, whose code has it as low_var_kl",
+)
+def k3_loss(tokens: TokenBatch) -> Estimate:
+    """The k3 value as a loss: follows the *forward* KL, though elsewhere it goes by the name of the reverse.
+
+    Formula: loss_t = exp(-d_t) - 1 + d_t with d_t = log p(y_t) - log q(y_t), differentiated: (1 - q/p) grad log p(y_t).
+    As a value it is an unbiased estimate of KL(student || teacher), never negative; its expected gradient is that of
+    KL(teacher || student). The factor q/p is unbounded, so rare tokens that the teacher likes dominate the noise.
+
+    Args:
+        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
+
+    Returns:
+        Loss, the k3 estimate of the reverse KL, and the same detached.
+    """
+    loss = k3(log_ratio(tokens))
+    return Estimate(loss_BT=loss, kl_BT=loss.detach())
+
+
+def _check_clip(max_log_ratio: float) -> None:
+    if not 0 < max_log_ratio < math.inf:
+        raise ValueError(
+            f"max_log_ratio must be positive and finite, found {max_log_ratio}; without a limit it is `token`"
+        )
+
+
+@register_estimator(
+    "clipped_log_ratio",
+    family="token",
+    target="reverse_kl",
+    unbiased=False,
+    needs="token",
+    source="arXiv:2603.25562 (clip_log_ratio)",
+    check=_check_clip,
+    variants=(Variant({"max_log_ratio": 0.5}, "no default; a limit that small models meet"),),
+)
+def clipped_log_ratio(tokens: TokenBatch, *, max_log_ratio: float) -> Estimate:
+    """Sampled reverse KL with a bounded log-ratio: loses the tail of the credit for less variance.
+
+    Formula, with d_t detached: loss_t = clamp(d_t, -c, c) log p(y_t). Biased as soon as a log-ratio exceeds c.
+
+    Args:
+        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
+        max_log_ratio: c, nats; 5 in the code of arXiv:2603.25562, 20 elsewhere.
+
+    Returns:
+        Surrogate loss and the log-ratio, not clipped, same shape.
+    """
+    return score_function(tokens, log_ratio(tokens).clamp(-max_log_ratio, max_log_ratio))

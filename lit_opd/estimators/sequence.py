@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.functional.precision import upcast
-from lit_opd.functional.returns import return_to_go
+from lit_opd.estimators.sampled import log_ratio, score_function
+from lit_opd.functional.returns import k_step_return, remaining_mean, return_to_go
 from lit_opd.types import Estimate, TokenBatch
+
+__all__ = ["check_gamma", "counted", "discounted_reverse_kl", "k_step", "length_normalised", "sequence_reverse_kl"]
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise ValueError unless `gamma` is a discount, 0 to 1."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must lie in [0, 1], found {gamma}")
+
+
+def counted(tokens: TokenBatch, values_BT: Tensor) -> Tensor:
+    """The values, detached, and zero where masked: what may be summed into earlier positions.
+
+    Masked first: a special token's log-ratio of -58 would leak into every earlier return.
+
+    Args:
+        tokens: the mask.
+        values_BT: [B, T].
+
+    Returns:
+        [B, T].
+    """
+    return values_BT.detach().masked_fill(~tokens.mask_BT, 0.0)
 
 
 def discounted_reverse_kl(tokens: TokenBatch, gamma: float) -> Estimate:
@@ -18,12 +44,7 @@ def discounted_reverse_kl(tokens: TokenBatch, gamma: float) -> Estimate:
     Returns:
         Surrogate loss and log-ratio, [B, T].
     """
-    student_logps_BT = upcast(tokens.student_logps_BT)
-    log_ratio_BT = student_logps_BT.detach() - upcast(tokens.teacher_logps_BT)
-    # Masked first: a special token's log-ratio of -58 would leak into every earlier return.
-    counted_log_ratio_BT = log_ratio_BT.masked_fill(~tokens.mask_BT, 0.0)
-    credit_BT = return_to_go(counted_log_ratio_BT, gamma)
-    return Estimate(loss_BT=credit_BT * student_logps_BT, kl_BT=log_ratio_BT)
+    return score_function(tokens, return_to_go(counted(tokens, log_ratio(tokens)), gamma))
 
 
 @register_estimator(
@@ -47,3 +68,63 @@ def sequence_reverse_kl(tokens: TokenBatch) -> Estimate:
         Surrogate loss and log-ratio, [B, T].
     """
     return discounted_reverse_kl(tokens, gamma=1.0)
+
+
+def _check_steps(steps: int, gamma: float) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, found {steps!r}")
+    check_gamma(gamma)
+
+
+@register_estimator(
+    "k_step",
+    family="sequence",
+    target="sequence_reverse_kl",
+    unbiased=False,
+    needs="token",
+    source="KETCHUP, arXiv:2504.19024",
+    check=_check_steps,
+    variants=(
+        Variant({"steps": 1}, "it is the token estimator", target="reverse_kl", unbiased=True),
+        Variant({"steps": 2}, "no default; a window that ends before the completion does"),
+        Variant({"steps": 2, "gamma": 0.5}, "window and discount"),
+    ),
+)
+def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
+    """Return over a window: this and the next log-ratios; the window's length trades bias for variance.
+
+    Formula, with d_i detached: loss_t = (sum over i = t .. t + steps - 1 of gamma^(i - t) d_i) log p(y_t). One step is
+    `token`; as many as the completion has tokens, without discount, `sequence`.
+
+    Args:
+        tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
+        steps: positions in the window, this one included.
+        gamma: discount within it, 0 to 1.
+
+    Returns:
+        Surrogate loss and log-ratio, [B, T].
+    """
+    return score_function(tokens, k_step_return(counted(tokens, log_ratio(tokens)), steps, gamma))
+
+
+@register_estimator(
+    "length_normalised",
+    family="sequence",
+    target="sequence_reverse_kl",
+    unbiased=False,
+    needs="token",
+    source="MiniLLM, arXiv:2306.08543 (length normalisation)",
+)
+def length_normalised(tokens: TokenBatch) -> Estimate:
+    """Mean of this and all later log-ratios as credit: early tokens weigh less than in `sequence`, at its horizon.
+
+    Formula, with d_i detached and n_t the counted positions from t on: loss_t = (1 / n_t) (sum over i >= t of d_i) log
+    p(y_t). n_t depends on what is sampled after t, so that the target is no longer a KL: short endings are weighed up.
+
+    Args:
+        tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
+
+    Returns:
+        Surrogate loss and log-ratio, [B, T].
+    """
+    return score_function(tokens, remaining_mean(counted(tokens, log_ratio(tokens)), tokens.mask_BT))

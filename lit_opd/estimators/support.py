@@ -1,27 +1,126 @@
-"""Estimators that compare student and teacher on K tokens a position."""
+"""Estimators that compare student and teacher on K tokens a position, and do not look at the sampled one."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.functional.divergences import renormalise, reverse_kl
+from lit_opd.functional.divergences import log_difference
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.support import MASSES, SUPPORT_DIVERGENCES, support_divergence
 from lit_opd.types import Estimate, TokenBatch
 
+OTHER_SUPPORTS = tuple(
+    Variant({"support": name}, "the contract does not depend on whose tokens are compared")
+    for name in ("student", "union", "intersection")
+)
 
-def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-        raise ValueError(f"k must be a whole number of at least 2, found {k!r}; renormalised over one token, any two "
-                         "distributions are equal and the gradient is zero")  # fmt: skip
+
+def support_logps(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Student and teacher log-probabilities of the support, [..., K], nats, -inf in slots that hold no token."""
+    assert tokens.student_support_logps_BTK is not None
+    assert tokens.teacher_support_logps_BTK is not None
+    assert tokens.support_mask_BTK is not None
+    empty = ~tokens.support_mask_BTK
+    student, teacher = tokens.student_support_logps_BTK, tokens.teacher_support_logps_BTK
+    return upcast(student).masked_fill(empty, -torch.inf), upcast(teacher).masked_fill(empty, -torch.inf)
+
+
+def sampled_log_ratio(tokens: TokenBatch) -> Tensor:
+    """Detached log p - log q of the sampled tokens, [...], nats; infinite where the teacher cannot write them."""
+    return log_difference(upcast(tokens.student_logps_BT).detach(), upcast(tokens.teacher_logps_BT))
+
+
+def check_k(k: int, *, least: int = 1, **_: object) -> None:
+    """Refuse, with a ValueError, a support size that is none, or below `least`, the size that leaves a gradient."""
+    if isinstance(k, bool) or not isinstance(k, int) or k < least:
+        why = "; renormalised over one token, any two distributions are equal and the gradient is zero"
+        raise ValueError(f"k must be a whole number of at least {least}, found {k!r}{why * (least > 1)}")
+
+
+_check_renormalised_k = functools.partial(check_k, least=2)
+
+
+def _check_own(k: int, support: str, own: str) -> None:
+    check_k(k)
+    if support != own:
+        raise ValueError(f"support must be {own}, found {support!r}; topk_divergence takes any")
+
+
+def _check_divergence(k: int, support: str, divergence: str, mass: str, teacher_weight: float) -> None:
+    if divergence not in SUPPORT_DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(SUPPORT_DIVERGENCES)}, found {divergence!r}")
+    if mass not in MASSES:
+        raise ValueError(f"mass must be one of {', '.join(MASSES)}, found {mass!r}")
+    if not 0 <= teacher_weight <= 1:
+        raise ValueError(f"teacher_weight must lie in [0, 1], found {teacher_weight}")
+    # The union of one token of each model may hold two.
+    (_check_renormalised_k if mass == "renormalise" and support != "union" else check_k)(k)
+
+
+@register_estimator(
+    "topk_divergence",
+    target="reverse_kl",
+    needs="support",
+    source="the top-K forms of arXiv:2603.25562, 2606.30406, 2601.20802 and 2604.13016, by their parts",
+    check=_check_divergence,
+    variants=(
+        *(Variant({"divergence": "jsd", "mass": "truncate", "teacher_weight": end}, "there the JSD is a truncated KL",
+                  target="jsd", at_equal="never") for end in (0.0, 1.0)),
+        Variant({"divergence": "jsd", "mass": "truncate"}, "between its ends, what moves the mass cancels at p = q",
+                target="jsd"),
+        Variant({"divergence": "jsd", "teacher_weight": 0.1}, "lopsided mixture", target="jsd"),
+        Variant({"divergence": "jsd"}, "the target is the chosen one", target="jsd"),
+        Variant({"divergence": "forward_kl", "mass": "truncate"}, "raises the mass of the support, even at p = q",
+                target="forward_kl", at_equal="never"),
+        Variant({"divergence": "forward_kl", "mass": "tail"}, "the target is the chosen one", target="forward_kl"),
+        Variant({"divergence": "forward_kl"}, "the target is the chosen one", target="forward_kl"),
+        Variant({"mass": "truncate"}, "lowers the mass of the support, even at p = q", at_equal="never"),
+        *OTHER_SUPPORTS,
+    ),
+)  # fmt: skip
+def topk_divergence(
+    tokens: TokenBatch,
+    *,
+    k: int = 16,
+    support: str = "teacher",
+    divergence: str = "reverse_kl",
+    mass: str = "renormalise",
+    teacher_weight: float = 0.5,
+) -> Estimate:
+    """Any divergence on the K most probable tokens of either model, or of both; biased by what is outside.
+
+    Formula: that of `functional.support.support_divergence`. No sampling noise for K numbers a token from the teacher.
+    The bias against the divergence over the whole vocabulary goes to zero as both models' mass on the support goes to
+    one; what is done about the rest is the choice of `mass`.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support; of a union or an intersection, how many tokens of each model.
+        support: whose most probable tokens: `teacher`, `student`, `union` or `intersection`.
+        divergence: `reverse_kl`, `forward_kl` or `jsd`; the declared target is the chosen one.
+        mass: `renormalise`, `truncate`, `tail` or `generalised`.
+        teacher_weight: the teacher's share of the JSD's mixture, 0 to 1; unused by the KLs.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate: the loss does not know the tokens outside the support.
+    """
+    loss = support_divergence(
+        *support_logps(tokens), tokens.support_mask_BTK, divergence=divergence, mass=mass, teacher_weight=teacher_weight
+    )
+    return Estimate(loss_BT=loss, kl_BT=sampled_log_ratio(tokens))
 
 
 @register_estimator(
     "teacher_topk",
-    family="token",
     target="reverse_kl",
-    unbiased=False,
     needs="support",
     source="arXiv:2603.25562, eq. 6-8 (local support matching)",
-    check=_check_k,
+    check=_check_renormalised_k,
 )
 def teacher_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
     """Local support matching: reverse KL on the teacher's K most probable tokens, both sides renormalised.
@@ -37,9 +136,164 @@ def teacher_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
     Returns:
         Loss, and the sampled log-ratio as KL estimate: the renormalised value says nothing of the tokens outside S.
     """
-    assert tokens.student_support_logps_BTK is not None
-    assert tokens.teacher_support_logps_BTK is not None
-    student_logps = renormalise(tokens.student_support_logps_BTK)
-    teacher_logps = renormalise(tokens.teacher_support_logps_BTK)
-    log_ratio = upcast(tokens.student_logps_BT).detach() - upcast(tokens.teacher_logps_BT)
-    return Estimate(loss_BT=reverse_kl(student_logps, teacher_logps), kl_BT=log_ratio)
+    return topk_divergence(tokens, k=k)
+
+
+@register_estimator(
+    "student_topk",
+    target="reverse_kl",
+    needs="support",
+    source="SDPO, arXiv:2601.20802; OEL, arXiv:2603.16856 (the student's top K)",
+    check=functools.partial(_check_own, own="student"),
+)
+def student_topk(tokens: TokenBatch, *, k: int = 16, support: str = "student") -> Estimate:
+    """Reverse KL on the student's K most probable tokens, all others one bucket: a bound that holds most of it.
+
+    Formula, with P and Q the masses on the support S: loss_t = sum over S of p (log p - log q) + (1 - P) log((1 - P) /
+    (1 - Q)). Never above the full reverse KL. The student's own tokens carry most of its reverse KL, but the teacher
+    must be asked for them: one that only serves its own top K cannot answer.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support.
+        support: `student`; no other.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate.
+    """
+    return topk_divergence(tokens, k=k, support=support, mass="tail")
+
+
+@register_estimator(
+    "union_topk",
+    target="reverse_kl",
+    needs="support",
+    source="arXiv:2604.13016 (supports of both models)",
+    check=functools.partial(_check_own, own="union"),
+)
+def union_topk(tokens: TokenBatch, *, k: int = 16, support: str = "union") -> Estimate:
+    """Reverse KL on the K most probable tokens of student and teacher together, renormalised: K to 2K tokens.
+
+    Formula: that of `teacher_topk`, with S the union. It sees what the student writes and what the teacher would, for
+    up to twice the numbers; where both agree on one token and K is 1, there is nothing to compare.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., 2K], nats.
+        k: how many tokens of each model.
+        support: `union`; no other.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate.
+    """
+    return topk_divergence(tokens, k=k, support=support)
+
+
+@register_estimator(
+    "topk_truncated_reverse_kl",
+    target="reverse_kl",
+    needs="support",
+    source="verl #5041 (removed there); arXiv:2603.25562 without renormalisation",
+    check=check_k,
+    at_equal="never",
+    variants=OTHER_SUPPORTS,
+)
+def topk_truncated_reverse_kl(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
+    """Plain sum of the reverse KL over K tokens: pushes the student's mass out of the support, even at equality.
+
+    Formula: loss_t = sum over S of p (log p - log q). At p = q the gradient is that of the student's mass on S, not
+    zero, and the value may be negative. Here to compare with; `head_and_tail` and `topk_generalised_reverse_kl` repair
+    it.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support.
+        support: whose most probable tokens.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate.
+    """
+    return topk_divergence(tokens, k=k, support=support, mass="truncate")
+
+
+@register_estimator(
+    "topk_generalised_reverse_kl",
+    target="reverse_kl",
+    needs="support",
+    source="MOPD, arXiv:2606.30406, eq. 5",
+    check=check_k,
+    variants=OTHER_SUPPORTS,
+)
+def topk_generalised_reverse_kl(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
+    """Reverse KL of unnormalised measures on K tokens: matches them and their mass, blind to the others.
+
+    Formula: loss_t = sum over S of p (log p - log q) - p + q. Never negative, zero only at p = q on S, and of use
+    at K = 1: the truncated form without its drift of the mass.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support.
+        support: whose most probable tokens.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate.
+    """
+    return topk_divergence(tokens, k=k, support=support, mass="generalised")
+
+
+@register_estimator(
+    "topk_tail_reverse_kl",
+    target="reverse_kl",
+    needs="support",
+    source="the ghost token of arXiv:2601.20802 and TRL's iw_opd",
+    check=check_k,
+    variants=(
+        Variant({"support": "student"}, "it is `student_topk`"),
+        Variant({"support": "union", "k": 1}, "with more, a bucket of one token is left of a vocabulary of four"),
+        Variant({"support": "intersection"}, "the contract does not depend on whose tokens are compared"),
+    ),
+)
+def topk_tail_reverse_kl(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
+    """Reverse KL on K tokens and one bucket for all others: a lower bound that sees how much mass is outside.
+
+    Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support.
+        support: whose most probable tokens.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate.
+    """
+    return topk_divergence(tokens, k=k, support=support, mass="tail")
+
+
+@register_estimator(
+    "topk_truncated_forward_kl",
+    target="forward_kl",
+    needs="support",
+    source="verl, forward_kl_topk; the clamp: verl #7855",
+    check=check_k,
+    at_equal="never",
+    variants=(Variant({"clamp": True}, "no gradient where the value is negative"), *OTHER_SUPPORTS),
+)
+def topk_truncated_forward_kl(
+    tokens: TokenBatch, *, k: int = 16, support: str = "teacher", clamp: bool = False
+) -> Estimate:
+    """Plain sum of the forward KL over K tokens: pulls the student's mass into the support, even at equality.
+
+    Formula: loss_t = sum over S of q (log q - log p). At p = q the gradient is minus that of the student's mass on S.
+    The value is negative as soon as the student has more mass on S than the teacher; clamped at zero, as published,
+    such a position no longer learns at all.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support.
+        support: whose most probable tokens.
+        clamp: whether a negative value counts zero, with its gradient.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate.
+    """
+    estimate = topk_divergence(tokens, k=k, support=support, divergence="forward_kl", mass="truncate")
+    return Estimate(estimate.loss_BT.clamp(min=0), estimate.kl_BT) if clamp else estimate

@@ -1,257 +1,283 @@
-"""The laws that every registered estimator passes, whoever wrote it.
+"""Every registered estimator holds every law, with its defaults and with each variant; and every law can be broken."""
 
-Each registered name is tested with its defaults and with the variants it was registered with.
-"""
-
-import inspect
-from dataclasses import fields, replace
-from typing import NamedTuple
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lit_opd import estimators
 from lit_opd.errors import UserError
-from lit_opd.estimators.oracle import TARGETS, TabularPair, verify
-from lit_opd.types import TokenBatch
-
-VOCABULARY, SUPPORT = 4, 2
-
-
-class Case(NamedTuple):
-    """An estimator with the keywords of one of its variants, on a support that fits the small vocabulary."""
-
-    name: str
-    keywords: dict
-
-    def build(self):
-        spec = estimators.get(self.name)
-        kwargs = ({"k": SUPPORT} if spec.needs.startswith("support") else {}) | dict(self.keywords)
-        try:
-            return estimators.build(self.name, **kwargs)
-        except UserError as error:
-            pytest.fail(f"{error} {self.name!r} cannot be built from its defaults: register it with `variants`.")
-
-    def __str__(self):
-        return "-".join([self.name, *(f"{key}={value}" for key, value in self.keywords.items())])
+from lit_opd.estimators.batches import example_batch
+from lit_opd.estimators.claims import CLAIMS
+from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.laws import LAWS, broken_laws, cases
+from lit_opd.functional.precision import upcast
+from lit_opd.functional.returns import return_to_go
+from lit_opd.types import Estimate
 
 
-def needs_keywords(name):
-    parameters = inspect.signature(estimators.get(name).fn).parameters.values()
-    return any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
-
-
-def cases():
-    found = []
+def registered_cases():
     for name in estimators.names():
-        variants = [Case(name, variant.keywords) for variant in estimators.get(name).variants]
-        found += variants if variants and needs_keywords(name) else [Case(name, {}), *variants]
-    return found
+        for keywords in cases(estimators.get(name)):
+            yield pytest.param(name, keywords, id="-".join([name, *(f"{k}={v}" for k, v in keywords.items())]))
 
 
-def assert_equal_up_to_rounding(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("name", "keywords"), registered_cases())
+def test_registered_estimator_holds(name, keywords, law):
+    try:
+        estimator = estimators.build(name, **keywords)
+    except UserError as error:
+        pytest.fail(f"{error} {name!r} cannot be built from its defaults: register it with `variants`.")
+    assert LAWS[law](estimator) is None
 
 
-every_case = pytest.mark.parametrize("case", cases(), ids=str)
+# Deliberately wrong estimators. What is right in them is the sampled reverse KL of each position, or of the sequence.
 
 
-def token_batch(dtype=torch.float64, seed=0):
-    """A [3, 5] batch with every field filled; the mask has holes (tool output) as well as padding."""
-    generator = torch.Generator().manual_seed(seed)
-    mask_BT = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 0, 0], [0, 0, 1, 1, 0]], dtype=torch.bool)
-    student_BTV, teacher_BTV = torch.randn(2, 3, 5, VOCABULARY, generator=generator).double().log_softmax(-1)
-    ids_BT1 = torch.randint(VOCABULARY, (3, 5, 1), generator=generator)
-    support_BTK = teacher_BTV.topk(SUPPORT, dim=-1).indices
-    support_mask_BTK = torch.rand(3, 5, SUPPORT, generator=generator) > 0.2
-    student_BT = student_BTV.gather(-1, ids_BT1).squeeze(-1)
-    values = {
-        "student_logps_BT": student_BT,
-        "teacher_logps_BT": teacher_BTV.gather(-1, ids_BT1).squeeze(-1),
-        "sampler_logps_BT": student_BT + 0.01,
-        "student_support_logps_BTK": student_BTV.gather(-1, support_BTK),
-        "teacher_support_logps_BTK": teacher_BTV.gather(-1, support_BTK),
-        "student_full_logps_BTV": student_BTV,
-        "teacher_full_logps_BTV": teacher_BTV,
-        "kl_BT": (student_BTV.exp() * (student_BTV - teacher_BTV)).sum(-1),
-        "student_entropy_BT": -(student_BTV.exp() * student_BTV).sum(-1),
-        "teacher_entropy_BT": -(teacher_BTV.exp() * teacher_BTV).sum(-1),
-        "rewards_B": torch.tensor([1.0, 0.0, 0.5]).double(),
-        "reference_logps_BT": student_BT - 0.1,
-    }
-    return TokenBatch(
-        mask_BT=mask_BT, completion_ids_BT=ids_BT1.squeeze(-1), support_ids_BTK=support_BTK,
-        support_mask_BTK=support_mask_BTK, groups_B=torch.tensor([4, 4, 7]), progress=0.25,
-        **{k: v.to(dtype) for k, v in values.items()},
-    )  # fmt: skip
+def log_ratio(tokens):
+    return upcast(tokens.student_logps_BT).detach() - upcast(tokens.teacher_logps_BT)
 
 
-def tensors(tokens):
-    return {f.name: value for f in fields(tokens) if isinstance(value := getattr(tokens, f.name), torch.Tensor)}
+def estimate(tokens, advantage):
+    return Estimate(advantage * upcast(tokens.student_logps_BT), log_ratio(tokens))
 
 
-def student_leaves(tokens):
-    """The same batch with fresh student leaves, and these leaves."""
-    values = {name: value for name, value in tensors(tokens).items()
-              if name.startswith("student_") and "entropy" not in name}  # fmt: skip
-    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
-    return replace(tokens, **leaves), leaves
+def right(tokens):
+    return estimate(tokens, log_ratio(tokens))
 
 
-def loss_and_gradients(estimator, tokens):
-    """The masked sum, as the module forms it, and its gradient on every student value (zeros where unused)."""
-    tokens, leaves = student_leaves(tokens)
-    loss = torch.where(tokens.mask_BT, estimator(tokens).loss_BT, 0.0).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return loss.detach(), dict(zip(leaves, gradients, strict=True))
+def on_support(tokens, *, k=2, support="teacher"):
+    """Truncated reverse KL of the support, its empty slots left out."""
+    student, teacher = tokens.student_support_logps_BTK, tokens.teacher_support_logps_BTK
+    terms = upcast(student).exp() * (upcast(student) - upcast(teacher))
+    return Estimate(terms.masked_fill(~tokens.support_mask_BTK, 0.0).sum(-1), log_ratio(tokens))
 
 
-def with_garbage(tokens, garbage, prefixes):
-    """The batch with other values at masked positions of the fields whose name starts with one of `prefixes`."""
-
-    def spoil(value):
-        mask = tokens.mask_BT.reshape(tokens.mask_BT.shape + (1,) * (value.dim() - 2))
-        return torch.where(mask, value, garbage(value))
-
-    spoilt = {name: value for name, value in tensors(tokens).items() if name.startswith(prefixes) and value.dim() > 1}
-    return replace(tokens, **{name: spoil(value) for name, value in spoilt.items()})
+def to_go(tokens, log_ratio_BT):
+    return estimate(tokens, return_to_go(log_ratio_BT, 1.0))
 
 
-def assert_same_and_zero_where_masked(estimator, clean, dirty):
-    loss, gradients = loss_and_gradients(estimator, clean)
-    dirty_loss, dirty_gradients = loss_and_gradients(estimator, dirty)
-    assert_equal_up_to_rounding(dirty_loss, loss)
-    for name, gradient in gradients.items():
-        assert_equal_up_to_rounding(dirty_gradients[name], gradient)
-        assert (dirty_gradients[name][~clean.mask_BT] == 0).all(), name
+def reads_the_kl(tokens):
+    return estimate(tokens, log_ratio(tokens) - tokens.kl_BT)
 
 
-@every_case
-def test_finite_garbage_where_masked_has_no_effect(case):
-    """Loss and every gradient stay the same, whichever field holds the garbage."""
-    clean, generator = token_batch(), torch.Generator().manual_seed(3)
-    fields_with_values = ("student", "teacher", "sampler", "kl", "reference")  # of logps, entropies and all
-    dirty = with_garbage(clean, lambda x: 100 * torch.randn(x.shape, generator=generator, dtype=x.dtype),
-                         fields_with_values)  # fmt: skip
-    assert_same_and_zero_where_masked(case.build(), clean, dirty)
+def averages_by_itself(tokens):
+    made = right(tokens)
+    return replace(made, loss_BT=made.loss_BT.mean())
 
 
-@every_case
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_teacher_values_where_masked_have_no_effect(case, garbage):
-    """A teacher gives -inf, or anything, at a position it could not score.
-
-    The law is for what sees [B, T]: per-position estimators are called on counted positions only, and the
-    per-position terms of a mix likewise.
-    """
-    for term in case.build().terms:
-        if not term.is_local:
-            clean = token_batch()
-            dirty = with_garbage(clean, lambda x: torch.full_like(x, garbage), ("teacher_logps",))
-            assert_same_and_zero_where_masked(term, clean, dirty)
+def kl_with_grad(tokens):
+    return replace(right(tokens), kl_BT=tokens.student_logps_BT - tokens.teacher_logps_BT)
 
 
-@every_case
-def test_all_masked_gives_zero(case):
-    tokens = replace(token_batch(), mask_BT=torch.zeros(3, 5, dtype=torch.bool))
-    loss, gradients = loss_and_gradients(case.build(), tokens)
-    assert loss == 0
-    assert all((gradient == 0).all() for gradient in gradients.values())
+def loss_without_grad(tokens):
+    made = right(tokens)
+    return replace(made, loss_BT=made.loss_BT.detach())
 
 
-@every_case
-def test_float64_stays(case):
-    estimate = case.build()(token_batch(torch.float64))
-    assert estimate.loss_BT.dtype == estimate.kl_BT.dtype == torch.float64
+def writes_into_the_batch(tokens):
+    tokens.teacher_logps_BT.clamp_(min=-1)
+    return right(tokens)
 
 
-@every_case
-def test_bf16_is_raised_to_fp32_before_any_maths(case):
-    low = token_batch(torch.bfloat16)
-    raised = replace(low, **{name: value.float() for name, value in tensors(low).items()
-                             if value.dtype == torch.bfloat16})  # fmt: skip
-    estimate, expected = case.build()(low), case.build()(raised)
-    assert estimate.loss_BT.dtype == estimate.kl_BT.dtype == torch.float32
-    assert torch.equal(estimate.loss_BT, expected.loss_BT)
-    assert torch.equal(estimate.kl_BT, expected.kl_BT)
+def rounds_to_fp32(tokens):
+    made = right(tokens)
+    return Estimate(made.loss_BT.float(), made.kl_BT.float())
 
 
-@every_case
-def test_one_value_a_position_and_only_the_loss_carries_grad(case):
-    tokens, _ = student_leaves(token_batch())
-    estimate = case.build()(tokens)
-    assert estimate.loss_BT.shape == estimate.kl_BT.shape == tokens.mask_BT.shape
-    assert estimate.loss_BT.requires_grad
-    assert not estimate.kl_BT.requires_grad
+def computes_in_bf16(tokens):
+    ratio = tokens.student_logps_BT.detach() - tokens.teacher_logps_BT
+    return Estimate(ratio * tokens.student_logps_BT, ratio)
 
 
-@every_case
-def test_inputs_are_left_alone(case):
-    tokens = token_batch()
-    before = {name: value.clone() for name, value in tensors(tokens).items()}
-    loss_and_gradients(case.build(), tokens)
-    assert all(torch.equal(getattr(tokens, name), value) for name, value in before.items())
+def upcasts_too_late(tokens):
+    made = computes_in_bf16(tokens)
+    return Estimate(upcast(made.loss_BT), upcast(made.kl_BT))
 
 
-@every_case
-def test_per_position_estimators_commute_with_slicing(case):
-    """Any slice of flattened counted positions gives what these positions give inside the batch."""
-    for term in (term.estimator for term in case.build().terms):
-        if term.spec.family == "token":
-            tokens = token_batch()
-            per_position = {name: value[tokens.mask_BT] for name, value in tensors(tokens).items()
-                            if not name.endswith("_B")}  # fmt: skip
-            flat = TokenBatch(**per_position, progress=tokens.progress)
-            whole = term(tokens)
-            for part in (slice(None), slice(0, 3), slice(3, None), slice(0, 0)):
-                sliced = {name: value[part] for name, value in per_position.items()}
-                estimate = term(TokenBatch(**sliced, progress=tokens.progress))
-                assert_equal_up_to_rounding(estimate.loss_BT, whole.loss_BT[tokens.mask_BT][part])
-                assert_equal_up_to_rounding(estimate.kl_BT, whole.kl_BT[tokens.mask_BT][part])
-            _, gradients = loss_and_gradients(term, tokens)
-            _, flat_gradients = loss_and_gradients(term, flat)
-            for name, gradient in gradients.items():
-                assert_equal_up_to_rounding(flat_gradients[name], gradient[tokens.mask_BT])
+def forgets_the_mask(tokens):
+    return to_go(tokens, log_ratio(tokens))
 
 
-@every_case
-@pytest.mark.parametrize("stop", [False, True], ids=["fixed-length", "with-stop-token"])
-@pytest.mark.parametrize("horizon", [1, 3])
-def test_declared_bias_holds_in_both_directions(case, horizon, stop):
-    """Declared unbiased: equal to the target's gradient. Declared biased: provably different from it."""
-    estimator = case.build()
-    target, unbiased, _ = estimator.contract
-    if target is None:
-        assert not unbiased, "unbiased for what?"
-        return
-    assert target in TARGETS, f"teach lit_opd.estimators.oracle the exact gradient of {target!r}"
-    pair = TabularPair.random(VOCABULARY, horizon, seed=1, stop=stop)
-    bias = verify(estimator, pair, target).relative_bias
-    if unbiased:
-        assert bias < 1e-12
-    elif horizon > 1 or target != "sequence_reverse_kl":  # with one position there is no later credit to discount
-        assert bias > 1e-6
+def masks_by_multiplication(tokens):
+    return to_go(tokens, log_ratio(tokens) * tokens.mask_BT)
 
 
-@every_case
-@pytest.mark.parametrize("stop", [False, True], ids=["fixed-length", "with-stop-token"])
-def test_gradient_where_student_equals_teacher(case, stop):
-    estimator = case.build()
-    verdict = verify(estimator, TabularPair.random(VOCABULARY, 3, seed=2, stop=stop))
-    assert (verdict.norm_at_equal < 1e-14) == (estimator.contract.at_equal != "never")
-    assert (verdict.rms_at_equal < 1e-14) == (estimator.contract.at_equal == "sample")
+def divides_by_the_count(tokens):
+    made = right(tokens)
+    return replace(made, loss_BT=made.loss_BT / tokens.mask_BT.sum())
+
+
+def reads_empty_slots(tokens, *, k=2, support="union"):
+    return on_support(replace(tokens, support_mask_BTK=torch.ones_like(tokens.support_mask_BTK)))
+
+
+def centres_over_the_batch(tokens):
+    counted = log_ratio(tokens)[tokens.mask_BT]
+    return estimate(tokens, log_ratio(tokens) - (counted.mean() if len(counted) else 0.0))
+
+
+def centres_over_all_prompts(tokens):
+    assert tokens.groups_B is not None
+    return centres_over_the_batch(tokens)
+
+
+def divides_by_the_deviation_of_the_group(tokens):
+    advantage_BT = torch.zeros_like(log_ratio(tokens))
+    for group in tokens.groups_B.unique():
+        sums = torch.where(tokens.mask_BT, log_ratio(tokens), 0.0)[tokens.groups_B == group].sum(1)
+        advantage_BT[tokens.groups_B == group] = (
+            (sums - sums.mean()) / ((sums - sums.mean()).square().sum() / (len(sums) - 1)).sqrt()
+        )[:, None]
+    return estimate(tokens, advantage_BT)
+
+
+def squares_the_ratio(tokens):
+    """exp(-d) squared: finite in float64, where the other laws look."""
+    return estimate(tokens, (-log_ratio(tokens)).exp().square())
+
+
+def weighs_by_padded_length(tokens):
+    made = right(tokens)
+    return replace(made, loss_BT=made.loss_BT / tokens.mask_BT.shape[-1])
+
+
+def looks_at_the_sampled_token(tokens, *, k=2):
+    made = on_support(tokens)
+    return replace(made, loss_BT=made.loss_BT + 0.0 * made.kl_BT)
+
+
+def sign_flip(tokens):
+    return estimate(tokens, -log_ratio(tokens))
+
+
+def log_ratio_as_loss(tokens):
+    return Estimate(upcast(tokens.student_logps_BT) - upcast(tokens.teacher_logps_BT), log_ratio(tokens))
+
+
+def nan_gradient(tokens):
+    return estimate(tokens, log_ratio(tokens) * torch.nan)
+
+
+def made(fn, *, needs="token", family="token", keywords=None, **contract):
+    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=needs, **contract), keywords or {})
+
+
+UNBIASED = {"target": "reverse_kl", "unbiased": True}
+MUTANTS = [
+    ("works_on_what_it_needs", made(reads_the_kl), r"need \(token\) it raises TypeError"),
+    ("returns_one_value_a_position", made(averages_by_itself), r"loss has the shape \(\), not .*\(4, 5\)"),
+    ("only_the_loss_carries_grad", made(kl_with_grad), "KL estimate carries a gradient"),
+    ("only_the_loss_carries_grad", made(loss_without_grad), "loss carries no gradient"),
+    ("leaves_its_inputs_alone", made(writes_into_the_batch), "changes teacher_logps_BT in place"),
+    ("float64_stays", made(rounds_to_fp32), "loss of a float64 batch is torch.float32"),
+    ("bf16_is_raised_before_any_maths", made(computes_in_bf16), "loss of a bf16 batch is torch.bfloat16"),
+    ("bf16_is_raised_before_any_maths", made(upcasts_too_late), "`upcast` comes too late"),
+    ("masked_garbage_has_no_effect", made(forgets_the_mask, family="sequence"), "of student_logps_BT changes the loss"),
+    ("masked_non_finite_teacher_has_no_effect", made(masks_by_multiplication, family="sequence"), "nan at masked"),
+    ("all_masked_gives_zero", made(divides_by_the_count, family="sequence"), "student_logps_BT is not zero"),
+    ("empty_support_slots_have_no_effect", made(reads_empty_slots, needs="support"), "empty slots"),
+    ("slices_like_the_whole", made(centres_over_the_batch), "slice of positions gives other values"),
+    ("other_rows_do_not_matter", made(centres_over_the_batch, family="sequence"), "on the rows beside it"),
+    ("other_rows_do_not_matter", made(centres_over_all_prompts, family="sequence", needs="token+groups"),
+     "completions of other prompts"),
+    ("one_completion_a_prompt_stays_finite",
+     made(divides_by_the_deviation_of_the_group, family="sequence", needs="token+groups"), "one completion a prompt"),
+    ("large_log_ratios_stay_finite", made(squares_the_ratio), r"its loss in fp32 is (-?inf|nan)"),
+    ("padding_has_no_effect", made(weighs_by_padded_length, family="sequence"), "padding changes"),
+    ("padding_has_no_effect", made(nan_gradient), "no finite loss"),
+    ("sampled_token_outside_the_support", made(looks_at_the_sampled_token, needs="support"),
+     "changes the loss"),
+    ("bias_is_as_declared", made(sign_flip, **UNBIASED), "off by 200.0% of its norm"),
+    ("bias_is_as_declared", made(right, target="reverse_kl"), "say unbiased=True"),
+    ("bias_is_as_declared", made(right, target="reverse"), "'reverse' is unknown"),
+    ("bias_is_as_declared", made(right, unbiased=True), "no target"),
+    ("bias_is_as_declared", made(nan_gradient, **UNBIASED), "is not finite"),
+    ("gradient_at_equal_models_is_as_declared", made(log_ratio_as_loss), "say at_equal='expectation'"),
+    ("gradient_at_equal_models_is_as_declared", made(right, at_equal="never"), "say at_equal='sample'"),
+    ("gradient_at_equal_models_is_as_declared", made(on_support, needs="support"), "'never'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("law", "mutant", "how"), MUTANTS, ids=[f"{m[0]}-{m[1].spec.name}" for m in MUTANTS])
+def test_wrong_estimator_is_caught(law, mutant, how):
+    assert re.search(how, broken_laws(mutant)[law])
+
+
+def test_every_law_has_an_estimator_that_breaks_it():
+    assert {law for law, *_ in MUTANTS} == set(LAWS)
+
+
+@pytest.mark.parametrize("estimator", [
+    made(right, **UNBIASED), made(lambda tokens: to_go(tokens, log_ratio(tokens).masked_fill(~tokens.mask_BT, 0.0)),
+                                  family="sequence", target="sequence_reverse_kl", unbiased=True),
+    made(on_support, needs="support", keywords={"support": "union"}, at_equal="never"),
+])  # fmt: skip
+def test_what_the_wrong_ones_are_made_from_is_right(estimator):
+    assert broken_laws(estimator) == {}
+
+
+def test_an_exception_breaks_a_law():
+    def fails(tokens):
+        if not tokens.mask_BT.all():
+            raise ValueError("a hole")
+        return right(tokens)
+
+    assert list(broken_laws(made(fails))) == ["works_on_what_it_needs"]  # of the others nothing can be said
+
+    def fails_on_slices(tokens):
+        if tokens.mask_BT.dim() != 2:
+            raise ValueError("not [B, T]")
+        return right(tokens)
+
+    assert broken_laws(made(fails_on_slices)) == {"slices_like_the_whole": "it raises ValueError: not [B, T]"}
+
+
+def test_only_the_asked_laws_are_checked():
+    assert set(broken_laws(made(sign_flip, **UNBIASED), {"float64_stays": LAWS["float64_stays"]})) == set()
+    assert set(broken_laws(made(sign_flip, **UNBIASED), CLAIMS)) == {"bias_is_as_declared"}
+
+
+def test_one_completion_a_prompt_may_be_refused():
+    def refuses(tokens):
+        if len(tokens.groups_B.unique()) == len(tokens.groups_B):
+            raise UserError("rollout.num_completions", "at least 2", 1, "Set it.")
+        return right(tokens)
+
+    law = LAWS["one_completion_a_prompt_stays_finite"]
+    assert law(made(refuses, family="sequence", needs="token+groups")) is None
+
+
+def test_cases_are_defaults_and_variants_on_a_small_support():
+    assert cases(estimators.get("token")) == ({},)
+    assert cases(estimators.get("teacher_topk"))[0] == {"k": 2}
+    assert {"gamma": 1.0} in cases(estimators.get("hybrid"))
+    assert {} not in cases(estimators.get("mix"))  # it has no default terms
 
 
 def test_an_estimator_without_usable_defaults_asks_for_a_row():
-    with pytest.raises(pytest.fail.Exception, match="register it with `variants`"):
-        Case("mix", {}).build()
+    def needy(tokens, *, level):
+        return right(tokens)
+
+    (keywords,) = cases(EstimatorSpec("needy", needy))
+    with pytest.raises(UserError, match="missing a required argument: 'level'"):
+        estimators.build(needy, **keywords)
+
+
+def test_a_batch_holds_what_is_needed_and_no_more():
+    assert example_batch(made(right)).support_ids_BTK is None
+    tokens = example_batch(made(right, needs="full+entropy"))
+    assert tokens.teacher_full_logps_BTV is not None
+    assert tokens.student_entropy_BT is not None
+    assert tokens.kl_BT is None
 
 
 def test_mix_is_the_weighted_sum_of_its_terms():
-    tokens = token_batch()
-    mixed = estimators.build("mix", terms={"sequence": 1, "full_vocab": {"weight": 0.5, "divergence": "forward_kl"}})(
-        tokens
-    )
+    terms = {"sequence": 1, "full_vocab": {"weight": 0.5, "divergence": "forward_kl"}}
+    mixed, tokens = estimators.build("mix", terms=terms), example_batch(made(right, needs="full"))
     parts = [estimators.build("sequence")(tokens), estimators.build("full_vocab", divergence="forward_kl")(tokens)]
-    assert_equal_up_to_rounding(mixed.loss_BT, parts[0].loss_BT + 0.5 * parts[1].loss_BT)
-    assert_equal_up_to_rounding(mixed.kl_BT, (parts[0].kl_BT + 0.5 * parts[1].kl_BT) / 1.5)
+    found = mixed(tokens)
+    torch.testing.assert_close(found.loss_BT, parts[0].loss_BT + 0.5 * parts[1].loss_BT, rtol=0, atol=1e-14)
+    torch.testing.assert_close(found.kl_BT, (parts[0].kl_BT + 0.5 * parts[1].kl_BT) / 1.5, rtol=0, atol=1e-14)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from lit_opd.estimators import build
+from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.oracle import (
+    TARGETS,
     TabularPair,
     declared_target,
     exact_gradient,
@@ -59,6 +61,20 @@ def test_probabilities_sum_to_one_and_agree_with_reach(pair):
     torch.testing.assert_close(pair.reach(pair.student_logits_CV.log_softmax(-1)), through_C, rtol=0, atol=1e-14)
 
 
+def test_sampler_writes_the_completions(pair):
+    tempered = pair.with_sampler(0.7)
+    law_CV = tempered.sampler_logits_CV.softmax(-1)
+    expected = {tuple(path): torch.stack([law_CV[c, token] for token, c in path]).prod() for path in walk(pair, law_CV)}
+    ids_BT, mask_BT, contexts_BT = tempered.completions()
+    probs_B, _ = trajectory_gradients(tempered, build("token"))
+    caught = []
+    trajectory_gradients(tempered, build(lambda tokens: caught.append(tokens) or score_function(tokens)))
+    for row, probability in enumerate(probs_B):
+        ids, contexts = ids_BT[row][mask_BT[row]], contexts_BT[row][mask_BT[row]]
+        assert probability == pytest.approx(expected[tuple(zip(ids.tolist(), contexts.tolist(), strict=True))])
+        torch.testing.assert_close(caught[0].sampler_logps_BT[row][mask_BT[row]], law_CV[contexts, ids].log())
+
+
 def test_sequence_target_is_the_kl_over_whole_completions(pair):
     logits_CV = pair.student_logits_CV.clone().requires_grad_()
     student_CV, teacher_CV = logits_CV.log_softmax(-1), pair.teacher_logits_CV.log_softmax(-1)
@@ -71,22 +87,62 @@ def test_sequence_target_is_the_kl_over_whole_completions(pair):
     torch.testing.assert_close(exact_gradient(pair, "sequence_reverse_kl"), expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("target", "weight"), [("reverse_kl", 1.0), ("forward_kl", 0.0), ("jsd", 0.3)])
-def test_local_targets_by_finite_differences(target, weight):
-    """With one position there is one context, and the objective is a function of one softmax."""
-    pair = TabularPair.random(4, 1, seed=6)
-    q = pair.teacher_logits_CV[0].softmax(-1)
+def divergence(target, p, q):
+    """The definitions, written out a second time."""
 
-    def objective(logits):
-        p = logits.softmax(-1)
-        if weight in (0.0, 1.0):
-            return ((p * (p / q).log()) if weight else (q * (q / p).log())).sum()
-        m = weight * q + (1 - weight) * p
-        return (p * (p / m).log()).sum() / weight + (q * (q / m).log()).sum() / (1 - weight)
+    def kl(a, b):
+        return sum(x * torch.log(x / y) for x, y in zip(a, b, strict=True))
 
-    logits, steps = pair.student_logits_CV[0], 1e-5 * torch.eye(4).double()
-    numeric = torch.stack([(objective(logits + step) - objective(logits - step)) / 2e-5 for step in steps])
-    torch.testing.assert_close(exact_gradient(pair, target, weight), numeric, rtol=1e-7, atol=1e-9)
+    if target.endswith("reverse_kl"):
+        return kl(p, 0.2 * p + 0.8 * q) if "skew" in target else kl(p, q)
+    if target.endswith("forward_kl"):
+        return kl(q, 0.2 * q + 0.8 * p) if "skew" in target else kl(q, p)
+    if target == "tvd":
+        return sum(torch.clamp(x - y, min=0) for x, y in zip(p, q, strict=True))  # the surplus is the lack elsewhere
+    mixture = 0.3 * q + 0.7 * p
+    return kl(p, mixture) / 0.3 + kl(q, mixture) / 0.7
+
+
+def numeric_gradient(objective, logits_CV, step=1e-5):
+    steps = step * torch.eye(logits_CV.numel()).double().view(-1, *logits_CV.shape)
+    return torch.stack([(objective(logits_CV + s) - objective(logits_CV - s)) / (2 * step) for s in steps])
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t not in ("outcome", "sequence_reverse_kl")])
+@pytest.mark.parametrize("shift", [None, 0.7], ids=["on-policy", "another-sampler"])
+def test_local_targets_by_finite_differences_along_every_path(pair, target, shift):
+    """Sum over completions of their probability times the divergences met on the way; prefixes are the sampler's."""
+    pair = pair if shift is None else pair.with_sampler(shift)
+    law_CV = (pair.student_logits_CV if shift is None else pair.sampler_logits_CV).softmax(-1)
+    teacher_CV = pair.teacher_logits_CV.softmax(-1)
+    reached = {}
+    for path in walk(pair, law_CV):
+        probability = torch.stack([law_CV[context, token] for token, context in path]).prod()
+        for _, context in path:
+            reached[context] = reached.get(context, 0) + probability
+
+    def objective(logits_CV):
+        student_CV = logits_CV.softmax(-1)
+        return sum(share * divergence(target, student_CV[c], teacher_CV[c]) for c, share in reached.items())
+
+    found = exact_gradient(pair, target, teacher_weight=0.3, skew=0.2)
+    torch.testing.assert_close(found, numeric_gradient(objective, pair.student_logits_CV), rtol=1e-6, atol=1e-8)
+
+
+def test_outcome_is_minus_the_expected_reward(pair):
+    """By finite differences of a sum over all completions; the reward belongs to the completion as a whole."""
+    ids_BT, mask_BT, _ = pair.completions()
+    rewards = {tuple(ids[mask].tolist()): reward
+               for ids, mask, reward in zip(ids_BT, mask_BT, pair.rewards().tolist(), strict=True)}  # fmt: skip
+
+    def objective(logits_CV):
+        student_CV = logits_CV.softmax(-1)
+        return -sum(torch.stack([student_CV[c, token] for token, c in path]).prod() * rewards[tuple(t for t, _ in path)]
+                    for path in walk(pair, logits_CV))  # fmt: skip
+
+    assert set(rewards.values()) == {0.0, 1.0}
+    numeric = numeric_gradient(objective, pair.student_logits_CV)
+    torch.testing.assert_close(exact_gradient(pair, "outcome"), numeric, rtol=1e-6, atol=1e-9)
 
 
 def test_moments_of_the_score_function_on_one_softmax():
@@ -156,6 +212,15 @@ def log_ratio(tokens):
     return (tokens.student_logps_BT - tokens.teacher_logps_BT).detach()
 
 
+def made(fn, needs="token", family="token"):
+    """A function as an estimator that declares what it needs."""
+    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=needs), {})
+
+
+def score_function(tokens):
+    return Estimate(log_ratio(tokens) * tokens.student_logps_BT, log_ratio(tokens))
+
+
 def right_return(tokens):
     d = log_ratio(tokens).masked_fill(~tokens.mask_BT, 0.0)
     return Estimate(return_to_go(d, 1.0) * tokens.student_logps_BT, d)
@@ -219,3 +284,46 @@ def test_absolute_discounting_is_caught():
     assert verify(build(absolute, gamma=1.0), pair, "sequence_reverse_kl").is_unbiased  # where the two agree
     assert not verify(build(absolute, gamma=0.0), pair, "reverse_kl").is_unbiased
     assert verify(build("hybrid", gamma=0.0), pair, "reverse_kl").is_unbiased
+
+
+def test_a_dropped_tail_is_caught():
+    """The exact head over the teacher's top K, and the score function for samples outside: both are needed."""
+
+    def head(tokens):
+        student, teacher = tokens.student_support_logps_BTK, tokens.teacher_support_logps_BTK
+        return (student.exp().detach() * (student - teacher).detach() * student).sum(-1)
+
+    def with_tail(tokens, *, k):
+        outside = (tokens.support_ids_BTK != tokens.completion_ids_BT[..., None]).all(-1)
+        loss = head(tokens) + torch.where(outside, score_function(tokens).loss_BT, 0.0)
+        return Estimate(loss, log_ratio(tokens))
+
+    def without_tail(tokens, *, k):
+        return Estimate(head(tokens), log_ratio(tokens))
+
+    def tail_everywhere(tokens, *, k):
+        return Estimate(head(tokens) + score_function(tokens).loss_BT, log_ratio(tokens))
+
+    pair = TabularPair.random(4, 3, seed=8, stop=True)
+    right, dropped, doubled = (
+        verify(replace(made(fn, "support"), kwargs={"k": 2}), pair, "reverse_kl")
+        for fn in (with_tail, without_tail, tail_everywhere)
+    )
+    assert right.is_unbiased
+    assert dropped.relative_bias > 1e-2
+    assert doubled.relative_bias > 1e-2
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("target", ["reverse_kl", "forward_kl", "tvd"])
+def test_a_sign_flip_is_caught_in_a_divergence(target, sign):
+    """The loss is written by the mathematics of this file, so that the oracle is asked and not quoted."""
+
+    def signed(tokens):
+        p, q = tokens.student_full_logps_BTV.exp(), tokens.teacher_full_logps_BTV.exp()
+        loss = divergence(target, p.unbind(-1), q.unbind(-1))
+        return Estimate(sign * loss, log_ratio(tokens))
+
+    verdict = verify(made(signed, "full"), TabularPair.random(4, 3, seed=8, stop=True), target)
+    assert verdict.cosine == pytest.approx(sign)
+    assert verdict.relative_bias == pytest.approx(1 - sign, abs=1e-12)

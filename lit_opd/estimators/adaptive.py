@@ -1,0 +1,81 @@
+"""Full-vocabulary estimators whose weights follow the two distributions; each stands still where these are equal."""
+
+from __future__ import annotations
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.full import full_logps, with_exact_kl
+from lit_opd.estimators.registry import register_estimator
+from lit_opd.functional import adaptive
+from lit_opd.types import Estimate, TokenBatch
+
+
+def _check_head_mass(head_mass: float) -> None:
+    if not 0 < head_mass <= 1:
+        raise ValueError(f"head_mass must lie in (0, 1], found {head_mass}")
+
+
+@register_estimator("adaptive_kl", needs="full", source="AKL, arXiv:2404.02657", check=_check_head_mass)
+def adaptive_kl(tokens: TokenBatch, *, head_mass: float = 0.5) -> Estimate:
+    """Forward and reverse KL, weighed at every position by where the distributions differ: in the head or the tail.
+
+    Formula, with the head the teacher's most probable tokens up to `head_mass` and g the sum of |p - q| over head or
+    tail, held fixed: loss_t = (g_head KL(teacher || student) + g_tail KL(student || teacher)) / (g_head + g_tail).
+    Exact; as the weights move with the student, it is not the gradient of one divergence.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats.
+        head_mass: teacher mass of the head, above 0 to 1.
+
+    Returns:
+        Loss, and the exact reverse KL as KL estimate.
+    """
+    return with_exact_kl(tokens, adaptive.adaptive_kl(*full_logps(tokens), head_mass))
+
+
+@register_estimator("todi", needs="full", source="ToDi, arXiv:2505.16297")
+def todi(tokens: TokenBatch) -> Estimate:
+    """Forward KL on tokens the teacher holds more probable, reverse KL on the others, with a soft switch.
+
+    Formula, with a = sigmoid(log q - log p) held fixed: loss_t = sum over tokens of a q log(q / p) + (1 - a) p
+    log(p / q). Exact; the value is the sum of both KLs, the gradient is not.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats.
+
+    Returns:
+        Loss, and the exact reverse KL as KL estimate.
+    """
+    return with_exact_kl(tokens, adaptive.todi(*full_logps(tokens)))
+
+
+def _check_weighting(weighting: str) -> None:
+    if weighting not in adaptive.WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(adaptive.WEIGHTINGS)}, found {weighting!r}")
+
+
+@register_estimator(
+    "logit_matching",
+    needs="full",
+    source="motivated by CSD, arXiv:2509.25837",
+    check=_check_weighting,
+    variants=(
+        Variant({"weighting": "student"}, "weighed by the student it is the reverse KL", target="reverse_kl",
+                unbiased=True),
+        Variant({"weighting": "uniform"}, "every token counts the same"),
+    ),
+)  # fmt: skip
+def logit_matching(tokens: TokenBatch, *, weighting: str = "teacher") -> Estimate:
+    """Squared differences of student and teacher logits up to a shift: pulls where the student's softmax is saturated.
+
+    Formula: loss_t = half the variance over tokens, under the weights, of log p - log q. With the student's weights
+    its gradient is that of the reverse KL; with the teacher's, a token that the student all but forgot is pulled as
+    hard as any.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats.
+        weighting: whose probabilities, held fixed, are the weights: `teacher`, `student` or `uniform`.
+
+    Returns:
+        Loss in nats squared, and the exact reverse KL as KL estimate.
+    """
+    return with_exact_kl(tokens, adaptive.logit_matching(*full_logps(tokens), weighting))

@@ -1,0 +1,149 @@
+"""Small random batches that hold what an estimator declares to need and no more, and what it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators.contract import BoundEstimator
+from lit_opd.estimators.oracle import TabularPair, pair_for
+from lit_opd.functional.divergences import entropy, reverse_kl
+from lit_opd.functional.topk import choose_support
+from lit_opd.types import Estimate, TokenBatch
+
+__all__ = ["ROUNDING", "Surrogate", "batch_of", "cast", "difference", "difference_where_masked", "example_batch",
+           "loss_and_gradients", "per_position", "same", "spoil_masked", "table_for", "take_rows", "tensors",
+           "vocabulary_for", "with_leaves"]  # fmt: skip
+
+ROUNDING = 1e-12
+Surrogate = Callable[[TokenBatch], Estimate]
+
+
+def vocabulary_for(estimator: BoundEstimator) -> int:
+    """V: more tokens than the estimator's support holds."""
+    return pair_for(estimator).student_logits_CV.shape[1]
+
+
+def table_for(estimator: BoundEstimator, seed: int = 0, horizon: int | None = None, stop: bool = True) -> TabularPair:
+    """Random models of a size that the oracle can write down, with more tokens than the estimator's support."""
+    vocabulary = vocabulary_for(estimator)
+    # What compares the completions of a prompt is evaluated on pairs of them: with many tokens, on short ones.
+    longest = 1 if "groups" in estimator.needs and vocabulary > 5 else pair_for(estimator).horizon
+    return TabularPair.random(vocabulary, min(horizon or longest, longest), seed, stop=stop)
+
+
+def example_batch(estimator: BoundEstimator, seed: int = 0) -> TokenBatch:
+    """A [4, 5] float64 batch: two prompts of two rows, the last a demonstration; masks with holes and padding."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = vocabulary_for(estimator)
+    logits = torch.randn(2, 4, 5, vocabulary, generator=generator, dtype=torch.float64)
+    student_BTV, teacher_BTV = logits.log_softmax(-1)
+    return batch_of(estimator, student_BTV, teacher_BTV, torch.randint(vocabulary, (4, 5), generator=generator))
+
+
+def batch_of(estimator: BoundEstimator, student_BTV: Tensor, teacher_BTV: Tensor, ids_BT: Tensor) -> TokenBatch:
+    """What an estimator sees of two models, [4, 5, V] log-probabilities, and the sampled tokens, [4, 5]."""
+    found: dict[str, Any] = {}
+    if "full" in estimator.needs:
+        found |= {"student_full_logps_BTV": student_BTV, "teacher_full_logps_BTV": teacher_BTV}
+    if "support" in estimator.needs:
+        found |= _support(estimator, student_BTV, teacher_BTV)
+    if "kl" in estimator.needs:
+        found["kl_BT"] = reverse_kl(student_BTV, teacher_BTV)
+    if "entropy" in estimator.needs:
+        found |= {"student_entropy_BT": entropy(student_BTV), "teacher_entropy_BT": entropy(teacher_BTV)}
+    if "rewards" in estimator.needs:
+        found["rewards_B"] = torch.tensor([1.0, 0.0, 0.5, 1.0], dtype=student_BTV.dtype)
+    if "groups" in estimator.needs:
+        found["groups_B"] = torch.tensor([4, 4, 7, 7])
+    student_BT, teacher_BT = (x.gather(-1, ids_BT[..., None]).squeeze(-1) for x in (student_BTV, teacher_BTV))
+    if "reference" in estimator.needs:
+        found["reference_logps_BT"] = (student_BT + teacher_BT) / 2 - 0.1
+    found["student_wrote_BT"] = torch.tensor([True, True, True, False])[:, None].expand(ids_BT.shape)
+    mask_BT = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 0, 0], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    return TokenBatch(
+        student_BT, teacher_BT, student_BT + 0.01, mask_BT, completion_ids_BT=ids_BT, progress=0.25, **found
+    )
+
+
+def _support(estimator: BoundEstimator, student_BTV: Tensor, teacher_BTV: Tensor) -> dict[str, Tensor]:
+    widest = max((term.estimator for term in estimator.terms), key=lambda part: part.support_size)
+    ids, mask = choose_support(student_BTV, teacher_BTV, widest.support_size, widest.support)
+    return {
+        "support_ids_BTK": ids, "support_mask_BTK": mask,
+        "student_support_logps_BTK": student_BTV.gather(-1, ids),
+        "teacher_support_logps_BTK": teacher_BTV.gather(-1, ids),
+    }  # fmt: skip
+
+
+def tensors(tokens: TokenBatch) -> dict[str, Tensor]:
+    """The fields that hold a tensor."""
+    return {f.name: value for f in fields(tokens) if isinstance(value := getattr(tokens, f.name), Tensor)}
+
+
+def per_position(tokens: TokenBatch) -> list[str]:
+    """The names of the fields that hold values of positions, but for the mask."""
+    return [name for name, value in tensors(tokens).items() if value.dim() > 1 and name != "mask_BT"]
+
+
+def cast(tokens: TokenBatch, dtype: torch.dtype) -> TokenBatch:
+    """The same numbers, as well as `dtype` can hold them."""
+    values = {name: value.to(dtype) for name, value in tensors(tokens).items() if value.is_floating_point()}
+    return replace(tokens, **values)  # type: ignore[arg-type]
+
+
+def spoil_masked(tokens: TokenBatch, name: str, garbage: Callable[[Tensor], Tensor]) -> TokenBatch:
+    """The same batch with other values at the masked positions of one field."""
+    value = getattr(tokens, name)
+    mask = tokens.mask_BT.reshape(tokens.mask_BT.shape + (1,) * (value.dim() - 2))
+    return replace(tokens, **{name: torch.where(mask, value, garbage(value))})  # type: ignore[arg-type]
+
+
+def take_rows(tokens: TokenBatch, rows_B: Tensor) -> TokenBatch:
+    """The chosen rows alone, and so the batch that a smaller micro-batch would hold."""
+    return replace(tokens, **{name: value[rows_B] for name, value in tensors(tokens).items()})  # type: ignore[arg-type]
+
+
+def with_leaves(tokens: TokenBatch) -> tuple[TokenBatch, dict[str, Tensor]]:
+    """The same batch with fresh leaves for what carries the student's gradient, and these leaves."""
+    values = {name: value for name, value in tensors(tokens).items()
+              if name.startswith("student_") and "logps" in name}  # fmt: skip
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    return replace(tokens, **leaves), leaves  # type: ignore[arg-type]
+
+
+def loss_and_gradients(estimator: Surrogate, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The masked sum, as training forms it, and its gradient on every student value (zeros where unused)."""
+    tokens, leaves = with_leaves(tokens)
+    loss = torch.where(tokens.mask_BT, estimator(tokens).loss_BT, 0.0).sum()
+    if not loss.requires_grad:
+        return loss, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def difference(estimator: Surrogate, one: TokenBatch, other: TokenBatch) -> str | None:
+    """What the step from one batch to the other does to loss and gradients; None where it does nothing."""
+    (loss, gradients), (other_loss, other_gradients) = (loss_and_gradients(estimator, batch) for batch in (one, other))
+    if not same(other_loss, loss):
+        return "changes the loss"
+    changed = [name for name, gradient in gradients.items() if not same(other_gradients[name], gradient)]
+    return f"changes the gradient on {changed[0]}" if changed else None
+
+
+def difference_where_masked(estimator: Surrogate, clean: TokenBatch, dirty: TokenBatch) -> str | None:
+    """As `difference`, for batches that differ at masked positions: there, no gradient may come either."""
+    if broken := difference(estimator, clean, dirty):
+        return broken
+    _, gradients = loss_and_gradients(estimator, dirty)
+    leaking = [name for name, gradient in gradients.items() if not (gradient[~clean.mask_BT] == 0).all()]
+    return f"gives a gradient on masked {leaking[0]}" if leaking else None
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two float64 tensors are equal up to rounding; no NaN equals another."""
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=ROUNDING)

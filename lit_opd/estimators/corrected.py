@@ -1,0 +1,161 @@
+"""Estimators that weigh tokens by student over sampler, for samples that are stale, tempered or cut off.
+
+The ratio is the token's own: it corrects what is sampled at a prefix, not how often the sampler comes there. What they
+estimate is the local reverse KL at the sampler's prefixes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.registry import register_estimator
+from lit_opd.estimators.sampled import k3, log_ratio, score_function
+from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
+from lit_opd.types import Estimate, TokenBatch
+
+__all__ = ["CORRECTIONS", "importance_k3", "importance_reverse_kl", "ppo_reverse_kl"]
+
+CORRECTIONS = ("full", "truncated", "band", "one_sided")
+
+
+@register_estimator(
+    "importance_k3",
+    family="token",
+    target="reverse_kl",
+    unbiased=True,
+    needs="token",
+    source="as described in DeepSeek-V3.2, arXiv:2512.02556",
+    corrects=True,
+)
+def importance_k3(tokens: TokenBatch) -> Estimate:
+    """The k3 value times student over sampler, both differentiated: the reverse KL again, stale samples included.
+
+    Formula, with mu the sampler: loss_t = p/mu (exp(-d_t) - 1 + d_t). Its expectation over mu is the exact KL at the
+    position, and the gradient, that of the KL, (p/mu) d_t grad log p(y_t): what the ratio adds turns the forward KL of
+    `k3_loss` around. Where the log-ratio of student over sampler leaves [-20, 20] the ratio has no gradient.
+
+    Args:
+        tokens: student, teacher and sampler log-probabilities of the sampled tokens, [B, T] or [N], nats.
+
+    Returns:
+        Loss, and the weighted k3 estimate of the KL, same shape.
+    """
+    ratio = importance_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT)
+    loss = ratio * k3(log_ratio(tokens))
+    return Estimate(loss_BT=loss, kl_BT=loss.detach())
+
+
+def _check_correction(correction: str, cap: float, low: float, high: float, max_drop: float) -> None:
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, found {correction!r}")
+    if not cap >= 1:
+        raise ValueError(f"cap must be at least 1, the ratio of a fresh sample, found {cap}")
+    if not 0 <= low < 1 < high:
+        raise ValueError(
+            f"low and high must satisfy 0 <= low < 1 < high: 1 is a fresh sample's, found {low} and {high}"
+        )
+    if not 0 < max_drop <= 1:
+        raise ValueError(f"max_drop must lie in (0, 1], found {max_drop}")
+
+
+@register_estimator(
+    "importance_reverse_kl",
+    family="token",
+    target="reverse_kl",
+    unbiased=True,
+    needs="token",
+    source="truncated as in G-OPD, arXiv:2602.12125; band as in MOPD, arXiv:2601.02780, and Nemotron-Cascade 2, "
+    "arXiv:2603.19220; one-sided as in prime-rl",
+    check=_check_correction,
+    corrects=True,
+    variants=tuple(Variant({"correction": name}, "on fresh samples all are the same") for name in CORRECTIONS),
+)
+def importance_reverse_kl(
+    tokens: TokenBatch,
+    *,
+    correction: str = "truncated",
+    cap: float = 5.0,
+    low: float = 0.5,
+    high: float = 2.0,
+    max_drop: float = 0.2,
+) -> Estimate:
+    """Sampled reverse KL weighed by student over sampler: for stale samples, with a choice of bounds for the weight.
+
+    Formula, with w_t and d_t detached: loss_t = w_t d_t log p(y_t). w_t is made from the ratio r_t = p(y_t) / mu(y_t)
+    of student and sampler. Fresh samples have ratio 1 and all corrections are `token`. On stale ones only `full` is
+    unbiased, for the local reverse KL at the sampler's prefixes; the others trade that for bounded weights.
+
+    - `full`: r_t.
+    - `truncated`: min(r_t, cap).
+    - `band`: r_t where low <= r_t <= high, else 0 (IcePop).
+    - `one_sided`: r_t, but 0 where the token's probability has dropped by more than max_drop.
+
+    Args:
+        tokens: student, teacher and sampler log-probabilities of the sampled tokens, [B, T] or [N], nats.
+        correction: `full`, `truncated`, `band` or `one_sided`.
+        cap: largest weight of `truncated`, at least 1.
+        low: lower end of `band`, below 1.
+        high: upper end of `band`, above 1.
+        max_drop: of `one_sided`, a difference of probabilities, above 0.
+
+    Returns:
+        Surrogate loss and the log-ratio, same shape.
+    """
+    weight = _weight(tokens, correction, cap, low, high, max_drop)
+    return score_function(tokens, weight * log_ratio(tokens))
+
+
+def _weight(tokens: TokenBatch, correction: str, cap: float, low: float, high: float, max_drop: float) -> Tensor:
+    if correction == "one_sided":
+        return one_sided_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT, max_drop)
+    ratio = importance_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT)
+    if correction == "truncated":
+        return truncated_ratio(ratio, cap)
+    return banded_ratio(ratio, low, high) if correction == "band" else ratio
+
+
+def _check_clips(clip_low: float, clip_high: float, dual_clip: float) -> None:
+    if not 0 < clip_low <= 1:
+        raise ValueError(f"clip_low must lie in (0, 1], found {clip_low}")
+    if not clip_high > 0:
+        raise ValueError(f"clip_high must be positive, found {clip_high}")
+    if not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, found {dual_clip}")
+
+
+@register_estimator(
+    "ppo_reverse_kl",
+    family="token",
+    target="reverse_kl",
+    unbiased=True,
+    needs="token",
+    source="arXiv:2603.25562, whose training loss this is",
+    check=_check_clips,
+    corrects=True,
+)
+def ppo_reverse_kl(
+    tokens: TokenBatch, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
+) -> Estimate:
+    """Sampled reverse KL in PPO's dual-clip surrogate: on stale samples it stops where the student has moved enough.
+
+    Formula, with A_t = -d_t detached and r_t = p(y_t) / mu(y_t): loss_t = max(-A_t r_t, -A_t clamp(r_t, 1 - clip_low,
+    1 + clip_high)), and where A_t < 0 at most -dual_clip A_t. Fresh samples have ratio 1 and it is `token`; clipped
+    ones have no gradient, which biases. The advantage is the present student's; the paper's code keeps the sampler's.
+
+    Args:
+        tokens: student, teacher and sampler log-probabilities of the sampled tokens, [B, T] or [N], nats.
+        clip_low: how far below 1 the ratio still pushes a token down, to 1.
+        clip_high: how far above 1 it still pushes a token up.
+        dual_clip: largest ratio with which a token is still pushed down, above 1.
+
+    Returns:
+        Surrogate loss and the log-ratio, same shape.
+    """
+    advantage = -log_ratio(tokens).detach()
+    ratio = importance_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+    bounded = torch.minimum(loss, -dual_clip * advantage)
+    return Estimate(loss_BT=torch.where(advantage < 0, bounded, loss), kl_BT=-advantage)

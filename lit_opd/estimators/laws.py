@@ -1,0 +1,296 @@
+"""What every estimator must hold, whoever wrote it: tests over the registry and the `check` command use the same list.
+
+A law takes an estimator with its keywords and returns None where it is held, or one sentence on how it is broken.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.errors import UserError
+from lit_opd.estimators.batches import (
+    ROUNDING,
+    batch_of,
+    cast,
+    difference,
+    difference_where_masked,
+    example_batch,
+    loss_and_gradients,
+    per_position,
+    same,
+    spoil_masked,
+    take_rows,
+    tensors,
+    vocabulary_for,
+    with_leaves,
+)
+from lit_opd.estimators.claims import CLAIMS, Law
+from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.types import TokenBatch
+
+__all__ = ["LAWS", "broken_laws", "cases", "small_support", "works_on_what_it_needs"]
+
+_SUPPORT = 2
+
+
+def small_support(spec: EstimatorSpec) -> dict[str, int]:
+    """The keyword `k` that makes a support fit into small models; nothing for what compares no support."""
+    return {"k": _SUPPORT} if spec.needs.startswith("support") else {}
+
+
+def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
+    """Keywords to test an estimator with: its defaults, where it has any, and its variants, on a small support."""
+    small = small_support(spec)
+    parameters = inspect.signature(spec.fn).parameters.values()
+    incomplete = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in small for p in parameters)
+    variants = [dict(variant.keywords) for variant in spec.variants]
+    return tuple(small | keywords for keywords in (variants if variants and incomplete else [{}, *variants]))
+
+
+def broken_laws(estimator: BoundEstimator, laws: Mapping[str, Law] | None = None) -> dict[str, str]:
+    """The laws that an estimator breaks, each with how; an exception breaks a law too.
+
+    Args:
+        estimator: what is judged.
+        laws: by name, all of `LAWS` if None. Where the first is broken the others are not asked.
+    """
+    found: dict[str, str] = {}
+    for name, law in (LAWS if laws is None else laws).items():
+        try:
+            broken = law(estimator)
+        except Exception as error:  # whatever somebody's estimator raises
+            broken = _raises(error)
+        if broken:
+            found[name] = broken
+        if works_on_what_it_needs.__name__ in found:
+            break
+    return found
+
+
+def works_on_what_it_needs(estimator: BoundEstimator) -> str | None:
+    """What is not asked for is not computed: an estimator works on a batch that holds only the fields it declares."""
+    try:
+        estimator(example_batch(estimator))
+    except Exception as error:  # whatever somebody's estimator raises
+        return f"on a batch of what it declares to need ({'+'.join(sorted(estimator.needs))}) {_raises(error)}"
+    return None
+
+
+def _raises(error: Exception) -> str:
+    return f"it raises {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def returns_one_value_a_position(estimator: BoundEstimator) -> str | None:
+    """The module sums and divides; an estimator that averages by itself would depend on the micro-batch."""
+    tokens = example_batch(estimator)
+    estimate, expected = estimator(tokens), tuple(tokens.mask_BT.shape)
+    for name, value in (("loss", estimate.loss_BT), ("KL", estimate.kl_BT)):
+        if tuple(value.shape) != expected:
+            return f"its {name} has the shape {tuple(value.shape)}, not that of the positions, {expected}"
+    return None
+
+
+def only_the_loss_carries_grad(estimator: BoundEstimator) -> str | None:
+    """The loss is differentiated and the KL estimate logged; a KL that carries grad keeps every graph alive."""
+    estimate = estimator(with_leaves(example_batch(estimator))[0])
+    if not estimate.loss_BT.requires_grad:
+        return "its loss carries no gradient"
+    return "its KL estimate carries a gradient: detach it" if estimate.kl_BT.requires_grad else None
+
+
+def leaves_its_inputs_alone(estimator: BoundEstimator) -> str | None:
+    """Several estimators may see one batch; what one writes into it, the next would read."""
+    tokens = example_batch(estimator)
+    before = {name: value.clone() for name, value in tensors(tokens).items()}
+    loss_and_gradients(estimator, tokens)
+    changed = [name for name, value in before.items() if not torch.equal(getattr(tokens, name), value)]
+    return f"it changes {', '.join(changed)} in place" if changed else None
+
+
+def float64_stays(estimator: BoundEstimator) -> str | None:
+    """The oracle's answers are exact only in float64: nothing may be rounded on the way."""
+    estimate = estimator(example_batch(estimator))
+    for name, value in (("loss", estimate.loss_BT), ("KL", estimate.kl_BT)):
+        if value.dtype != torch.float64:
+            return f"its {name} of a float64 batch is {value.dtype}"
+    return None
+
+
+def bf16_is_raised_before_any_maths(estimator: BoundEstimator) -> str | None:
+    """A KL in bf16 is noise at the values that matter: what comes in bf16 is computed in fp32."""
+    low = cast(example_batch(estimator), torch.bfloat16)
+    found, expected = estimator(low), estimator(cast(low, torch.float32))
+    for name, value, raised in (("loss", found.loss_BT, expected.loss_BT), ("KL", found.kl_BT, expected.kl_BT)):
+        if value.dtype != torch.float32:
+            return f"its {name} of a bf16 batch is {value.dtype}: raise every log-probability with `upcast` first"
+        if not torch.equal(value, raised):
+            return f"its {name} of a bf16 batch differs from that of the same numbers in fp32: `upcast` comes too late"
+    return None
+
+
+def masked_garbage_has_no_effect(estimator: BoundEstimator) -> str | None:
+    """Padding and tokens that the student did not write hold anything: loss and gradients must not depend on it."""
+    tokens, vocabulary = example_batch(estimator), vocabulary_for(estimator)
+    generator = torch.Generator().manual_seed(3)
+
+    def garbage(value: Tensor) -> Tensor:
+        if value.dtype == torch.bool:
+            return ~value
+        if not value.is_floating_point():
+            return torch.randint(vocabulary, value.shape, generator=generator)
+        return 100 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+
+    for name in per_position(tokens):
+        if broken := difference_where_masked(estimator, tokens, spoil_masked(tokens, name, garbage)):
+            return f"garbage at masked positions of {name} {broken}"
+    return None
+
+
+def masked_non_finite_teacher_has_no_effect(estimator: BoundEstimator) -> str | None:
+    """A teacher says -inf, or NaN, of a position it could not score, and 0 times that is NaN: mask by `where`.
+
+    The law is for what sees [B, T]: per-position estimators are called on counted positions only.
+    """
+    tokens = example_batch(estimator)
+    for garbage in (torch.nan, torch.inf, -torch.inf):
+        dirty = spoil_masked(tokens, "teacher_logps_BT", partial(torch.full_like, fill_value=garbage))
+        for term in estimator.terms:
+            if not term.is_local and (broken := difference_where_masked(term.__call__, tokens, dirty)):
+                return f"teacher_logps_BT of {garbage} at masked positions {broken}"
+            factors, expected = (term.factors(batch)[tokens.mask_BT] for batch in (dirty, tokens))
+            if not same(factors, expected):
+                return f"teacher_logps_BT of {garbage} at masked positions changes the weights of counted ones"
+    return None
+
+
+def all_masked_gives_zero(estimator: BoundEstimator) -> str | None:
+    """A micro-batch may hold no counted token at all: it adds nothing, and certainly no NaN."""
+    tokens = example_batch(estimator)
+    loss, gradients = loss_and_gradients(estimator, replace(tokens, mask_BT=torch.zeros_like(tokens.mask_BT)))
+    if loss != 0:
+        return f"where every position is masked its loss is {float(loss)}"
+    wrong = [name for name, gradient in gradients.items() if not (gradient == 0).all()]
+    return f"where every position is masked, its gradient on {wrong[0]} is not zero" if wrong else None
+
+
+def empty_support_slots_have_no_effect(estimator: BoundEstimator) -> str | None:
+    """A union or an intersection of two supports leaves slots empty, whose values mean nothing."""
+    tokens = example_batch(estimator)
+    if tokens.support_mask_BTK is None or tokens.support_mask_BTK.all():
+        return None
+    mask_BTK = tokens.support_mask_BTK
+    spoilt = {name: torch.where(mask_BTK, value, value - 1.5)
+              for name, value in tensors(tokens).items() if name.endswith("support_logps_BTK")}  # fmt: skip
+    broken = difference(estimator, tokens, replace(tokens, **spoilt))  # type: ignore[arg-type]
+    return f"other values in empty slots of the support {broken}" if broken else None
+
+
+def slices_like_the_whole(estimator: BoundEstimator) -> str | None:
+    """An estimator of the `token` family is called on slices of positions, wherever the chunks happen to end."""
+    tokens = example_batch(estimator)
+    for term in (term.estimator for term in estimator.terms if term.is_local):
+        mask_BT, whole = tokens.mask_BT, term(tokens)
+        flat = {name: value[mask_BT] for name, value in tensors(tokens).items() if not name.endswith("_B")}
+        for part in (slice(None), slice(0, 3), slice(3, None), slice(0, 0)):
+            sliced = {name: value[part] for name, value in flat.items()}
+            estimate = term(TokenBatch(**sliced, progress=tokens.progress))
+            for found, expected in ((estimate.loss_BT, whole.loss_BT), (estimate.kl_BT, whole.kl_BT)):
+                if not same(found, expected[mask_BT][part]):
+                    return "a slice of positions gives other values than the same positions of the whole batch"
+        _, inside = loss_and_gradients(term, tokens)
+        _, alone = loss_and_gradients(term, TokenBatch(**flat, progress=tokens.progress))
+        if not all(same(alone[name], gradient[mask_BT]) for name, gradient in inside.items()):
+            return "positions alone have other gradients than inside the whole batch"
+    return None
+
+
+def other_rows_do_not_matter(estimator: BoundEstimator) -> str | None:
+    """Which completions share a micro-batch is an accident; only those of one prompt belong together (`+groups`)."""
+    tokens = example_batch(estimator)
+    units = [[0], [1], [2], [3]] if tokens.groups_B is None else [[0, 1], [2, 3]]
+    whole, (_, inside) = estimator(tokens), loss_and_gradients(estimator, tokens)
+    for rows in (torch.tensor(unit) for unit in units):
+        part = take_rows(tokens, rows)
+        _, alone = loss_and_gradients(estimator, part)
+        counted = torch.where(part.mask_BT, estimator(part).loss_BT - whole.loss_BT[rows], 0.0)
+        if counted.abs().max() > ROUNDING or not all(same(alone[n], g[rows]) for n, g in inside.items()):
+            return ("a row's loss depends on the rows beside it" if tokens.groups_B is None
+                    else "a row's loss depends on completions of other prompts")  # fmt: skip
+    return None
+
+
+def one_completion_a_prompt_stays_finite(estimator: BoundEstimator) -> str | None:
+    """The standard deviation of one value is NaN: what compares the completions of a prompt refuses, or copes."""
+    tokens = example_batch(estimator)
+    if tokens.groups_B is None:
+        return None
+    try:
+        loss, gradients = loss_and_gradients(estimator, replace(tokens, groups_B=torch.arange(len(tokens.groups_B))))
+    except UserError:
+        return None
+    finite = loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
+    return None if finite else "with one completion a prompt it has no finite loss and gradient"
+
+
+def large_log_ratios_stay_finite(estimator: BoundEstimator) -> str | None:
+    """Student and teacher disagree by e^60 on some tokens of every real run: in fp32, nothing may overflow."""
+    tokens = example_batch(estimator)
+    assert tokens.completion_ids_BT is not None
+    signs = torch.tensor([1.0, -1.0]).repeat(10).view(4, 5, 1)
+    apart_BTV = torch.zeros(4, 5, vocabulary_for(estimator))
+    apart_BTV.scatter_(-1, tokens.completion_ids_BT[..., None], 60 * signs)
+    student_BTV, teacher_BTV = (logits.clamp(max=0).log_softmax(-1) for logits in (apart_BTV, -apart_BTV))
+    apart = batch_of(estimator, student_BTV, teacher_BTV, tokens.completion_ids_BT)
+    loss, gradients = loss_and_gradients(estimator, apart)
+    if not loss.isfinite():
+        return f"at log-ratios of +-60 its loss in fp32 is {float(loss)}"
+    wrong = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    return f"at log-ratios of +-60 its gradient on {wrong[0]} in fp32 is not finite" if wrong else None
+
+
+def padding_has_no_effect(estimator: BoundEstimator) -> str | None:
+    """A completion of one token is a completion, and gives what it gives beside longer ones."""
+    tokens = example_batch(estimator)
+    first = torch.zeros_like(tokens.mask_BT)
+    first[:, 0] = True
+    padded = replace(tokens, mask_BT=first)
+    short = replace(padded, **{name: getattr(padded, name)[:, :1] for name in (*per_position(padded), "mask_BT")})
+    (long_loss, long), (loss, gradients) = (loss_and_gradients(estimator, batch) for batch in (padded, short))
+    if not (loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())):
+        return "completions of one token have no finite loss and gradient"
+    if not same(loss, long_loss) or not all(same(gradient, long[name][:, :1]) for name, gradient in gradients.items()):
+        return "padding changes the loss or gradient of completions of one token"
+    return None
+
+
+def sampled_token_outside_the_support(estimator: BoundEstimator) -> str | None:
+    """A teacher asked for its top K may not know the sampled token: what learns from the support alone is unhurt.
+
+    The law is for support estimators without a gradient on the sampled token's log-probability.
+    """
+    tokens = example_batch(estimator)
+    before = loss_and_gradients(estimator, tokens)
+    if tokens.support_ids_BTK is None or before[1]["student_logps_BT"].any():
+        return None
+    assert tokens.completion_ids_BT is not None
+    inside = (tokens.support_ids_BTK == tokens.completion_ids_BT[..., None]).any(-1)
+    unknown = replace(tokens, teacher_logps_BT=tokens.teacher_logps_BT.masked_fill(~inside, -torch.inf))
+    broken = difference(estimator, tokens, unknown)
+    return f"a teacher that does not know a sampled token outside the support {broken}" if broken else None
+
+
+_OF_ALL: tuple[Law, ...] = (
+    works_on_what_it_needs, returns_one_value_a_position, only_the_loss_carries_grad, leaves_its_inputs_alone,
+    float64_stays, bf16_is_raised_before_any_maths, masked_garbage_has_no_effect,
+    masked_non_finite_teacher_has_no_effect, all_masked_gives_zero, empty_support_slots_have_no_effect,
+    slices_like_the_whole, other_rows_do_not_matter, one_completion_a_prompt_stays_finite,
+    large_log_ratios_stay_finite, padding_has_no_effect, sampled_token_outside_the_support,
+)  # fmt: skip
+LAWS: dict[str, Law] = {law.__name__: law for law in _OF_ALL} | CLAIMS

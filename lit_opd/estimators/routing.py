@@ -1,0 +1,92 @@
+"""The teacher beside an outcome reward: it scales the reward's credit token by token, or takes over what failed.
+
+Both were published with the student itself as the teacher, shown more than the student sees. Here the teacher is
+whatever the run's teacher is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.outcomes import NEEDS, check_kl_weight, check_pass_reward, outcome_advantage
+from lit_opd.estimators.registry import register_estimator
+from lit_opd.estimators.sampled import log_ratio, score_function
+from lit_opd.functional.precision import upcast
+from lit_opd.types import Estimate, TokenBatch
+
+__all__ = ["rlsd", "srpo"]
+
+
+def _check_max_change(max_change: float, **_: object) -> None:
+    if not 0 <= max_change <= 1:
+        raise ValueError(f"max_change must lie in [0, 1], found {max_change}")
+
+
+@register_estimator(
+    "rlsd",
+    family="hybrid",
+    target="outcome",
+    unbiased=False,
+    needs=NEEDS,
+    source="RLSD, arXiv:2604.03128 (without the decay of the teacher's share)",
+    check=_check_max_change,
+    at_equal="never",
+    variants=(
+        Variant({"max_change": 0.0, "normalise": False}, "it is the outcome estimator", unbiased=True),
+        Variant({"normalise": True}, "the outcome advantage divided by its deviation"),
+    ),
+)
+def rlsd(tokens: TokenBatch, *, max_change: float = 0.2, normalise: bool = False) -> Estimate:
+    """Policy gradient of the reward, scaled token by token by the teacher, which never turns its direction.
+
+    Formula, with A the outcome advantage, p student and q teacher, all detached:
+    loss_t = -A clip((q(y_t) / p(y_t))^sign(A), 1 - max_change, 1 + max_change) log p(y_t). In a completion that did
+    well, tokens that the teacher finds more probable get more of the credit; in one that did badly, less of the blame.
+
+    Args:
+        tokens: student and teacher log-probabilities, [B, T], nats; rewards and prompts of the rows, [B].
+        max_change: how far the factor may leave 1.
+        normalise: divide A by the standard deviation within the prompt.
+
+    Returns:
+        Surrogate loss and log-ratio, [B, T].
+    """
+    advantage_B1 = outcome_advantage(tokens, normalise)
+    evidence_BT = (-advantage_B1.sign() * log_ratio(tokens)).exp()
+    return score_function(tokens, -advantage_B1 * evidence_BT.clamp(1 - max_change, 1 + max_change))
+
+
+def _check_srpo(pass_reward: float, kl_weight: float, **_: object) -> None:
+    check_pass_reward(pass_reward)
+    check_kl_weight(kl_weight)
+
+
+@register_estimator(
+    "srpo",
+    family="hybrid",
+    needs=NEEDS,
+    source="SRPO, arXiv:2604.02288 (routing, with the sampled KL and without its entropy weights)",
+    check=_check_srpo,
+    at_equal="never",
+    variants=(Variant({"normalise": True}, "the outcome advantage divided by its deviation"),),
+)
+def srpo(tokens: TokenBatch, *, pass_reward: float = 1.0, kl_weight: float = 1.0, normalise: bool = False) -> Estimate:
+    """Completions that pass learn from the reward, those that fail from the teacher: each signal where it says most.
+
+    Formula, with d_t = log p(y_t) - log q(y_t) and the outcome advantage A detached: loss_t = -A log p(y_t) in a
+    completion that passes, kl_weight d_t log p(y_t) in one that fails. Failed completions count in the A of the others.
+
+    Args:
+        tokens: student and teacher log-probabilities, [B, T], nats; rewards and prompts of the rows, [B].
+        pass_reward: the smallest reward of a completion that passes.
+        kl_weight: of the teacher's signal against the reward's.
+        normalise: divide A by the standard deviation within the prompt.
+
+    Returns:
+        Surrogate loss and log-ratio, [B, T].
+    """
+    assert tokens.rewards_B is not None
+    passes_B1 = (upcast(tokens.rewards_B) >= pass_reward)[:, None]
+    advantage_B1 = outcome_advantage(tokens, normalise)
+    return score_function(tokens, torch.where(passes_B1, -advantage_B1, kl_weight * log_ratio(tokens)))

@@ -1,0 +1,103 @@
+"""Selections: weights 1 and 0, for the share of each completion's tokens that matters most.
+
+Tokens compete within their completion, so that a selection does not depend on what else is in the batch. Of equal ones
+the earlier is kept, and of every completion at least one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.terms import register_weighting
+from lit_opd.estimators.weighted import weights_where
+from lit_opd.functional.precision import upcast
+from lit_opd.types import TokenBatch
+
+__all__ = ["entropy_top", "keep_top", "tip"]
+
+_EVERYTHING = (Variant({"share": 1.0, "base": "token"}, "every token is kept", unbiased=True),)
+
+
+def keep_top(scores_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:
+    """Which counted tokens have the largest scores of their row.
+
+    Args:
+        scores_BT: [B, T]; what stands at masked positions is ignored.
+        mask_BT: [B, T] True at counted positions.
+        share: of the n counted tokens of a row, round(share n) are kept (to even at halves), but at least one.
+
+    Returns:
+        [B, T] True at the kept ones.
+    """
+    order_BT = torch.where(mask_BT, scores_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank_BT = order_BT.argsort(dim=1)
+    kept_B1 = (share * mask_BT.sum(1, keepdim=True).double()).round().clamp(min=1)
+    return mask_BT & (rank_BT < kept_B1)
+
+
+def _check_share(share: float, **_: object) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], found {share}")
+
+
+@register_weighting(
+    "entropy_top",
+    target="reverse_kl",
+    unbiased=False,
+    needs="token+entropy",
+    source="option of the code of arXiv:2603.25562 (top 20 %); arXiv:2604.14084 (50 %)",
+    check=_check_share,
+    variants=_EVERYTHING,
+)
+def entropy_top(tokens: TokenBatch, *, share: float = 0.2) -> Tensor:
+    """Keeps the tokens at which the student is least decided; confident mistakes are never corrected.
+
+    Formula: w_t = 1 at the share of each completion's counted tokens with the largest student entropy, else 0.
+
+    Args:
+        tokens: the student's entropies, [B, T], nats, and the mask.
+        share: of the counted tokens, in (0, 1].
+
+    Returns:
+        [B, T] weights.
+    """
+    assert tokens.student_entropy_BT is not None
+    return weights_where(tokens, keep_top(upcast(tokens.student_entropy_BT), tokens.mask_BT, share))
+
+
+@register_weighting(
+    "tip",
+    target="reverse_kl",
+    unbiased=False,
+    needs="token+entropy+kl",
+    source="TIP, arXiv:2604.14084 (soft OR), scaled over the completion instead of the batch",
+    check=_check_share,
+    variants=_EVERYTHING,
+)
+def tip(tokens: TokenBatch, *, share: float = 0.5) -> Tensor:
+    """Keeps the tokens at which the student is undecided, or decided and far from the teacher.
+
+    Formula, with h and k the student's entropy and the exact reverse KL, each scaled to [0, 1] between the smallest and
+    the largest of the completion: w_t = 1 at the share of counted tokens with the largest h + k - h k, else 0. Their
+    product would miss the confident mistakes, where h is 0.
+
+    Args:
+        tokens: the student's entropies and the exact KL, [B, T], nats, and the mask.
+        share: of the counted tokens, in (0, 1].
+
+    Returns:
+        [B, T] weights.
+    """
+    assert tokens.student_entropy_BT is not None
+    assert tokens.kl_BT is not None
+    entropy_BT, kl_BT = (_scaled(upcast(x), tokens.mask_BT) for x in (tokens.student_entropy_BT, tokens.kl_BT))
+    return weights_where(tokens, keep_top(entropy_BT + kl_BT - entropy_BT * kl_BT, tokens.mask_BT, share))
+
+
+def _scaled(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The counted values of each row, mapped to [0, 1]; 0 where all are equal."""
+    low_B1 = torch.where(mask_BT, values_BT, torch.inf).amin(1, keepdim=True)
+    span_B1 = torch.where(mask_BT, values_BT, -torch.inf).amax(1, keepdim=True) - low_B1
+    return torch.where(mask_BT & (span_B1 > 0), (values_BT - low_B1) / span_B1, 0.0)

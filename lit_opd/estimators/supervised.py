@@ -1,0 +1,37 @@
+"""Learning from completions that the student did not write."""
+
+from __future__ import annotations
+
+import torch
+
+from lit_opd.estimators.registry import register_estimator
+from lit_opd.functional.precision import upcast
+from lit_opd.types import Estimate, TokenBatch
+
+
+@register_estimator(
+    "supervised",
+    family="token",
+    target=None,
+    needs="token",
+    source="sequence-level distillation, arXiv:1606.07947; the supervised share of GKD, arXiv:2306.13649",
+    on_policy=False,
+)
+def supervised(tokens: TokenBatch) -> Estimate:
+    """Cross-entropy of demonstrations: no teacher on student mistakes, but a signal where the student never goes.
+
+    Formula: loss_t = -log p(y_t) at tokens of demonstrations (`rollout.student_share` below 1), 0 at the student's own.
+    Where the teacher wrote them, the expected gradient is that of KL(teacher || student) at the teacher's prefixes.
+    Meant as a term of a `mix`.
+
+    Args:
+        tokens: student log-probabilities of the tokens and who wrote them, [B, T] or [N].
+
+    Returns:
+        Loss and the log-ratio, same shape.
+    """
+    student_logps = upcast(tokens.student_logps_BT)
+    log_ratio = student_logps.detach() - upcast(tokens.teacher_logps_BT)
+    wrote = tokens.student_wrote_BT
+    own = torch.ones_like(tokens.mask_BT) if wrote is None else wrote
+    return Estimate(loss_BT=torch.where(own, 0.0, -student_logps), kl_BT=log_ratio)

@@ -1,0 +1,189 @@
+"""Estimators on a support made of score functions: weights x log p, of its tokens or of the sampled one outside it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.registry import register_estimator
+from lit_opd.estimators.sampled import sampled_reverse_kl
+from lit_opd.estimators.support import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
+from lit_opd.functional.divergences import expectation, log_difference, renormalise, reverse_kl
+from lit_opd.functional.precision import upcast
+from lit_opd.functional.support import MASSES, support_divergence
+from lit_opd.types import Estimate, TokenBatch
+
+WEIGHTS = ("student", "teacher", "none")
+
+
+def _check_weights(k: int, weights: str, **_: object) -> None:
+    check_k(k)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, found {weights!r}")
+
+
+@register_estimator(
+    "topk_weighted_scores",
+    target="reverse_kl",
+    needs="support",
+    source="arXiv:2604.13016 (K-wise policy gradient)",
+    check=_check_weights,
+    variants=(
+        Variant({"weights": "teacher"}, "other weights"),
+        Variant({"weights": "none"}, "other weights"),
+        *OTHER_SUPPORTS,
+    ),
+)
+def topk_weighted_scores(
+    tokens: TokenBatch, *, k: int = 16, support: str = "teacher", weights: str = "student"
+) -> Estimate:
+    """A policy gradient with K tokens a position instead of the sampled one: moves the support's mass by its KL level.
+
+    Formula, with d = log p - log q and w detached: loss_t = sum over S of w d log p. With the student's probabilities
+    renormalised over S as weights, the gradient is that of `teacher_topk` plus (sum of w d) times that of the log of
+    the student's mass on S: where the student is more probable on S than the teacher on average, S loses mass.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support.
+        support: whose most probable tokens.
+        weights: whose probabilities, renormalised over S, are the weights: `student`, `teacher`, or `none` for one.
+
+    Returns:
+        Surrogate loss, and the sampled log-ratio as KL estimate.
+    """
+    student_logps, teacher_logps = support_logps(tokens)
+    assert tokens.support_mask_BTK is not None
+    if weights == "none":
+        weight = tokens.support_mask_BTK.to(student_logps.dtype)
+    else:
+        weight = renormalise({"student": student_logps, "teacher": teacher_logps}[weights]).exp()
+    # Not above zero: an empty slot, a token the weigher cannot write, or NaN, the weights of an empty support.
+    credit = torch.where(weight > 0, weight * log_difference(student_logps, teacher_logps), 0.0).detach()
+    loss = (credit * student_logps.masked_fill(credit == 0, 0.0)).sum(-1)
+    return Estimate(loss_BT=loss, kl_BT=sampled_log_ratio(tokens))
+
+
+def _tail_log_ratio(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Where the sampled token is outside the support, and its detached log-ratio there, zero elsewhere."""
+    assert tokens.completion_ids_BT is not None
+    assert tokens.support_ids_BTK is not None
+    assert tokens.support_mask_BTK is not None
+    inside = (tokens.support_ids_BTK == tokens.completion_ids_BT[..., None]) & tokens.support_mask_BTK
+    outside = ~inside.any(-1)
+    return outside, torch.where(outside, sampled_log_ratio(tokens), 0.0)
+
+
+@register_estimator(
+    "head_and_tail",
+    target="reverse_kl",
+    unbiased=True,
+    needs="support",
+    source="arXiv:2602.04417 with the log-ratio of its head detached",
+    check=check_k,
+    on_policy=True,
+    variants=OTHER_SUPPORTS,
+)
+def head_and_tail(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
+    """Reverse KL summed exactly over K tokens, and by the score function where the sampled one is outside: unbiased.
+
+    Formula, with d = log p - log q detached and y the sampled token: loss_t = sum over S of p d, plus d_y log p(y) if
+    y is outside S. Over y ~ p the expected gradient is that of KL(student || teacher) at the position, whatever S is;
+    only the tail is noise, so that the variance falls as the student's mass on S grows.
+
+    Args:
+        tokens: support and sampled log-probabilities under the full softmax, [..., K] and [...], nats, and the ids.
+        k: size of the support.
+        support: whose most probable tokens.
+
+    Returns:
+        Surrogate loss, and sum over S of p d, plus d_y outside, an unbiased estimate of the KL.
+    """
+    student_logps, teacher_logps = support_logps(tokens)
+    head = expectation(student_logps.exp(), log_difference(student_logps, teacher_logps).detach())
+    _, credit = _tail_log_ratio(tokens)
+    return Estimate(loss_BT=head + credit * upcast(tokens.student_logps_BT), kl_BT=head.detach() + credit)
+
+
+@register_estimator(
+    "head_and_tail_published",
+    target="reverse_kl",
+    needs="support",
+    source="EMA-PG, arXiv:2602.04417; arXiv:2603.25562 (tail sampling)",
+    check=check_k,
+    at_equal="never",
+    on_policy=True,
+    variants=(
+        Variant({"corrected": True}, "with the missing one it is unbiased", unbiased=True, at_equal="expectation"),
+        *OTHER_SUPPORTS,
+    ),
+)
+def head_and_tail_published(
+    tokens: TokenBatch, *, k: int = 16, support: str = "teacher", corrected: bool = False
+) -> Estimate:
+    """BIASED by the gradient of the student's mass on K tokens: the head and sampled tail as published.
+
+    Formula, with d = log p - log q, only the tail's detached: loss_t = sum over S of p d, plus (d_y + c) log p(y) if
+    the sampled token y is outside S. The head is differentiated through log p, which adds the gradient of the mass on
+    S; it stays unless c = 1, and then costs variance. `head_and_tail` has neither.
+
+    Args:
+        tokens: support and sampled log-probabilities under the full softmax, [..., K] and [...], nats, and the ids.
+        k: size of the support.
+        support: whose most probable tokens.
+        corrected: c = 1, unbiased, instead of c = 0, as published.
+
+    Returns:
+        Surrogate loss, and sum over S of p d, plus d_y outside, an unbiased estimate of the KL.
+    """
+    student_logps, teacher_logps = support_logps(tokens)
+    head = reverse_kl(student_logps, teacher_logps)
+    outside, log_ratio = _tail_log_ratio(tokens)
+    credit = log_ratio + outside if corrected else log_ratio
+    return Estimate(loss_BT=head + credit * upcast(tokens.student_logps_BT), kl_BT=head.detach() + log_ratio)
+
+
+def _check_entropy_aware(k: int, entropy_threshold: float, mass: str) -> None:
+    check_k(k, least=2 if mass == "renormalise" else 1)
+    if not entropy_threshold >= 0:
+        raise ValueError(f"entropy_threshold must be at least 0, found {entropy_threshold}")
+    if mass not in MASSES:
+        raise ValueError(f"mass must be one of {', '.join(MASSES)}, found {mass!r}")
+
+
+@register_estimator(
+    "entropy_aware",
+    needs="support+entropy",
+    source="as described in arXiv:2603.07079",
+    check=_check_entropy_aware,
+    on_policy=True,
+    variants=(
+        Variant({"entropy_threshold": 100.0}, "above the entropy of any vocabulary it is the `token` estimator",
+                target="reverse_kl", unbiased=True),
+        Variant({"mass": "truncate"}, "raises the mass of the support, even at p = q", at_equal="never"),
+    ),
+)  # fmt: skip
+def entropy_aware(
+    tokens: TokenBatch, *, k: int = 16, entropy_threshold: float = 0.8, mass: str = "renormalise"
+) -> Estimate:
+    """Sampled reverse KL, plus a top-K forward KL where the teacher hesitates: keeps diversity, changes the gradient.
+
+    Formula, with H the teacher's entropy and S its K most probable tokens: loss_t = d_t log p(y_t) + [H > threshold]
+    KL_S(teacher || student), the second as in `functional.support.support_divergence`. Threshold and `mass` are
+    choices of ours.
+
+    Args:
+        tokens: support and sampled log-probabilities under the full softmax, [..., K] and [...], nats, and entropies.
+        k: size of the support.
+        entropy_threshold: nats above which the forward KL is added.
+        mass: what the forward KL does about the tokens outside: `renormalise`, `truncate`, `tail` or `generalised`.
+
+    Returns:
+        Surrogate loss and the log-ratio.
+    """
+    assert tokens.teacher_entropy_BT is not None
+    reverse = sampled_reverse_kl(tokens)
+    forward = support_divergence(*support_logps(tokens), tokens.support_mask_BTK, divergence="forward_kl", mass=mass)
+    hesitates = upcast(tokens.teacher_entropy_BT) > entropy_threshold
+    return Estimate(reverse.loss_BT + torch.where(hesitates, forward, 0.0), reverse.kl_BT)

@@ -1,0 +1,105 @@
+"""Estimators that aim at another distribution than the teacher's: nearer to the student, or cut to K tokens.
+
+All go by the forward KL. In the reverse direction a geometric target only scales the gradient: KL(p || m) with m
+proportional to p^(1 - t) q^t has t times the gradient of KL(p || q).
+"""
+
+from __future__ import annotations
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.full import full_logps, with_exact_kl
+from lit_opd.estimators.registry import register_estimator
+from lit_opd.estimators.support import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
+from lit_opd.functional.divergences import forward_kl, renormalise
+from lit_opd.functional.targets import interpolate_logps
+from lit_opd.types import Estimate, TokenBatch
+
+
+def _check_start(start: float) -> None:
+    if not 0 <= start <= 1:
+        raise ValueError(f"start must lie in [0, 1], found {start}")
+
+
+@register_estimator(
+    "taid",
+    needs="full",
+    source="TAID, arXiv:2501.16937, with a linear schedule",
+    check=_check_start,
+    variants=(Variant({"start": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),),
+)
+def taid(tokens: TokenBatch, *, start: float = 0.4) -> Estimate:
+    """Forward KL to a target that wanders from student to teacher in the course of training: small gaps throughout.
+
+    Formula, with t = start + (1 - start) x the share of training done, and m proportional to p^(1 - t) q^t, held
+    fixed: loss_t = KL(m || p). Its gradient by the logits is p - m. The share grows linearly; the adaptive schedule of
+    the paper, which needs the losses of earlier steps, is not here.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats, and the progress of training.
+        start: the teacher's share at the beginning of training, 0 to 1; at its end the target is the teacher.
+
+    Returns:
+        Loss, and the exact reverse KL as KL estimate.
+    """
+    return veto(tokens, teacher_share=start + (1 - start) * tokens.progress)
+
+
+def _check_teacher_share(teacher_share: float) -> None:
+    if not 0 < teacher_share <= 1:
+        raise ValueError(f"teacher_share must lie in (0, 1], found {teacher_share}; without the teacher, the target is "
+                         "the student itself")  # fmt: skip
+
+
+@register_estimator(
+    "veto",
+    needs="full",
+    source="as described in Veto, arXiv:2601.07155",
+    check=_check_teacher_share,
+    variants=(Variant({"teacher_share": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),),
+)
+def veto(tokens: TokenBatch, *, teacher_share: float = 0.5) -> Estimate:
+    """Forward KL to the normalised geometric mean of student and teacher: what the student rules out stays ruled out.
+
+    Formula, with t = `teacher_share` and m proportional to p^(1 - t) q^t, held fixed: loss_t = KL(m || p). Its gradient
+    by the logits is p - m: zero only at the teacher, as for the forward KL, but small on tokens either side holds
+    improbable.
+
+    Args:
+        tokens: full log-probabilities, [..., V], nats.
+        teacher_share: t, above 0 to 1.
+
+    Returns:
+        Loss, and the exact reverse KL as KL estimate.
+    """
+    student_logps, teacher_logps = full_logps(tokens)
+    target_logps = interpolate_logps(student_logps, teacher_logps, teacher_share)
+    return with_exact_kl(tokens, forward_kl(student_logps, target_logps))
+
+
+@register_estimator(
+    "topk_soft_targets",
+    target="forward_kl",
+    needs="support",
+    source="SDFT, arXiv:2601.19897",
+    check=check_k,
+    at_equal="never",
+    variants=OTHER_SUPPORTS,
+)
+def topk_soft_targets(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
+    """Cross-entropy to the teacher cut to K tokens and renormalised: the student learns to write nothing else.
+
+    Formula, with q' the teacher renormalised over S and p not: loss_t = sum over S of q' (log q' - log p), that is
+    KL(q' || p), which has the gradient of the cross-entropy and is zero at its optimum, the truncated teacher. At
+    p = q the gradient is minus that of the log of the student's mass on S.
+
+    Args:
+        tokens: support log-probabilities under the full softmax, [..., K], nats.
+        k: size of the support.
+        support: whose most probable tokens.
+
+    Returns:
+        Loss, and the sampled log-ratio as KL estimate.
+    """
+    student_logps, teacher_logps = support_logps(tokens)
+    # Over an empty support the renormalised teacher is NaN, which the sum counts as a weight of zero.
+    return Estimate(forward_kl(student_logps, renormalise(teacher_logps)), sampled_log_ratio(tokens))

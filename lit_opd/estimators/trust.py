@@ -1,0 +1,158 @@
+"""Estimators that distrust tokens which the teacher finds far less probable than the student.
+
+The log-ratio d of a sampled token is heavy-tailed on one side only: the chance of d < -x is at most exp(-x), whatever
+the teacher, while a token that the teacher would never write has any d. All of these bound d from above.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators.contract import Variant
+from lit_opd.estimators.registry import register_estimator
+from lit_opd.estimators.sampled import log_ratio, score_function
+from lit_opd.estimators.support import check_k, support_logps
+from lit_opd.functional.support import support_divergence
+from lit_opd.types import Estimate, TokenBatch
+
+__all__ = ["OUTLIERS", "reopold", "tropd", "tropd_forward"]
+
+OUTLIERS = ("mask", "clip")
+
+
+def _check_trust(trust: float) -> None:
+    if not 0 <= trust < math.inf:
+        raise ValueError(f"trust must be finite and not negative, found {trust}; without a limit it is `token`")
+
+
+def _check_outlier(trust: float, outlier: str) -> None:
+    _check_trust(trust)
+    if outlier not in OUTLIERS:
+        raise ValueError(
+            f"outlier must be one of {', '.join(OUTLIERS)}, found {outlier!r}; `tropd_forward` is the third"
+        )
+
+
+@register_estimator(
+    "tropd",
+    family="token",
+    target="reverse_kl",
+    unbiased=False,
+    needs="token",
+    source="as described of TrOPD, arXiv:2606.01249",
+    check=_check_outlier,
+    variants=(
+        Variant({"trust": 0.5}, "no default; a region that small models leave"),
+        Variant({"trust": 0.5, "outlier": "clip"}, "the other way with outliers"),
+        Variant({"trust": 0.0}, "only tokens that the teacher finds at least as probable"),
+    ),
+)
+def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimate:
+    """Sampled reverse KL inside a trust region: tokens the teacher finds far less probable are left out, or clipped.
+
+    Formula, with d_t detached and the region d_t <= trust, which is q/p >= exp(-trust): loss_t = d_t log p(y_t) inside,
+    0 (`mask`) or trust x log p(y_t) (`clip`) outside. `mask` never tells the student what the teacher would not write;
+    `clip` tells, and bounds how loudly. Both are biased as soon as a token leaves the region.
+
+    Args:
+        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
+        trust: end of the region, nats, 0 or more; where log-ratios are clipped instead, 5 is usual (arXiv:2603.25562).
+        outlier: `mask` or `clip`.
+
+    Returns:
+        Surrogate loss and the log-ratio, of outliers too, same shape.
+    """
+    d = log_ratio(tokens)
+    outside = 0.0 if outlier == "mask" else trust
+    return score_function(tokens, torch.where(d > trust, outside, d))
+
+
+def _check_forward(trust: float, k: int) -> None:
+    _check_trust(trust)
+    check_k(k)
+
+
+@register_estimator(
+    "tropd_forward",
+    family="token",
+    target="reverse_kl",
+    unbiased=False,
+    needs="support",
+    source="as described of TrOPD, arXiv:2606.01249",
+    check=_check_forward,
+    on_policy=True,
+    variants=(Variant({"trust": 0.5}, "no default; a region that small models leave"),),
+)
+def tropd_forward(tokens: TokenBatch, *, trust: float, k: int = 16) -> Estimate:
+    """Sampled reverse KL inside a trust region, forward KL on the teacher's top K outside: says what to write instead.
+
+    Formula, with d_t detached in the first: loss_t = d_t log p(y_t) where d_t <= trust, elsewhere the sum over the
+    support S of q (log q - log p). The latter is the part of KL(teacher || student) that S holds, not renormalised.
+
+    Args:
+        tokens: sampled and support log-probabilities, the latter under the full softmax, [..., K], nats.
+        trust: end of the region as in `tropd`, nats.
+        k: size of the support.
+
+    Returns:
+        Loss and the log-ratio, of outliers too, [...].
+    """
+    d = log_ratio(tokens)
+    inside = score_function(tokens, torch.where(d > trust, 0.0, d))
+    forward = support_divergence(*support_logps(tokens), divergence="forward_kl", mass="truncate")
+    return Estimate(loss_BT=torch.where(d > trust, forward, inside.loss_BT), kl_BT=inside.kl_BT)
+
+
+def _check_relaxed(mixture: float, entropy_share: float) -> None:
+    if not 0 < mixture <= 0.5:
+        raise ValueError(
+            f"mixture must lie in (0, 0.5], found {mixture}; above, agreement with the teacher is rewarded"
+        )
+    if not 0 < entropy_share <= 1:
+        raise ValueError(f"entropy_share must lie in (0, 1], found {entropy_share}")
+
+
+@register_estimator(
+    "reopold",
+    family="sequence",
+    target="reverse_kl",
+    unbiased=False,
+    needs="token+entropy",
+    source="as described of REOPOLD, arXiv:2603.11137",
+    check=_check_relaxed,
+    variants=(
+        Variant({"mixture": 0.3}, "no default; a floor that small models meet"),
+        Variant({"mixture": 0.3, "entropy_share": 0.5}, "half of the tokens"),
+    ),
+)
+def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -> Estimate:
+    """Reward with a floor, on the tokens where the student is least sure: no heavy negatives, and fewer tokens.
+
+    Formula, with the reward R_t = -d_t detached: loss_t = -max(R_t, log(mixture / (1 - mixture))) log p(y_t) on the
+    `entropy_share` of each completion's counted tokens, rounded up, where the student's entropy is largest, and 0 on
+    the others, which still count in the average. With all tokens it is `tropd` that clips, at log(1 / mixture - 1).
+
+    Args:
+        tokens: sampled log-probabilities and the student's entropy, [B, T], nats, and the mask.
+        mixture: sets the floor: -4.6 at 0.01, -2.2 at 0.1, and 0, no negative reward at all, at 0.5, the largest.
+        entropy_share: share of tokens kept, above 0; 1 keeps all.
+
+    Returns:
+        Surrogate loss and the log-ratio, [B, T].
+    """
+    assert tokens.student_entropy_BT is not None
+    ceiling = math.log((1 - mixture) / mixture)
+    credit_BT = log_ratio(tokens).clamp(max=ceiling)
+    kept_BT = _largest(tokens.student_entropy_BT, tokens.mask_BT, entropy_share)
+    return score_function(tokens, torch.where(kept_BT, credit_BT, 0.0))
+
+
+def _largest(values_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:
+    """Where the largest `share` of a row's counted values are, rounded up; of equal values the first."""
+    order_BT = values_BT.masked_fill(~mask_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank_BT, counted_B1 = order_BT.argsort(dim=1), mask_BT.sum(1, keepdim=True)
+    # As quotients: share x count can come out a little above a whole number, and would keep one token more.
+    return mask_BT & (rank_BT.double() / counted_B1.clamp(min=1) < share)
