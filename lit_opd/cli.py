@@ -6,7 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.config import Config, load_config
 from lit_opd.errors import RunError, UserError
@@ -61,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", metavar="FILE", help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", help="default: output_dir/student")
+    check = commands.add_parser(
+        "check", help="hold an estimator to the laws and say whose gradient it has", usage="lit_opd check "
+        "NAME|FILE.py:FUNCTION [key=value ...]", description="the laws it holds and the gradient it has, exactly",
+    )  # fmt: skip
+    check.add_argument("estimator", metavar="NAME|FILE.py:FUNCTION", help="registered, or of your own")
+    check.set_defaults(run=_check, overrides=[])
     listing = commands.add_parser("estimators", help="list the registered estimators with their contracts")
     listing.add_argument("--markdown", action="store_true", help="as a Markdown table")
     listing.set_defaults(run=_estimators)
@@ -111,6 +121,24 @@ def _export(parsed: argparse.Namespace) -> None:
     folder = RunFolder(Path(config.output_dir))
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else folder.last_checkpoint
     print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    keywords = _keywords(parsed.overrides)
+    from lit_opd.lab.check import check
+
+    check(parsed.estimator, keywords)
+
+
+def _keywords(words: Sequence[str]) -> dict[str, Any]:
+    for word in words:
+        if word.find("=") < 1:
+            raise UserError(word, "a keyword of the form key=value", "no '='", "Write e.g. gamma=0.5.")
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(words))))  # type: ignore[arg-type]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        found = f"{' '.join(words)!r}: {str(error).splitlines()[0]}"
+        raise UserError("keywords", "values in YAML", found, "Quote them.") from error
 
 
 def _estimators(parsed: argparse.Namespace) -> None:

@@ -73,7 +73,7 @@ def _check_divergence(divergence: str, teacher_weight: float, skew: float) -> No
 def full_vocab(
     tokens: TokenBatch, *, divergence: str = "reverse_kl", teacher_weight: float = 0.5, skew: float = 0.1
 ) -> Estimate:
-    """Full-vocabulary divergence at every position of the student's own completion.
+    """Divergence over the whole vocabulary at every position: no action noise, for the teacher's whole distribution.
 
     Formula: loss_t = the divergence of that name in `functional.divergences`, over all V tokens. The gradient is that
     of the chosen divergence with the prefix held fixed, without sampling noise from the action; it costs the teacher's

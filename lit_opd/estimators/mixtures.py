@@ -30,10 +30,9 @@ def _check_terms(terms: Mapping[str, Any]) -> None:
     ),
 )  # fmt: skip
 def mix(*, terms: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Weighted sum of registered estimators.
+    """Weighted sum of registered estimators: bias and variance are those of its terms, weighted.
 
-    Formula: loss_t = sum over terms of weight x loss_t of the term; the logged KL is their weighted mean. Bias and
-    variance are those of its terms, weighted.
+    Formula: loss_t = sum over terms of weight x loss_t of the term; the logged KL is their weighted mean.
 
     Args:
         terms: `{name: weight}` or `{name: {weight: w, keyword: value, ...}}`.

@@ -71,7 +71,7 @@ def k3(log_ratio: Tensor) -> Tensor:
     source="Thinking Machines Lab, On-Policy Distillation (2025); arXiv:2603.25562, gamma = 0",
 )
 def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
-    """Sampled reverse KL: the score function weighted by this token's log-ratio.
+    """Sampled reverse KL: the score function weighted by this token's log-ratio; one number a token, and its noise.
 
     Formula, with d_t = log p(y_t) - log q(y_t) detached: loss_t = d_t log p(y_t). Over y_t ~ p its expected gradient is
     that of KL(student || teacher) at the position, with the prefix held fixed. Trades variance for needing only one

@@ -56,7 +56,7 @@ def discounted_reverse_kl(tokens: TokenBatch, gamma: float) -> Estimate:
     source="arXiv:2603.25562, eq. of the causal return; MiniLLM, arXiv:2306.08543",
 )
 def sequence_reverse_kl(tokens: TokenBatch) -> Estimate:
-    """Sequence reverse KL: the score function weighted by the undiscounted return-to-go.
+    """Sequence reverse KL: the score function weighted by the undiscounted return-to-go; no bias, and most noise.
 
     Formula, with d_i detached: loss_t = (sum over i >= t of d_i) log p(y_t). Its expected gradient is exactly that of
     KL(student || teacher) over whole sequences; its second moment can grow with the fourth power of the length.

@@ -123,7 +123,7 @@ def topk_divergence(
     check=_check_renormalised_k,
 )
 def teacher_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
-    """Local support matching: reverse KL on the teacher's K most probable tokens, both sides renormalised.
+    """Reverse KL renormalised on the teacher's top K (local support matching): little noise, blind to mass outside.
 
     Formula, on the support S with p' and q' the two distributions renormalised over it: loss_t = sum over S of
     p' (log p' - log q'). No sampling noise; blind to how much mass the student puts outside S, and to K = 1. Special

@@ -2,34 +2,67 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+
 from lit_opd import estimators
+from lit_opd.estimators import Contract, EstimatorSpec
 
 __all__ = ["markdown_table", "print_table"]
 
-HEADER = ("name", "family", "aims at the gradient of", "unbiased", "needs", "what it is", "source")
-
-
-def _rows() -> list[tuple[str, ...]]:
-    specs = [estimators.get(name) for name in estimators.names()]
-    return [
-        (s.name, s.family, s.target or "-", "yes" if s.unbiased else "no", s.needs, s.summary, s.source) for s in specs
-    ]
+FAMILIES = {
+    "token": "each position for itself",
+    "sequence": "credit flows to earlier positions",
+    "hybrid": "mixes, weights, outcomes",
+}
+HEADER = ("name", "family", "aims at the gradient of", "unbiased", "needs", "what it is, and what it trades", "source")
 
 
 def markdown_table() -> str:
-    """The registry as a Markdown table."""
-    lines = [HEADER, tuple("---" for _ in HEADER), *((f"`{row[0]}`", *row[1:]) for row in _rows())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """The registry in Markdown: for each family a heading and a table."""
+    return "\n\n".join(
+        "\n".join([f"### {family}: {what}", "", _line(HEADER), _line(["---"] * len(HEADER)), *map(_line, rows)])
+        for family, what, rows in _families(quote="`")
+    )
 
 
 def print_table() -> None:
-    """The registry on the terminal."""
+    """The registry on the terminal, its columns stacked so that a hundred characters are enough."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(show_lines=True)
-    for name in HEADER:
-        table.add_column(name)
-    for row in _rows():
-        table.add_row(*row)
-    Console().print(table)
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=max(100, terminal.width))
+    for family, what, rows in _families():
+        table = Table(box=box.SIMPLE_HEAD, title=f"{family}: {what}", title_justify="left", show_lines=True)
+        for header in ("name", "aims at the gradient of, and needs", "what it is, and what it trades; source"):
+            table.add_column(header)
+        for name, _, target, unbiased, needs, summary, source in rows:
+            aims_at = "-" if target == "-" else f"{target}, {'unbiased' if unbiased == 'yes' else 'biased'}"
+            table.add_row(
+                Text(name, no_wrap=True), f"{aims_at}\nneeds {needs}", Text.assemble(summary, (f"\n{source}", "dim"))
+            )
+        console.print(table)
+
+
+def _families(quote: str = "") -> Iterator[tuple[str, str, list[list[str]]]]:
+    specs = [estimators.get(name) for name in estimators.names()]
+    for family, what in FAMILIES.items():
+        rows = [
+            [f"{quote}{s.name}{quote}", s.family, c.target or "-", "yes" if c.unbiased else "no", s.needs, s.summary,
+             s.source] for s, c in ((s, _contract(s)) for s in specs if s.family == family)
+        ]  # fmt: skip
+        if rows:
+            yield family, what, rows
+
+
+def _contract(spec: EstimatorSpec) -> Contract:
+    """With the defaults; where a keyword has none, as declared."""
+    parameters = inspect.signature(spec.fn).parameters.values()
+    return spec.contract({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

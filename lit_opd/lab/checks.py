@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lit_opd import estimators
+from lit_opd import estimators, linter
 from lit_opd.callbacks import check_gamma
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
+from lit_opd.estimators import BoundEstimator
 from lit_opd.models import load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 
-__all__ = ["check_optimizer", "check_weight_files", "prepare_data"]
+__all__ = ["check_groups", "check_optimizer", "check_weight_files", "prepare_data"]
 
 
 def prepare_data(config: Config) -> PromptDataModule:
@@ -29,10 +31,10 @@ def prepare_data(config: Config) -> PromptDataModule:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
     if config.estimator.adapt_gamma_every is not None:
         check_gamma(estimator)
+    check_groups(config, estimator)
+    linter.check(config, estimator, config.student, config.teacher)
     check_optimizer(config.optim)
-    contexts = [
-        _context_length(section, key) for section, key in ((config.student, "student"), (config.teacher, "teacher"))
-    ]
+    contexts = [_context_length(section, key) for key, section in _folders(config, estimator).items()]
     tokenizer = load_tokenizer(config.student, "student")
     token_ids(tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
     evaluated = config.evaluation.max_new_tokens or 0
@@ -44,6 +46,19 @@ def prepare_data(config: Config) -> PromptDataModule:
     )  # fmt: skip
     data.setup("fit")
     return data
+
+
+def check_groups(config: Config, estimator: BoundEstimator) -> None:
+    """Look whether every optimizer update gets a prompt, where the completions of one must stay together.
+
+    Raises:
+        UserError: more updates a rollout than prompts.
+    """
+    updates, prompts = config.optim.updates_per_rollout, config.data.batch_size
+    if "groups" in estimator.needs and updates > prompts:
+        name = estimator.spec.name
+        expected = f"at most data.batch_size ({prompts}): {name!r} keeps the completions of a prompt together"
+        raise UserError("optim.updates_per_rollout", expected, updates, "Lower it or raise data.batch_size.")
 
 
 def check_optimizer(config: OptimConfig) -> None:
@@ -89,7 +104,13 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
                             "The file is damaged: copy or download it again.") from error  # fmt: skip
 
 
-def _context_length(section: StudentConfig | TeacherConfig, key: str) -> int | None:
+def _folders(config: Config, estimator: BoundEstimator) -> dict[str, Any]:
+    folders = {"student": config.student, "teacher": config.teacher}
+    own = "reference" in estimator.needs and config.reference.path is not None
+    return folders | ({"reference": config.reference} if own else {})
+
+
+def _context_length(section: Any, key: str) -> int | None:
     found = read_model_config(section, key).get_text_config()
     check_weight_files(section, key)
     return getattr(found, "max_position_embeddings", None)

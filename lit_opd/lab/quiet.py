@@ -6,6 +6,11 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lit_opd.linter import LintWarning
 
 __all__ = ["quiet_libraries"]
 
@@ -39,3 +44,21 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    _tell_findings()
+
+
+def _tell_findings() -> None:
+    """Print what the linter warns of once, in one line and on one process; other warnings as before."""
+    show_others = warnings.showwarning
+    told: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+        if not issubclass(category, LintWarning):
+            show_others(message, category, *where, **options)
+        elif getattr(rank_zero_only, "rank", 0) == 0 and str(message) not in told:
+            told.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    # Not the action "once": it forgets when another library adds a filter of its own.
+    warnings.simplefilter("always", LintWarning)
+    warnings.showwarning = show

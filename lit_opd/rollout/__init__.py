@@ -5,12 +5,14 @@ from lit_opd.rollout.engine import RolloutEngine
 from lit_opd.rollout.law import training_law
 from lit_opd.rollout.local import LocalEngine
 from lit_opd.rollout.statistics import rollout_sums
+from lit_opd.rollout.training import TrainingSampler
 
 __all__ = [
     "EVALUATION_STREAM",
     "TRAINING_STREAM",
     "LocalEngine",
     "RolloutEngine",
+    "TrainingSampler",
     "micro_batches",
     "rollout_sums",
     "split_updates",

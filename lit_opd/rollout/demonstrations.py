@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from lit_opd.models import LanguageModel
 from lit_opd.types import FinishReason, PromptBatch, Rollout, SamplingLaw
 
-__all__ = ["join", "student_writes", "take_prompts", "written"]
+__all__ = ["complete", "join", "student_writes", "take_prompts", "written"]
 
 # Sets the draws apart from those of the tokens: the last number of a seed.
 _WHO_WRITES = 2
@@ -31,6 +31,29 @@ def student_writes(seed: int, draws: Sequence[tuple[int, int]], share: float) ->
     """
     numbers = [np.random.default_rng([seed, _WHO_WRITES, *draw]).random() for draw in draws]
     return torch.tensor(numbers, dtype=torch.float64) < share
+
+
+def complete(
+    batch: PromptBatch,
+    student_wrote: Tensor,
+    sample: Callable[[PromptBatch], Rollout],
+    demonstrate: Callable[[PromptBatch], Rollout],
+) -> Rollout:
+    """Completions of all prompts, some of them demonstrations.
+
+    Args:
+        batch: prompts.
+        student_wrote: [prompts] which of them the student completes.
+        sample: completes prompts as the student.
+        demonstrate: completes prompts otherwise.
+    """
+    if student_wrote.all():
+        return sample(batch)
+    if not student_wrote.any():
+        shown = demonstrate(batch)
+        return replace(shown, student_wrote_B=torch.zeros_like(shown.prompt_index_B, dtype=torch.bool))
+    own, others = (torch.nonzero(chosen).flatten() for chosen in (student_wrote, ~student_wrote))
+    return join(sample(take_prompts(batch, own)), demonstrate(take_prompts(batch, others)), student_wrote)
 
 
 def take_prompts(batch: PromptBatch, index: Tensor) -> PromptBatch:

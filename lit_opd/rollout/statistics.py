@@ -31,7 +31,12 @@ def repetition(ids_BT: Tensor, mask_BT: Tensor, n: int = NGRAM) -> Tensor:
 
 
 def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
-    """Sums over sequences of length, truncation, end by a stop token and repetition, and the number of sequences."""
+    """Sums over sequences of length, truncation, end by a stop token and repetition, and the number of sequences.
+
+    Demonstrations, which the student did not write, are left out.
+    """
+    if rollout.student_wrote_B is not None:
+        rollout = rollout.rows(torch.nonzero(rollout.student_wrote_B).flatten())
     stopped_B = rollout.finish_B == FinishReason.STOP
     return {
         "rows": torch.tensor(len(rollout), device=stopped_B.device),

@@ -1,0 +1,184 @@
+"""Hold an estimator to the laws and to what it declares, and say in words whose gradient it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lit_opd import estimators
+from lit_opd.errors import RunError
+from lit_opd.estimators.batches import table_for
+from lit_opd.estimators.claims import CLAIMS
+from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.diagnosis import Diagnosis, diagnose
+from lit_opd.estimators.laws import LAWS, broken_laws, cases, small_support, works_on_what_it_needs
+
+__all__ = ["check"]
+
+_WIDTH = 100
+_EXACT = 1e-10
+_AT_EQUAL = {"sample": "zero for every sample", "expectation": "zero in expectation only", "never": "not zero"}
+
+_NO_TARGET = "no known gradient: it claims nothing, or changes the optimum"
+
+Broken = Mapping[str, Mapping[str, str]]
+"""Which laws are broken, and how, by the keywords they are broken with."""
+
+
+def check(reference: str, keywords: Mapping[str, Any]) -> None:
+    """Print an estimator's contract, the laws it holds and the gradient it has.
+
+    Args:
+        reference: a registered name, `package.module:function` or `path/to/file.py:function`.
+        keywords: its keywords. Without any, the laws are asked of its variants too. A support is small if no `k` is
+            given.
+
+    Raises:
+        UserError: no such estimator, or keywords that it does not take.
+        RunError: it breaks a law or its contract, or its expected gradient is zero.
+    """
+    spec = estimators.get(reference)
+    estimator = estimators.build(reference, **(small_support(spec) | dict(keywords)))
+    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False, markup=False)
+    _print_contract(console, estimator)
+    tried = [estimator] if keywords else [estimators.build(reference, **case) for case in cases(spec)]
+    broken = {_label(case): broken_laws(case, _laws(spec)) for case in tried}
+    _print_laws(console, spec, broken)
+    failures = _broken_in_words(spec, broken)
+    try:
+        diagnosis = diagnose(estimator)
+    except Exception as error:  # whatever somebody's estimator raises
+        failures = failures or [f"raises {type(error).__name__} on small models: {error}"]
+    else:
+        _print_gradient(console, estimator, diagnosis)
+        failures += _trains_nothing(diagnosis)
+    if failures:
+        raise RunError(f"{reference} {', and '.join(failures)}.")
+
+
+def _laws(spec: EstimatorSpec) -> dict[str, Any]:
+    """What is not registered declares nothing."""
+    declares = spec.name in estimators.names()
+    return {name: law for name, law in LAWS.items() if declares or name not in CLAIMS}
+
+
+def _label(estimator: BoundEstimator) -> str:
+    return " ".join(f"{key}={value}" for key, value in estimator.kwargs.items())
+
+
+def _print_contract(console: Console, estimator: BoundEstimator) -> None:
+    spec, contract = estimator.spec, estimator.contract
+    console.print(f"{spec.name} {_label(estimator)}".rstrip(), style="bold")
+    lines = {"is": spec.summary}
+    if spec.name in estimators.names():
+        bias = "unbiased" if contract.unbiased else "biased"
+        lines |= {
+            "family": spec.family,
+            "needs": spec.needs,
+            "aims at": f"the gradient of {contract.target}, {bias}" if contract.target else _NO_TARGET,
+            "at p = q": f"a gradient that is {_AT_EQUAL[contract.at_equal]}",
+            "source": spec.source,
+        }
+    else:
+        lines["declares"] = "nothing, as it is not registered: taken for one that sees sampled tokens, one by one"
+    _print_pairs(console, lines)
+
+
+def _print_pairs(console: Console, lines: Mapping[str, str], style: str | None = None) -> None:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(min_width=10, no_wrap=True)
+    for key, text in lines.items():
+        if text:
+            table.add_row(f"  {key}", text, style=style)
+    console.print(table)
+
+
+def _print_laws(console: Console, spec: EstimatorSpec, broken: Broken) -> None:
+    how_many = f" with {len(broken)} sets of keywords" if len(broken) > 1 else ""
+    console.print(f"\nLaws{how_many}", style="bold")
+    names = {name for laws in broken.values() for name in laws}
+    held = [name.replace("_", " ") for name in _laws(spec) if name not in names]
+    if works_on_what_it_needs.__name__ not in names:  # else the others were not asked
+        _print_pairs(console, {"held": ", ".join(held)})
+    for label, laws in broken.items():
+        for name, how in laws.items():
+            where = f" (with {label})" if label and len(broken) > 1 else ""
+            _print_pairs(console, {"BROKEN": f"{name}{where}: {how}"}, style="red")
+
+
+def _print_gradient(console: Console, estimator: BoundEstimator, found: Diagnosis) -> None:
+    pair = table_for(estimator)
+    size = f"{pair.student_logits_CV.shape[1]} tokens, up to {pair.horizon} positions"
+    console.print(f"\nGradient, exact on small models ({size})", style="bold")
+    at_equal = "sample" if found.rms_at_equal < _EXACT else "expectation" if found.norm_at_equal < _EXACT else "never"
+    _print_pairs(console, {
+        "expected": _expected_in_words(found),
+        "variance": f"{found.relative_variance:.3g} times that of the sampled reverse KL",
+        "at p = q": _AT_EQUAL[at_equal] + (f", norm {found.norm_at_equal:.3g}" if at_equal == "never" else ""),
+        "samples": _action_in_words(found),
+        "scale": "twice the log-ratios give the same gradient: how far the models are apart is lost"
+                 if found.whitened else "",
+    })  # fmt: skip
+    console.print()
+    console.print(_comparisons(found))
+
+
+def _expected_in_words(found: Diagnosis) -> str:
+    if reasons := _trains_nothing(found):
+        return f"it {reasons[0]}"
+    if _learns_from_demonstrations(found):
+        return "zero over the student's own completions: it learns from demonstrations"
+    best = found.nearest
+    numbers = f"(cosine {best.cosine:.6f}, norm ratio {best.norm_ratio:.3f})"
+    if best.relative_bias < _EXACT:
+        return f"its expected gradient is that of {best.target} {numbers}"
+    if best.cosine > 1 - _EXACT:
+        return f"its expected gradient points exactly along that of {best.target}, at another length {numbers}"
+    return f"its expected gradient is none of these; the nearest is that of {best.target} {numbers}"
+
+
+def _action_in_words(found: Diagnosis) -> str:
+    if not found.learns_from_samples:
+        return "none: it learns from distributions, not from which token was sampled"
+    if _learns_from_demonstrations(found):
+        return "only demonstrations count"
+    if found.action_independent:
+        return "the factor of log p is the same whichever token was sampled, and so averages to nothing (identity I6)"
+    return "the factor of log p depends on which token was sampled, as it must"
+
+
+def _comparisons(found: Diagnosis) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    table.add_column("  beside the gradient of", no_wrap=True)
+    for name in ("cosine", "norm ratio", "relative bias"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for c in found.comparisons:
+        bias = "0" if c.relative_bias < _EXACT else f"{c.relative_bias:.3g}"
+        table.add_row(f"  {c.target}", f"{c.cosine:.6f}", f"{c.norm_ratio:.3f}", bias)
+    return table
+
+
+def _broken_in_words(spec: EstimatorSpec, broken: Broken) -> list[str]:
+    names = [name for name in _laws(spec) if any(name in laws for laws in broken.values())]
+    return [f"breaks {len(names)} of {len(_laws(spec))} laws: {', '.join(names)}"] if names else []
+
+
+def _learns_from_demonstrations(found: Diagnosis) -> bool:
+    return found.silent and found.learns_from_samples
+
+
+def _trains_nothing(found: Diagnosis) -> list[str]:
+    if not (found.dead or found.silent) or _learns_from_demonstrations(found):
+        return []
+    if found.silent:
+        return ["trains nothing: no sample has a gradient"]
+    why = "its expected gradient is zero, though that of samples is not"
+    if found.action_independent and found.ignores_teacher:
+        why += "; like the log-ratio as a loss it never sees the teacher, and E[grad log p] = 0 (identity I1)"
+    elif found.action_independent:
+        why += "; what multiplies log p does not depend on the sampled token, and E[grad log p] = 0 (identity I6)"
+    return [f"trains nothing: {why}"]

@@ -1,0 +1,251 @@
+"""The rules: each looks for one way in which a run cannot do what it says.
+
+Identities (I1, ...) are numbered as in `tests/estimators/test_identities.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lit_opd.config import Config
+from lit_opd.estimators import BoundEstimator, get, names
+from lit_opd.linter.findings import Facts, Finding
+from lit_opd.linter.probes import Probe
+
+__all__ = ["RULES"]
+
+Rule = Callable[[Config, BoundEstimator, Facts], Finding | None]
+
+
+def k1_as_loss(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """A loss that averages to no gradient, the same whatever the teacher says: the log-ratio itself is one."""
+    if name := _first(facts, lambda p: p.dead and p.ignores_teacher):
+        return Finding(
+            "k1_as_loss", "refuse", _key(estimator), f"{name!r}, whose gradient does not depend on the teacher",
+            "a loss whose expected gradient is not zero: a log-ratio that is differentiated leaves E[grad log p] = 0 "
+            "over the student's samples (k1 as a loss, identity I1)",
+            "Multiply log p by the detached log-ratio, as 'token' does, or take half its square.",
+        )  # fmt: skip
+    return None
+
+
+def action_independent_advantage(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """A score function times something that does not depend on the sampled token."""
+    if name := _first(facts, lambda p: p.dead and not p.ignores_teacher):
+        return Finding(
+            "action_independent_advantage", "refuse", _key(estimator), f"{name!r}, whose expected gradient is zero",
+            "an advantage that depends on the sampled token: any other is a baseline, as E[grad log p] = 0, and "
+            "trains nothing (identity I6)",
+            "Differentiate the divergence instead of rewarding its value, as 'full_vocab' and 'teacher_topk' do.",
+        )  # fmt: skip
+    return None
+
+
+def renormalised_over_one_token(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """A support of one token that says nothing."""
+    if _first(facts, lambda p: p.silent and p.support_size == 1):
+        return Finding(
+            "renormalised_over_one_token", "refuse", "estimator.kwargs.k", "1",
+            "at least 2: renormalised over one token any two distributions are equal, and the gradient is exactly zero "
+            "(identity I14)",
+            "Set estimator.kwargs.k=16, or do not renormalise.",
+        )  # fmt: skip
+    return None
+
+
+def no_gradient(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """An estimator that no sample of small random models gives a gradient."""
+    if name := _first(facts, lambda p: p.silent and p.support_size != 1):
+        return Finding(
+            "no_gradient", "warn", _key(estimator), f"none with {name!r}",
+            "a gradient from some sample of small random models", "Look for a detached loss or too narrow a limit.",
+        )  # fmt: skip
+    return None
+
+
+def whitened_advantage(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """Pure distillation whose gradient forgets how far apart the models are."""
+    if "rewards" in estimator.needs:
+        return None
+    if name := _first(facts, lambda p: p.whitened):
+        return Finding(
+            "whitened_advantage", "refuse", _key(estimator),
+            f"{name!r}, whose gradient stays the same when every log-ratio doubles",
+            "an advantage in nats: brought to unit variance over a batch it loses the KL's level, and steps stay as "
+            "large when student and teacher have met (SkyRL rejects it too)",
+            "Do not divide by the standard deviation; optim.clip_norm bounds a step.",
+        )  # fmt: skip
+    return None
+
+
+def sampler_is_not_student(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """Estimators that learn from what is sampled, under another law than the student's."""
+    rollout, sampled, uncorrected = config.rollout, _sampled(estimator), _uncorrected(estimator)
+    if not sampled or rollout.temperature == 0:  # greedy is refused with the law, whatever else is set
+        return None
+    if uncorrected and rollout.temperature != 1:
+        return Finding(
+            "sampler_is_not_student", "refuse", "rollout.temperature", str(rollout.temperature),
+            f"1 for {uncorrected[0]!r}: E[grad log p] = 0 holds over the student's own samples, and over any others a "
+            "score function is biased (identity I6)", f"Set rollout.temperature=1{_or_corrected()}.",
+        )  # fmt: skip
+    for name, untruncated in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+        value = getattr(rollout, name)
+        if value == untruncated:
+            continue
+        why = "tokens that are never sampled leave E[grad log p] != 0 over the rest"
+        if not uncorrected:
+            why = "the ratio of student over sampler cannot bring back tokens that are never sampled"
+        return Finding(
+            "sampler_is_not_student", "refuse" if uncorrected else "warn", f"rollout.{name}", str(value),
+            f"{untruncated:g} for {(uncorrected or sampled)[0]!r}: {why}",
+            f"Set rollout.{name}={untruncated:g}, or use an estimator that does not learn from its samples, as "
+            "'full_vocab'.",
+        )  # fmt: skip
+    if rollout.min_new_tokens:
+        return Finding(
+            "sampler_is_not_student", "warn", "rollout.min_new_tokens", str(rollout.min_new_tokens),
+            f"0 for {sampled[0]!r}: forbidding stop tokens makes the first positions no samples of the student",
+            "Set rollout.min_new_tokens=0.",
+        )  # fmt: skip
+    return None
+
+
+def teacher_temperature(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """A target that is not the teacher that evaluations measure."""
+    temperature = config.teacher.temperature
+    if temperature == 1:
+        return None
+    return Finding(
+        "teacher_temperature", "warn", "teacher.temperature", str(temperature),
+        "1, so that the student is drawn to the distribution that every evaluation compares it with",
+        "Set teacher.temperature=1, or expect val/reverse_kl to stay above zero.",
+    )  # fmt: skip
+
+
+def stale_updates(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """Several updates on one rollout, of which only the first is on-policy."""
+    updates, uncorrected = config.optim.updates_per_rollout, _uncorrected(estimator)
+    if updates == 1 or not uncorrected:
+        return None
+    return Finding(
+        "stale_updates", "refuse", "optim.updates_per_rollout", str(updates),
+        f"1 for {uncorrected[0]!r}: from the second update on, samples are those of an earlier student, and nothing "
+        "corrects for it (AsyncOPD, arXiv:2606.24143: the reverse KL bears this worse than the forward)",
+        f"Set optim.updates_per_rollout=1{_or_corrected()}.",
+    )  # fmt: skip
+
+
+def no_stop_signal(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """Masked tokens that leave nothing to learn the end from."""
+    if not facts.stop_ids or not facts.stop_ids <= facts.masked_ids:
+        return None
+    return Finding(
+        "no_stop_signal", "refuse", "estimator.masked_tokens", f"all of them, {sorted(facts.stop_ids)}",
+        "at least one token that ends a completion to be counted: without any, nothing teaches the student to stop "
+        "(the code of arXiv:2603.25562 masks <|im_end|>, and with it the only stop signal)",
+        "Take the stop token out of estimator.masked_tokens.",
+    )  # fmt: skip
+
+
+def credit_across_masked_tokens(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """Masked tokens where the credit of one token is made of others'."""
+    masked = config.estimator.masked_tokens
+    if not masked:
+        return None
+    if name := _first(facts, lambda p: p.leaks):
+        return Finding(
+            "credit_across_masked_tokens", "refuse", "estimator.masked_tokens", str(masked),
+            f"none for {name!r}: what stands at masked positions changes the gradient of others, so that a special "
+            "token's log-ratio of -58 leaks into them (seen in arXiv:2603.25562)",
+            "Fill masked positions with zero before they are summed, as 'hybrid' does.",
+        )  # fmt: skip
+    if name := _first(facts, lambda p: p.couples):
+        return Finding(
+            "credit_across_masked_tokens", "warn", "estimator.masked_tokens", str(masked),
+            f"none for {name!r}: its tokens are credited with others, and what is masked drops out of that credit, so "
+            "that it is the return of another sequence",
+            "Mask nothing, or use an estimator that judges each token for itself, as 'token'.",
+        )  # fmt: skip
+    return None
+
+
+def one_completion(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """A comparison within a prompt that has nothing to compare."""
+    if "groups" not in estimator.needs or config.rollout.num_completions > 1:
+        return None
+    return Finding(
+        "one_completion", "refuse", "rollout.num_completions", "1",
+        f"at least 2 for {estimator.spec.name!r}: it compares the completions of one prompt, and a single one is left "
+        "without another", "Set rollout.num_completions=4.",
+    )  # fmt: skip
+
+
+def no_demonstrations(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """A term that learns from demonstrations where the student writes everything itself."""
+    if config.rollout.student_share < 1:
+        return None
+    if name := _first(facts, lambda p: p.taught):
+        return Finding(
+            "no_demonstrations", "refuse", "rollout.student_share", "1",
+            f"below 1 for {name!r}: it learns from completions that the student did not write, and there are none",
+            "Set rollout.student_share=0.8.",
+        )  # fmt: skip
+    return None
+
+
+def unprobed(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
+    """A function that fails on small models."""
+    for tried in facts.probes:
+        if tried.error:
+            return Finding(
+                "unprobed", "warn", _key(estimator), tried.error,
+                f"{tried.name!r} to run on a made-up batch in float64, so that its gradient can be checked",
+                "Correct it, or know that it was not checked.",
+            )  # fmt: skip
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    k1_as_loss,
+    action_independent_advantage,
+    renormalised_over_one_token,
+    whitened_advantage,
+    sampler_is_not_student,
+    stale_updates,
+    no_stop_signal,
+    one_completion,
+    no_demonstrations,
+    credit_across_masked_tokens,
+    teacher_temperature,
+    no_gradient,
+    unprobed,
+)
+
+
+def _first(facts: Facts, holds: Callable[[Probe], bool]) -> str | None:
+    """The name of the first term of which something holds."""
+    return next((probe.name for probe in facts.probes if holds(probe)), None)
+
+
+def _key(estimator: BoundEstimator) -> str:
+    return "estimator.name" if estimator.spec.split is None else "estimator.kwargs"
+
+
+def _sampled(estimator: BoundEstimator) -> list[str]:
+    """The terms that learn from the chance of what was sampled."""
+    return [term.estimator.spec.name for term in estimator.terms if term.estimator.spec.on_policy]
+
+
+def _uncorrected(estimator: BoundEstimator) -> list[str]:
+    """Those of them that take the sampler to be the student."""
+    if estimator.spec.corrects:
+        return []
+    specs = [term.estimator.spec for term in estimator.terms]
+    return [spec.name for spec in specs if spec.on_policy and not spec.corrects]
+
+
+def _or_corrected() -> str:
+    """The way out that keeps the configured value: registered estimators that weigh by student over sampler."""
+    correcting = [name for name in names() if get(name).corrects and get(name).needs == "token"]
+    return f", or use an estimator that weighs by student over sampler ({', '.join(correcting)})" if correcting else ""
