@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["check_values"]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+QUANTIZATIONS = ("none", "8bit", "4bit")
 
 # Bounds as (section.key, test, what is expected): the ranges every command relies on.
 _BOUNDS: list[tuple[str, Any, str]] = [
+    ("teacher.temperature", lambda v: v > 0, "above 0"),
     ("data.batch_size", lambda v: v >= 1, "at least 1"),
     ("data.validation_size", lambda v: v >= 1, "at least 1"),
     ("data.max_prompt_tokens", lambda v: v >= 1, "at least 1"),
@@ -25,6 +27,7 @@ _BOUNDS: list[tuple[str, Any, str]] = [
     ("rollout.temperature", lambda v: v >= 0, "at least 0"),
     ("rollout.top_p", lambda v: 0 < v <= 1, "in (0, 1]"),
     ("rollout.top_k", lambda v: v >= 0, "at least 0 (0 keeps all tokens)"),
+    ("rollout.student_share", lambda v: 0 <= v <= 1, "in [0, 1]"),
     ("rollout.min_p", lambda v: 0 <= v < 1, "in [0, 1)"),
     ("estimator.adapt_gamma_every", lambda v: v is None or v >= 1, "at least 1, or null for a fixed gamma"),
     ("optim.lr", lambda v: v > 0, "above 0"),
@@ -41,10 +44,13 @@ _BOUNDS: list[tuple[str, Any, str]] = [
 _CHOICES: list[tuple[str, tuple[str, ...]]] = [
     ("student.dtype", DTYPES),
     ("teacher.dtype", DTYPES),
-    ("teacher.quantization", ("none", "8bit", "4bit")),
+    ("teacher.quantization", QUANTIZATIONS),
+    ("reference.dtype", DTYPES),
+    ("reference.quantization", QUANTIZATIONS),
     ("data.source", ("file", "hub", "reasoning_gym", "function")),
     ("data.overlong", ("drop", "truncate", "error")),
     ("rollout.engine", ("local",)),
+    ("rollout.demonstrations", ("teacher", "data")),
     ("estimator.aggregation", ("token_mean", "sequence_mean", "sequence_sum")),
 ]
 

@@ -19,9 +19,9 @@ from lit_opd.bounds import check_values
 from lit_opd.errors import UserError, suggest
 
 __all__ = [
-    "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "OptimConfig", "RolloutConfig",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_values", "load_config", "to_flat",
-    "to_yaml",
+    "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "FrozenConfig", "LintConfig", "OptimConfig",
+    "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_values", "load_config",
+    "to_flat", "to_yaml",
 ]  # fmt: skip
 
 PACKAGE_FOLDER = Path(__file__).parent
@@ -47,14 +47,22 @@ class StudentConfig:
 
 
 @dataclass
-class TeacherConfig:
-    """The frozen model that scores."""
+class FrozenConfig:
+    """A frozen model; as a reference, no path names the student as it lies, untrained."""
 
-    path: str = MISSING
+    path: str | None = None
     dtype: str = "bfloat16"
     gguf_file: str | None = None
     trust_remote_code: bool = False
     quantization: str = "none"
+
+
+@dataclass
+class TeacherConfig(FrozenConfig):
+    """The frozen model to learn from; a temperature other than 1 gives the student another distribution to reach."""
+
+    path: str = MISSING
+    temperature: float = 1.0
 
 
 @dataclass
@@ -93,6 +101,8 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    student_share: float = 1.0
+    demonstrations: str = "teacher"
 
 
 @dataclass
@@ -148,6 +158,13 @@ class TrackingConfig:
 
 
 @dataclass
+class LintConfig:
+    """Refused configurations that may pass, by the name of the rule that refuses them."""
+
+    allow: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -155,6 +172,7 @@ class Config:
     output_dir: str = "outputs/run"
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    reference: FrozenConfig = field(default_factory=FrozenConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
@@ -162,6 +180,7 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    lint: LintConfig = field(default_factory=LintConfig)
 
 
 def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:

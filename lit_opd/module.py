@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from lit_opd import estimators, models
+from lit_opd import estimators, linter, models
 from lit_opd.config import (
     Config,
     DataConfig,
     EstimatorConfig,
     EvaluationConfig,
+    LintConfig,
     OptimConfig,
     RolloutConfig,
     as_section,
-    check_values,
 )
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, Example, judge
@@ -29,22 +27,22 @@ from lit_opd.functional import chunk_rows, token_weights, upcast
 from lit_opd.metrics import Interval
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
 from lit_opd.perf import Stopwatch, step_report
+from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import (
-    TRAINING_STREAM,
     LocalEngine,
     RolloutEngine,
+    TrainingSampler,
     micro_batches,
     rollout_sums,
     split_updates,
     training_law,
-    uniforms,
 )
 from lit_opd.types import PromptBatch, Rollout, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
 
-class DistillationModule(L.LightningModule):
+class DistillationModule(AcrossProcesses):
     """On-policy distillation of a student from a frozen teacher.
 
     One `training_step` is one rollout batch: sampled once, scored once, then `optim.updates_per_rollout` optimizer
@@ -58,6 +56,7 @@ class DistillationModule(L.LightningModule):
         estimator_kwargs: the estimator's keywords.
         tokenizer: the student's; needed with a model in memory.
         teacher_tokenizer: the teacher's; by default read from its path, else the student's.
+        reference: as the teacher, for an estimator that asks for one; by default the student before training.
         rollout: `RolloutConfig` or its keys.
         optim: `OptimConfig` or its keys.
         evaluation: `EvaluationConfig` or its keys.
@@ -65,6 +64,7 @@ class DistillationModule(L.LightningModule):
         masked_tokens: tokens (strings or ids) whose positions are not counted.
         seed: of everything that is sampled in training.
         engine: samples completions; by default in this process.
+        lint: `LintConfig` or its keys: which refusals of configurations that cannot work are to pass.
 
     Raises:
         UserError: whatever cannot work, before weights load where that can be known.
@@ -79,6 +79,7 @@ class DistillationModule(L.LightningModule):
         estimator_kwargs: Mapping[str, Any] | None = None,
         tokenizer: Any = None,
         teacher_tokenizer: Any = None,
+        reference: models.Reference = None,
         rollout: RolloutConfig | Mapping[str, Any] | None = None,
         optim: OptimConfig | Mapping[str, Any] | None = None,
         evaluation: EvaluationConfig | Mapping[str, Any] | None = None,
@@ -86,6 +87,7 @@ class DistillationModule(L.LightningModule):
         masked_tokens: Sequence[str | int] = (),
         seed: int = 0,
         engine: RolloutEngine | None = None,
+        lint: LintConfig | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -94,14 +96,18 @@ class DistillationModule(L.LightningModule):
         self.optim_config = as_section(OptimConfig, optim, "optim")
         settings = as_section(EvaluationConfig, evaluation, "evaluation")
         # How many prompts a batch holds is the data module's to say.
-        check_values(Config(data=DataConfig(batch_size=self.optim_config.updates_per_rollout), optim=self.optim_config,
-                            rollout=self.rollout_config, evaluation=settings,
-                            estimator=EstimatorConfig(aggregation=aggregation)))  # fmt: skip
-        self.law = training_law(self.rollout_config, self.estimator)
-        self.pair = models.Pair(student, teacher, tokenizer, teacher_tokenizer, models.support_size_of(self.estimator))
+        config = Config(data=DataConfig(batch_size=self.optim_config.updates_per_rollout), optim=self.optim_config,
+                        rollout=self.rollout_config, evaluation=settings, lint=as_section(LintConfig, lint, "lint"),
+                        estimator=EstimatorConfig(aggregation=aggregation, masked_tokens=[*masked_tokens]))  # fmt: skip
+        law = training_law(self.rollout_config, self.estimator)
+        self.sampler = TrainingSampler(self.rollout_config, law, seed)
+        linter.check(config, self.estimator, student, teacher, tokenizer)
+        self.pair = models.Pair(student, teacher, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student = self.pair.student
         self.model = self.student.model
         self.teacher: Any = None
+        self.reference: Any = None
+        self.whole_prompts = "groups" in self.estimator.needs
         self.engine = engine or LocalEngine()
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
@@ -117,8 +123,9 @@ class DistillationModule(L.LightningModule):
         """The module that a configuration describes."""
         return cls(
             config.student, config.teacher, config.estimator.name, estimator_kwargs=config.estimator.kwargs,
-            rollout=config.rollout, optim=config.optim, evaluation=config.evaluation, seed=config.seed,
-            aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens,
+            reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
+            aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
+            lint=config.lint,
         )  # fmt: skip
 
     @property
@@ -127,17 +134,16 @@ class DistillationModule(L.LightningModule):
         return self.student.tokenizer
 
     def setup(self, stage: str) -> None:
-        """Load the teacher, now that the device is known, and put it there."""
+        """Load teacher and reference, now that the device is known."""
         precision = self.trainer.precision
         if precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
             raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", precision, "Use bf16-mixed.")
         if stage == "fit" and "rewards" in self.estimator.needs and self.verifier is None:
             raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
                             "Set data.verifier=package.module:function.")  # fmt: skip
-        if self.teacher is None:
-            self.teacher = self.pair.load_teacher()
-        if not getattr(self.teacher.causal_lm, "quantization_method", None):
-            self.teacher.model.to(self.device)
+        self.teacher = self.pair.load("teacher", self.device)
+        if stage == "fit" and "reference" in self.estimator.needs:
+            self.reference = self.pair.load("reference", self.device)
 
     def on_train_start(self) -> None:
         """Forget, in Lightning's count of batches, one that was begun and never made.
@@ -165,42 +171,36 @@ class DistillationModule(L.LightningModule):
         self.log_dict(self.at_step(step_report(totals, sums, watch, self.device)), batch_size=1)
 
     def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor | None]:
-        """Completions of every prompt under the sampling law, and their rewards where the estimator wants them."""
-        count, length = self.rollout_config.num_completions, self.rollout_config.max_new_tokens
-        numbers_BT = uniforms((self.seed, TRAINING_STREAM), batch.draws, count, length).to(self.device)
-        rollout = self.engine.sample(self.student, batch, self.law, count, numbers_BT)
-        if self.masked_ids:
-            masked_BT = torch.isin(rollout.completion_ids_BT, torch.tensor(self.masked_ids, device=self.device))
-            rollout = rollout.uncount(masked_BT)
+        """Completions of every prompt, and their rewards where the estimator wants them."""
+        rollout = self.sampler.complete(self.engine, batch, self.student, self.teacher, self.demonstrations)
+        masked_BT = torch.isin(rollout.completion_ids_BT, rollout.completion_ids_BT.new_tensor(self.masked_ids))
         wanted = "rewards" in self.estimator.needs
-        return rollout, judge(self.student, batch, rollout, self.verifier) if wanted else None
+        return rollout.uncount(masked_BT), judge(self.student, batch, rollout, self.verifier) if wanted else None
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Which rows of the rollout each optimizer update is made of."""
         prompts = int(self.total({"prompts": len(batch.draws)})["prompts"])
         completions, updates = self.rollout_config.num_completions, self.optim_config.updates_per_rollout
-        return split_updates(batch.draws, completions, updates, prompts, "groups" in self.estimator.needs)
+        return split_updates(batch.draws, completions, updates, prompts, self.whole_prompts)
 
     def score(self, rollout: Rollout, rows: Tensor, rewards_B: Tensor | None) -> list[ScoredRollout]:
         """Micro-batches of the chosen rows, scored by the teacher before any student activation exists."""
         if not len(rows):  # the other processes wait for this one: it takes part with a row that does not count
             rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
         scored = []
-        whole_prompts = "groups" in self.estimator.needs
-        for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens, whole_prompts):
+        for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens, self.whole_prompts):
             micro = rollout.rows(index)
-            scores = models.score_teacher(self.teacher, micro, self.estimator, self.head_rows)
+            scores = models.score(self.teacher, self.reference, micro, self.estimator, self.head_rows)
             rewards = None if rewards_B is None else rewards_B[index]
             scored.append(ScoredRollout(micro, scores, rewards, self.progress))
         return scored
 
     @property
     def progress(self) -> float:
-        """The share of training that is done, 0 to 1."""
-        steps: float = self.trainer.max_steps
-        if steps < 0:
-            steps = self.trainer.estimated_stepping_batches * self.optim_config.updates_per_rollout
-        return min(1.0, self.global_step / steps)
+        """The share of training that is done, 0 to 1; 0 where nothing tells how long it will be."""
+        steps = self.trainer.estimated_stepping_batches * self.optim_config.updates_per_rollout
+        known = [limit for limit in (self.trainer.max_steps, steps) if limit > 0]
+        return min(1.0, self.global_step / min(known, default=math.inf))
 
     def estimate(self, update: list[ScoredRollout]) -> dict[str, float]:
         """Accumulate the gradient of one update over its micro-batches; returns totals over all processes."""
@@ -209,7 +209,7 @@ class DistillationModule(L.LightningModule):
         # Of a dtype said: under bf16-true torch's default is bf16, which cannot count to 257.
         zero = upcast(torch.zeros((), device=self.device).to(self.dtype))
         tokens, sequences = zero + counts["tokens"], zero + counts["sequences"]
-        sums = {name: zero.clone() for name in ("loss", "kl", "entropy", "gap")}
+        sums = {name: zero.clone() for name in ("loss", "own", "kl", "entropy", "gap")}
         for number, micro in enumerate(update, start=1):
             mask_BT = micro.rollout.mask_BT
             weights_BT = token_weights(mask_BT, self.aggregation, tokens, sequences)
@@ -219,10 +219,12 @@ class DistillationModule(L.LightningModule):
                 )
                 # DistributedDataParallel averages over processes; this loss is already a share of the global count.
                 self.manual_backward(loss * self.trainer.world_size)
+            own_N = micro.rollout.own_mask_BT[mask_BT]
             sums["loss"] += loss.detach()
-            sums["kl"] += stats["kl"].sum()
-            sums["entropy"] -= stats["student_logps"].sum()
-            sums["gap"] += (micro.rollout.sampler_logps_BT[mask_BT] - stats["student_logps"]).sum()
+            sums["own"] += own_N.sum()
+            sums["kl"] += stats["kl"][own_N].sum()
+            sums["entropy"] -= stats["student_logps"][own_N].sum()
+            sums["gap"] += (micro.rollout.sampler_logps_BT[mask_BT] - stats["student_logps"])[own_N].sum()
         return self.total(sums) | counts
 
     def step(self, totals: dict[str, float], batch: PromptBatch) -> None:
@@ -232,9 +234,8 @@ class DistillationModule(L.LightningModule):
             NonFiniteStepError: naming the batch.
         """
         optimizer: Any = self.optimizers()
-        limit = self.optim_config.clip_norm
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(trainable, torch.inf if limit is None else limit)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, self.optim_config.clip_norm or torch.inf)
         totals["grad_norm"] = float(norm)
         if not (norm.isfinite() and math.isfinite(totals["loss"])):
             optimizer.zero_grad()
@@ -248,7 +249,7 @@ class DistillationModule(L.LightningModule):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
-        policy = self.student if self.judged == "student" else self.teacher
+        policy = self.student if self.judged == "student" else self.teacher.untempered()
         self.evaluation.add(policy, self.teacher, batch, self.engine, self.verifier, self.head_rows)
 
     test_step = validation_step
@@ -264,8 +265,7 @@ class DistillationModule(L.LightningModule):
     def finish_evaluation(self, prefix: str) -> None:
         """Log what was measured under a prefix, and keep it in `results[prefix]`."""
         results, self.examples = self.evaluation.finish()
-        self.results[prefix] = results
-        self.measured_at = self.global_step
+        self.results[prefix], self.measured_at = results, self.global_step
         values = {f"{prefix}/{name}": interval.mean for name, interval in results.items()}
         for end in ("low", "high"):
             values |= {f"{prefix}_interval/{name}_{end}": getattr(i, end) for name, i in results.items()}
@@ -293,8 +293,7 @@ class DistillationModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes: frozen weights are where they came from, the random state is not."""
         frozen = {f"model.{name}" for name in models.frozen_names(self.model)}
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in frozen}
+        checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["torch_rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -302,18 +301,14 @@ class DistillationModule(L.LightningModule):
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         torch.set_rng_state(checkpoint["torch_rng_state"])
 
+    def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The completions that the data holds for the rows."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "demonstrations"):
+            raise UserError("rollout.demonstrations", "prompts of a PromptDataModule", "none", "Set it to teacher.")
+        return data.demonstrations(rows)
+
     @property
     def verifier(self) -> Any:
         """What judges completions: the data module's."""
         return getattr(getattr(self.trainer, "datamodule", None), "verifier", None)
-
-    def total(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Sums over all processes, in one exchange."""
-        stacked = torch.stack([torch.as_tensor(v, device=self.device).float() for v in values.values()])
-        reduced = self.trainer.strategy.reduce(stacked, reduce_op="sum")
-        return dict(zip(values, reduced.tolist(), strict=True))
-
-    def gradients_kept_local(self, local: bool) -> AbstractContextManager[None]:
-        """Within it, backward passes exchange no gradients between processes; the last micro-batch does it once."""
-        strategy = self.trainer.strategy
-        return strategy.block_backward_sync() if local and isinstance(strategy, ParallelStrategy) else nullcontext()

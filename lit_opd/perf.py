@@ -52,12 +52,13 @@ def step_report(
     """The metrics of a step, the same keys whatever the estimator.
 
     Args:
-        update: totals of the last update over its tokens: `loss`, `kl`, `entropy`, `gap`, `tokens`, and `grad_norm`.
+        update: totals of the last update: `loss` and `grad_norm`; over the tokens that the student wrote, `kl`,
+            `entropy`, `gap` and their number `own`.
         rollout: totals over sequences, from `rollout_sums`.
         watch: seconds of each phase.
         device: whose memory is reported.
     """
-    tokens, rows = max(update["tokens"], 1.0), rollout["rows"]
+    tokens, rows = max(update["own"], 1.0), max(rollout["rows"], 1.0)
     return {
         "train/loss": update["loss"],
         "train/reverse_kl": update["kl"] / tokens,

@@ -116,7 +116,7 @@ class Rollout:
     def rows(self, index: Tensor) -> Rollout:
         """The chosen rows, with padding that no chosen row needs trimmed from both ends."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        picked = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        picked: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
         first = int(picked["prompt_mask_BP"].sum(1).amax()) if len(index) else 0
         last = int(picked["completion_mask_BT"].sum(1).amax()) if len(index) else 0
         start = picked["prompt_ids_BP"].shape[1] - first

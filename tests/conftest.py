@@ -9,10 +9,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lit_opd import DistillationModule, PromptDataModule
+from lit_opd import DistillationModule, PromptDataModule, estimators
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
-from lit_opd.types import PromptBatch
+from lit_opd.types import Estimate, PromptBatch
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+=-"
@@ -117,6 +117,26 @@ def full_logits():
     return run
 
 
+@pytest.fixture
+def registry(monkeypatch):
+    """Estimators that a test registers are forgotten after it."""
+    from lit_opd.estimators import registry
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+
+@pytest.fixture
+def against_reference(registry):
+    """An estimator that asks for a reference: the sampled reverse KL to it, and no teacher."""
+
+    @estimators.register_estimator("against_reference", needs="token+reference")
+    def against_reference(tokens):
+        log_ratio = (tokens.student_logps_BT - tokens.reference_logps_BT).detach()
+        return Estimate(log_ratio * tokens.student_logps_BT, log_ratio)
+
+    return estimators.build("against_reference")
+
+
 @dataclass
 class Record(L.Callback):
     """What a training run did: rollouts, and weights and gradients just before each optimizer step."""
@@ -165,8 +185,12 @@ def make_trainer(tmp_path):
 
 
 @pytest.fixture
-def make_module(tiny_tokenizer):
-    """Makes a module around models in memory: plain SGD, no clipping, six new tokens, two completions a prompt."""
+def make_module(tiny_tokenizer, monkeypatch):
+    """Makes a module around models in memory: plain SGD, no clipping, six new tokens, two completions a prompt.
+
+    Without the linter: what a step does is to be right for configurations that it refuses, too.
+    """
+    monkeypatch.setattr("lit_opd.linter.linting.lint", lambda *_: [])
 
     def make(student, teacher, estimator="full_vocab", **kwargs):
         optim = {"name": "SGD", "lr": 0.1, "clip_norm": None} | kwargs.pop("optim", {})

@@ -12,6 +12,7 @@ from lit_opd.config import (
     Config,
     DataConfig,
     EvaluationConfig,
+    FrozenConfig,
     OptimConfig,
     RolloutConfig,
     StudentConfig,
@@ -99,6 +100,10 @@ def test_values_of_overrides(override, value):
     (["rollout.top_p=1.5"], "rollout.top_p: expected a value in (0, 1], found 1.5."),
     (["rollout.top_p=nan"], "rollout.top_p: expected a value in (0, 1]"),
     (["optim.lr=nan"], "optim.lr: expected a value above 0"),
+    (["teacher.temperature=0"], "teacher.temperature: expected a value above 0, found 0.0. Set teacher.temperature to"),
+    (["reference.quantization=3bit"], "reference.quantization: expected one of none, 8bit, 4bit, found '3bit'."),
+    (["reference.dtype=int8"], "reference.dtype: expected one of float32"),
+    (["reference.temperature=2"], "reference.temperature: expected a known key"),
     (["student.dtype=int8"], "student.dtype: expected one of float32, bfloat16, float16, float64, found 'int8'."),
     (["rollout.min_new_tokens=99"], "rollout.min_new_tokens: expected at most rollout.max_new_tokens (64), found 99."),
     (["evaluation.pass_at=[1,2]"],
@@ -141,6 +146,19 @@ def test_missing_file(tmp_path):
         load_config([tmp_path / "missing.yaml"])
 
 
+def test_the_reference_has_the_keys_of_the_teacher_and_need_not_be_named():
+    config = load_config([], PATHS)
+    assert config.reference == FrozenConfig()
+    assert config.reference.path is None
+    shared, own = ({f.name: f.default for f in fields(c)} for c in (FrozenConfig, TeacherConfig))
+    assert list(own) == [*shared, "temperature"], "TeacherConfig(path, dtype, ...) by position"
+    assert {k: v for k, v in own.items() if k in shared and k != "path"} == {
+        k: v for k, v in shared.items() if k != "path"
+    }
+    assert load_config([], [*PATHS, "reference.path=r", "reference.dtype=float32"]).reference.path == "r"
+    assert load_config([], [*PATHS, "reference.path=null"]).reference.path is None
+
+
 def test_as_section():
     assert as_section(OptimConfig, None, "optim") == OptimConfig()
     section = OptimConfig(lr=3.0)
@@ -177,6 +195,7 @@ VALUES = st.recursive(
 SECTIONS = {
     "student": st.builds(StudentConfig, path=WORDS),
     "teacher": st.builds(TeacherConfig, path=WORDS, quantization=st.sampled_from(["none", "8bit", "4bit"])),
+    "reference": st.builds(FrozenConfig, path=st.none() | WORDS),
     "data": st.builds(DataConfig, prompt_template=WORDS, train_size=st.none() | st.integers(1, 9),
                       examples=st.lists(st.fixed_dictionaries({"user": WORDS, "assistant": WORDS}), max_size=2)),
     "optim": st.builds(OptimConfig, lr=st.floats(1e-30, 1e30), clip_norm=st.none() | st.floats(1e-9, 1e9),

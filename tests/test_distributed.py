@@ -25,6 +25,8 @@ SCENARIOS = {
     "updates": dict(estimator="hybrid", batch=7, budget=60, aggregation="token_mean", updates=2),
     # One rank has one row and two updates to take part in.
     "idle": dict(estimator="full_vocab", batch=3, budget=30, aggregation="token_mean", updates=2, completions=1),
+    # Completions of a prompt stay on one rank and in one micro-batch; one rank has one prompt for two updates.
+    "groups": dict(estimator="leave_one_out", batch=3, budget=50, aggregation="token_mean", updates=2, completions=3),
 }
 
 
@@ -35,6 +37,7 @@ def run(student, teacher, devices, name):
         masked_tokens=["7"], rollout={"max_new_tokens": 6, "num_completions": s.get("completions", 2)},
         optim={"name": "SGD", "lr": 0.05, "clip_norm": 0.5, "micro_batch_tokens": s["budget"],
                "updates_per_rollout": s["updates"]},
+        lint={"allow": ["stale_updates"]},
     )
     data = PromptDataModule(train_rows=PROMPTS, validation_rows=PROMPTS, batch_size=s["batch"],
                             tokenizer=module.tokenizer, verifier=lambda text, row: float(len(text) > 3))
@@ -77,7 +80,7 @@ def one_and_two(tmp_path_factory, make_model, save_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle"])
+@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle", "groups"])
 def test_two_processes_give_the_weights_of_one(one_and_two, name):
     one, two = one_and_two
     for rank in two:
@@ -86,7 +89,7 @@ def test_two_processes_give_the_weights_of_one(one_and_two, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle"])
+@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle", "groups"])
 def test_two_processes_log_the_numbers_of_one(one_and_two, name):
     """Also the yardsticks, whose states are summed over processes."""
     one, two = one_and_two

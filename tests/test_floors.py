@@ -12,7 +12,7 @@ FLOORS = {
     "functional": 1,
     "estimators": 2, "metrics": 2,
     "models": 3, "rollout": 3, "data": 3, "optim": 3, "perf": 3,
-    "module": 4, "evaluation": 4,
+    "module": 4, "processes": 4, "evaluation": 4, "linter": 4,
     "callbacks": 5, "lab": 5, "tracking": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip

@@ -79,7 +79,7 @@ def test_the_data_may_write(make_model, make_module, fit, make_rows, tiny_tokeni
         assert tiny_tokenizer.decode(ids[mask]) == text[:1] * 3 + "<eos>"
 
 
-def test_data_without_answers_is_told(make_model, make_module, fit, make_rows):
+def test_data_without_answers_is_told(make_model, make_module, make_trainer, fit, make_rows):
     wanted = {"student_share": 0.0, "demonstrations": "data"}
     with pytest.raises(
         UserError, match=r"rollout.demonstrations: expected an answer in every row .* none in 'solution'"
@@ -87,9 +87,9 @@ def test_data_without_answers_is_told(make_model, make_module, fit, make_rows):
         run(make_module, fit, make_rows("solution"), make_model(1), make_model(2), rollout=wanted)
     module, data = make_module(make_model(1), make_model(2), rollout=wanted), make_rows()
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+    module.trainer = make_trainer()
     with pytest.raises(UserError, match="rollout.demonstrations: expected prompts of a PromptDataModule"):
-        module.sampler.complete(module.engine, batch, module.student, None, None)
+        module.sample(next(iter(data.train_dataloader())))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

@@ -50,6 +50,7 @@ def spying_estimator(name, seen):
     return f"spy_{name}"
 
 
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("name", ["token", "sequence", "full_vocab"])
 @pytest.mark.parametrize(
     ("precision", "teacher_dtype", "student_dtype", "weight_dtype"),
@@ -65,9 +66,6 @@ def test_compute_dtypes(
     name, precision, teacher_dtype, student_dtype, weight_dtype, make_model, make_module, fit, monkeypatch
 ):
     """Bodies and heads in the compute dtype, a teacher always in its own, what an estimator sees always in fp32."""
-    from lit_opd.estimators import registry
-
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     student, teacher = make_model(1), make_model(2, teacher_dtype, hidden_size=24)
     seen = defaultdict(set)
     module = make_module(student, teacher, spying_estimator(name, seen))
@@ -81,6 +79,24 @@ def test_compute_dtypes(
     assert {g.dtype for g in record.gradients[0].values()} == {weight_dtype}
     assert {p.dtype for p in student.parameters()} == {weight_dtype}
     assert all(g.any() for g in record.gradients[0].values()), "a parameter got no gradient"
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_the_reference_too_runs_in_its_own_dtype(precision, dtype, make_model, make_module, fit):
+    student, reference, seen = make_model(1), make_model(3, dtype, hidden_size=24), defaultdict(set)
+
+    @estimators.register_estimator("against_reference", needs="token+reference")
+    def against_reference(tokens):
+        seen["estimator"].add(tokens.reference_logps_BT.dtype)
+        return Estimate(tokens.student_logps_BT - tokens.reference_logps_BT, tokens.student_logps_BT.detach())
+
+    module = make_module(student, make_model(2), "against_reference", reference=reference)
+    spy_on_bodies(student, reference, seen)
+    fit(module, precision=precision)
+    assert seen["teacher"] == {dtype}
+    assert seen["estimator"] == {FP32}
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])

@@ -146,6 +146,18 @@ class PromptDataModule(L.LightningDataModule):
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         return progress.total.processed
 
+    def demonstrations(self, rows: Sequence[Row]) -> list[str]:
+        """The completions that the data holds for the rows: their `data.answer_column`.
+
+        Raises:
+            UserError: a row has none.
+        """
+        column = self.config.answer_column
+        if column is None or any(row.get(column) is None for row in rows):
+            found, remedy = f"none in {column!r}", "Name the column, or set rollout.demonstrations=teacher."
+            raise UserError("rollout.demonstrations", "an answer in every row (data.answer_column)", found, remedy)
+        return [str(row[column]) for row in rows]
+
     @cached_property
     def rows(self) -> tuple[list[Row], list[Row]]:
         """The training and the validation rows, before any prompt is dropped."""

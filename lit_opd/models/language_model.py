@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,15 +28,19 @@ class LanguageModel:
     Args:
         model: a causal language model, or a `peft` wrapper of one.
         tokenizer: its tokenizer.
-        key: `student` or `teacher`, for messages.
+        key: `student`, `teacher` or `reference`, for messages.
         own_precision: run the body in the dtype of its weights, whatever autocast is in force.
+        temperature: divides the logits wherever the model is asked for a distribution.
 
     Raises:
         UserError: the model's logits cannot be rebuilt from its last hidden states.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, key: str, own_precision: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, key: str, own_precision: bool = False, temperature: float = 1.0
+    ) -> None:
         self.model, self.tokenizer, self.key, self.own_precision = model, tokenizer, key, own_precision
+        self.temperature = temperature
         causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.causal_lm = causal_lm
         self.body: Any = causal_lm.base_model
@@ -50,13 +55,31 @@ class LanguageModel:
 
     @property
     def head(self) -> Head:
-        """The output layer, cut to the tokens that student and teacher share."""
+        """The output layer, cut to the tokens that all models share."""
         layer, size = self._output_layer(), self.vocabulary
         weight, bias = layer.weight, getattr(layer, "bias", None)
         if size < len(weight):
             weight, bias = weight[:size], None if bias is None else bias[:size]
         scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
-        return Head(weight, bias, scale, getattr(self.config, "final_logit_softcapping", None))
+        return Head(weight, bias, scale, getattr(self.config, "final_logit_softcapping", None), self.temperature)
+
+    def untempered(self) -> LanguageModel:
+        """The same model at temperature 1: what the yardsticks and samples of its own are made with."""
+        other = copy.copy(self)
+        other.temperature = 1.0
+        return other
+
+    def freeze(self) -> LanguageModel:
+        """No gradient for any weight, eval mode, and the head checked; returns itself."""
+        self.model.requires_grad_(False).eval()
+        self.check_head()
+        return self
+
+    def to(self, device: torch.device) -> LanguageModel:
+        """Move the weights, except quantised ones, which stay where they were loaded; returns itself."""
+        if not getattr(self.causal_lm, "quantization_method", None):
+            self.model.to(device)
+        return self
 
     @property
     def stop_ids(self) -> list[int]:
@@ -159,7 +182,7 @@ class LanguageModel:
         mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         with self.evaluating(), torch.autocast(self.device.type, enabled=False):
             own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[0])
-            rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.head)
+            rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.untempered().head)
         error = (own[:, : self.vocabulary] - rebuilt).abs().max().item() / max(own.abs().max().item(), 1e-6)
         if not error < 0.02:  # the same products, so only the rounding of bf16 may differ
             found = f"{type(self.causal_lm).__name__}, off by {error:.2g}"

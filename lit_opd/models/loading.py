@@ -13,7 +13,7 @@ from lit_opd.config import StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.models.language_model import LanguageModel
 
-__all__ = ["frozen_names", "load_student", "load_teacher", "load_tokenizer", "read_model_config"]
+__all__ = ["frozen_names", "load_frozen", "load_student", "load_tokenizer", "read_model_config"]
 
 ModelConfig = StudentConfig | TeacherConfig
 
@@ -74,18 +74,21 @@ def load_student(config: StudentConfig, tokenizer: Any = None) -> LanguageModel:
     return student
 
 
-def load_teacher(config: TeacherConfig, tokenizer: Any = None) -> LanguageModel:
-    """The frozen teacher, in its own dtype or quantised by bitsandbytes, in eval mode.
+def load_frozen(config: TeacherConfig, tokenizer: Any = None, key: str = "teacher") -> LanguageModel:
+    """A frozen model, in its own dtype or quantised by bitsandbytes, in eval mode.
+
+    Args:
+        config: where it lies, its dtype or quantisation, its temperature.
+        tokenizer: already loaded, or None.
+        key: `teacher` or `reference`, for messages.
 
     Raises:
         UserError: the folder cannot be read, or bitsandbytes is missing.
     """
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, "teacher")
-    extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config)}
-    teacher = LanguageModel(_load_weights(config, "teacher", extra), tokenizer, "teacher", own_precision=True)
-    teacher.model.requires_grad_(False).eval()
-    teacher.check_head()
-    return teacher
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, key)
+    extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config, key)}
+    model = _load_weights(config, key, extra)
+    return LanguageModel(model, tokenizer, key, own_precision=True, temperature=config.temperature).freeze()
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -140,12 +143,12 @@ def _add_lora(model: Any, lora: dict[str, Any]) -> Any:
         raise UserError("student.lora", "keywords of peft.LoraConfig", str(error), "Correct them.") from error
 
 
-def _quantization(config: TeacherConfig) -> Any:
+def _quantization(config: TeacherConfig, key: str) -> Any:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         remedy = 'Run: pip install "lit_opd[quantization]"'
-        raise UserError("teacher.quantization", "bitsandbytes", "no such package", remedy) from error
+        raise UserError(f"{key}.quantization", "bitsandbytes", "no such package", remedy) from error
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "8bit":

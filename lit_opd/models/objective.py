@@ -9,6 +9,7 @@ often than its most expensive term.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from lit_opd.functional import Head, position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.positions import CountedPositions
-from lit_opd.types import ScoredRollout, TokenBatch
+from lit_opd.types import Rollout, ScoredRollout, TokenBatch
 
 __all__ = ["counted_positions", "sequence_tokens", "student_loss"]
 
@@ -71,7 +72,14 @@ def counted_positions(micro: ScoredRollout, teacher_head: Head) -> CountedPositi
     """The counted positions of a micro-batch, flattened."""
     rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
     ids_N, sampler_logps_N = rollout.completion_ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT]
-    return CountedPositions(ids_N, sampler_logps_N, micro.scores, teacher_head, micro.progress)
+    wrote_BT = _student_wrote(rollout)
+    wrote_N = None if wrote_BT is None else wrote_BT[mask_BT]
+    return CountedPositions(ids_N, sampler_logps_N, micro.scores, teacher_head, micro.progress, wrote_N)
+
+
+def _student_wrote(rollout: Rollout) -> Tensor | None:
+    wrote_B = rollout.student_wrote_B
+    return None if wrote_B is None else wrote_B[:, None].expand(rollout.mask_BT.shape)
 
 
 class _Spread(NamedTuple):
@@ -100,20 +108,24 @@ def _spread_terms(
     rows: int,
 ) -> _Spread:
     mask_BT, zeros_N = micro.rollout.mask_BT, torch.zeros_like(positions.sampler_logps_N)
-    ones_N = torch.ones_like(zeros_N)
+    # What learns from the student's samples must not take demonstrations for some.
+    own_mask_BT = micro.rollout.own_mask_BT
+    own_N, ones_N = own_mask_BT[mask_BT].to(zeros_N.dtype), torch.ones_like(zeros_N)
     if all(term.is_local and term.weighting is None for term in estimator.terms):
-        return _Spread(zeros_N.sum(), zeros_N, zeros_N, [(term, ones_N) for term in estimator.terms])
+        local = [(term, own_N if term.estimator.spec.on_policy else ones_N) for term in estimator.terms]
+        return _Spread(zeros_N.sum(), zeros_N, zeros_N, local)
     tokens = sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
     local = []
     with torch.enable_grad():
         kl_BT = torch.zeros_like(tokens.student_logps_BT)
         value = 0.0 * tokens.student_logps_BT.sum()  # so that it can be differentiated, whatever the terms are
         for term in estimator.terms:
+            seen = replace(tokens, mask_BT=own_mask_BT) if term.estimator.spec.on_policy else tokens
             if term.is_local:
-                local.append((term, term.factors(tokens)[mask_BT]))
+                local.append((term, torch.where(seen.mask_BT, term.factors(seen), 0.0)[mask_BT]))
                 continue
-            estimate = term(tokens)
-            counted_BT = torch.where(mask_BT, estimate.loss_BT, 0.0)
+            estimate = term(seen)
+            counted_BT = torch.where(seen.mask_BT, estimate.loss_BT, 0.0)
             value, kl_BT = value + term.weight * (weights_BT * counted_BT).sum(), kl_BT + term.weight * estimate.kl_BT
     (coefficients_BT,) = torch.autograd.grad(value, tokens.student_logps_BT)
     return _Spread(value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach(), local)
@@ -148,8 +160,9 @@ def sequence_tokens(
         sampler_logps_BT=rollout.sampler_logps_BT,
         mask_BT=rollout.mask_BT,
         completion_ids_BT=rollout.completion_ids_BT,
+        student_wrote_BT=_student_wrote(rollout),
         rewards_B=micro.rewards_B,
-        groups_B=rollout.prompt_index_B,
+        groups_B=rollout.prompt_index_B if "groups" in needs else None,
         reference_logps_BT=None if reference_N is None else spread(reference_N),
         progress=micro.progress,
         **{name: spread(values_N) for name, values_N in stats.items()},

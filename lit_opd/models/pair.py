@@ -1,103 +1,138 @@
-"""Student and teacher as a pair: what they are given as, and whether they fit, checked before any weight loads."""
+"""The models of a run: what they are given as, and whether they fit, checked before any weight loads."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import nn
 
-from lit_opd.config import StudentConfig, TeacherConfig
+from lit_opd.config import Config, FrozenConfig, StudentConfig, TeacherConfig, check_values
 from lit_opd.errors import UserError
+from lit_opd.estimators import BoundEstimator
 from lit_opd.models.language_model import LanguageModel
-from lit_opd.models.loading import load_student, load_teacher, load_tokenizer, read_model_config
+from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config
+from lit_opd.models.scoring import support_size_of
 from lit_opd.models.vocabulary import shared_vocabulary
 
 __all__ = ["Pair"]
 
 Student = str | StudentConfig | nn.Module
 Teacher = str | TeacherConfig | nn.Module
+Reference = str | FrozenConfig | nn.Module | None
 
 
 class Pair:
-    """A student, ready to train, and a teacher that loads when a device is known.
+    """A student, ready to train, and a teacher, with a reference where one is needed, that load later.
 
     Args:
         student: a path or hub name, a section of the configuration, or a model in memory.
         teacher: the same.
+        estimator: says whether there is a reference, and how many tokens are compared at a position.
         tokenizer: the student's; needed for a model in memory, else read from its folder.
         teacher_tokenizer: the teacher's; for a model in memory by default the student's.
-        support_size: K of the estimator, 0 where it compares no support.
+        reference: as the teacher; None, or a section without a path, is the student as it is given here.
 
     Raises:
         UserError: a folder that cannot be read, tokenizers or vocabularies that do not fit, K above the vocabulary.
     """
 
     def __init__(
-        self, student: Student, teacher: Teacher, tokenizer: Any, teacher_tokenizer: Any, support_size: int
+        self,
+        student: Student,
+        teacher: Teacher,
+        estimator: BoundEstimator,
+        tokenizer: Any = None,
+        teacher_tokenizer: Any = None,
+        reference: Reference = None,
     ) -> None:
         student = StudentConfig(path=student) if isinstance(student, str) else student
-        teacher = TeacherConfig(path=teacher) if isinstance(teacher, str) else teacher
-        tokenizer = _tokenizer_of(student, tokenizer, "student")
-        teacher_tokenizer = _tokenizer_of(teacher, teacher_tokenizer or _default(teacher, tokenizer), "teacher")
-        rows = [_vocabulary_rows(model, key) for model, key in ((student, "student"), (teacher, "teacher"))]
-        self.vocabulary = shared_vocabulary(tokenizer, teacher_tokenizer, *rows)
-        if support_size > self.vocabulary:
-            raise UserError(
-                "estimator.kwargs.k", f"at most the vocabulary ({self.vocabulary})", support_size, "Lower it."
-            )
-        _check_apart(student, teacher)
-        self._teacher, self._teacher_tokenizer = teacher, teacher_tokenizer
+        frozen: dict[str, Any] = {"teacher": TeacherConfig(path=teacher) if isinstance(teacher, str) else teacher}
+        if "reference" in estimator.needs:
+            frozen["reference"] = _as_reference(reference, student)
+        _check_sections({"student": student} | frozen)
+        tokenizer = _tokenizer_of(student, "student", tokenizer)
+        own = {key: tokenizer for key, model in frozen.items() if _has_tokenizer_of(student, model)}
+        if teacher_tokenizer is not None:
+            own["teacher"] = teacher_tokenizer
+        self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
+        rows = _vocabulary_rows(student, "student")
+        self.vocabulary = min(
+            shared_vocabulary(tokenizer, other, rows, _vocabulary_rows(model, key), key)
+            for key, (model, other) in self._frozen.items()
+        )
+        size = support_size_of(estimator)
+        if size > self.vocabulary:
+            raise UserError("estimator.kwargs.k", f"at most the vocabulary ({self.vocabulary})", size, "Lower it.")
         self.student = _as_student(student, tokenizer)
         self.student.vocabulary = self.vocabulary
+        self._loaded: dict[str, LanguageModel] = {}
 
-    def load_teacher(self) -> LanguageModel:
-        """The frozen teacher; reads its weights where it was given as a path."""
-        if isinstance(self._teacher, TeacherConfig):
-            teacher = load_teacher(self._teacher, self._teacher_tokenizer)
-        else:
-            teacher = LanguageModel(self._teacher, self._teacher_tokenizer, "teacher", own_precision=True)
-            teacher.model.requires_grad_(False).eval()
-            teacher.check_head()
-        teacher.vocabulary = self.vocabulary
-        return teacher
+    def load(self, key: str, device: torch.device) -> LanguageModel:
+        """The frozen `teacher` or `reference`, on a device; where it was given as a path, its weights are read once."""
+        if key not in self._loaded:
+            self._loaded[key] = _as_frozen(*self._frozen[key], key)
+            self._loaded[key].vocabulary = self.vocabulary
+        return self._loaded[key].to(device)
 
     def names(self) -> dict[str, str]:
-        """What student, teacher and the teacher's quantisation are called in a run's tags."""
-        quantization = self._teacher.quantization if isinstance(self._teacher, TeacherConfig) else "none"
-        name = self._teacher.path if isinstance(self._teacher, TeacherConfig) else _class_name(self._teacher)
-        own = self.student.causal_lm.config._name_or_path or _class_name(self.student.model)
-        return {"student": own, "teacher": name, "teacher_quantization": quantization}
+        """What the models and the teacher's quantisation are called in a run's tags."""
+        own = self.student.causal_lm.config._name_or_path or type(self.student.model).__name__
+        frozen = {key: _name_of(model) for key, (model, _) in self._frozen.items()}
+        teacher, _ = self._frozen["teacher"]
+        quantization = teacher.quantization if isinstance(teacher, TeacherConfig) else "none"
+        return {"student": own, **frozen, "teacher_quantization": quantization}
 
 
-def _check_apart(student: Student, teacher: Teacher) -> None:
-    # Freezing the teacher would freeze the student, and training the student would move the teacher.
-    if isinstance(student, nn.Module) and isinstance(teacher, nn.Module):
-        mine = {id(p) for p in student.parameters()}
-        if any(id(p) in mine for p in teacher.parameters()):
-            raise UserError("teacher", "a model of its own", "one that shares weights with the student",
+def _as_reference(reference: Reference, student: StudentConfig | nn.Module) -> TeacherConfig | nn.Module:
+    section = FrozenConfig(path=reference) if isinstance(reference, str | None) else reference
+    if isinstance(section, nn.Module):
+        return section
+    keys = dict(vars(section))
+    if section.path is None:
+        if isinstance(student, nn.Module):
+            return copy.deepcopy(student)  # now: the checkpoint of a resumed run comes later
+        keys |= {key: getattr(student, key) for key in ("path", "gguf_file", "trust_remote_code")}
+    return TeacherConfig(**keys)
+
+
+def _check_sections(models: dict[str, Any]) -> None:
+    check_values(Config(**{key: model for key, model in models.items() if not isinstance(model, nn.Module)}))
+    given = {key: model for key, model in models.items() if isinstance(model, nn.Module)}
+    mine = {id(p) for p in given["student"].parameters()} if "student" in given else set()
+    for key, model in given.items():
+        # Freezing it would freeze the student, and training the student would move it.
+        if key != "student" and any(id(p) in mine for p in model.parameters()):
+            raise UserError(key, "a model of its own", "one that shares weights with the student",
                             "Pass copy.deepcopy(model).")  # fmt: skip
 
 
-def _class_name(model: Any) -> str:
+def _name_of(model: Any) -> str:
+    if isinstance(model, TeacherConfig):
+        return model.path
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
-def _default(teacher: Any, tokenizer: Any) -> Any:
-    return None if isinstance(teacher, TeacherConfig) else tokenizer
+def _has_tokenizer_of(student: Any, model: Any) -> bool:
+    # A model in memory has no folder to look into; one in the student's own folder needs no second look.
+    if isinstance(model, nn.Module) or isinstance(student, nn.Module):
+        return isinstance(model, nn.Module)
+    return (model.path, model.gguf_file) == (student.path, student.gguf_file)
 
 
-def _tokenizer_of(model: Any, tokenizer: Any, key: str) -> Any:
+def _tokenizer_of(model: Any, key: str, tokenizer: Any) -> Any:
     if tokenizer is not None:
         return tokenizer
-    if isinstance(model, StudentConfig | TeacherConfig):
-        return load_tokenizer(model, key)
-    raise UserError("tokenizer", f"the tokenizer of the {key}, a model in memory", "none", "Pass tokenizer=...")
+    if isinstance(model, nn.Module):
+        raise UserError("tokenizer", f"the tokenizer of the {key}, a model in memory", "none", "Pass tokenizer=...")
+    return load_tokenizer(model, key)
 
 
 def _vocabulary_rows(model: Any, key: str) -> int:
-    if isinstance(model, StudentConfig | TeacherConfig):
-        return int(read_model_config(model, key).get_text_config().vocab_size)
-    return int(model.get_output_embeddings().weight.shape[0])
+    if isinstance(model, nn.Module):
+        return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    return int(read_model_config(model, key).get_text_config().vocab_size)
 
 
 def _as_student(student: Any, tokenizer: Any) -> LanguageModel:
@@ -109,3 +144,9 @@ def _as_student(student: Any, tokenizer: Any) -> LanguageModel:
     # Hugging Face loads in eval mode and Lightning keeps the mode it finds: dropout would never be on.
     loaded.model.train()
     return loaded
+
+
+def _as_frozen(model: Any, tokenizer: Any, key: str) -> LanguageModel:
+    if isinstance(model, TeacherConfig):
+        return load_frozen(model, tokenizer, key)
+    return LanguageModel(model, tokenizer, key, own_precision=True).freeze()

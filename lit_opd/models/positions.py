@@ -27,6 +27,7 @@ class CountedPositions:
         scores: the teacher's scores.
         teacher_head: rebuilds the teacher's logits where the scores are hidden states.
         progress: the share of training that is done.
+        student_wrote_N: False at tokens of demonstrations; None where there are none.
     """
 
     ids_N: Tensor
@@ -34,6 +35,7 @@ class CountedPositions:
     scores: TeacherScores
     teacher_head: Head
     progress: float = 0.0
+    student_wrote_N: Tensor | None = None
 
     def chunk(self, student_logits_cV: Tensor, part: slice) -> Chunk:
         """Student and teacher at the positions `part`.
@@ -57,6 +59,7 @@ class CountedPositions:
             sampler_logps_BT=self.sampler_logps_N[part],
             mask_BT=torch.ones_like(ids_c, dtype=torch.bool),
             completion_ids_BT=ids_c,
+            student_wrote_BT=None if self.student_wrote_N is None else self.student_wrote_N[part],
             reference_logps_BT=None if reference_N is None else reference_N[part],
             progress=self.progress,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lit_opd.functional import chunks, head_logits, log_softmax
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.types import Rollout, TeacherScores
 
-__all__ = ["score_reference", "score_teacher", "support_size_of", "wants_distributions"]
+__all__ = ["score", "score_reference", "score_teacher", "support_size_of", "wants_distributions"]
 
 
 def support_size_of(estimator: BoundEstimator) -> int:
@@ -24,6 +25,14 @@ def wants_distributions(estimator: BoundEstimator) -> bool:
     """Whether the teacher's whole distribution is needed, for what depends on the student's too."""
     others = any(t.estimator.support_size and t.estimator.support != "teacher" for t in estimator.terms)
     return others or bool(estimator.needs & {"full", "kl", "entropy"})
+
+
+def score(
+    teacher: LanguageModel, reference: LanguageModel | None, rollout: Rollout, estimator: BoundEstimator, rows: int
+) -> TeacherScores:
+    """What `score_teacher` and, where there is a reference, `score_reference` say of a rollout."""
+    scores = score_teacher(teacher, rollout, estimator, rows)
+    return scores if reference is None else replace(scores, reference_logps_N=score_reference(reference, rollout, rows))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Tokens and ids: student and teacher must mean the same by them, checked id by id before any weights load."""
+"""Tokens and ids: all models must mean the same by them, checked id by id before any weights load."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from lit_opd.errors import UserError
 __all__ = ["shared_vocabulary", "token_ids"]
 
 
-def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int) -> int:
-    """How many ids both models share.
+def shared_vocabulary(
+    student_tokenizer: Any, other_tokenizer: Any, student_rows: int, other_rows: int, key: str = "teacher"
+) -> int:
+    """How many ids the student and another model share.
 
     The tokenizers must agree on every id. The output layers may differ in padding rows behind the last real token.
 
     Args:
         student_tokenizer: the student's tokenizer.
-        teacher_tokenizer: the teacher's tokenizer.
+        other_tokenizer: the other model's tokenizer.
         student_rows: rows of the student's output layer.
-        teacher_rows: rows of the teacher's output layer.
+        other_rows: rows of the other model's output layer.
+        key: `teacher` or `reference`, for messages.
 
     Returns:
         The number of ids, from 0, that both output layers have.
@@ -28,16 +31,17 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student_ro
         UserError: naming the first id on which the tokenizers differ, or the layer that is too short.
     """
     student = {index: token for token, index in student_tokenizer.get_vocab().items()}
-    teacher = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
-    for index in sorted(student.keys() | teacher.keys()):
-        if student.get(index) != teacher.get(index):
-            found = f"id {index} is {student.get(index)!r} for the student and {teacher.get(index)!r} for the teacher"
-            raise UserError("teacher.path", "the student's tokenizer, id by id", found,
-                            "Choose a teacher and a student of one tokenizer family.")  # fmt: skip
-    shared, tokens = min(student_rows, teacher_rows), max(student) + 1
+    other = {index: token for token, index in other_tokenizer.get_vocab().items()}
+    for index in sorted(student.keys() | other.keys()):
+        if student.get(index) != other.get(index):
+            found = f"id {index} is {student.get(index)!r} for the student and {other.get(index)!r} for the {key}"
+            raise UserError(f"{key}.path", "the student's tokenizer, id by id", found,
+                            f"Choose a {key} and a student of one tokenizer family.")  # fmt: skip
+    shared, tokens = min(student_rows, other_rows), max(student) + 1
     if shared < tokens:
-        key = "student.path" if student_rows < teacher_rows else "teacher.path"
-        raise UserError(key, f"an output layer of at least {tokens} rows, one a token", shared, "Resize or replace it.")
+        short = "student" if student_rows < other_rows else key
+        expected = f"an output layer of at least {tokens} rows, one a token"
+        raise UserError(f"{short}.path", expected, shared, "Resize or replace it.")
     return shared
 
 

@@ -29,7 +29,7 @@ YARDSTICKS = (
 
 @torch.no_grad()
 def measure_yardsticks(policy: LanguageModel, teacher: LanguageModel, rollout: Rollout, rows: int) -> Stats:
-    """Compare a policy with the teacher at every token of the policy's own completions.
+    """Compare a policy with the teacher, both at temperature 1, at every token of the policy's own completions.
 
     Args:
         policy: the model that wrote the completions.
@@ -41,7 +41,7 @@ def measure_yardsticks(policy: LanguageModel, teacher: LanguageModel, rollout: R
         Every name of `YARDSTICKS` (nats; `top1_agreement` is 0 or 1; `jsd` is the plain Jensen-Shannon divergence, at
         most log 2) and `log_ratio` (student minus teacher, nats), each [B, T], zero where not counted.
     """
-    mask_BT = rollout.mask_BT
+    policy, teacher, mask_BT = policy.untempered(), teacher.untempered(), rollout.mask_BT
     taken_N1 = rollout.completion_ids_BT[mask_BT][:, None]
     with teacher.evaluating():
         teacher_hidden_NH = teacher.completion_hidden(rollout)[mask_BT]

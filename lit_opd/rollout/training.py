@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_opd.config import RolloutConfig
-from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
 from lit_opd.rollout.batching import TRAINING_STREAM, uniforms
 from lit_opd.rollout.demonstrations import complete, student_writes, written
@@ -37,7 +36,7 @@ class TrainingSampler:
         batch: PromptBatch,
         student: LanguageModel,
         teacher: LanguageModel,
-        texts_of: Callable[[Sequence[Any]], list[str]] | None,
+        texts_of: Callable[[Sequence[Any]], list[str]],
     ) -> Rollout:
         """Completions of every prompt.
 
@@ -47,9 +46,6 @@ class TrainingSampler:
             student: completes `student_share` of them.
             teacher: completes the others where `demonstrations` is `teacher`.
             texts_of: the completions that the data holds for rows, where it is `data`.
-
-        Raises:
-            UserError: demonstrations of the data are wanted, and it holds none.
         """
 
         def sample(prompts: PromptBatch, policy: LanguageModel = student, law: SamplingLaw = self.law) -> Rollout:
@@ -60,8 +56,6 @@ class TrainingSampler:
         def demonstrate(prompts: PromptBatch) -> Rollout:
             if self.config.demonstrations == "teacher":
                 return sample(prompts, teacher, SamplingLaw())
-            if texts_of is None:
-                raise UserError("rollout.demonstrations", "prompts of a PromptDataModule", "none", "Set it to teacher.")
             return written(
                 student, prompts, texts_of(prompts.rows), self.config.num_completions, self.config.max_new_tokens
             )

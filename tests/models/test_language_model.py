@@ -80,6 +80,20 @@ def test_the_architectures_do_use_scale_softcap_and_bias(make_architecture, tiny
     assert heads["Phi"].bias_V.any()
 
 
+@pytest.mark.parametrize("name", ["Cohere", "Gemma2", "Phi"])
+def test_a_temperature_divides_the_model_s_own_logits(name, make_architecture, tiny_tokenizer, make_batch, sample):
+    """After scale and soft-cap; the check of the head, and the model without it, are as before."""
+    model = make_architecture(name)
+    plain, warm = (LanguageModel(model, tiny_tokenizer, "teacher", temperature=t) for t in (1.0, 1.7))
+    warm.vocabulary = 16
+    warm.check_head()
+    hidden = plain.completion_hidden(sample(model, make_batch(), SamplingLaw()))
+    expected = head_logits(hidden, plain.head)[..., :16]
+    torch.testing.assert_close(head_logits(hidden, warm.head), expected / 1.7, rtol=1e-6, atol=1e-6)
+    assert torch.equal(head_logits(hidden, warm.untempered().head), expected)
+    assert warm.untempered().model is model
+
+
 @pytest.mark.parametrize("initializer_range", [0.02, 0.5])
 def test_a_model_whose_logits_are_no_projection_is_refused(make_model, tiny_tokenizer, initializer_range):
     """Also where its logits are small, as those of a random model are."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lit_opd import DistillationModule
-from lit_opd.config import PACKAGE_FOLDER, StudentConfig, TeacherConfig
+from lit_opd.config import PACKAGE_FOLDER, FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
-from lit_opd.models import load_student, load_teacher, load_tokenizer, read_model_config
+from lit_opd.models import Pair, load_frozen, load_student, load_tokenizer, read_model_config
 
 TINY = {"student": str(PACKAGE_FOLDER / "tiny/student"), "teacher": str(PACKAGE_FOLDER / "tiny/teacher")}
 LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0}
@@ -30,7 +30,7 @@ def test_a_quantised_teacher_loads_scores_and_stays_close(bits, dtype, fit, make
     assert layer.weight.dtype == (torch.int8 if bits == 8 else torch.uint8)
     assert module.pair.names()["teacher_quantization"] == f"{bits}bit"
     assert record.gradients[0]["model.embed_tokens.weight"].any()
-    whole = load_teacher(TeacherConfig(TINY["teacher"], dtype="float32"))
+    whole = load_frozen(TeacherConfig(TINY["teacher"], dtype="float32"))
     ids = torch.tensor([[1, 4, 14, 5, 15]])
     exact, found = (m.model(ids).logits.float().log_softmax(-1) for m in (whole, module.teacher))
     assert 0 < (exact.exp() * (exact - found)).sum(-1).max() < {8: 0.02, 4: 0.5}[bits]
@@ -61,17 +61,24 @@ def write_gguf(model, path):
     writer.close()
 
 
-def test_a_gguf_teacher_is_the_model_it_was_made_from(make_model, tmp_path, tiny_tokenizer, student_path, fit):
+def test_a_gguf_teacher_is_the_model_it_was_made_from(
+    make_model, tmp_path, tiny_tokenizer, student_path, fit, against_reference
+):
+    """So is a student, and the reference that by default is the student before training."""
     model = make_model(2)
     write_gguf(model, str(tmp_path / "model.gguf"))
     tiny_tokenizer.save_pretrained(tmp_path)
     config = TeacherConfig(str(tmp_path), dtype="float32", gguf_file="model.gguf")
-    teacher = load_teacher(config, tiny_tokenizer)
+    teacher = load_frozen(config, tiny_tokenizer)
     ids = torch.arange(8)[None]
     torch.testing.assert_close(teacher.model(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    student = StudentConfig(str(tmp_path), gguf_file="model.gguf")
+    pair = Pair(student, config, against_reference, tiny_tokenizer, tiny_tokenizer, FrozenConfig(dtype="float32"))
+    for found in (pair.student, pair.load("reference", torch.device("cpu"))):
+        torch.testing.assert_close(found.model(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
     fit(DistillationModule(student_path, config, teacher_tokenizer=tiny_tokenizer, **SMALL))
     with pytest.raises(UserError, match=r"teacher\.gguf_file: .*no 'other\.gguf'"):
-        load_teacher(TeacherConfig(str(tmp_path), gguf_file="other.gguf"), tiny_tokenizer)
+        load_frozen(TeacherConfig(str(tmp_path), gguf_file="other.gguf"), tiny_tokenizer)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -148,7 +155,7 @@ def test_a_folder_without_weights_and_a_wrong_kind_of_model_are_refused(make_mod
 
 
 def test_a_loaded_teacher_is_frozen_and_in_eval(teacher_path):
-    teacher = load_teacher(TeacherConfig(teacher_path))
+    teacher = load_frozen(TeacherConfig(teacher_path))
     assert not teacher.model.training
     assert not any(p.requires_grad for p in teacher.model.parameters())
 
@@ -160,4 +167,4 @@ def test_a_config_that_names_more_layers_than_the_weights_hold_is_refused(tmp_pa
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 9}))
     with pytest.raises(UserError, match=r"teacher\.path: expected weights for all that config\.json names.*layers\.3"):
-        load_teacher(TeacherConfig(str(folder)))
+        load_frozen(TeacherConfig(str(folder)))

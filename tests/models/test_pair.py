@@ -1,14 +1,16 @@
-"""Student and teacher fit, or are refused before any weight loads."""
+"""Student, teacher and reference fit, or are refused before any weight loads."""
 
 import copy
 
 import pytest
 import torch
 
-from lit_opd import DistillationModule
-from lit_opd.config import StudentConfig, TeacherConfig
+from lit_opd import DistillationModule, estimators
+from lit_opd.config import FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.models import Pair, shared_vocabulary, token_ids
+
+CPU, TOKEN = torch.device("cpu"), estimators.build("token")
 
 
 @pytest.fixture
@@ -71,11 +73,11 @@ def test_models_in_memory_need_a_tokenizer(make_model, teacher_path, tiny_tokeni
         DistillationModule(make_model(1), teacher_path)
     module = DistillationModule(make_model(1), teacher_path, tokenizer=tiny_tokenizer)
     assert module.tokenizer is tiny_tokenizer
-    assert DistillationModule(make_model(1), make_model(2), tokenizer=tiny_tokenizer).pair.load_teacher()
+    assert DistillationModule(make_model(1), make_model(2), tokenizer=tiny_tokenizer).pair.load("teacher", CPU)
 
 
 def test_a_teacher_in_memory_is_frozen_and_in_eval(make_model, tiny_tokenizer):
-    teacher = Pair(make_model(1), make_model(2).train(), tiny_tokenizer, None, 0).load_teacher()
+    teacher = Pair(make_model(1), make_model(2).train(), TOKEN, tiny_tokenizer).load("teacher", CPU)
     assert not teacher.model.training
     assert not any(p.requires_grad for p in teacher.model.parameters())
     assert teacher.own_precision
@@ -83,20 +85,119 @@ def test_a_teacher_in_memory_is_frozen_and_in_eval(make_model, tiny_tokenizer):
 
 def test_a_copy_of_the_student_may_teach_and_itself_may_not(make_model, tiny_tokenizer):
     model = make_model(1)
-    Pair(model, copy.deepcopy(model), tiny_tokenizer, None, 0)
+    Pair(model, copy.deepcopy(model), TOKEN, tiny_tokenizer)
     with pytest.raises(UserError, match=r"teacher: .*copy\.deepcopy"):
-        Pair(model, model, tiny_tokenizer, None, 0)
+        Pair(model, model, TOKEN, tiny_tokenizer)
 
 
 def test_names(make_model, student_path, teacher_path, tiny_tokenizer):
     sections = StudentConfig(student_path), TeacherConfig(teacher_path, quantization="4bit")
     expected = {"student": student_path, "teacher": teacher_path, "teacher_quantization": "4bit"}
-    assert Pair(*sections, None, None, 0).names() == expected
+    assert Pair(*sections, TOKEN).names() == expected
     expected = {"student": "LlamaForCausalLM", "teacher": "LlamaForCausalLM", "teacher_quantization": "none"}
-    assert Pair(make_model(1), make_model(2), tiny_tokenizer, None, 0).names() == expected
+    assert Pair(make_model(1), make_model(2), TOKEN, tiny_tokenizer).names() == expected
 
 
 def test_dtypes_are_those_asked_for(student_path, teacher_path):
-    pair = Pair(StudentConfig(student_path, dtype="float64"), TeacherConfig(teacher_path), None, None, 0)
+    pair = Pair(StudentConfig(student_path, dtype="float64"), TeacherConfig(teacher_path), TOKEN)
     assert {p.dtype for p in pair.student.model.parameters()} == {torch.float64}
-    assert {p.dtype for p in pair.load_teacher().model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pair.load("teacher", CPU).model.parameters()} == {torch.bfloat16}
+
+
+def test_what_a_section_cannot_mean_is_refused(student_path, teacher_path):
+    """Also where it comes from Python, and no file was read."""
+    for keys, message in (({"temperature": 0.0}, r"teacher\.temperature: .*above 0, found 0\.0"),
+                          ({"quantization": "3bit"}, r"teacher\.quantization: .*'3bit'")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            Pair(StudentConfig(student_path), TeacherConfig(teacher_path, **keys), TOKEN)
+
+
+def test_a_teacher_is_as_warm_as_its_section_says(student_path, teacher_path):
+    pair = Pair(StudentConfig(student_path), TeacherConfig(teacher_path, temperature=0.5), TOKEN)
+    assert pair.load("teacher", CPU).head.temperature == 0.5
+    assert pair.student.head.temperature == 1.0
+
+
+# The reference
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], value) for name, value in other.items())
+
+
+@pytest.mark.parametrize("section", [None, FrozenConfig(dtype="float32")])
+def test_without_a_path_the_reference_is_the_student_s_own_folder(
+    section, against_reference, make_model, student_path, teacher_path
+):
+    pair = Pair(student_path, teacher_path, against_reference, reference=section)
+    with torch.no_grad():
+        pair.student.model.lm_head.weight.add_(1)
+    reference = pair.load("reference", CPU).model
+    dtype = torch.bfloat16 if section is None else torch.float32
+    assert same(weights(reference), weights(make_model(1).to(dtype)))
+    assert pair.names()["reference"] == student_path
+
+
+def test_a_student_in_memory_is_copied_before_anything_trains_it(against_reference, make_model, tiny_tokenizer):
+    student = make_model(1, torch.float64)
+    pair = Pair(student, make_model(2), against_reference, tiny_tokenizer)
+    before = weights(student)
+    with torch.no_grad():
+        student.lm_head.weight.add_(1)
+    reference = pair.load("reference", CPU)
+    assert same(weights(reference.model), before)
+    assert not reference.model.training
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    assert reference.own_precision
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_reference_of_its_own_is_loaded_frozen_and_cut(
+    in_memory, against_reference, make_model, save_model, student_path, teacher_path
+):
+    """To the smallest vocabulary of the three."""
+    model = make_model(3, vocab_size=19).train()
+    pair = Pair(save_model(make_model(1, vocab_size=25)), save_model(make_model(2, vocab_size=22)), against_reference,
+                reference=model if in_memory else save_model(model))  # fmt: skip
+    assert pair.vocabulary == 19
+    reference = pair.load("reference", CPU)
+    assert len(reference.head.weight_VH) == len(pair.load("teacher", CPU).head.weight_VH) == 19
+    assert same(weights(reference.model), weights(model if in_memory else model.bfloat16()))
+    assert not reference.model.training
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    assert pair.load("reference", CPU) is reference, "read twice"
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_reference_of_another_vocabulary_is_refused_before_weights_load(
+    against_reference, make_model, save_model, make_tiny_tokenizer, student_path, teacher_path
+):
+    other = save_model(make_model(3), make_tiny_tokenizer("0123456798+=-"))
+    with pytest.raises(UserError, match=r"reference\.path: .*'8' for the student and '9' for the reference"):
+        Pair(student_path, teacher_path, against_reference, reference=other)
+    short = save_model(make_model(3, vocab_size=12))
+    with pytest.raises(UserError, match=r"reference\.path: expected an output layer of at least 17 rows.*found 12"):
+        Pair(student_path, teacher_path, against_reference, reference=FrozenConfig(short))
+    with pytest.raises(UserError, match=r"reference\.path: .*no folder"):
+        Pair(student_path, teacher_path, against_reference, reference="/nowhere")
+    with pytest.raises(UserError, match=r"reference\.dtype: .*'int8'"):
+        Pair(student_path, teacher_path, against_reference, reference=FrozenConfig(dtype="int8"))
+
+
+def test_the_student_itself_is_no_reference(against_reference, make_model, tiny_tokenizer):
+    student = make_model(1)
+    with pytest.raises(UserError, match=r"reference: .*copy\.deepcopy"):
+        Pair(student, make_model(2), against_reference, tiny_tokenizer, reference=student)
+
+
+def test_an_estimator_that_asks_for_no_reference_gets_none(make_model, tiny_tokenizer):
+    """Whatever is given as one is not even looked at."""
+    pair = Pair(make_model(1), make_model(2), TOKEN, tiny_tokenizer, reference="/nowhere")
+    assert "reference" not in pair.names()
+    with pytest.raises(KeyError):
+        pair.load("reference", CPU)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lit_opd import estimators
-from lit_opd.functional import head_logits
-from lit_opd.models import LanguageModel, measure_yardsticks, score_teacher, support_size_of
+from lit_opd.functional import head_logits, log_softmax
+from lit_opd.models import LanguageModel, measure_yardsticks, score, score_teacher, support_size_of
 from lit_opd.types import SamplingLaw
 
 ROWS = [1, 3, 1000]
@@ -83,6 +83,41 @@ def test_yardsticks_are_the_dense_ones(rows, scene):
     for name, values in expected.items():
         torch.testing.assert_close(found[name][rollout.mask_BT].double(), values, rtol=1e-6, atol=1e-6)
         assert not found[name][~rollout.mask_BT].any()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_reference_is_scored_at_the_sampled_tokens_only(rows, scene, make_model, tiny_tokenizer, full_logits):
+    _, teacher, rollout, _, _ = scene
+    reference = LanguageModel(make_model(3, torch.float64), tiny_tokenizer, "reference", own_precision=True)
+    logps = full_logits(reference.model, rollout).log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])
+    found = score(teacher, reference, rollout, estimators.build("token"), rows)
+    close(found.reference_logps_N, logps[..., 0][rollout.mask_BT])
+    close(found.logps_N, score_teacher(teacher, rollout, estimators.build("token"), rows).logps_N)
+    assert score(teacher, None, rollout, estimators.build("token"), rows).reference_logps_N is None
+    nothing = score(teacher, reference, rollout.uncount(rollout.mask_BT), estimators.build("token"), rows)
+    assert nothing.reference_logps_N.shape == (0,)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [("token", {}), ("teacher_topk", {"k": 5}), ("full_vocab", {})])
+def test_the_teacher_s_temperature_is_in_every_score(name, kwargs, scene, full_logits, tiny_tokenizer):
+    _, teacher, rollout, _, _ = scene
+    warm = LanguageModel(teacher.model, tiny_tokenizer, "teacher", own_precision=True, temperature=0.3)
+    expected = (full_logits(teacher.model, rollout) / 0.3).log_softmax(-1)[rollout.mask_BT]
+    scores = score_teacher(warm, rollout, estimators.build(name, **kwargs), 4)
+    if name == "full_vocab":
+        return close(log_softmax(head_logits(scores.hidden_NH, warm.head)), expected)
+    if name == "teacher_topk":
+        close(scores.support_logps_NK, expected.gather(-1, scores.support_ids_NK))
+    return close(scores.logps_N, expected.gather(-1, rollout.completion_ids_BT[rollout.mask_BT][:, None])[:, 0])
+
+
+def test_yardsticks_know_no_temperature(scene, tiny_tokenizer):
+    """Neither as the teacher nor as the policy that is measured."""
+    student, teacher, rollout, _, _ = scene
+    warm = LanguageModel(teacher.model, tiny_tokenizer, "teacher", own_precision=True, temperature=0.3)
+    for policies, warm_policies in [((student, teacher), (student, warm)), ((teacher, teacher), (warm, warm))]:
+        expected, found = (measure_yardsticks(*p, rollout, 4) for p in (policies, warm_policies))
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_teacher_does_not_differ_from_itself_under_autocast(make_model, tiny_tokenizer, make_batch, sample):

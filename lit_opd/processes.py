@@ -1,0 +1,28 @@
+"""What the processes of a run do together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+
+__all__ = ["AcrossProcesses"]
+
+
+class AcrossProcesses(L.LightningModule):
+    """A Lightning module that counts over all processes."""
+
+    def total(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Sums over all processes, in one exchange."""
+        stacked = torch.stack([torch.as_tensor(v, device=self.device).float() for v in values.values()])
+        reduced = self.trainer.strategy.reduce(stacked, reduce_op="sum")
+        return dict(zip(values, reduced.tolist(), strict=True))
+
+    def gradients_kept_local(self, local: bool) -> AbstractContextManager[None]:
+        """Within it, backward passes exchange no gradients between processes; the last micro-batch does it once."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if local and isinstance(strategy, ParallelStrategy) else nullcontext()
