@@ -11,11 +11,11 @@ from rich.table import Table
 
 from lit_opd import estimators
 from lit_opd.errors import RunError
-from lit_opd.estimators.batches import table_for
-from lit_opd.estimators.claims import CLAIMS
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
-from lit_opd.estimators.diagnosis import Diagnosis, diagnose
-from lit_opd.estimators.laws import LAWS, broken_laws, cases, small_support, works_on_what_it_needs
+from lit_opd.estimators.oracle.batches import table_for
+from lit_opd.estimators.oracle.claims import CLAIMS
+from lit_opd.estimators.oracle.diagnosis import Diagnosis, diagnose
+from lit_opd.estimators.oracle.laws import LAWS, broken_laws, cases, small_support, works_on_what_it_needs
 
 __all__ = ["check"]
 

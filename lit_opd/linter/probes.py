@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator, EstimatorSpec, Term
-from lit_opd.estimators.batches import difference, example_batch, loss_and_gradients, per_position, same
-from lit_opd.estimators.diagnosis import diagnose
+from lit_opd.estimators.oracle.batches import difference, example_batch, loss_and_gradients, per_position, same
+from lit_opd.estimators.oracle.diagnosis import diagnose
 from lit_opd.types import TokenBatch
 
 __all__ = ["Probe", "probe"]

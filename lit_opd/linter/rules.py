@@ -1,6 +1,6 @@
 """The rules: each looks for one way in which a run cannot do what it says.
 
-Identities (I1, ...) are numbered as in `tests/estimators/test_identities.py`.
+Identities (I1, ...) are numbered as in `tests/estimators/oracle/test_identities.py`.
 """
 
 from __future__ import annotations

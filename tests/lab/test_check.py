@@ -7,7 +7,7 @@ import pytest
 
 from lit_opd import estimators
 from lit_opd.cli import main
-from lit_opd.estimators.laws import LAWS, cases
+from lit_opd.estimators.oracle.laws import LAWS, cases
 
 MINE = '''
 import torch

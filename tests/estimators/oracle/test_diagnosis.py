@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lit_opd.estimators import build
-from lit_opd.estimators.batches import table_for
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
-from lit_opd.estimators.diagnosis import diagnose
 from lit_opd.estimators.oracle import TARGETS, TabularPair, expected_gradient, trace_variance, verify
+from lit_opd.estimators.oracle.batches import table_for
+from lit_opd.estimators.oracle.diagnosis import diagnose
 from lit_opd.functional.returns import leave_one_out_mean, return_to_go
 from lit_opd.types import Estimate
 

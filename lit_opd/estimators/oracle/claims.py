@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from lit_opd.estimators.batches import ROUNDING, table_for
 from lit_opd.estimators.contract import BoundEstimator
 from lit_opd.estimators.oracle import TARGETS, TabularPair, exact_gradient, verify
+from lit_opd.estimators.oracle.batches import ROUNDING, table_for
 
 __all__ = ["CLAIMS", "Law", "bias_is_as_declared", "gradient_at_equal_models_is_as_declared"]
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import UserError
-from lit_opd.estimators.batches import (
+from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.oracle.batches import (
     ROUNDING,
     batch_of,
     cast,
@@ -31,8 +32,7 @@ from lit_opd.estimators.batches import (
     vocabulary_for,
     with_leaves,
 )
-from lit_opd.estimators.claims import CLAIMS, Law
-from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.oracle.claims import CLAIMS, Law
 from lit_opd.types import TokenBatch
 
 __all__ = ["LAWS", "broken_laws", "cases", "small_support", "works_on_what_it_needs"]

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lit_opd.estimators import build, oracle
+from lit_opd.estimators import build
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.oracle import (
     TabularPair,
     exact_gradient,
+    samples,
     second_moment,
     trace_variance,
     trajectory_gradients,
@@ -87,7 +88,7 @@ def test_pairs_leave_what_is_not_coupled_as_it_is(pair):
 
 def test_larger_groups_leave_what_is_not_coupled_as_it_is(monkeypatch):
     pair, alone = TabularPair.random(3, 1, seed=5), made(score_function)
-    monkeypatch.setattr(oracle, "_GROUP", 3)
+    monkeypatch.setattr(samples, "_GROUP", 3)
     three = made(score_function, "token+groups", "sequence")
     assert len(trajectory_gradients(pair, three)[0]) == 27
     assert trace_variance(pair, three) == pytest.approx(trace_variance(pair, alone), rel=1e-12)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_opd.estimators.batches import example_batch, loss_and_gradients, table_for
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.oracle import (
     TARGETS,
@@ -17,6 +16,7 @@ from lit_opd.estimators.oracle import (
     trace_variance,
     trajectory_gradients,
 )
+from lit_opd.estimators.oracle.batches import example_batch, loss_and_gradients, table_for
 from lit_opd.estimators.registry import build
 from lit_opd.types import Estimate, TokenBatch
 

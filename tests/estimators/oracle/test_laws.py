@@ -8,10 +8,10 @@ import torch
 
 from lit_opd import estimators
 from lit_opd.errors import UserError
-from lit_opd.estimators.batches import example_batch
-from lit_opd.estimators.claims import CLAIMS
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
-from lit_opd.estimators.laws import LAWS, broken_laws, cases
+from lit_opd.estimators.oracle.batches import example_batch
+from lit_opd.estimators.oracle.claims import CLAIMS
+from lit_opd.estimators.oracle.laws import LAWS, broken_laws, cases
 from lit_opd.functional.precision import upcast
 from lit_opd.functional.returns import return_to_go
 from lit_opd.types import Estimate

@@ -1,8 +1,4 @@
-"""What gradient does an estimator really have? Exact answers, by writing down every completion there is.
-
-On a tabular model with a few tokens and a few positions all completions can be enumerated, so the expected gradient
-and the variance of an estimator are finite sums: float64 rounding is the only error, and "unbiased" becomes a yes or
-a no. The objectives themselves are computed from the same tables by other means, in `exact_gradient`.
+"""What every completion contributes to the gradient under an estimator, and the moments of that.
 
 Shapes as in `tabular`, and: S samples, which are completions or, for estimators that compare the completions of one
 prompt, all pairs of them; G is C * V, one coordinate for every student logit.
@@ -16,88 +12,22 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators.contract import BoundEstimator
-from lit_opd.estimators.tabular import TabularPair
+from lit_opd.estimators.oracle.objectives import probabilities
+from lit_opd.estimators.oracle.tabular import TabularPair
 from lit_opd.functional.divergences import entropy, reverse_kl
 from lit_opd.functional.topk import choose_support
 from lit_opd.types import TokenBatch
 
 __all__ = [
-    "TARGETS",
     "Completions",
-    "TabularPair",
-    "Verdict",
-    "declared_target",
-    "exact_gradient",
     "expected_gradient",
-    "pair_for",
     "sample_gradients",
     "second_moment",
     "trace_variance",
     "trajectory_gradients",
-    "verify",
 ]
 
-TARGETS = ("sequence_reverse_kl", "reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "tvd",
-           "outcome")  # fmt: skip
 _GROUP = 2
-
-
-def exact_gradient(pair: TabularPair, target: str, teacher_weight: float = 0.5, skew: float = 0.1) -> Tensor:
-    """Gradient of an objective with respect to the student's logits, from the tables and without any sample.
-
-    Every divergence sums, over contexts, the probability to come there times a divergence of the next-token
-    distributions. For `sequence_reverse_kl` the gradient also runs through that probability (chain rule of the KL); the
-    others are local: prefixes are taken as the sampler writes them. `outcome` is minus the expected reward.
-
-    Args:
-        pair: the two models.
-        target: one of `TARGETS`.
-        teacher_weight: of the `jsd`, 0 to 1, with the convention of `functional.jsd`.
-        skew: of the skew divergences, the share of their first argument in the mixture.
-
-    Returns:
-        [G] gradient.
-
-    Raises:
-        ValueError: an unknown target.
-    """
-    if target not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}, found {target!r}")
-    logits_CV = pair.student_logits_CV.clone().requires_grad_()
-    student_CV, teacher_CV = logits_CV.log_softmax(-1), pair.teacher_logits_CV.log_softmax(-1)
-    if target == "outcome":
-        objective = -(_probabilities(pair, student_CV) * pair.rewards()).sum()
-    else:
-        along = student_CV if target == "sequence_reverse_kl" else pair.law_logps_CV
-        objective = (pair.reach(along) * _divergence(student_CV, teacher_CV, target, teacher_weight, skew)).sum()
-    return torch.autograd.grad(objective, logits_CV)[0].flatten()
-
-
-def _divergence(student_CV: Tensor, teacher_CV: Tensor, target: str, teacher_weight: float, skew: float) -> Tensor:
-    # Not those of lit_opd.functional: an oracle that shares code with what it checks would share its mistakes.
-    p, q = student_CV.exp(), teacher_CV.exp()
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a * (a / b).log()).sum(-1)
-
-    if target in ("sequence_reverse_kl", "reverse_kl"):
-        return kl(p, q)
-    if target == "tvd":
-        return (p - q).abs().sum(-1) / 2
-    if target.startswith("skew"):
-        first, second = (p, q) if target == "skew_reverse_kl" else (q, p)
-        return kl(first, skew * first + (1 - skew) * second)
-    w = 0.0 if target == "forward_kl" else teacher_weight
-    if w in (0.0, 1.0):
-        return kl(p, q) if w else kl(q, p)
-    mixture = w * q + (1 - w) * p
-    return kl(q, mixture) / (1 - w) + kl(p, mixture) / w
-
-
-def _probabilities(pair: TabularPair, logps_CV: Tensor) -> Tensor:
-    """Probability of each completion under a model, [B]."""
-    ids_BT, mask_BT, contexts_BT = pair.completions()
-    return torch.where(mask_BT, logps_CV[contexts_BT, ids_BT], 0.0).sum(1).exp()
 
 
 def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> tuple[Tensor, Tensor]:
@@ -120,7 +50,7 @@ def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> tuple[
     rows = Completions(ids_BT, mask_BT, contexts_BT, pair.rewards())
     size = _group_size(estimator)
     samples_SG = torch.cartesian_prod(*[torch.arange(len(ids_BT))] * size).reshape(-1, size)
-    probs_S = _probabilities(pair, pair.law_logps_CV)[samples_SG].prod(1)
+    probs_S = probabilities(pair, pair.law_logps_CV)[samples_SG].prod(1)
     return probs_S, sample_gradients(pair, estimator, rows, samples_SG)
 
 
@@ -230,55 +160,3 @@ def trace_variance(pair: TabularPair, estimator: BoundEstimator) -> float:
     """Trace of the covariance of the gradient, per completion: for pairs, twice that of their mean."""
     probs_S, gradients_SG = trajectory_gradients(pair, estimator)
     return _group_size(estimator) * float(probs_S @ (gradients_SG - probs_S @ gradients_SG).square().sum(1))
-
-
-class Verdict(NamedTuple):
-    """What the oracle found; the first four are None where the estimator declares no target.
-
-    Attributes:
-        target: whose gradient it was compared with.
-        relative_bias: norm of (expected gradient - target gradient), over that of the target.
-        cosine: between the two.
-        is_unbiased: `relative_bias` below 1e-10.
-        trace_variance: of one completion's gradient.
-        norm_at_equal: norm of the expected gradient where the student equals the teacher.
-        rms_at_equal: root of the second moment there: zero only if no single completion has a gradient.
-    """
-
-    target: str | None
-    relative_bias: float | None
-    cosine: float | None
-    is_unbiased: bool | None
-    trace_variance: float
-    norm_at_equal: float
-    rms_at_equal: float
-
-
-def declared_target(estimator: BoundEstimator) -> str | None:
-    """The target an estimator declares with its keywords."""
-    return estimator.contract.target
-
-
-def pair_for(estimator: BoundEstimator, seed: int = 0) -> TabularPair:
-    """Random models small enough to enumerate, with more tokens than the estimator's support."""
-    vocabulary = max(4, *(term.estimator.support_size + 2 for term in estimator.terms))
-    horizon = 3 if vocabulary <= 6 else 2 if vocabulary <= 40 else 1
-    return TabularPair.random(vocabulary, horizon, seed, stop=True)
-
-
-def verify(estimator: BoundEstimator, pair: TabularPair | None = None, target: str | None = None) -> Verdict:
-    """Compare an estimator's expected gradient with its target's; by default the declared one, on `pair_for` it."""
-    pair, target = pair or pair_for(estimator), target or declared_target(estimator)
-    equal = pair.with_equal_models()
-    norm_at_equal = float(expected_gradient(equal, estimator).norm())
-    spread = (trace_variance(pair, estimator), norm_at_equal, second_moment(equal, estimator) ** 0.5)
-    if target is None:
-        return Verdict(None, None, None, None, *spread)
-    found = expected_gradient(pair, estimator)
-    wanted = exact_gradient(pair, target, **_target_keywords(estimator))
-    bias = float((found - wanted).norm() / wanted.norm())
-    return Verdict(target, bias, float(torch.cosine_similarity(found, wanted, dim=0)), bias < 1e-10, *spread)
-
-
-def _target_keywords(estimator: BoundEstimator) -> dict[str, float]:
-    return {name: estimator.keywords[name] for name in ("teacher_weight", "skew") if name in estimator.keywords}
