@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from references import close, kl, normal_logits, slopes, softmax
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import build
@@ -15,15 +16,6 @@ CASES = [
     ("logit_matching", {}), ("logit_matching", {"weighting": "student"}), ("logit_matching", {"weighting": "uniform"}),
 ]  # fmt: skip
 every_case = pytest.mark.parametrize(("name", "keywords"), CASES, ids=str)
-
-
-def softmax(logits):
-    total = math.fsum(math.exp(z) for z in logits)
-    return [math.exp(z) / total for z in logits]
-
-
-def kl(a, b):
-    return math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
 
 
 def adaptive_kl(p, q, head_mass):
@@ -66,20 +58,6 @@ LOOPS = {
 }
 
 
-def slopes(function, point, step=1e-5):
-    """Central differences of a function of a list."""
-
-    def at(i, shift):
-        return function([z + shift * (i == j) for j, z in enumerate(point)])
-
-    return [(at(i, step) - at(i, -step)) / (2 * step) for i in range(len(point))]
-
-
-def normal_logits():
-    logits = 1.5 * torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return logits[0].clone().requires_grad_(), logits[1]
-
-
 def estimate_of(estimator, student, teacher):
     nothing = torch.full((len(student),), 7.0)
     return estimator(TokenBatch(nothing, -nothing, nothing, nothing > 0, student_full_logps_BTV=student,
@@ -90,10 +68,6 @@ def evaluate(estimator, logits, teacher_logits):
     estimate = estimate_of(estimator, logits.log_softmax(-1), teacher_logits.log_softmax(-1))
     (gradient,) = torch.autograd.grad(estimate.loss_BT.sum(), logits)
     return estimate.loss_BT.detach(), gradient, estimate.kl_BT
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
 
 
 @every_case

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import close, kl, normal_logits, slopes, softmax
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import build
@@ -13,10 +14,6 @@ from lit_opd.estimators.oracle import TabularPair, exact_gradient, expected_grad
 from lit_opd.types import TokenBatch
 
 fast = settings(max_examples=60, deadline=None)
-
-
-def kl(a, b):
-    return math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
 
 
 def mixture(a, b, share):
@@ -54,25 +51,6 @@ def label(value):
 every_formula = pytest.mark.parametrize(("name", "keywords", "formula"), FORMULAS, ids=label)
 
 
-def softmax(logits):
-    total = math.fsum(math.exp(z) for z in logits)
-    return [math.exp(z) / total for z in logits]
-
-
-def slopes(function, point, step=1e-5):
-    """Central differences of a function of a list."""
-
-    def at(i, shift):
-        return function([z + shift * (i == j) for j, z in enumerate(point)])
-
-    return [(at(i, step) - at(i, -step)) / (2 * step) for i in range(len(point))]
-
-
-def normal_logits():
-    logits = 1.5 * torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return logits[0].clone().requires_grad_(), logits[1]
-
-
 def evaluate(estimator, logits, teacher_logits):
     """Loss, its gradient by the student's logits, and the KL estimate; the sampled tokens play no part."""
     student, teacher, nothing = logits.log_softmax(-1), teacher_logits.log_softmax(-1), torch.full((len(logits),), 7.0)
@@ -81,10 +59,6 @@ def evaluate(estimator, logits, teacher_logits):
     estimate = estimator(tokens)
     (gradient,) = torch.autograd.grad(estimate.loss_BT.sum(), logits)
     return estimate.loss_BT.detach(), gradient, estimate.kl_BT
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
 
 
 @every_formula

@@ -7,17 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import PAIRS
 
 from lit_opd import estimators
 from lit_opd.errors import UserError
 from lit_opd.estimators.oracle import TabularPair, exact_gradient, expected_gradient
 from lit_opd.types import TokenBatch
 
-PAIRS = {
-    "fixed-length": TabularPair.random(5, 3, seed=11),
-    "with-stop-token": TabularPair.random(5, 3, seed=12, stop=True),
-    "far-apart": TabularPair.random(4, 2, seed=13, scale=2.0),
-}
 TIGHT = {"rtol": 0, "atol": 1e-12}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import close, normal_logits, slopes, softmax, support_by_sets
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import build
@@ -45,12 +46,6 @@ def label(value):
 every_form = pytest.mark.parametrize(("name", "keywords", "parts"), PUBLISHED + GENERAL, ids=label)
 
 
-def normal_logits(rows=3, vocabulary=7, seed=0, dtype=torch.float64, scale=1.5):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = scale * torch.randn(2, rows, vocabulary, generator=generator, dtype=torch.float64).to(dtype)
-    return student.requires_grad_(), teacher
-
-
 def batch(estimator, logits_NV, teacher_logits_NV, ids_N=None):
     """What the estimator sees of positions with these logits; by default, the sampled token is token 0."""
     student, teacher = logits_NV.log_softmax(-1), teacher_logits_NV.log_softmax(-1)
@@ -69,24 +64,6 @@ def evaluate(estimator, logits, teacher_logits, ids=None):
     estimate = estimator(batch(estimator, logits, teacher_logits, ids))
     (gradient,) = torch.autograd.grad(estimate.loss_BT.sum(), logits)
     return estimate.loss_BT.detach(), gradient, estimate.kl_BT
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
-
-
-def softmax(logits):
-    total = math.fsum(math.exp(z) for z in logits)
-    return [math.exp(z) / total for z in logits]
-
-
-def best(values, k):
-    return set(sorted(range(len(values)), key=lambda token: -values[token])[:k])
-
-
-def support_by_sets(student, teacher, k, source):
-    s, t = best(student, k), best(teacher, k)
-    return sorted({"teacher": t, "student": s, "union": s | t, "intersection": s & t}[source])
 
 
 def value_by_loop(student_logits, teacher_logits, support, divergence, mass, w=0.5):
@@ -109,19 +86,10 @@ def value_by_loop(student_logits, teacher_logits, support, divergence, mass, w=0
     return kl(p, m) / w + kl(q, m) / (1 - w)
 
 
-def slopes(function, point, step=1e-5):
-    """Central differences of a function of a list."""
-
-    def at(i, shift):
-        return function([z + shift * (i == j) for j, z in enumerate(point)])
-
-    return [(at(i, step) - at(i, -step)) / (2 * step) for i in range(len(point))]
-
-
 @every_form
 def test_value_and_gradient_are_those_of_a_loop(name, keywords, parts):
     support, divergence, mass = parts
-    logits, teacher = normal_logits()
+    logits, teacher = normal_logits(vocabulary=7)
     loss, gradient, _ = evaluate(build(name, k=3, **keywords), logits, teacher)
     for row in range(len(logits)):
         p, q = logits[row].tolist(), teacher[row].tolist()
@@ -133,7 +101,7 @@ def test_value_and_gradient_are_those_of_a_loop(name, keywords, parts):
 
 @pytest.mark.parametrize("weight", [0.0, 0.2, 1.0])
 def test_the_jsd_takes_its_weight(weight):
-    logits, teacher = normal_logits()
+    logits, teacher = normal_logits(vocabulary=7)
     estimator = build("topk_divergence", k=3, divergence="jsd", mass="tail", teacher_weight=weight)
     loss, _, _ = evaluate(estimator, logits, teacher)
     for row in range(len(logits)):
@@ -191,7 +159,7 @@ def mass_slope(name, logits, teacher, **keywords):
 
 @every_support
 def test_at_equality_truncated_forms_move_the_mass_of_their_support(support):
-    logits, _ = normal_logits(rows=1)
+    logits, _ = normal_logits(rows=1, vocabulary=7)
     assert mass_slope("topk_truncated_reverse_kl", logits, logits.detach(), support=support) < -1e-2
     assert mass_slope("topk_truncated_forward_kl", logits, logits.detach(), support=support) > 1e-2
     for name in ("topk_generalised_reverse_kl", "topk_tail_reverse_kl"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import close, softmax, support_by_sets
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import build
@@ -42,24 +43,6 @@ def evaluate(estimator, logits, teacher_logits, ids=None):
     estimate = estimator(batch(estimator, logits, teacher_logits, ids))
     (gradient,) = torch.autograd.grad(estimate.loss_BT.sum(), logits)
     return estimate.loss_BT.detach(), gradient, estimate.kl_BT
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
-
-
-def softmax(logits):
-    total = math.fsum(math.exp(z) for z in logits)
-    return [math.exp(z) / total for z in logits]
-
-
-def best(values, k):
-    return set(sorted(range(len(values)), key=lambda token: -values[token])[:k])
-
-
-def support_by_sets(student, teacher, k, source):
-    s, t = best(student, k), best(teacher, k)
-    return {"teacher": t, "student": s, "union": s | t, "intersection": s & t}[source]
 
 
 def pull(p, credits):

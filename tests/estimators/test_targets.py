@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from references import close, kl, normal_logits, softmax
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import build
@@ -12,11 +13,6 @@ from lit_opd.functional import SUPPORTS, choose_support, forward_kl, interpolate
 from lit_opd.types import TokenBatch
 
 SHARES = [0.2, 0.5, 1.0]
-
-
-def normal_logits(dtype=torch.float64):
-    logits = 1.5 * torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return logits[0].to(dtype).requires_grad_(), logits[1].to(dtype)
 
 
 def batch(estimator, student, teacher, progress=0.0, ids_N=None):
@@ -36,19 +32,6 @@ def evaluate(estimator, logits, teacher_logits, progress=0.0, ids_N=None):
     estimate = estimator(tokens)
     (gradient,) = torch.autograd.grad(estimate.loss_BT.sum(), logits)
     return estimate.loss_BT.detach(), gradient, estimate.kl_BT
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
-
-
-def softmax(logits):
-    total = math.fsum(math.exp(z) for z in logits)
-    return [math.exp(z) / total for z in logits]
-
-
-def kl(a, b):
-    return math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x)
 
 
 def between(p, q, share):

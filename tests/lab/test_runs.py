@@ -177,14 +177,12 @@ def test_interrupted_run_saves_and_resumes_bit_for_bit(finished, make_workspace,
 
 NOT_FINITE = """
 from lit_opd.types import Estimate
-calls = [0]
 
 def fails_late(tokens):
-    calls[0] += 1
-    if calls[0] > 2:
+    if tokens.progress == 2 / 8:
         {failure}
-    loss = tokens.student_logps_BT
-    return Estimate(loss_BT=loss, kl_BT=loss.detach())
+    log_ratio = (tokens.student_logps_BT - tokens.teacher_logps_BT).detach()
+    return Estimate(loss_BT=log_ratio * tokens.student_logps_BT, kl_BT=log_ratio)
 """
 
 

@@ -8,16 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import PAIRS
 
 from lit_opd.estimators import build
-from lit_opd.estimators.oracle import TabularPair, exact_gradient, expected_gradient, second_moment
+from lit_opd.estimators.oracle import exact_gradient, expected_gradient, second_moment
 from lit_opd.types import Estimate
 
-PAIRS = {
-    "fixed-length": TabularPair.random(5, 3, seed=11),
-    "with-stop-token": TabularPair.random(5, 3, seed=12, stop=True),
-    "far-apart": TabularPair.random(4, 2, seed=13, scale=2.0),
-}
 SMALL = {"rtol": 0, "atol": 1e-13}
 
 

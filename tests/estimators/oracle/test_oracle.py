@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import log_ratio, made, score_function
 
 from lit_opd.estimators import build
-from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.oracle import (
     TARGETS,
     TabularPair,
@@ -206,19 +206,6 @@ def test_misuse_is_told(pair):
 
 
 # The mistakes that published code has made, each of which must turn the verdict around.
-
-
-def log_ratio(tokens):
-    return (tokens.student_logps_BT - tokens.teacher_logps_BT).detach()
-
-
-def made(fn, needs="token", family="token"):
-    """A function as an estimator that declares what it needs."""
-    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=needs), {})
-
-
-def score_function(tokens):
-    return Estimate(log_ratio(tokens) * tokens.student_logps_BT, log_ratio(tokens))
 
 
 def right_return(tokens):

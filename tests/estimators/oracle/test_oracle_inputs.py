@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import log_ratio, made, score_function
 
 from lit_opd.estimators import build
-from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.oracle import (
     TabularPair,
     exact_gradient,
@@ -23,19 +23,6 @@ from lit_opd.types import Estimate
 @pytest.fixture(params=[False, True], ids=["fixed-length", "with-stop-token"])
 def pair(request):
     return TabularPair.random(3, 3, seed=5, stop=request.param)
-
-
-def log_ratio(tokens):
-    return (tokens.student_logps_BT - tokens.teacher_logps_BT).detach()
-
-
-def made(fn, needs="token", family="token"):
-    """A function as an estimator that declares what it needs."""
-    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=needs), {})
-
-
-def score_function(tokens):
-    return Estimate(log_ratio(tokens) * tokens.student_logps_BT, log_ratio(tokens))
 
 
 def seen(pair, needs):
