@@ -61,6 +61,13 @@ def test_the_registry_table_is_the_registry():
     assert shown.group(1) == markdown_table(), "put the output of `python -m lit_opd estimators --markdown` into README"
 
 
+def test_every_rule_of_the_linter_is_explained():
+    from lit_opd.linter import RULES
+
+    readme = (ROOT / "README.md").read_text()
+    assert [rule.__name__ for rule in RULES if f"`{rule.__name__}`" not in readme] == []
+
+
 def test_links_and_pictures_exist():
     for document in (ROOT / "README.md", *(ROOT / "tutorials").glob("*.md"), ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):

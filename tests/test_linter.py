@@ -387,7 +387,7 @@ STALE = {"estimator": "token", "optim": {"updates_per_rollout": 2}}
         ({"masked_tokens": ["<eos>"]}, r"estimator\.masked_tokens: expected at least one token that ends"),
         ({"rollout": {"top_p": 0.0}}, r"rollout\.top_p: expected a value in \(0, 1\]"),
         ({"lint": {"allow": ["stale"]}}, r"lint\.allow: expected names of rules"),
-        ({"lint": {"alow": []}}, r"lint\.alow: expected a known key"),
+        ({"lint": {"allows": []}}, r"lint\.allows: expected a known key"),
         ({"estimator": "token", "rollout": {"temperature": 0}}, r"^rollout\.temperature: expected above 0 for 'token'"),
     ],
 )

@@ -267,7 +267,7 @@ def test_variants_are_held_to_their_contracts(mine, capsys, monkeypatch):
     ("tokn", "estimator.name", "Did you mean 'token'?"),
     ("missing.py:f", "estimator.name", "no file 'missing.py'"),
     ("mine.py:half_sqare", "estimator.name", "Did you mean 'half_square'?"),
-    ("mine.py:bounded bund=3", "estimator.kwargs.bund", "Did you mean 'bound'?"),
+    ("mine.py:bounded bounds=3", "estimator.kwargs.bounds", "Did you mean 'bound'?"),
     ("mine.py:needy", "estimator.kwargs", "'level'"),
     ("hybrid gamma=2", "estimator.kwargs", "gamma must lie in [0, 1], found 2"),
     ("hybrid gamma", "gamma", "key=value"),
