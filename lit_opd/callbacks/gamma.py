@@ -41,8 +41,8 @@ class ChooseGamma(L.Callback):
     """Sets the estimator's `gamma` to the one of least mean squared error, judged on the coming rollout.
 
     Every `every_n_steps` optimizer steps the rollout of the next step is sampled one time more; the gradients of the
-    output layer that its completions would give under each discount are compared. Their squared bias against gamma = 1
-    and their variance are both estimated without bias, averaged over the last few times, and added: what is smallest
+    output layer that its prompts would give under each discount are compared. Their squared bias against gamma = 1 and
+    their variance are both estimated without bias, averaged over the last few times, and added: what is smallest
     together is chosen. The completions of the step itself do not depend on it.
 
     Args:
@@ -70,8 +70,8 @@ class ChooseGamma(L.Callback):
             return
         self.next_at = pl_module.global_step + self.every_n_steps
         candidates = [_with_gamma(pl_module.estimator, gamma) for gamma in self.gammas]
-        gradients_MBF = _row_gradients(pl_module, batch, candidates)
-        bias_M, variance_M = squared_bias_and_variance(gradients_MBF, unbiased=len(self.gammas) - 1)
+        gradients_MPF = _prompt_gradients(pl_module, batch, candidates)
+        bias_M, variance_M = squared_bias_and_variance(gradients_MPF, unbiased=len(self.gammas) - 1)
         world = trainer.world_size
         # Each process estimates the bias of the same thing, and the variance of a mean over its own part.
         self.squared_bias = _DECAY * self.squared_bias + _over_processes(pl_module, bias_M) / world
@@ -96,18 +96,25 @@ def _with_gamma(estimator: BoundEstimator, gamma: float) -> BoundEstimator:
 
 
 @torch.no_grad()
-def _row_gradients(module: DistillationModule, batch: PromptBatch, candidates: list[BoundEstimator]) -> Tensor:
-    """Sketched gradients [M, B, F] of the completions of a batch, so scaled that the step's is their mean."""
+def _prompt_gradients(module: DistillationModule, batch: PromptBatch, candidates: list[BoundEstimator]) -> Tensor:
+    """Sketched gradients [M, prompts, F] of a batch, so scaled that the step's is their mean.
+
+    Prompts, not completions: those of one prompt have it in common, and may be compared with each other.
+    """
     rollout, rewards_B = module.sample(batch)
+    prompts = len(batch.rows)
     everything = torch.arange(len(rollout), device=rollout.mask_BT.device)
     micros: list[ScoredRollout] = module.score(rollout, everything, rewards_B)
     tokens, sequences = rollout.mask_BT.sum(), rollout.mask_BT.any(1).sum()
-    pieces = []
+    pieces, owners = [], []
     for micro in micros:
         weights_BT = token_weights(micro.rollout.mask_BT, module.aggregation, tokens.float(), sequences.float())
         pieces.append(models.credit_sketches(module.student, micro, module.teacher.head, candidates,
-                                             weights_BT * len(rollout), module.head_rows))  # fmt: skip
-    return torch.cat(pieces, dim=1)
+                                             weights_BT * prompts, module.head_rows))  # fmt: skip
+        owners.append(micro.rollout.prompt_index_B)
+    gradients_MBF = torch.cat(pieces, dim=1)
+    blank_MPF = gradients_MBF.new_zeros(len(candidates), prompts, gradients_MBF.shape[-1])
+    return blank_MPF.index_add(1, torch.cat(owners), gradients_MBF)
 
 
 def _over_processes(module: DistillationModule, values_M: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ def prepare_data(config: Config) -> PromptDataModule:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
     if config.estimator.adapt_gamma_every is not None:
         check_gamma(estimator)
+        if config.data.batch_size < 2:
+            expected = "at least 2 for estimator.adapt_gamma_every, which compares prompts"
+            raise UserError("data.batch_size", expected, config.data.batch_size, "Raise it, or set that to null.")
     check_groups(config, estimator)
     linter.check(config, estimator, config.student, config.teacher)
     check_optimizer(config.optim)

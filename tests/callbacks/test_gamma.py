@@ -46,6 +46,31 @@ def test_sketches_are_projections_of_the_gradient_of_the_head(
             torch.testing.assert_close(found[m, b], (left.T @ gradient_VH @ right).flatten(), rtol=0, atol=1e-11)
 
 
+def test_samples_are_prompts_and_their_mean_is_the_step(make_model, make_module, make_trainer, make_data):
+    """Whatever the cut into micro-batches; the gradient of the head, projected, is the mean over prompts."""
+    from lit_opd.callbacks import gamma as room
+
+    found = {}
+    for budget in (10_000, 30):
+        module = make_module(make_model(1, torch.float64), make_model(2, torch.float64), "leave_one_out",
+                             estimator_kwargs={"gamma": 0.5}, optim={"micro_batch_tokens": budget})  # fmt: skip
+        kept, step = [], []
+
+        class Peek(L.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                kept.append(room._prompt_gradients(pl_module, batch, [pl_module.estimator]))  # noqa: B023
+
+            def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+                step.append(pl_module.model.lm_head.weight.grad.clone())  # noqa: B023
+
+        make_trainer(1, callbacks=[Peek()], precision="64-true").fit(module, make_data())
+        assert kept[0].shape[:2] == (1, 5)
+        left, right = _signs(17, 16, 0, step[0]), _signs(16, 16, 1, step[0])
+        torch.testing.assert_close(kept[0].mean(1)[0], (left.T @ step[0] @ right).flatten(), rtol=0, atol=1e-7)
+        found[budget] = kept[0]
+    torch.testing.assert_close(found[30], found[10_000], rtol=0, atol=1e-7)
+
+
 def run(make_module, make_model, fit, teacher=2, steps=3, **kwargs):
     chooser = ChooseGamma(every_n_steps=2, gammas=GAMMAS)
     module = make_module(make_model(1), make_model(teacher), "hybrid", estimator_kwargs={"gamma": 0.75})
