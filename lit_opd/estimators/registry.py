@@ -60,18 +60,8 @@ def register_estimator(
             positions sees no rows, and only that may see a support or the vocabulary.
     """
     where = f"register_estimator({name!r})"
-    choose(f"{where}.family", family, FAMILIES)
     choose(f"{where}.at_equal", at_equal, AT_EQUAL)
-    base, *extras = needs.split("+")
-    choose(f"{where}.needs", base, NEEDS)
-    for extra in extras:
-        choose(f"{where}.needs", extra, EXTRAS)
-    if family != "token" and base not in ("token", "terms"):
-        expected = "family 'token' where needs is 'support' or 'full': those see slices of positions"
-        raise UserError(where, expected, f"family {family!r}", "Combine them with `mix`.")
-    if family == "token" and set(extras) & set(OF_ROWS):
-        expected = "family 'sequence' or 'hybrid' where needs has rewards or groups: slices of positions have no rows"
-        raise UserError(where, expected, "family 'token'", "Choose another family.")
+    base = _check_needs(where, family, needs)
 
     def register(fn: F) -> F:
         taken = _REGISTRY.get(name)
@@ -84,6 +74,22 @@ def register_estimator(
         return fn
 
     return register
+
+
+def _check_needs(where: str, family: str, needs: str) -> str:
+    """What the estimator needs first of all, once family and needs are known to go together."""
+    choose(f"{where}.family", family, FAMILIES)
+    base, *extras = needs.split("+")
+    choose(f"{where}.needs", base, NEEDS)
+    for extra in extras:
+        choose(f"{where}.needs", extra, EXTRAS)
+    if family != "token" and base not in ("token", "terms"):
+        expected = "family 'token' where needs is 'support' or 'full': those see slices of positions"
+        raise UserError(where, expected, f"family {family!r}", "Combine them with `mix`.")
+    if family == "token" and set(extras) & set(OF_ROWS):
+        expected = "family 'sequence' or 'hybrid' where needs has rewards or groups: slices of positions have no rows"
+        raise UserError(where, expected, "family 'token'", "Choose another family.")
+    return base
 
 
 _REGISTRY: dict[str, EstimatorSpec] = {}

@@ -1,6 +1,7 @@
 """The discount that is chosen from measured bias and variance."""
 
 import copy
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -69,6 +70,23 @@ def test_samples_are_prompts_and_their_mean_is_the_step(make_model, make_module,
         torch.testing.assert_close(kept[0].mean(1)[0], (left.T @ step[0] @ right).flatten(), rtol=0, atol=1e-7)
         found[budget] = kept[0]
     torch.testing.assert_close(found[30], found[10_000], rtol=0, atol=1e-7)
+
+
+def test_two_processes_share_the_bias_and_halve_the_variance(monkeypatch):
+    """Each sees half of the prompts; here both halves are the same numbers, so that a sum over processes doubles."""
+    from lit_opd.callbacks import gamma as room
+    from lit_opd.functional.tradeoff import squared_bias_and_variance
+
+    half_MPF = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(room, "_prompt_gradients", lambda *_: half_MPF)
+    monkeypatch.setattr(room, "_over_processes", lambda _, values_M: 2 * values_M)
+    module = SimpleNamespace(global_step=0, estimator=estimators.build("hybrid"), at_step=dict,
+                             log_dict=lambda *_, **__: None)  # fmt: skip
+    chooser = ChooseGamma(every_n_steps=2, gammas=GAMMAS)
+    chooser.on_train_batch_start(SimpleNamespace(world_size=2), module, None, 0)
+    bias_M, variance_M = squared_bias_and_variance(half_MPF, unbiased=2)
+    torch.testing.assert_close(chooser.squared_bias, bias_M)
+    torch.testing.assert_close(chooser.variance, variance_M / 2)
 
 
 def run(make_module, make_model, fit, teacher=2, steps=3, **kwargs):

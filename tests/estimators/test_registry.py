@@ -1,0 +1,30 @@
+"""What registering an estimator refuses."""
+
+import pytest
+
+from lit_opd import estimators
+from lit_opd.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"family": "tokens"}, r"register_estimator\('mine'\)\.family: expected one of token, sequence, hybrid"),
+        ({"needs": "logits"}, r"register_estimator\('mine'\)\.needs: expected one of token, support, full, terms"),
+        ({"needs": "token+klx"}, r"register_estimator\('mine'\)\.needs: .* Did you mean 'kl'\?"),
+        ({"at_equal": "always"}, r"register_estimator\('mine'\)\.at_equal: expected one of sample, expectation, never"),
+        ({"family": "sequence", "needs": "full"}, r"expected family 'token' where needs is 'support' or 'full'"),
+        ({"needs": "token+rewards"}, r"slices of positions have no rows, found family 'token'\. Choose another"),
+        ({"needs": "token+groups"}, r"slices of positions have no rows, found family 'token'\. Choose another"),
+    ],
+    ids=str,
+)
+def test_a_declaration_that_cannot_hold_is_refused(declared, message):
+    with pytest.raises(UserError, match=message):
+        estimators.register_estimator("mine", **declared)
+    assert "mine" not in estimators.names()
+
+
+def test_a_name_belongs_to_one_file():
+    with pytest.raises(UserError, match=r"register_estimator\('token'\): expected a new name, found a registered one"):
+        estimators.register_estimator("token")(lambda tokens: None)
