@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import lightning as L
 import pytest
 import torch
+import wide_norm  # noqa: F401  (takes effect on import)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ SCRIPT = """
 import sys
 import torch
 import lightning as L
+import wide_norm
 from lit_opd import DistillationModule, PromptDataModule
 
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5=", "80-1=", "4=", "3333+4444="]
@@ -70,7 +72,11 @@ def one_and_two(tmp_path_factory, make_model, save_model):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
                str(script), *paths, str(out)]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     namespace = {"__name__": "scenarios"}

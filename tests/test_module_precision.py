@@ -8,6 +8,7 @@ import torch
 
 from lit_opd import estimators
 from lit_opd.functional import head as head_module
+from lit_opd.models import LanguageModel
 from lit_opd.types import Estimate
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -71,6 +72,8 @@ def test_compute_dtypes(
     module = make_module(student, teacher, spying_estimator(name, seen))
     spy_on_bodies(student, teacher, seen)
     spy_on_heads(student, teacher, seen, monkeypatch)
+    # What is tried out beforehand, in the dtype of the weights, is not what is measured.
+    monkeypatch.setattr(LanguageModel, "_try_packing", lambda self: None)
     record = fit(module, precision=precision, limit_val_batches=1)
     assert seen["sample"] == seen["train"] == seen["student head"] == {student_dtype}
     assert seen["teacher"] == seen["teacher head"] == {teacher_dtype}

@@ -32,7 +32,7 @@ def test_training_has_dropout_and_sampling_has_none(make_model, make_module, fit
     assert torch.equal(first.sampler_logps_BT, sample(student, make_batch(), SamplingLaw()).sampler_logps_BT)
     assert all(part.training for part in student.modules()), "sampling did not restore train mode"
     policy = LanguageModel(student, module.tokenizer, "student")
-    assert not torch.equal(policy.completion_hidden(first), policy.completion_hidden(first))
+    assert not torch.equal(policy.counted_hidden(first), policy.counted_hidden(first))
     seen = []
     student.model.register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), student.training)))
     fit(module, limit_val_batches=1)

@@ -17,7 +17,7 @@ from lit_opd.functional.precision import log_softmax, upcast
 from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
 from lit_opd.functional.reductions import masked_mean, token_weights
 from lit_opd.functional.returns import k_step_return, leave_one_out_mean, remaining_mean, return_to_go
-from lit_opd.functional.sampling import draw, law_logps
+from lit_opd.functional.sampling import draw, law_logps, sample_tokens
 from lit_opd.functional.support import MASSES, SUPPORT_DIVERGENCES, support_divergence, support_mass
 from lit_opd.functional.targets import interpolate_logps
 from lit_opd.functional.topk import SUPPORTS, choose_support
@@ -53,6 +53,7 @@ __all__ = [
     "renormalise",
     "return_to_go",
     "reverse_kl",
+    "sample_tokens",
     "skew_forward_kl",
     "skew_reverse_kl",
     "support_divergence",

@@ -16,13 +16,27 @@ from torch.nn.functional import linear
 
 from lit_opd.functional.precision import upcast
 
-__all__ = ["Head", "chunk_rows", "chunks", "compute_dtype", "head_logits", "position_losses"]
+__all__ = [
+    "Head",
+    "SlicedLogits",
+    "block_rows",
+    "chunk_rows",
+    "chunks",
+    "compute_dtype",
+    "head_logits",
+    "position_losses",
+]
 
 Stats = dict[str, Tensor]
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Stats]]
 
-# Live fp32 copies of a chunk of logits at the peak: the two models' logits, log-probabilities, gradient, temporaries.
+# Live fp32 copies of a block of logits at the peak: the two models' logits, log-probabilities, gradient, temporaries.
 _COPIES = 8
+# On a CPU, a block that stays in a core's cache while some thirty elementwise passes go over it; an accelerator has
+# the bandwidth, and wants few and large kernels.
+_CPU_BLOCK_BYTES = 3 * 2**20
+# Rows of the head whose gradient is formed at once.
+_HEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,12 @@ class Head:
         bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
         return replace(self, weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
 
+    def detach(self) -> Head:
+        """The same head without history."""
+        return replace(
+            self, weight_VH=self.weight_VH.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach()
+        )
+
     def shape_logits(self, linear_NV: Tensor) -> Tensor:
         """What becomes of the projection: scale, then soft-cap, then temperature; [N, V] to [N, V]."""
         logits = linear_NV if self.scale == 1 else linear_NV * self.scale
@@ -71,15 +91,33 @@ def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
     Returns:
         [N, V] unnormalised, fp32 (float64 stays).
     """
+    return head.shape_logits(upcast(_project(hidden_NH, head)))
+
+
+def _project(hidden_NH: Tensor, head: Head) -> Tensor:
+    """The linear part of the logits, in the compute dtype."""
     dtype = compute_dtype(hidden_NH)
-    bias = None if head.bias_V is None else head.bias_V.to(dtype)
+    low = head.to(dtype)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        return head.shape_logits(upcast(linear(hidden_NH.to(dtype), head.weight_VH.to(dtype), bias)))
+        return linear(hidden_NH.to(dtype), low.weight_VH, low.bias_V)
 
 
-def chunk_rows(vocabulary: int, budget_mib: int) -> int:
-    """Positions a chunk may hold so that its working memory stays within `budget_mib` MiB; at least 1."""
-    return max(1, budget_mib * 2**20 // (_COPIES * 4 * vocabulary))
+def block_rows(vocabulary: int, device: torch.device) -> int | None:
+    """Positions whose fp32 logits are worked on at once; None where the whole chunk is."""
+    return max(1, _CPU_BLOCK_BYTES // (4 * vocabulary)) if device.type == "cpu" else None
+
+
+def chunk_rows(vocabulary: int, budget_mib: int, device: torch.device) -> int:
+    """Positions that are projected at once so that the working memory stays within `budget_mib` MiB; at least 1.
+
+    Counted are both models' logits (whose place the gradient takes), in fp32 at the widest, and the copies that the
+    elementwise work makes of a block of them.
+    """
+    budget, row_bytes = budget_mib * 2**20, 4 * vocabulary
+    block = block_rows(vocabulary, device)
+    if block is None:
+        return max(1, budget // ((2 + _COPIES) * row_bytes))
+    return max(1, (budget - _COPIES * block * row_bytes) // (2 * row_bytes))
 
 
 def chunks(positions: int, rows: int) -> Iterator[slice]:
@@ -88,14 +126,42 @@ def chunks(positions: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, positions))
 
 
+class SlicedLogits:
+    """Logits of a frozen model, projected many positions at a time and handed out a few at a time.
+
+    Args:
+        hidden_NH: [N, H] last hidden states.
+        head: the model's head.
+        rows: positions a projection.
+    """
+
+    def __init__(self, hidden_NH: Tensor, head: Head, rows: int) -> None:
+        self.hidden_NH, self.head, self.rows = hidden_NH, head, rows
+        self._start, self._projected_cV = -1, hidden_NH[:0]
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """[c, V] fp32 (float64 stays), for a slice that lies within one projection."""
+        start = part.start // self.rows * self.rows
+        if part.stop > start + self.rows:
+            return head_logits(self.hidden_NH[part], self.head)
+        if start != self._start:
+            self._projected_cV = _project(self.hidden_NH[start : start + self.rows], self.head)
+            self._start = start
+        return self.head.shape_logits(upcast(self._projected_cV[part.start - start : part.stop - start]))
+
+
+@torch.profiler.record_function("head")
 def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int) -> tuple[Tensor, Stats]:
     """Sum of a loss over positions, with its gradient formed a chunk at a time.
+
+    Two sizes: a chunk is projected at once, for a product of many rows reads the head once; within it the loss is
+    differentiated a block at a time, for what is small stays in cache. The gradient takes the place of the logits.
 
     Args:
         hidden_NH: [N, H] student hidden states of the counted positions.
         head: the student's head.
-        chunk_loss: maps ([c, V] fp32 logits, the slice of positions they belong to) to the chunk's summed loss and a
-            dictionary of detached per-position values [c].
+        chunk_loss: maps ([c, V] fp32 logits, the slice of positions they belong to) to the summed loss of these and a
+            dictionary of detached per-position values, of leading shape [c].
         rows: positions a chunk.
 
     Returns:
@@ -113,23 +179,28 @@ def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: 
 def _run_chunks(
     hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor | None], Stats]:
-    hidden, weight = hidden_NH.detach().to(dtype), head.weight_VH.detach().to(dtype)
-    bias = None if head.bias_V is None else head.bias_V.detach().to(dtype)
-    wanted = torch.is_grad_enabled()
+    hidden, low = hidden_NH.detach().to(dtype), head.detach().to(dtype)
     sources = (hidden_NH, head.weight_VH, head.bias_V)
-    gradients = [torch.zeros_like(x) if wanted and x is not None and x.requires_grad else None for x in sources]
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in sources]
+    gradients = [torch.zeros_like(x) if w and x is not None else None for x, w in zip(sources, wanted, strict=True)]
+    block = min(rows, block_rows(len(low.weight_VH), hidden.device) or rows)
     total = torch.zeros((), dtype=upcast(hidden[:0]).dtype, device=hidden.device)
     collected: dict[str, list[Tensor]] = {}
     # One empty chunk where nothing is counted, so that the per-position values exist with length zero.
     for part in list(chunks(len(hidden), rows)) or [slice(0, 0)]:
-        projected = upcast(linear(hidden[part], weight, bias)).requires_grad_(wanted)
-        loss, stats = chunk_loss(head.shape_logits(projected), part)
-        total += loss.detach()
-        for name, value in stats.items():
-            collected.setdefault(name, []).append(value.detach())
-        if wanted and loss.requires_grad:
-            (grad_cV,) = torch.autograd.grad(loss, projected)
-            _accumulate(gradients, grad_cV.to(dtype), hidden[part], weight, part)
+        logits_cV = _project(hidden[part], low)
+        for inner in list(chunks(len(logits_cV), block)) or [slice(0, 0)]:
+            projected = upcast(logits_cV[inner]).requires_grad_(any(wanted))
+            loss, stats = chunk_loss(
+                head.shape_logits(projected), slice(part.start + inner.start, part.start + inner.stop)
+            )
+            total += loss.detach()
+            for name, value in stats.items():
+                collected.setdefault(name, []).append(value.detach())
+            if any(wanted):
+                logits_cV[inner] = torch.autograd.grad(loss, projected)[0] if loss.requires_grad else 0.0
+        if any(wanted):
+            _accumulate(gradients, logits_cV, hidden[part], low.weight_VH, part)
     return total, gradients, {name: torch.cat(values) for name, values in collected.items()}
 
 
@@ -138,9 +209,11 @@ def _accumulate(
 ) -> None:
     grad_hidden, grad_weight, grad_bias = gradients
     if grad_hidden is not None:
-        grad_hidden[part] = (grad_cV @ weight).to(grad_hidden.dtype)
+        grad_hidden[part] = grad_cV @ weight
     if grad_weight is not None:
-        grad_weight += grad_cV.T @ hidden_cH
+        # A few rows at a time: a low-precision product as large as the head, and its cast, would be its double again.
+        for rows in chunks(len(grad_weight), _HEAD_ROWS):
+            grad_weight[rows] += grad_cV[:, rows].T @ hidden_cH
     if grad_bias is not None:
         grad_bias += grad_cV.sum(0)
 

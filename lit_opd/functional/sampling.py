@@ -13,7 +13,46 @@ from torch import Tensor
 from lit_opd.functional.precision import upcast
 from lit_opd.types import SamplingLaw
 
-__all__ = ["draw", "law_logps"]
+__all__ = ["draw", "law_logps", "sample_tokens"]
+
+# Tokens whose probabilities are summed before the sums are: the running sum is short, and still exact enough.
+_BLOCK = 128
+
+
+def sample_tokens(
+    logits_BV: Tensor, law: SamplingLaw, uniforms_B: Tensor, forbidden_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row and say how probable it was.
+
+    Args:
+        logits_BV: [B, V] unnormalised.
+        law: temperature and truncation.
+        uniforms_B: [B] float64 numbers in [0, 1).
+        forbidden_ids: [F] tokens that may not be drawn here.
+
+    Returns:
+        Token ids [B], and their log-probabilities [B] under the law, nats in fp32 (float64 stays).
+    """
+    if law.temperature == 0 or _truncates(law):
+        logps_BV = law_logps(logits_BV, law, forbidden_ids)
+        ids_B = draw(logps_BV, uniforms_B)
+        return ids_B, logps_BV.gather(-1, ids_B[:, None]).squeeze(1)
+    # Nothing is cut off: one exponential a token is enough, for drawing and for the normaliser.
+    logits = _allowed(logits_BV, forbidden_ids) / law.temperature
+    highest_B1 = logits.amax(-1, keepdim=True)
+    weights_BV = (logits - highest_B1).exp_()
+    ids_B, total_B = _invert(weights_BV, uniforms_B)
+    chosen_B = (logits.gather(-1, ids_B[:, None]) - highest_B1).squeeze(1)
+    return ids_B, chosen_B - total_B.log().to(chosen_B.dtype)
+
+
+def _truncates(law: SamplingLaw) -> bool:
+    return law.top_k > 0 or law.top_p < 1 or law.min_p > 0
+
+
+def _allowed(logits_BV: Tensor, forbidden_ids: Tensor | None) -> Tensor:
+    logits = upcast(logits_BV)
+    return logits if forbidden_ids is None else logits.index_fill(-1, forbidden_ids, -torch.inf)
 
 
 def law_logps(logits_BV: Tensor, law: SamplingLaw, forbidden_ids: Tensor | None = None) -> Tensor:
@@ -27,14 +66,12 @@ def law_logps(logits_BV: Tensor, law: SamplingLaw, forbidden_ids: Tensor | None 
     Returns:
         [B, V] nats in fp32 (float64 stays), -inf at tokens that the law excludes.
     """
-    logits = upcast(logits_BV)
-    if forbidden_ids is not None:
-        logits = logits.index_fill(-1, forbidden_ids, -torch.inf)
+    logits = _allowed(logits_BV, forbidden_ids)
     if law.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
     logps = torch.log_softmax(logits / law.temperature, dim=-1)
-    if law.top_k == 0 and law.top_p == 1 and law.min_p == 0:
+    if not _truncates(law):
         return logps
     if 0 < law.top_k < logps.shape[-1]:
         smallest_kept = logps.topk(law.top_k, dim=-1).values[:, -1:]
@@ -68,9 +105,29 @@ def draw(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     Returns:
         [B] token ids.
     """
-    # float64: over 150k tokens an fp32 running sum would lose the tail.
-    cdf_BV = logps_BV.exp().double().cumsum(-1)
-    total_B1 = cdf_BV[:, -1:]
-    # Strictly below the total, or rounding could choose a token behind the last possible one.
-    targets_B1 = torch.minimum(uniforms_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(cdf_BV, targets_B1, right=True).squeeze(1)
+    return _invert(logps_BV.exp(), uniforms_B)[0]
+
+
+def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the running sum of the weights passes uniform x total, and the total [B] in float64.
+
+    In two levels: first the block of tokens, then the token in it. Sums are running in float64, for over 150k tokens an
+    fp32 running sum would lose the tail.
+    """
+    padded = torch.nn.functional.pad(weights_BV, (0, -weights_BV.shape[1] % _BLOCK))
+    blocks_BKC = padded.view(len(weights_BV), -1, _BLOCK)
+    upto_BK = blocks_BKC.sum(-1).double().cumsum(-1)
+    total_B = upto_BK[:, -1]
+    target_B1 = uniforms_B[:, None] * total_B[:, None]
+    block_B1 = _first_above(upto_BK, target_B1)
+    before_B1 = torch.where(block_B1 > 0, upto_BK.gather(-1, (block_B1 - 1).clamp(min=0)), 0.0)
+    inner_BC = blocks_BKC.gather(1, block_B1[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(-1)
+    return (block_B1 * _BLOCK + _first_above(inner_BC, target_B1 - before_B1)).squeeze(1), total_B
+
+
+def _first_above(sums_BK: Tensor, target_B1: Tensor) -> Tensor:
+    # Strictly below the last sum, or rounding could choose what lies behind the last possible one.
+    last_B1 = sums_BK[:, -1:]
+    return torch.searchsorted(
+        sums_BK, torch.minimum(target_B1, torch.nextafter(last_B1, torch.zeros_like(last_B1))), right=True
+    )

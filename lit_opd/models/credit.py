@@ -47,8 +47,8 @@ def credit_sketches(
         [M, B, R * R] in fp32 or wider.
     """
     mask_BT = micro.rollout.mask_BT
-    hidden_NH = student.completion_hidden(micro.rollout)[mask_BT]
-    positions = counted_positions(micro, teacher_head)
+    hidden_NH = student.counted_hidden(micro.rollout)
+    positions = counted_positions(micro, teacher_head, rows)
     project_VR, project_HR = (_signs(n, size, seed + i, hidden_NH) for i, n in enumerate(student.head.weight_VH.shape))
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,10 +15,16 @@ from torch import Tensor, nn
 
 from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
+from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
+from lit_opd.models.llama import llama_hidden, unlike_llama
+from lit_opd.models.packed_attention import packed_layers, unsupported
+from lit_opd.models.packing import Layout, gather_rows, pack, pack_rollout
 from lit_opd.types import Rollout
 
 __all__ = ["LanguageModel"]
+
+_log = logging.getLogger(__name__)
 
 
 class LanguageModel:
@@ -41,6 +49,8 @@ class LanguageModel:
     ) -> None:
         self.model, self.tokenizer, self.key, self.own_precision = model, tokenizer, key, own_precision
         self.temperature = temperature
+        # Only a comparison of hidden states, which `why_padded` makes, can take this back.
+        self.like_llama = True
         causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.causal_lm = causal_lm
         self.body: Any = causal_lm.base_model
@@ -155,20 +165,79 @@ class LanguageModel:
             inputs["past_key_values"] = cache
         return self.body(**inputs)
 
-    def completion_hidden(self, rollout: Rollout) -> Tensor:
-        """Hidden states that predict each completion token.
+    def counted_hidden(self, rollout: Rollout) -> Tensor:
+        """Hidden states that predict each counted token: packed where the architecture allows, else padded.
 
         Args:
             rollout: prompts and completions.
 
         Returns:
-            [B, T, H] in the dtype the body ran in.
+            [N, H], row by row, in the dtype the body ran in.
         """
+        if not rollout.mask_BT.any() or self._recomputes or self.why_padded:
+            return self.padded_hidden(rollout)
+        layout, predictors_N = pack_rollout(rollout)
+        return gather_rows(self.packed_hidden(layout), predictors_N)
+
+    def packed_hidden(self, layout: Layout) -> Tensor:
+        """Hidden states [N, H] of the tokens of a layout."""
+        with self.precision():
+            if self.like_llama and unlike_llama(self.body) is None:
+                return llama_hidden(self.body, layout, compute_dtype(self._output_layer().weight[:0]))
+            with packed_layers(self.body):
+                inputs = {"input_ids": layout.ids_N[None], "position_ids": layout.positions_N[None], "layout": layout}
+                return self.body(**inputs, use_cache=False).last_hidden_state[0]
+
+    def padded_hidden(self, rollout: Rollout) -> Tensor:
+        """What `counted_hidden` returns, with every row padded to the longest and nothing shared."""
         ids_BL = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BT], dim=1)[:, :-1]
         mask_BL = torch.cat([rollout.prompt_mask_BP, rollout.completion_mask_BT], dim=1)[:, :-1]
         with self.precision():
             hidden_BLH = self.run_body(ids_BL, mask_BL).last_hidden_state
-        return hidden_BLH[:, rollout.prompt_ids_BP.shape[1] - 1 :]
+        return hidden_BLH[:, rollout.prompt_ids_BP.shape[1] - 1 :][rollout.mask_BT]
+
+    @property
+    def _recomputes(self) -> bool:
+        # Layers that run again in the backward pass would find their own attention put back.
+        return any(getattr(part, "gradient_checkpointing", False) for part in self.body.modules())
+
+    @cached_property
+    def why_padded(self) -> str | None:
+        """Why this model's rows must be padded: its attention cannot be replaced by one that knows packed rows.
+
+        None where they need not be, shown on a few tokens: packed and padded rows have the same hidden states.
+        """
+        self.like_llama = unlike_llama(self.body) is None
+        if self.like_llama:
+            self.like_llama = self._try_packing() is None
+        reason = unsupported(self.body) if self._takes_positions else "it takes no positions"
+        reason = None if self.like_llama else reason or self._try_packing()
+        if reason:
+            _log.warning(
+                "The %s (%s) runs padded, and shares no prompts: %s.", self.key, type(self.body).__name__, reason
+            )
+        return reason
+
+    @torch.no_grad()
+    def _try_packing(self) -> str | None:
+        # Rows that share a beginning, of unequal lengths, longer than the window that a small model may have.
+        ids = [i % self.vocabulary for i in range(24)]
+        rows = [ids, ids[:20] + ids[:2], ids[3:9]]
+        with self.evaluating(), torch.autocast(self.device.type, enabled=False):
+            layout, paths = pack(rows, self.device)
+            try:
+                packed_NH = upcast(self.packed_hidden(layout))
+            except (NotImplementedError, TypeError) as error:
+                return str(error)
+            for row, path in zip(rows, paths, strict=True):
+                row_1L = torch.tensor([row], device=self.device)
+                own_LH = upcast(self.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool)).last_hidden_state[0])
+                off = ((packed_NH[path] - own_LH).norm() / own_LH.norm()).item()
+                # The same sums in another order. Many layers of bf16 may grow that to several per cent; a token that
+                # sees what it should not, or not what it should, is off by as much as it has.
+                if not off < (1e-3 if packed_NH.dtype == self._output_layer().weight.dtype else 0.25):
+                    return f"its packed hidden states are off by {off:.2g}"
+        return None
 
     @torch.no_grad()
     def check_head(self) -> None:

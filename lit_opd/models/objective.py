@@ -48,9 +48,9 @@ def student_loss(
         `teacher_logps`.
     """
     rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
-    hidden_NH = student.completion_hidden(rollout)[mask_BT]
+    hidden_NH = student.counted_hidden(rollout)
     weights_N = weights_BT[mask_BT]
-    positions = counted_positions(micro, teacher_head)
+    positions = counted_positions(micro, teacher_head, rows)
     spread = _spread_terms(estimator, micro, positions, hidden_NH, student.head, weights_BT, rows)
     share = sum(term.weight for term in estimator.terms)
 
@@ -68,13 +68,13 @@ def student_loss(
     return loss + spread.value, stats
 
 
-def counted_positions(micro: ScoredRollout, teacher_head: Head) -> CountedPositions:
+def counted_positions(micro: ScoredRollout, teacher_head: Head, rows: int) -> CountedPositions:
     """The counted positions of a micro-batch, flattened."""
     rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
     ids_N, sampler_logps_N = rollout.completion_ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT]
     wrote_BT = _student_wrote(rollout)
     wrote_N = None if wrote_BT is None else wrote_BT[mask_BT]
-    return CountedPositions(ids_N, sampler_logps_N, micro.scores, teacher_head, micro.progress, wrote_N)
+    return CountedPositions(ids_N, sampler_logps_N, micro.scores, teacher_head, micro.progress, wrote_N, rows)
 
 
 def _student_wrote(rollout: Rollout) -> Tensor | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import Head, entropy, head_logits, log_softmax, reverse_kl
+from lit_opd.functional import Head, entropy, log_softmax, reverse_kl
+from lit_opd.functional.head import SlicedLogits
 from lit_opd.functional.topk import choose_support
 from lit_opd.types import TeacherScores, TokenBatch
 
@@ -28,6 +30,7 @@ class CountedPositions:
         teacher_head: rebuilds the teacher's logits where the scores are hidden states.
         progress: the share of training that is done.
         student_wrote_N: False at tokens of demonstrations; None where there are none.
+        rows: positions that the teacher's head projects at once.
     """
 
     ids_N: Tensor
@@ -36,6 +39,12 @@ class CountedPositions:
     teacher_head: Head
     progress: float = 0.0
     student_wrote_N: Tensor | None = None
+    rows: int = 64
+
+    @cached_property
+    def _teacher_logits(self) -> SlicedLogits | None:
+        hidden_NH = self.scores.hidden_NH
+        return None if hidden_NH is None else SlicedLogits(hidden_NH, self.teacher_head, self.rows)
 
     def chunk(self, student_logits_cV: Tensor, part: slice) -> Chunk:
         """Student and teacher at the positions `part`.
@@ -45,9 +54,7 @@ class CountedPositions:
             part: the slice of positions the chunk covers.
         """
         student_cV, ids_c = torch.log_softmax(student_logits_cV, dim=-1), self.ids_N[part]
-        teacher_cV = None
-        if self.scores.hidden_NH is not None:
-            teacher_cV = log_softmax(head_logits(self.scores.hidden_NH[part], self.teacher_head))
+        teacher_cV = None if self._teacher_logits is None else log_softmax(self._teacher_logits[part])
         return Chunk(self._sampled(student_cV, teacher_cV, ids_c, part), student_cV, teacher_cV, self.scores, part)
 
     def _sampled(self, student_cV: Tensor, teacher_cV: Tensor | None, ids_c: Tensor, part: slice) -> TokenBatch:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import chunks, head_logits, log_softmax
+from lit_opd.functional import log_softmax, position_losses
+from lit_opd.functional.head import Stats
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.types import Rollout, TeacherScores
 
@@ -48,35 +48,31 @@ def score_teacher(teacher: LanguageModel, rollout: Rollout, estimator: BoundEsti
     Returns:
         Scores of the N counted tokens in row-major order, log-probabilities in fp32 nats.
     """
-    hidden_NH = teacher.completion_hidden(rollout)[rollout.mask_BT]
+    hidden_NH = teacher.counted_hidden(rollout)
     if wants_distributions(estimator):
         return TeacherScores(hidden_NH=hidden_NH)
     ids_N, size = rollout.completion_ids_BT[rollout.mask_BT], support_size_of(estimator)
 
-    def read(logps_cV: Tensor, part: slice) -> tuple[Tensor, ...]:
-        return logps_cV.gather(-1, ids_N[part, None]).squeeze(-1), *logps_cV.topk(size, dim=-1)
+    def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
+        logps_cV = log_softmax(logits_cV)
+        support_cK = logps_cV.topk(size, dim=-1)
+        taken_c = logps_cV.gather(-1, ids_N[part, None]).squeeze(-1)
+        return taken_c.new_zeros(()), {"taken": taken_c, "ids": support_cK.indices, "logps": support_cK.values}
 
-    logps_N, support_logps_NK, support_ids_NK = _read_chunks(teacher, hidden_NH, rows, read)
-    return TeacherScores(logps_N, support_ids_NK, support_logps_NK) if size else TeacherScores(logps_N)
+    with teacher.precision():  # for the head: the body sees to itself
+        _, stats = position_losses(hidden_NH, teacher.head, read, rows)
+    return TeacherScores(stats["taken"], stats["ids"], stats["logps"]) if size else TeacherScores(stats["taken"])
 
 
 @torch.no_grad()
 def score_reference(reference: LanguageModel, rollout: Rollout, rows: int) -> Tensor:
     """Log-probabilities [N] of the counted tokens under a reference model, fp32 nats; arguments as above."""
-    hidden_NH = reference.completion_hidden(rollout)[rollout.mask_BT]
+    hidden_NH = reference.counted_hidden(rollout)
     ids_N = rollout.completion_ids_BT[rollout.mask_BT]
-    (logps_N,) = _read_chunks(
-        reference, hidden_NH, rows, lambda logps_cV, part: (logps_cV.gather(-1, ids_N[part, None]).squeeze(-1),)
-    )
-    return logps_N
 
+    def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
+        taken_c = log_softmax(logits_cV).gather(-1, ids_N[part, None]).squeeze(-1)
+        return taken_c.new_zeros(()), {"taken": taken_c}
 
-def _read_chunks(
-    model: LanguageModel, hidden_NH: Tensor, rows: int, read: Callable[[Tensor, slice], tuple[Tensor, ...]]
-) -> tuple[Tensor, ...]:
-    pieces = []
-    with model.precision():  # for the head: the body sees to itself
-        # One empty chunk where nothing is counted, so that there is something to concatenate.
-        for part in list(chunks(len(hidden_NH), rows)) or [slice(0, 0)]:
-            pieces.append(read(log_softmax(head_logits(hidden_NH[part], model.head)), part))
-    return tuple(map(torch.cat, zip(*pieces, strict=True)))
+    with reference.precision():
+        return position_losses(hidden_NH, reference.head, read, rows)[1]["taken"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_opd.functional import entropy, forward_kl, head_logits, jsd, log_softmax, position_losses, reverse_kl
-from lit_opd.functional.head import Stats
+from lit_opd.functional import entropy, forward_kl, jsd, log_softmax, position_losses, reverse_kl
+from lit_opd.functional.head import SlicedLogits, Stats
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.types import Rollout
 
@@ -44,11 +44,11 @@ def measure_yardsticks(policy: LanguageModel, teacher: LanguageModel, rollout: R
     policy, teacher, mask_BT = policy.untempered(), teacher.untempered(), rollout.mask_BT
     taken_N1 = rollout.completion_ids_BT[mask_BT][:, None]
     with teacher.evaluating():
-        teacher_hidden_NH = teacher.completion_hidden(rollout)[mask_BT]
+        teacher_logits = SlicedLogits(teacher.counted_hidden(rollout), teacher.head, rows)
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         student = log_softmax(logits_cV)
-        other = log_softmax(head_logits(teacher_hidden_NH[part], teacher.head))
+        other = log_softmax(teacher_logits[part])
         teacher_logps = other.gather(-1, taken_N1[part]).squeeze(-1)
         stats = {
             "reverse_kl": reverse_kl(student, other),
@@ -64,6 +64,6 @@ def measure_yardsticks(policy: LanguageModel, teacher: LanguageModel, rollout: R
 
     # The head too in the policy's own precision, or a teacher would differ from itself.
     with policy.evaluating(), policy.precision():
-        _, stats = position_losses(policy.completion_hidden(rollout)[mask_BT], policy.head, read, rows)
+        _, stats = position_losses(policy.counted_hidden(rollout), policy.head, read, rows)
     blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
     return {name: blank_BT.masked_scatter(mask_BT, values.float()) for name, values in stats.items()}

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from lit_opd.functional import Head, chunk_rows, chunks, head_logits, position_losses
+from lit_opd.functional import head as head_module
+from lit_opd.functional.head import SlicedLogits, block_rows
 
 HIDDEN, VOCABULARY = 5, 7
 SHAPES = {
@@ -150,6 +152,55 @@ def test_no_chunk_is_larger_than_asked_and_every_position_is_seen_once():
     assert seen == [4, 4, 3]
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [2, 3, 5, 8, 11])
+def test_within_a_chunk_blocks_change_nothing(shape, rows, monkeypatch):
+    hidden, head, chunk_loss = problem(11, **SHAPES[shape])
+    seen = []
+
+    def spy(logits, part):
+        seen.append((part.start, part.stop))
+        return chunk_loss(logits, part)
+
+    monkeypatch.setattr(head_module, "_CPU_BLOCK_BYTES", 3 * 4 * VOCABULARY)
+    loss, stats = position_losses(hidden, head, spy, rows)
+    assert [i for start, stop in seen for i in range(start, stop)] == list(range(11))
+    assert max(stop - start for start, stop in seen) == min(rows, 3)
+    expected, expected_stats = dense(hidden, head, chunk_loss)
+    close(loss, expected)
+    close(stats["kl"], expected_stats["kl"].detach())
+    for found, wanted in zip(gradients(loss, hidden, head), gradients(expected, hidden, head), strict=True):
+        close(found, wanted)
+
+
+def test_a_block_without_gradient_adds_none(monkeypatch):
+    """In the place of its logits must not stand these logits."""
+    hidden, head, chunk_loss = problem(6)
+
+    def first_only(logits, part):
+        loss, stats = chunk_loss(logits, part)
+        return (loss if part.start == 0 else loss.detach()), stats
+
+    monkeypatch.setattr(head_module, "_CPU_BLOCK_BYTES", 2 * 4 * VOCABULARY)
+    loss, _ = position_losses(hidden, head, first_only, 4)
+    expected = gradients(dense(hidden[:2], head, chunk_loss)[0], hidden, head)
+    for found, wanted in zip(gradients(loss, hidden, head), expected, strict=True):
+        close(found, wanted)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.sampled_from(sorted(SHAPES)))
+def test_sliced_logits_are_the_dense_ones_and_each_chunk_is_projected_once(rows, block, shape):
+    hidden, head, _ = problem(11, **SHAPES[shape])
+    logits = SlicedLogits(hidden, head, rows)
+    for chunk in chunks(11, rows):
+        inner = [slice(chunk.start + p.start, chunk.start + p.stop) for p in chunks(chunk.stop - chunk.start, block)]
+        projections = {logits[part].detach() is not None and logits._projected_cV.data_ptr() for part in inner}
+        assert len(projections) == 1
+        close(torch.cat([logits[part] for part in inner]), head_logits(hidden[chunk], head))
+    close(logits[slice(0, 11)], head_logits(hidden, head))
+
+
 def test_under_autocast_the_projection_is_bf16_and_the_loss_fp32():
     hidden, head, chunk_loss = problem(6, dtype=torch.float32)
     seen = []
@@ -193,8 +244,13 @@ def test_chunks_cover_all_positions_in_order(positions, rows):
     assert all(0 < part.stop - part.start <= rows for part in parts)
 
 
-def test_chunk_rows_keep_within_the_budget():
-    rows = chunk_rows(150_000, 256)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("vocabulary", [512, 49_152, 151_936])
+def test_chunk_rows_keep_within_the_budget(device, vocabulary):
+    """Two models' logits in fp32, and eight copies of the block that is worked on."""
+    device, row = torch.device(device), 4 * vocabulary
+    rows = chunk_rows(vocabulary, 256, device)
+    block = block_rows(vocabulary, device) or rows
     assert rows > 1
-    assert rows * 150_000 * 4 * 8 <= 256 * 2**20
-    assert chunk_rows(10**9, 1) == 1
+    assert 0.9 * 256 * 2**20 < 2 * rows * row + 8 * block * row <= 256 * 2**20
+    assert chunk_rows(10**9, 1, device) == 1

@@ -36,8 +36,10 @@ def tokens_of(needs, policies, rollout, rows=3, rewards_B=None):
     estimator, (student, teacher, reference) = estimators.build(f"spy {needs}"), policies
     scores = score(teacher, reference if "reference" in needs else None, rollout, estimator, rows)
     micro = ScoredRollout(rollout, scores, rewards_B, progress=0.25)
-    hidden_NH = student.completion_hidden(rollout)[rollout.mask_BT]
-    return sequence_tokens(estimator, micro, counted_positions(micro, teacher.head), hidden_NH, student.head, rows)
+    hidden_NH = student.counted_hidden(rollout)
+    return sequence_tokens(
+        estimator, micro, counted_positions(micro, teacher.head, rows), hidden_NH, student.head, rows
+    )
 
 
 def spy(tokens):

@@ -1,0 +1,224 @@
+"""The layers of Llama and what is built like it, run over a packed layout.
+
+The same mathematics as the Hugging Face body, with what surrounds the matrix products written to touch memory less: a
+norm, a gated activation and an attention that keep their inputs and compute the rest again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
+
+from lit_opd.functional.precision import upcast
+from lit_opd.models.packed_attention import attend
+from lit_opd.models.packing import Layout
+
+__all__ = ["LayerProducts", "llama_hidden", "rms_norm", "rotation", "run_layer", "unlike_llama"]
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+# Rotations by position alone: others depend on the length of the sequence.
+_ROTATIONS = {"default", "linear", "llama3", "yarn"}
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def unlike_llama(body: Any) -> str | None:
+    """What tells a body's structure from Llama's; None where nothing does.
+
+    Structure is not all, for a body may scale what others do not: whoever asks compares numbers too.
+    """
+    if not all(hasattr(body, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
+        return "its body is not built like Llama's"
+    if getattr(body.rotary_emb, "rope_type", None) not in _ROTATIONS:
+        return "its positions are not rotations like Llama's"
+    kinds = set(getattr(body.config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or (not kinds and getattr(body.config, "sliding_window", None)):
+        return "its attention has windows"
+    parts = [body, body.norm]
+    for layer in body.layers:
+        attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        if _children(layer) != _LAYER or _children(attention) - {"q_norm", "k_norm"} != _ATTENTION:
+            return "its layers are not built like Llama's"
+        if _children(mlp) != _MLP:
+            return "its layers have another MLP"
+        parts += [layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm]
+    if any(type(parameter.data) is not Tensor for parameter in body.parameters()):
+        return "its weights are sharded"
+    # A module that somebody listens to runs itself.
+    return "it has hooks" if any(part._forward_hooks or part._forward_pre_hooks for part in parts) else None
+
+
+def _children(module: nn.Module | None) -> set[str]:
+    return set() if module is None else {name for name, _ in module.named_children()}
+
+
+@dataclass(frozen=True)
+class LayerProducts:
+    """The matrix products of a layer, as functions of [N, H].
+
+    Attributes:
+        qk_v: queries and keys, and values.
+        out: what follows attention.
+        gate_up: the two halves of the MLP.
+        down: its end.
+    """
+
+    qk_v: Callable[[Tensor], tuple[Tensor, Tensor]]
+    out: Callable[[Tensor], Tensor]
+    gate_up: Callable[[Tensor], tuple[Tensor, Tensor]]
+    down: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, layer: Any) -> LayerProducts:
+        """Those of the layer's own modules, adapters and quantised weights included."""
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            lambda x: (torch.cat([_of(attention.q_proj, x), _of(attention.k_proj, x)], -1), _of(attention.v_proj, x)),
+            lambda x: _of(attention.o_proj, x),
+            lambda x: (_of(mlp.gate_proj, x), _of(mlp.up_proj, x)),
+            lambda x: _of(mlp.down_proj, x),
+        )
+
+
+def _of(module: Any, x: Tensor) -> Tensor:
+    listened_to = module._forward_hooks or module._forward_pre_hooks
+    if type(module) is nn.Linear and module.weight.dtype != x.dtype and not listened_to:
+        return _CastLinear.apply(x, module.weight, module.bias)
+    return module(x)
+
+
+class _CastLinear(torch.autograd.Function):
+    """A product in the dtype of x, whose cast weight is not kept but cast again: all of them together are a model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        return (
+            upstream @ weight.to(x.dtype) if to_x else None,
+            (upstream.T @ x).to(weight.dtype) if to_weight else None,
+            upstream.sum(0).to(weight.dtype) if to_bias else None,
+        )
+
+
+def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Hidden states [N, H] of the tokens of a layout.
+
+    Args:
+        body: one whose `unlike_llama` is None.
+        layout: the tokens.
+        dtype: of the matrix products.
+    """
+    hidden_NH = body.embed_tokens(layout.ids_N)
+    turn = rotation(body, layout.positions_N, hidden_NH)
+    for layer in body.layers:
+        own = layer.self_attn
+        dropped = own.attention_dropout if own.training else 0.0
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, own: Any = own, dropped: float = dropped) -> Tensor:
+            return attend(query, key, value, layout, own.scaling, dropped=dropped)
+
+        hidden_NH = run_layer(layer, LayerProducts.of(layer), hidden_NH, turn, attention, dtype)
+    return rms_norm(hidden_NH, body.norm, hidden_NH.dtype)
+
+
+def rotation(body: Any, positions_N: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine [N, 1, D] that turn queries and keys at these positions."""
+    cos, sin = body.rotary_emb(like, positions_N[None])
+    half = sin.shape[-1] // 2
+    return cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
+
+
+def run_layer(
+    layer: Any, products: LayerProducts, hidden_NH: Tensor, turn: tuple[Tensor, Tensor], attention: Attention,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """One layer.
+
+    Args:
+        layer: the module, for its norms and sizes.
+        products: its matrix products.
+        hidden_NH: [N, H], the residual stream.
+        turn: from `rotation`.
+        attention: maps queries [N, heads, D], keys and values [N, groups, D] to [N, heads, D].
+        dtype: of the matrix products.
+    """
+    own, rows = layer.self_attn, len(hidden_NH)
+    qk, value = products.qk_v(rms_norm(hidden_NH, layer.input_layernorm, dtype))
+    qk, value = qk.view(rows, -1, own.head_dim), value.reshape(rows, -1, own.head_dim)
+    groups = value.shape[1]
+    heads = qk.shape[1] - groups
+    if hasattr(own, "q_norm"):
+        parts = rms_norm(qk[:, :heads], own.q_norm, dtype), rms_norm(qk[:, heads:], own.k_norm, dtype)
+        qk = torch.cat(parts, dim=1)
+    cos, sin = turn
+    swapped = qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    qk = (qk * cos + swapped * sin).to(dtype)
+    mixed = attention(qk[:, :heads], qk[:, heads:], value)
+    hidden_NH = hidden_NH + products.out(mixed.reshape(rows, -1))
+    gate, up = products.gate_up(rms_norm(hidden_NH, layer.post_attention_layernorm, dtype))
+    plain_silu = type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+    inner = _GatedSilu.apply(gate, up) if plain_silu and gate.requires_grad else layer.mlp.act_fn(gate) * up
+    return hidden_NH + products.down(inner)
+
+
+def rms_norm(x: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
+    """`norm(x)` in `dtype`, for a module with `weight` and `variance_epsilon`; its maths in fp32 (float64 stays)."""
+    if torch.is_grad_enabled():
+        return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon, dtype)
+    return _normed(x, norm.weight, norm.variance_epsilon, dtype)[0]
+
+
+def _normed(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = upcast(x)
+    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + epsilon)
+    return (weight * (wide * scale).to(x.dtype)).to(dtype), scale
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+        normed, scale = _normed(x, weight, epsilon, dtype)
+        ctx.save_for_backward(x, weight, scale)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normed, wide = upcast(x) * scale, upcast(upstream)
+        to_weight = None
+        if ctx.needs_input_grad[1]:
+            to_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        inner = wide * weight
+        inner -= normed * (inner * normed).mean(-1, keepdim=True)
+        return inner.mul_(scale).to(x.dtype), to_weight, None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """silu(gate) x up, from which only the two are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        to_gate = torch.ops.aten.silu_backward(upstream * up, gate)
+        return to_gate, upstream.mul(silu(gate))

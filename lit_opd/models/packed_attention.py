@@ -1,0 +1,137 @@
+"""Attention over a packed layout, put in the place of a Hugging Face model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import dropout, scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from lit_opd.functional.head import compute_dtype
+from lit_opd.functional.precision import upcast
+from lit_opd.models.packing import Layout, as_bias, gather_rows
+
+__all__ = ["attend", "packed_layers", "unsupported"]
+
+NAME = "lit_opd_packed"
+# Under this size plain products beat the fused kernel on a CPU, whose backward pass is slow there.
+_PLAIN_BYTES = 64 * 2**20
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def attend(
+    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, layout: Layout, scale: float, window: int | None = None,
+    dropped: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Causal attention of every token of a layout to what leads to it.
+
+    Args:
+        query_NHD: [N, H, D].
+        key_NGD: [N, G, D], with G a divisor of H.
+        value_NGD: [N, G, D].
+        layout: which tokens see which.
+        scale: factor on the products.
+        window: a query sees at most this many keys, itself included; None for all.
+        dropped: probability of dropout on the weights.
+
+    Returns:
+        [N, H, D] in the dtype of the inputs.
+    """
+    seen_SLM = layout.seen_SLM if window is None else layout.seen_SLM & (layout.distances_SLM < window)
+    bias_SLM = layout.bias(query_NHD.dtype) if window is None else as_bias(seen_SLM, query_NHD.dtype)
+    # As [segment, head, place, D]: all queries of a key's group together, so that a key is read once for them.
+    query, key, value = (
+        gather_rows(values, index).transpose(1, 2)
+        for values, index in ((query_NHD, layout.queries_SL), (key_NGD, layout.keys_SM), (value_NGD, layout.keys_SM))
+    )
+    (segments, heads, length, size), groups = query.shape, key.shape[1]
+    if query.device.type == "cpu" and segments * heads * length * key.shape[2] * 4 <= _PLAIN_BYTES:
+        mixed = _plain(query, key, value, bias_SLM, scale, dropped)
+    else:
+        mixed = scaled_dot_product_attention(
+            query, key, value, seen_SLM[:, None], dropped, scale=scale, enable_gqa=groups < heads
+        )
+    mixed_SLHD = mixed.view(segments, heads, length, size).transpose(1, 2)
+    return mixed_SLHD.reshape(-1, heads, size)[layout.place_N]
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, bias_SLM: Tensor, scale: float, dropped: float) -> Tensor:
+    """Attention in plain products: [S, H, L, D] by [S, G, M, D] twice to [S, G, H / G x L, D]."""
+    if dropped:  # what is random cannot be computed again
+        return dropout(_weights(query, key, bias_SLM, scale), dropped).to(value.dtype) @ value
+    return _PlainAttention.apply(query, key, value, bias_SLM, scale)
+
+
+def _weights(query: Tensor, key: Tensor, bias_SLM: Tensor, scale: float) -> Tensor:
+    """Attention weights [S, G, H / G x L, M] in fp32 (float64 stays)."""
+    segments, groups, keys, size = key.shape
+    # Wide before the product: scores that are rounded to bf16 are off by per cents where they are large.
+    scores = upcast(query * scale).reshape(segments, groups, -1, size) @ upcast(key).transpose(-1, -2)
+    scores.view(segments, groups, -1, query.shape[2], keys).add_(bias_SLM[:, None, None])
+    return torch.softmax(scores, dim=-1)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Keeps queries, keys and values; the weights, the largest of all that a layer makes, are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias_SLM: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value, bias_SLM)
+        ctx.scale = scale
+        return _weights(query, key, bias_SLM, scale).to(value.dtype) @ value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias_SLM = ctx.saved_tensors
+        weights = _weights(query, key, bias_SLM, ctx.scale)
+        to_value = weights.to(value.dtype).transpose(-1, -2) @ upstream
+        to_weights = upcast(upstream @ value.transpose(-1, -2)).mul_(weights)
+        to_scores = to_weights.addcmul_(weights, to_weights.sum(-1, keepdim=True), value=-1).to(query.dtype)
+        to_query = (to_scores @ key).view_as(query) * ctx.scale
+        to_key = to_scores.transpose(-1, -2) @ (query * ctx.scale).reshape(*key.shape[:2], -1, key.shape[-1])
+        return to_query, to_key, to_value, None, None
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, layout: Layout,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`attend` with the signature that Hugging Face layers call: [1, H, N, D] in, [1, N, H, D] out."""
+    if others.get("softcap") is not None or others.get("s_aux") is not None:
+        raise NotImplementedError("attention with a soft-cap or sinks")
+    dtype = compute_dtype(value)
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, layout, scale, sliding_window, dropout)[None], None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+def unsupported(body: Any) -> str | None:
+    """Why a body's attention cannot be replaced, as far as its configuration tells; else None."""
+    if not getattr(body, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    layers = set(getattr(body.config, "layer_types", None) or ())
+    if layers - _KNOWN_LAYERS:
+        return f"it has layers of type {', '.join(sorted(layers - _KNOWN_LAYERS))}"
+    return None
+
+
+@contextmanager
+def packed_layers(body: Any) -> Iterator[None]:
+    """Inside, the body's layers attend by `attend`, and take `layout=`."""
+    own = body.config._attn_implementation
+    body.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        body.config._attn_implementation = own

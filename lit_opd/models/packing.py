@@ -1,0 +1,177 @@
+"""Sequences laid end to end, with every shared beginning held once.
+
+Completions of one prompt repeat it, and chat templates begin every prompt with the same words. A causal model gives a
+token the same hidden state whatever follows it, so a beginning that several rows share needs to be computed only once:
+the rows form a tree, and each of its nodes is one token. No padding enters the model's body either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.types import Rollout
+
+__all__ = ["Layout", "as_bias", "gather_rows", "pack", "pack_rollout"]
+
+# A shared beginning of fewer tokens is not worth a segment of its own, for segments are padded to one length.
+_WORTH_SPLITTING = 16
+
+
+@dataclass(frozen=True)
+class Layout:
+    """N tokens of a tree, and the S segments that attention sees: chains of tokens, each with all that leads to it.
+
+    Attributes:
+        ids_N: token ids.
+        positions_N: place of each token in its sequence, from 0.
+        queries_SL: the tokens of each segment; 0 where there is none.
+        keys_SM: the tokens that lead to the end of each segment, from the first of the sequence; 0 where there is none.
+        seen_SLM: True where a query may look at a key; queries that do not exist look at the first.
+        place_N: where each token stands in `queries_SL`, flattened.
+    """
+
+    ids_N: Tensor
+    positions_N: Tensor
+    queries_SL: Tensor
+    keys_SM: Tensor
+    seen_SLM: Tensor
+    place_N: Tensor
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """`seen_SLM` as what is added to attention scores; made once for all layers."""
+        if dtype not in self._biases:
+            self._biases[dtype] = as_bias(self.seen_SLM, dtype)
+        return self._biases[dtype]
+
+    @property
+    def distances_SLM(self) -> Tensor:
+        """Position of the query minus that of the key: what a window limits."""
+        return self.positions_N[self.queries_SL][:, :, None] - torch.arange(
+            self.keys_SM.shape[1], device=self.keys_SM.device
+        )
+
+
+def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores: 0 where seen, minus infinity elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def pack(sequences: Sequence[list[int]], device: torch.device) -> tuple[Layout, list[list[int]]]:
+    """Lay out sequences.
+
+    Args:
+        sequences: token ids of each row; none is empty.
+        device: of the tensors.
+
+    Returns:
+        The layout, and for each row the tokens of the layout that it consists of.
+    """
+    paths: list[list[int]] = [[] for _ in sequences]
+    ids: list[int] = []
+    owner: list[int] = []
+    own_start, branch = [0] * len(sequences), [0] * len(sequences)
+    previous: int | None = None
+    # In lexicographic order, a row shares its longest beginning with the row before it.
+    for row in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+        sequence = sequences[row]
+        shared = 0 if previous is None else _shared(sequences[previous], sequence)
+        if previous is not None and shared:
+            paths[row] = paths[previous][:shared]
+            parent = owner[paths[row][-1]]
+            branch[parent] = max(branch[parent], shared)
+        own_start[row] = shared
+        paths[row] += range(len(ids), len(ids) + len(sequence) - shared)
+        ids += sequence[shared:]
+        owner += [row] * (len(sequence) - shared)
+        previous = row
+    segments = [
+        (paths[row][:stop], start)
+        for row, path in enumerate(paths)
+        for start, stop in _split(own_start[row], branch[row], len(path))
+    ]
+    return _layout(ids, segments, device), paths
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _split(start: int, branch: int, stop: int) -> list[tuple[int, int]]:
+    """A row's own tokens, cut where others branch off, so that segments have like lengths."""
+    if start == stop:
+        return []
+    return [(start, branch), (branch, stop)] if start + _WORTH_SPLITTING <= branch < stop else [(start, stop)]
+
+
+def _layout(ids: list[int], segments: list[tuple[list[int], int]], device: torch.device) -> Layout:
+    longest_query = max(len(path) - start for path, start in segments)
+    longest_key = max(len(path) for path, _ in segments)
+    queries = [path[start:] + [0] * (longest_query - len(path) + start) for path, start in segments]
+    keys = [path + [0] * (longest_key - len(path)) for path, _ in segments]
+    positions, places = [0] * len(ids), [0] * len(ids)
+    for number, (path, start) in enumerate(segments):
+        for place, token in enumerate(path[start:]):
+            positions[token], places[token] = start + place, number * longest_query + place
+    starts, stops = ([[pair] for pair in column] for column in zip(*((s, len(p)) for p, s in segments), strict=True))
+    last_seen_SL = torch.tensor(starts) + torch.arange(longest_query)
+    exists_SL = last_seen_SL < torch.tensor(stops)
+    seen_SLM = torch.arange(longest_key) <= torch.where(exists_SL, last_seen_SL, 0)[:, :, None]
+    lists = (torch.tensor(values, device=device) for values in (ids, positions, queries, keys, places))
+    ids_N, positions_N, queries_SL, keys_SM, place_N = lists
+    return Layout(ids_N, positions_N, queries_SL, keys_SM, seen_SLM.to(device), place_N)
+
+
+def pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
+    """Lay out prompts and completions.
+
+    Returns:
+        The layout, and for each of the counted tokens, row by row, the token of the layout that predicts it.
+    """
+    prompts = _rows(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
+    completions = _rows(rollout.completion_ids_BT, rollout.completion_mask_BT)
+    # What nothing counted follows is not computed; a row without a counted token keeps its first.
+    counted = [[t for t, yes in zip(count(), row) if yes] for row in rollout.mask_BT.tolist()]
+    sequences = [
+        (prompt + completion)[: len(prompt) + (places[-1] if places else 0)] or prompt
+        for prompt, completion, places in zip(prompts, completions, counted, strict=True)
+    ]
+    layout, paths = pack(sequences, rollout.mask_BT.device)
+    predictors = [
+        path[len(prompt) + t - 1] for path, prompt, places in zip(paths, prompts, counted, strict=True) for t in places
+    ]
+    return layout, torch.tensor(predictors, dtype=torch.long, device=rollout.mask_BT.device)
+
+
+def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    lengths, starts = mask.sum(1).tolist(), mask.long().argmax(1).tolist()
+    return [row[s : s + n] for row, s, n in zip(ids.tolist(), starts, lengths, strict=True)]
+
+
+class _GatherRows(torch.autograd.Function):
+    """Row selection whose gradient is summed in fp32, for a shared beginning collects one from every row."""
+
+    @staticmethod
+    def forward(ctx: Any, values_NF: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(values_NF)
+        return values_NF[index]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        wide = upstream if upstream.dtype == torch.float64 else upstream.float()
+        sums = wide.new_zeros(ctx.rows, *upstream.shape[index.dim() :])
+        sums.index_add_(0, index.flatten(), wide.flatten(0, index.dim() - 1))
+        return sums.to(upstream.dtype), None
+
+
+def gather_rows(values_NF: Tensor, index: Tensor) -> Tensor:
+    """`values_NF[index]`, shape [*index, F], with a gradient summed in fp32 whatever the dtype."""
+    return _GatherRows.apply(values_NF, index)
