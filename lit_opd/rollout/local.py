@@ -1,20 +1,37 @@
-"""The local engine: a decode loop over a key-value cache."""
+"""The local engine: a decode loop in this process."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import logging
+from weakref import WeakKeyDictionary
 
-from lit_opd.functional import draw, head_logits, law_logps
+import torch
+from torch import Tensor, nn
+
+from lit_opd.functional import sample_tokens
 from lit_opd.functional.head import compute_dtype
+from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
+from lit_opd.rollout.decoders import CacheDecoder, Decoder
+from lit_opd.rollout.fused import FusedDecoder, why_not_fused
+from lit_opd.rollout.products import make_product
 from lit_opd.types import FinishReason, PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["LocalEngine"]
 
+_log = logging.getLogger(__name__)
+
+# Rows leave the batch when this share of it has finished: moving the cache costs about as much as a step.
+_FINISHED_SHARE = 0.25
+# An accelerator is asked rarely whether all rows have finished, for every answer is waited for.
+_ASK_EVERY = 16
+
 
 class LocalEngine:
     """Samples with the model at hand, in this process."""
+
+    def __init__(self) -> None:
+        self._disagreements: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
     @torch.no_grad()
     def sample(
@@ -23,7 +40,8 @@ class LocalEngine:
         """Complete every prompt; see `RolloutEngine.sample`. Prompts are prefilled once for all their completions."""
         # No dropout: the sampler must be the law that the log-probabilities are of.
         with policy.evaluating(), policy.precision(cache_casts=True):
-            ids_BT, logps_BT, mask_BT, stopped_B = _decode(policy, batch, law, num_completions, uniforms_BT)
+            decoder = self.decoder(policy, len(uniforms_BT))
+            ids_BT, logps_BT, mask_BT, stopped_B = _decode(policy, decoder, batch, law, num_completions, uniforms_BT)
         rows_B = torch.arange(len(batch.prompt_ids_BP), device=ids_BT.device).repeat_interleave(num_completions)
         return Rollout(
             prompt_ids_BP=batch.prompt_ids_BP[rows_B],
@@ -37,9 +55,41 @@ class LocalEngine:
             prompt_index_B=rows_B,
         )
 
+    def decoder(self, policy: LanguageModel, rows: int) -> Decoder:
+        """The fastest decoder of `rows` rows that the model allows."""
+        reason = why_not_fused(policy)
+        if reason is None:
+            if policy.model not in self._disagreements:
+                self._disagreements[policy.model] = reason = _disagreement(policy)
+                if reason:
+                    _log.warning("The %s decodes without the fused path: %s.", policy.key, reason)
+            reason = self._disagreements[policy.model]
+        return CacheDecoder(policy) if reason else FusedDecoder(policy, rows)
+
+
+def _disagreement(policy: LanguageModel) -> str | None:
+    """What tells the two decoders apart on a few tokens; None where nothing does."""
+    ids = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
+    mask = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
+    batch = PromptBatch(ids, mask, rows=[{}, {}], draws=[(0, 0), (0, 1)])
+    with torch.autocast(policy.device.type, enabled=False):
+        fused, cached = FusedDecoder(policy, 4), CacheDecoder(policy)
+        pairs = [(fused.prefill(batch, 2, 1), cached.prefill(batch, 2, 1))]
+        pairs.append((fused.step(ids[0, :4]), cached.step(ids[0, :4])))
+    found, expected = (upcast(torch.cat(parts)) for parts in zip(*pairs, strict=True))
+    error = ((found - expected).norm() / expected.norm()).item()
+    # The same sums in another order; many layers of bf16 may grow that to several per cent.
+    exact = policy.head.weight_VH.dtype == expected.dtype
+    return None if error < (1e-3 if exact else 0.25) else f"its hidden states would be off by {error:.2g}"
+
 
 def _decode(
-    policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
+    policy: LanguageModel,
+    decoder: Decoder,
+    batch: PromptBatch,
+    law: SamplingLaw,
+    num_completions: int,
+    uniforms_BT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token ids, log-probabilities and mask [B, T], and which rows met a stop token [B]."""
     (rows, length), device = uniforms_BT.shape, uniforms_BT.device
@@ -48,32 +98,33 @@ def _decode(
     # The dtype said, here as elsewhere: under bf16-true torch's default is bf16.
     logps_BT = torch.zeros((rows, length), dtype=torch.float32, device=device)
     mask_BT = torch.zeros((rows, length), dtype=torch.bool, device=device)
-    running_B = torch.ones(rows, dtype=torch.bool, device=device)
-    hidden_BH, cache = _prefill(policy, batch, num_completions)
-    head = policy.head.to(compute_dtype(hidden_BH))  # cast once, not at every token
-    seen_BL = batch.prompt_mask_BP.repeat_interleave(num_completions, dim=0)
-    steps = 0
+    stopped_B = torch.zeros(rows, dtype=torch.bool, device=device)
+    active_A = torch.arange(rows, device=device)
+    hidden_AH = decoder.prefill(batch, num_completions, length)
+    head = policy.head.to(compute_dtype(hidden_AH))  # cast once, not at every token
+    project = make_product(head.weight_VH, head.bias_V, rows)
     for t in range(length):
         forbidden = stop_ids if t < law.min_new_tokens else None
-        logps_BV = law_logps(head_logits(hidden_BH, head), law, forbidden)
-        token_B = draw(logps_BV, uniforms_BT[:, t])
-        ids_BT[:, t] = torch.where(running_B, token_B, policy.pad_id)
-        logps_BT[:, t] = torch.where(running_B, logps_BV.gather(-1, token_B[:, None]).squeeze(-1).float(), 0.0)
-        mask_BT[:, t] = running_B
-        running_B = running_B & ~torch.isin(token_B, stop_ids)
-        steps = t + 1
-        if steps == length or not running_B.any():
+        token_A, logps_A = sample_tokens(
+            head.shape_logits(upcast(project(hidden_AH.to(head.weight_VH.dtype)))),
+            law,
+            uniforms_BT[active_A, t],
+            forbidden,
+        )
+        running_A = ~stopped_B[active_A]
+        ids_BT[active_A, t] = torch.where(running_A, token_A, policy.pad_id)
+        logps_BT[active_A, t] = torch.where(running_A, logps_A.float(), 0.0)
+        mask_BT[active_A, t] = running_A
+        stopped_B[active_A] |= torch.isin(token_A, stop_ids)
+        if t + 1 == length:
             break
-        seen_BL = torch.cat([seen_BL, mask_BT[:, t, None]], dim=1)
-        output = policy.run_body(ids_BT[:, t, None], seen_BL, cache, use_cache=True)
-        hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
-    return ids_BT[:, :steps], logps_BT[:, :steps], mask_BT[:, :steps], ~running_B
-
-
-def _prefill(policy: LanguageModel, batch: PromptBatch, num_completions: int) -> tuple[Tensor, object]:
-    output = policy.run_body(batch.prompt_ids_BP, batch.prompt_mask_BP, use_cache=True)
-    hidden_BH, cache = output.last_hidden_state[:, -1], output.past_key_values
-    if num_completions > 1:
-        cache.batch_repeat_interleave(num_completions)
-        hidden_BH = hidden_BH.repeat_interleave(num_completions, dim=0)
-    return hidden_BH, cache
+        if device.type == "cpu" or t % _ASK_EVERY == 0:
+            going = torch.nonzero(~stopped_B[active_A]).flatten()
+            if not len(going):
+                break
+            if len(going) <= len(active_A) * (1 - _FINISHED_SHARE):
+                decoder.keep(going)
+                active_A, token_A = active_A[going], token_A[going]
+        hidden_AH = decoder.step(token_A)
+    steps = int(mask_BT.sum(1).amax())
+    return ids_BT[:, :steps], logps_BT[:, :steps], mask_BT[:, :steps], stopped_B

@@ -145,16 +145,19 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(make_model, tiny_token
     assert LocalEngine().sample(policy, batch, SamplingLaw(), 40, numbers).completion_ids_BT.max() <= 16
 
 
-def test_trimmed_micro_batches_have_the_same_hidden_states(model, make_batch, sample, tiny_tokenizer):
-    policy = LanguageModel(model, tiny_tokenizer, "student")
+@pytest.mark.parametrize("path", ["counted_hidden", "padded_hidden"])
+def test_trimmed_micro_batches_have_the_same_hidden_states(path, model, make_batch, sample, tiny_tokenizer):
+    hidden_of = getattr(LanguageModel(model, tiny_tokenizer, "student"), path)
     rollout = sample(model, make_batch(extra_padding=2), SamplingLaw(), num_completions=2)
-    whole = policy.completion_hidden(rollout)
+    flat = hidden_of(rollout)
+    whole = flat.new_zeros(*rollout.mask_BT.shape, flat.shape[-1])
+    whole[rollout.mask_BT] = flat
     for rows in ([0], [2, 3], [9, 4, 1]):
         part = rollout.rows(torch.tensor(rows))
-        found, mask = policy.completion_hidden(part), part.completion_mask_BT
+        found = hidden_of(part)
         assert part.prompt_mask_BP.any(0).all()
         assert part.completion_mask_BT.any(0).all()
-        torch.testing.assert_close(found[mask], whole[rows][rollout.completion_mask_BT[rows]], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, whole[rows][rollout.completion_mask_BT[rows]], rtol=0, atol=1e-12)
 
 
 def test_casts_kept_while_sampling_do_not_outlive_it(make_model, make_batch, sample, tiny_tokenizer):
@@ -166,7 +169,7 @@ def test_casts_kept_while_sampling_do_not_outlive_it(make_model, make_batch, sam
             for parameter in model.parameters():
                 parameter.mul_(1.5)
         found = sample(model, batch, SamplingLaw())
-        LanguageModel(model, tiny_tokenizer, "student").completion_hidden(found).sum().backward()
+        LanguageModel(model, tiny_tokenizer, "student").counted_hidden(found).sum().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = sample(copy.deepcopy(model), batch, SamplingLaw())
     assert torch.equal(found.completion_ids_BT, expected.completion_ids_BT)
