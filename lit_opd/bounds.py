@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lit_opd.errors import UserError, choose
 
 if TYPE_CHECKING:
-    from lit_opd.config import Config
+    from lit_opd.config import Config, RolloutConfig
 
 __all__ = ["check_values"]
 
@@ -49,7 +49,7 @@ _CHOICES: list[tuple[str, tuple[str, ...]]] = [
     ("reference.quantization", QUANTIZATIONS),
     ("data.source", ("file", "hub", "reasoning_gym", "function")),
     ("data.overlong", ("drop", "truncate", "error")),
-    ("rollout.engine", ("local",)),
+    ("rollout.engine", ("local", "vllm")),
     ("rollout.demonstrations", ("teacher", "data")),
     ("estimator.aggregation", ("token_mean", "sequence_mean", "sequence_sum")),
 ]
@@ -71,6 +71,8 @@ def check_values(config: Config) -> None:
     if rollout.min_new_tokens > rollout.max_new_tokens:
         raise UserError("rollout.min_new_tokens", f"at most rollout.max_new_tokens ({rollout.max_new_tokens})",
                         rollout.min_new_tokens, "Lower it or raise rollout.max_new_tokens.")  # fmt: skip
+    if rollout.engine == "vllm":
+        _check_served(rollout)
     for k in evaluation.pass_at:
         if not 1 <= k <= evaluation.num_completions:
             limit = f"values from 1 to evaluation.num_completions ({evaluation.num_completions})"
@@ -79,6 +81,21 @@ def check_values(config: Config) -> None:
     if optim.updates_per_rollout > sequences:
         raise UserError("optim.updates_per_rollout", f"at most data.batch_size x rollout.num_completions ({sequences})",
                         optim.updates_per_rollout, "Lower it or sample more.")  # fmt: skip
+
+
+def _check_served(rollout: RolloutConfig) -> None:
+    """What a vLLM server needs, and the laws it does not have."""
+    engine = "with rollout.engine=vllm"
+    if not (rollout.server or "").startswith(("http://", "https://")):
+        found = "nothing" if rollout.server is None else repr(rollout.server)
+        remedy = "Set rollout.server=http://127.0.0.1:8000; how to start one: lit_opd/rollout/vllm.py."
+        raise UserError("rollout.server", f"the address of a vLLM server {engine}", found, remedy)
+    if rollout.temperature != 0 and not 0.01 <= rollout.temperature <= 2:
+        raise UserError("rollout.temperature", f"0, or from 0.01 to 2, {engine}", rollout.temperature,
+                        "Set rollout.temperature=1, or rollout.engine=local.")  # fmt: skip
+    if rollout.min_p > 0 and rollout.top_p < 1:  # another law than ours, where min_p cuts last
+        raise UserError("rollout.min_p", f"0 where rollout.top_p cuts, {engine}", rollout.min_p,
+                        "Set one of the two, or rollout.engine=local.")  # fmt: skip
 
 
 def _value(config: Config, key: str) -> Any:

@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     fit = _command(commands, "fit", _fit, "distil the student from the teacher")
     fit.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue the run in output_dir")
+    fit.add_argument("--profile", action="store_true", help="record where the time of a few steps goes: a table of "
+                     "phases and a chrome trace, in output_dir/profile and in MLflow")  # fmt: skip
     for name, what in (("validate", "measure the student on the validation prompts"),
                        ("test", "the same, reported as test results")):  # fmt: skip
         _command(commands, name, _evaluate, what).add_argument("--checkpoint", metavar="FILE")
@@ -97,7 +99,7 @@ def _fit(parsed: argparse.Namespace) -> None:
     from lit_opd.lab.training import train
 
     quiet_libraries()
-    print_outcome(config, train(config, parsed.resume))
+    print_outcome(config, train(config, parsed.resume, parsed.profile))
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:

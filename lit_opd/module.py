@@ -26,12 +26,12 @@ from lit_opd.evaluation import Evaluation, Example, judge
 from lit_opd.functional import chunk_rows, token_weights, upcast
 from lit_opd.metrics import Interval
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
-from lit_opd.perf import Stopwatch, step_report
+from lit_opd.perf import Stopwatch, phase, step_report
 from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import (
-    LocalEngine,
     RolloutEngine,
     TrainingSampler,
+    build_engine,
     micro_batches,
     rollout_sums,
     split_updates,
@@ -108,11 +108,11 @@ class DistillationModule(AcrossProcesses):
         self.teacher: Any = None
         self.reference: Any = None
         self.whole_prompts = "groups" in self.estimator.needs
-        self.engine = engine or LocalEngine()
+        self.engine = engine or build_engine(self.rollout_config)
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
         self.evaluation = Evaluation(settings, settings.max_new_tokens or self.rollout_config.max_new_tokens)
-        self.head_rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib)
+        self.head_rows = 1
         self.results: dict[str, dict[str, Interval]] = {}
         self.examples: list[Example] = []
         self.measured_at: int | None = None
@@ -141,6 +141,7 @@ class DistillationModule(AcrossProcesses):
         if stage == "fit" and "rewards" in self.estimator.needs and self.verifier is None:
             raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
                             "Set data.verifier=package.module:function.")  # fmt: skip
+        self.head_rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib, self.device)
         self.teacher = self.pair.load("teacher", self.device)
         if stage == "fit" and "reference" in self.estimator.needs:
             self.reference = self.pair.load("reference", self.device)
@@ -170,6 +171,7 @@ class DistillationModule(AcrossProcesses):
         sums = self.total(rollout_sums(rollout))
         self.log_dict(self.at_step(step_report(totals, sums, watch, self.device)), batch_size=1)
 
+    @phase("rollout")
     def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor | None]:
         """Completions of every prompt, and their rewards where the estimator wants them."""
         rollout = self.sampler.complete(self.engine, batch, self.student, self.teacher, self.demonstrations)
@@ -183,6 +185,7 @@ class DistillationModule(AcrossProcesses):
         completions, updates = self.rollout_config.num_completions, self.optim_config.updates_per_rollout
         return split_updates(batch.draws, completions, updates, prompts, self.whole_prompts)
 
+    @phase("teacher")
     def score(self, rollout: Rollout, rows: Tensor, rewards_B: Tensor | None) -> list[ScoredRollout]:
         """Micro-batches of the chosen rows, scored by the teacher before any student activation exists."""
         if not len(rows):  # the other processes wait for this one: it takes part with a row that does not count
@@ -202,6 +205,7 @@ class DistillationModule(AcrossProcesses):
         known = [limit for limit in (self.trainer.max_steps, steps) if limit > 0]
         return min(1.0, self.global_step / min(known, default=math.inf))
 
+    @phase("student")
     def estimate(self, update: list[ScoredRollout]) -> dict[str, float]:
         """Accumulate the gradient of one update over its micro-batches; returns totals over all processes."""
         masks = [micro.rollout.mask_BT for micro in update]
@@ -227,6 +231,7 @@ class DistillationModule(AcrossProcesses):
             sums["gap"] += (micro.rollout.sampler_logps_BT[mask_BT] - stats["student_logps"])[own_N].sum()
         return self.total(sums) | counts
 
+    @phase("optimizer")
     def step(self, totals: dict[str, float], batch: PromptBatch) -> None:
         """One optimizer step; nothing moves where the loss or the gradient is not finite.
 

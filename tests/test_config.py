@@ -26,6 +26,7 @@ from lit_opd.config import (
 from lit_opd.errors import UserError
 
 PATHS = ("student.path=s", "teacher.path=t")
+SERVED = ("rollout.engine=vllm", "rollout.server=http://127.0.0.1:8000")
 
 
 @pytest.fixture
@@ -105,6 +106,16 @@ def test_values_of_overrides(override, value):
     (["reference.dtype=int8"], "reference.dtype: expected one of float32"),
     (["reference.temperature=2"], "reference.temperature: expected a known key"),
     (["student.dtype=int8"], "student.dtype: expected one of float32, bfloat16, float16, float64, found 'int8'."),
+    (["rollout.engine=vlm"], "rollout.engine: expected one of local, vllm, found 'vlm'. Did you mean 'vllm'?"),
+    (["rollout.engine=vllm"], "rollout.server: expected the address of a vLLM server with rollout.engine=vllm, found "
+     "nothing. Set rollout.server=http://127.0.0.1:8000;"),
+    ([*SERVED, "rollout.server=localhost:8000"], "rollout.server: expected the address of a vLLM server with "
+     "rollout.engine=vllm, found 'localhost:8000'."),
+    ([*SERVED, "rollout.temperature=2.5"], "rollout.temperature: expected 0, or from 0.01 to 2, with "
+     "rollout.engine=vllm, found 2.5. Set rollout.temperature=1, or rollout.engine=local."),
+    ([*SERVED, "rollout.temperature=0.001"], "rollout.temperature: expected 0, or from 0.01 to 2, with"),
+    ([*SERVED, "rollout.min_p=0.1", "rollout.top_p=0.9"], "rollout.min_p: expected 0 where rollout.top_p cuts, with "
+     "rollout.engine=vllm, found 0.1. Set one of the two, or rollout.engine=local."),
     (["rollout.min_new_tokens=99"], "rollout.min_new_tokens: expected at most rollout.max_new_tokens (64), found 99."),
     (["evaluation.pass_at=[1,2]"],
      "evaluation.pass_at: expected values from 1 to evaluation.num_completions (1), found 2."),
@@ -116,6 +127,15 @@ def test_messages(words, said):
         load_config([], [*PATHS, *words])
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [
+    SERVED, [*SERVED, "rollout.temperature=0"], [*SERVED, "rollout.temperature=2"], [*SERVED, "rollout.top_p=0.9"],
+    [*SERVED, "rollout.min_p=0.1", "rollout.top_k=5"],
+    ["rollout.temperature=3", "rollout.min_p=0.1", "rollout.top_p=0.9"],
+])  # fmt: skip
+def test_laws_that_an_engine_has(words):
+    load_config([], [*PATHS, *words])
 
 
 def test_what_has_to_be_set():
@@ -226,7 +246,7 @@ def test_configuration_imports_no_torch():
     assert not {"torch", "lightning", "mlflow", "transformers"} & set(done.stdout.split())
 
 
-@pytest.mark.parametrize(("words", "code", "seconds"), [(["--help"], 0, 1.5), (["fit", "optim.lrr=1"], 2, 2.0)])
+@pytest.mark.parametrize(("words", "code", "seconds"), [(["--help"], 0, 0.5), (["fit", "optim.lrr=1"], 2, 1.0)])
 def test_answers_at_once(words, code, seconds):
     times = []
     for _ in range(3):  # the machine may be busy with something else

@@ -2,6 +2,8 @@
 
 from lit_opd.callbacks.gamma import ChooseGamma, check_gamma
 from lit_opd.callbacks.interrupt import SaveOnInterrupt
+from lit_opd.callbacks.profile import ProfileSteps
 from lit_opd.callbacks.progress import StepProgress
+from lit_opd.callbacks.speed import StepSpeed
 
-__all__ = ["ChooseGamma", "SaveOnInterrupt", "StepProgress", "check_gamma"]
+__all__ = ["ChooseGamma", "ProfileSteps", "SaveOnInterrupt", "StepProgress", "StepSpeed", "check_gamma"]

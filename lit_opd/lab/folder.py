@@ -52,6 +52,11 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def profile(self) -> Path:
+        """Where the time of a step goes, when that was asked for."""
+        return self.path / "profile"
+
+    @property
     def summary(self) -> Path:
         """The results, as JSON."""
         return self.path / "summary.json"

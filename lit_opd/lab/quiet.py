@@ -31,6 +31,7 @@ EXPECTED_WARNINGS = (
 def quiet_libraries() -> None:
     """Keep warnings and errors of Lightning, MLflow and Transformers; drop their chatter and progress bars."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which tells of every start and stop
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "datasets" in sys.modules:  # which reads the variable above only when it is imported
         sys.modules["datasets"].disable_progress_bars()

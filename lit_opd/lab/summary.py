@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch.utilities import rank_zero_only
 from rich import box
 from rich.console import Console
@@ -12,7 +14,7 @@ from lit_opd.lab.training import Outcome, Results
 from lit_opd.metrics import Interval
 from lit_opd.tracking import ui_command
 
-__all__ = ["print_outcome", "print_results"]
+__all__ = ["perf_line", "print_outcome", "print_results"]
 
 ROWS = {
     "accuracy": "accuracy",
@@ -32,13 +34,25 @@ def print_outcome(config: Config, outcome: Outcome) -> None:
     """The table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
     columns = {"before": outcome.before, f"after {outcome.steps} steps": outcome.after, "teacher": outcome.teacher}
     _print("Held-out prompts at temperature 1, with 95% intervals", columns)
-    speed, step = outcome.perf.get("perf/tokens_per_s"), outcome.perf.get("perf/step_s")
-    if speed is not None and step is not None:
-        memory = outcome.perf["perf/peak_memory_mb"]
-        print(f"last step: {step:.3f} s, {speed:.0f} completion tokens/s; peak memory {memory:.0f} MB")
+    if outcome.perf:
+        print(perf_line(outcome.perf))
     print(f"checkpoint: {outcome.checkpoint}")
     print(f"exported model: {outcome.student}")
     print(f"MLflow: {ui_command(config, outcome.logger)}")
+
+
+def perf_line(perf: Mapping[str, float]) -> str:
+    """What a step cost, in one line.
+
+    Args:
+        perf: medians of `perf/*` over steps.
+    """
+    value = {name.removeprefix("perf/"): number for name, number in perf.items()}
+    shares = ", ".join(
+        f"{name} {value[f'{name}_s'] / value['step_s']:.0%}" for name in ("rollout", "teacher", "student")
+    )
+    return (f"median step: {value['step_s']:.3f} s ({shares}), {value['tokens_per_s']:.0f} completion tokens/s; "
+            f"peak memory {value['peak_memory_mb']:.0f} MB")  # fmt: skip
 
 
 @rank_zero_only

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_opd.callbacks import ChooseGamma, SaveOnInterrupt, StepProgress
+from lit_opd.callbacks import ChooseGamma, ProfileSteps, SaveOnInterrupt, StepProgress, StepSpeed
 from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
 from lit_opd.lab.folder import RunFolder
@@ -59,14 +59,27 @@ def check_trainer_keys(config: Config) -> None:
             raise UserError(name, f"a value of type {_name(hints[key])}", repr(value), "Correct the value.")
 
 
-def build_trainer(config: Config, folder: RunFolder) -> L.Trainer:
+def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L.Trainer:
     """The trainer with checkpoints, tracking, progress and a safe Ctrl-C; its logger comes when all checks are done.
 
+    Args:
+        config: the run.
+        folder: where it writes.
+        profile: record where the time of a few steps goes.
+
     Raises:
-        UserError: whatever `lightning.Trainer` refuses.
+        UserError: whatever `lightning.Trainer` refuses; two profilers.
     """
+    other = config.trainer.get("profiler")
+    if profile and other is not None:
+        raise UserError(
+            "--profile", "trainer.profiler to be null: one hinders the other", repr(other), "Drop one of them."
+        )
     every = config.evaluation.every_n_steps
     callbacks: list[L.Callback] = [
+        # The first, so that what the others do before a step counts as part of it.
+        *([ProfileSteps(folder.profile)] if profile else []),
+        StepSpeed(),
         # After each evaluation, when the metrics of the step and of the evaluation have been logged: a run that is
         # killed and resumed has no gap in its curves.
         ModelCheckpoint(folder.checkpoints, filename=folder.last_checkpoint.stem, enable_version_counter=False,

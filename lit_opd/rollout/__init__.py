@@ -1,11 +1,12 @@
 """Rollouts: sampling completions, and cutting them into micro-batches."""
 
 from lit_opd.rollout.batching import EVALUATION_STREAM, TRAINING_STREAM, micro_batches, split_updates, uniforms
-from lit_opd.rollout.engine import RolloutEngine
+from lit_opd.rollout.engine import RolloutEngine, build_engine
 from lit_opd.rollout.law import training_law
 from lit_opd.rollout.local import LocalEngine
 from lit_opd.rollout.statistics import rollout_sums
 from lit_opd.rollout.training import TrainingSampler
+from lit_opd.rollout.vllm import VllmEngine
 
 __all__ = [
     "EVALUATION_STREAM",
@@ -13,6 +14,8 @@ __all__ = [
     "LocalEngine",
     "RolloutEngine",
     "TrainingSampler",
+    "VllmEngine",
+    "build_engine",
     "micro_batches",
     "rollout_sums",
     "split_updates",

@@ -1,4 +1,4 @@
-"""What any rollout engine offers; the local decode loop is one, a served engine can be another."""
+"""What any rollout engine offers; the local decode loop is one, a vLLM server another."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lit_opd.config import RolloutConfig
 from lit_opd.models import LanguageModel
+from lit_opd.rollout.local import LocalEngine
+from lit_opd.rollout.vllm import VllmEngine
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
-__all__ = ["RolloutEngine"]
+__all__ = ["RolloutEngine", "build_engine"]
 
 
 class RolloutEngine(Protocol):
@@ -32,3 +35,8 @@ class RolloutEngine(Protocol):
             Completions with `sampler_logps_BT` under the law that really sampled them.
         """
         ...
+
+
+def build_engine(config: RolloutConfig) -> RolloutEngine:
+    """The configured engine; a server is first asked when something is sampled."""
+    return LocalEngine() if config.engine == "local" else VllmEngine(config.server or "")

@@ -1,0 +1,160 @@
+"""Where the time of a step goes: a few steps under torch's profiler."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import MLFlowLogger
+
+from lit_opd.module import DistillationModule
+from lit_opd.perf import STEP, Breakdown, Part, break_down, peak_memory_mb, phase, read_trace
+
+__all__ = ["ProfileSteps", "operator_table", "phase_table"]
+
+
+class ProfileSteps(L.Callback):
+    """Records a few steps after a warm-up, and writes what they spent where.
+
+    The window ends early where the run ends, an evaluation begins, or it has lasted long: a trace grows with every
+    operator. In a run too short for the warm-up the last step is recorded. With several processes the first records.
+    No number of the training changes, but steps under the profiler take somewhat longer.
+
+    Args:
+        folder: gets `trace.json.gz` (a chrome trace, for Perfetto or chrome://tracing), `phases.json` and `phases.md`,
+            which also become artifacts `profile/` of the MLflow run.
+        skip: steps before the first that is recorded.
+        record: steps to record.
+        seconds: no further step is recorded after so many.
+    """
+
+    def __init__(self, folder: str | Path, skip: int = 2, record: int = 3, seconds: float = 10.0) -> None:
+        self.folder = Path(folder)
+        self.skip, self.record, self.seconds = skip, record, seconds
+        self.breakdown: Breakdown | None = None
+        self.peak_mb = 0.0
+        self._wait: float = skip
+        self._done, self._began = 0, 0.0
+        self._profiler: Any = None
+        self._open = ExitStack()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: DistillationModule) -> None:  # type: ignore[override]
+        """Find out how long to wait."""
+        self._wait = min(self.skip, _steps_left(trainer, pl_module) - 1) if trainer.is_global_zero else math.inf
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to record where it is time; open the range of the step."""
+        if self._wait == 0:
+            self.peak_mb = peak_memory_mb(pl_module.device)  # now: the recording itself takes memory
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+            self._done, self._began = 0, perf_counter()
+        self._wait -= 1
+        if self._profiler is not None:
+            self._open.enter_context(phase(STEP))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Close the range of the step; write after the last."""
+        if self._profiler is None:
+            return
+        self._open.close()
+        self._done += 1
+        if self._done == self.record or perf_counter() - self._began > self.seconds:
+            self._finish(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the window: an evaluation is not part of a step."""
+        self._finish(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End the window with the run."""
+        self._finish(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Stop recording, and write nothing."""
+        self._open.close()
+        self._stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Print what was found, when the bar of the run is closed."""
+        if stage == "fit" and trainer.is_global_zero:
+            print(f"profile: {self.folder}\n\n{self._phases()}\n" if self.breakdown else "profile: no step to record\n")
+
+    def _phases(self) -> str:
+        return (
+            f"{phase_table(self.breakdown)}\n\npeak memory before the recording: {self.peak_mb:.0f} MB"
+            if self.breakdown
+            else ""
+        )
+
+    def _stop(self) -> Any:
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            profiler.stop()
+        return profiler
+
+    def _finish(self, trainer: L.Trainer) -> None:
+        if self._profiler is None:
+            return
+        profiler = self._stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trace = self.folder / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        with trace.open() as file:
+            self.breakdown = break_down(read_trace(file))
+        # Lightly: the exporter's own compression takes longer than all the rest.
+        with trace.open("rb") as file, gzip.open(f"{trace}.gz", "wb", compresslevel=1) as packed:
+            shutil.copyfileobj(file, packed)
+        trace.unlink()
+        numbers = asdict(self.breakdown) | {"peak_memory_before_mb": self.peak_mb}
+        (self.folder / "phases.json").write_text(json.dumps(numbers, indent=2))
+        (self.folder / "phases.md").write_text(f"{self._phases()}\n\n{operator_table(self.breakdown)}\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, MLFlowLogger):
+                logger.experiment.log_artifacts(logger.run_id, str(self.folder), "profile")
+
+
+def phase_table(found: Breakdown) -> str:
+    """The phases in Markdown, in the order of a step."""
+    rows = [(name, *_cells(part)) for name, part in found.phases.items()]
+    rows.append(("step", *_cells(Part(found.step_s, share=1.0, calls=1))))
+    if found.between_s is not None:
+        rows.append(("between steps", f"{found.between_s:.4f}", "", ""))
+    return _table((f"phase, mean of {found.steps}", "s a step", "share", "calls"), rows)
+
+
+def operator_table(found: Breakdown) -> str:
+    """The operators in Markdown, the longest first."""
+    rows = [(name, *_cells(part)) for name, part in found.operators.items()]
+    return _table(("operator, by its own time", "s a step", "share", "calls"), rows)
+
+
+def _cells(part: Part) -> tuple[str, str, str]:
+    return f"{part.seconds:.4f}", f"{part.share:.1%}", f"{part.calls:.4g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
+    lines = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in (header, *rows)]
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _steps_left(trainer: L.Trainer, module: DistillationModule) -> float:
+    """Batches to train on; an optimizer may step several times on one."""
+    updates = module.optim_config.updates_per_rollout
+    batches = trainer.estimated_stepping_batches * updates
+    total = min(limit for limit in (trainer.max_steps, batches, math.inf) if limit > 0)
+    return math.ceil((total - trainer.global_step) / updates) if total < math.inf else math.inf

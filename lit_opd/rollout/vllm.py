@@ -1,0 +1,282 @@
+r"""A rollout engine that samples with a vLLM server, for students that a GPU serves faster than it decodes here.
+
+Start the server with the student's own folder, one server for each run, and leave it running:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT_FOLDER --host 127.0.0.1 --port 8000 \
+        --logprobs-mode processed_logprobs --dtype bfloat16 --max-model-len 4096
+
+and train with `rollout.engine=vllm rollout.server=http://127.0.0.1:8000`. `--logprobs-mode processed_logprobs` makes
+the recorded log-probabilities those of the sampling law. `VLLM_SERVER_DEV_MODE=1` opens the addresses through which
+weights are replaced to everybody who reaches the port: keep it on 127.0.0.1. `--max-model-len` must hold prompt and
+completion. With `--dtype bfloat16` the server rounds its logits: `rollout/sampler_gap` shows by how much, and
+`--dtype float32` makes it smallest. Written for vLLM 0.32.
+
+Weights. Before every rollout the server is asked which weights it holds; where they are not the student's present ones,
+these are written (LoRA merged into a copy, in the dtype served) to a temporary folder, loaded by the server, and its
+caches dropped. A server that was started anew, or pushed to by another run, is noticed. The server must see the
+temporary folder under the same path: one machine, or a file system that both share, named by TMPDIR (TMPDIR=/dev/shm
+keeps the weights in memory). The processes of a data-parallel run on one machine share the server; sharded models
+(FSDP) cannot be pushed.
+
+The law. Temperature 0, or from 0.01 to 2, top_k, top_p, min_p (not with top_p: vLLM cuts by min_p first) and
+min_new_tokens mean what they mean to the local engine. Every row is drawn with a seed made from its `uniforms_BT`: the
+same seeds give the same completions on one server, as far as its arithmetic does not depend on what it batches
+together, but not those of the local engine.
+
+Only the student is served: what the teacher writes is sampled in this process.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, Request, build_opener
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from lit_opd.errors import UserError
+from lit_opd.functional import law_logps
+from lit_opd.models import LanguageModel
+from lit_opd.rollout.demonstrations import take_prompts
+from lit_opd.rollout.local import LocalEngine
+from lit_opd.types import FinishReason, PromptBatch, Rollout, SamplingLaw
+
+__all__ = ["VllmEngine"]
+
+SECONDS = 1800  # the longest wait for one answer
+CONNECTIONS = 512
+PROBE = SamplingLaw(temperature=2.0)  # far from 1, so that log-probabilities of the unprocessed law stand out
+PROBE_ROWS, PROBE_TOKENS = 4, 8
+OPENER = build_opener(ProxyHandler({}))  # a server that shares our file system is not behind a proxy
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+START = "Start it: VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT_FOLDER --logprobs-mode processed_logprobs"
+
+
+class _Refusal(UserError):
+    """The server understood and says no."""
+
+
+class VllmEngine:
+    """Samples the student's completions with a vLLM server, whose weights it keeps equal to the student's.
+
+    Args:
+        url: where the server listens, e.g. http://127.0.0.1:8000.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.dtype: torch.dtype | None = None  # the served one; None until the server was met
+        self.local = LocalEngine()
+
+    @torch.no_grad()
+    def sample(
+        self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
+    ) -> Rollout:
+        """Complete every prompt; see `RolloutEngine.sample`. `uniforms_BT` gives every row its seed.
+
+        Raises:
+            UserError: no server, one that refuses, serves another model, records log-probabilities of another law, or
+                is pushed to by another run meanwhile.
+        """
+        if policy.key != "student":
+            return self.local.sample(policy, batch, law, num_completions, uniforms_BT)
+        first = self.dtype is None
+        if first:
+            self.dtype = self._meet(policy)
+        label = self._push(policy)
+        if first:
+            self._check_law(policy, batch, uniforms_BT)
+        rollout = self._complete(policy, batch, law, num_completions, uniforms_BT)
+        if (found := self._label()) != label:
+            raise UserError("rollout.server", "a server of this run alone", f"other weights on it ({found})",
+                            "Start one server for each run.")  # fmt: skip
+        return rollout
+
+    def _meet(self, policy: LanguageModel) -> torch.dtype:
+        """The dtype served, after checking that the server's vocabulary is the student's."""
+        info = self._call("/server_info?config_format=json")
+        rows = _rows(policy)
+        expected, remedy = f"a model with the student's vocabulary ({rows})", "Serve the student's own folder."
+        # The server refuses a bias on a token that it does not have.
+        body = {"prompt": [0], "max_tokens": 1}
+        try:
+            self._call("/v1/completions", body | {"logit_bias": {str(rows - 1): 0.0}})
+        except _Refusal as error:
+            raise UserError("rollout.server", expected, f"a smaller one ({error.found})", remedy) from error
+        with suppress(_Refusal):
+            self._call("/v1/completions", body | {"logit_bias": {str(rows): 0.0}})
+            raise UserError("rollout.server", expected, "a larger one", remedy)
+        try:
+            return getattr(torch, info["vllm_config"]["model_config"]["dtype"].removeprefix("torch."))
+        except KeyError as error:
+            raise UserError("rollout.server", f"a vLLM server at {self.url}", f"an answer without {error}",
+                            f"{START}.") from error  # fmt: skip
+
+    def _push(self, policy: LanguageModel) -> str:
+        """Replace the server's weights where they are not the policy's; returns the label they are known by."""
+        label = _weights_label(policy.model)
+        if self._label() == label:
+            return label
+        name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        with FileLock(Path(tempfile.gettempdir()) / f"lit_opd-{name}.lock"):
+            if self._label() != label:  # another process of this run may have been faster
+                with tempfile.TemporaryDirectory(prefix="lit_opd-") as folder:
+                    _write_weights(policy.model, folder, self.dtype)
+                    self._call("/update_weight_version", {"new_version": "half replaced"})
+                    self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+                # Keys and values of prompts it has seen are those of the old weights.
+                if not self._call("/reset_prefix_cache?reset_running_requests=true", {}).get("success"):
+                    raise UserError("rollout.server", "a prefix cache that can be dropped", "one in use",
+                                    "Start one server for each run.")  # fmt: skip
+                self._call("/update_weight_version", {"new_version": label})
+        return label
+
+    def _label(self) -> str:
+        return self._call("/weight_info")["weight_version"]
+
+    def _check_law(self, policy: LanguageModel, batch: PromptBatch, uniforms_BT: Tensor) -> None:
+        """Compare log-probabilities of a few tokens with the policy's own."""
+        prompts = len(batch.prompt_ids_BP)
+        part = take_prompts(batch, torch.arange(min(prompts, PROBE_ROWS), device=uniforms_BT.device))
+        seeds_BT = uniforms_BT[:: len(uniforms_BT) // prompts][:PROBE_ROWS, :PROBE_TOKENS]
+        rollout = self._complete(policy, part, PROBE, 1, seeds_BT)
+        found_N = rollout.sampler_logps_BT[rollout.mask_BT]
+        error, raw_error = (float((found_N - _own_logps(policy, rollout, law)).abs().mean())
+                            for law in (PROBE, SamplingLaw()))  # fmt: skip
+        if error > 0.01 and raw_error < error / 4:
+            raise UserError("rollout.server", "log-probabilities of the sampling law", "those at temperature 1",
+                            "Start the server with --logprobs-mode processed_logprobs.")  # fmt: skip
+        if not error < 0.5:  # in bf16 a few hundredths
+            raise UserError("rollout.server", "the student's log-probabilities", f"others, off by {error:.2g} nats",
+                            "Serve the student's own folder.")  # fmt: skip
+
+    def _complete(
+        self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
+    ) -> Rollout:
+        (rows, length), device = uniforms_BT.shape, uniforms_BT.device
+        settings = _settings(policy, law, length)
+        prompts = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, strict=True)]
+        seeds_B = (uniforms_BT[:, 0] * 2**53).long().tolist()
+        bodies = [settings | {"prompt": prompts[i // num_completions], "seed": seed} for i, seed in enumerate(seeds_B)]
+        # One request for a row: a request of several prompts would draw them all with one seed.
+        with ThreadPoolExecutor(min(rows, CONNECTIONS)) as pool:
+            written = list(pool.map(self._request, bodies))
+        ids_BT = _padded([ids for ids, _ in written], policy.pad_id).to(device)
+        logps_BT = _padded([logps for _, logps in written], 0.0).to(device, torch.float32)
+        mask_BT = _padded([[True] * len(ids) for ids, _ in written], False).to(device)
+        stopped_B = torch.tensor([ids[-1] in policy.stop_ids for ids, _ in written], device=device)
+        rows_B = torch.arange(len(prompts), device=device).repeat_interleave(num_completions)
+        return Rollout(
+            prompt_ids_BP=batch.prompt_ids_BP[rows_B],
+            prompt_mask_BP=batch.prompt_mask_BP[rows_B],
+            completion_ids_BT=ids_BT,
+            completion_mask_BT=mask_BT,
+            mask_BT=mask_BT,
+            sampler_logps_BT=logps_BT if law.temperature > 0 else torch.zeros_like(logps_BT),
+            finish_B=torch.where(stopped_B, FinishReason.STOP, FinishReason.LENGTH),
+            law=law,
+            prompt_index_B=rows_B,
+        )
+
+    def _request(self, body: dict[str, Any]) -> tuple[list[int], list[float]]:
+        """Token ids and log-probabilities of one completion, whole or ended by a stop token."""
+        choice = self._call("/v1/completions", body)["choices"][0]
+        ids, logps = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not ids or not logps or len(ids) != len(logps):
+            raise UserError("rollout.server", "token ids with their log-probabilities", "none", "Use vLLM 0.32.")
+        if len(ids) < body["max_tokens"] and ids[-1] not in body["stop_token_ids"]:
+            raise UserError("rollout.server", "completions up to a stop token or rollout.max_new_tokens",
+                            f"one ended by {choice['finish_reason']!r}", "Look at what the server prints.")  # fmt: skip
+        return ids, logps
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The server's answer to GET, or to POST where there is a body."""
+        data = None if body is None else json.dumps(body).encode()
+        request = Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with OPENER.open(request, timeout=SECONDS) as answer:
+                return json.loads(answer.read())
+        except HTTPError as error:
+            if error.code == 404:
+                raise UserError("rollout.server", f"a vLLM server in development mode at {self.url}",
+                                f"no {path.partition('?')[0]}", f"{START}.") from error  # fmt: skip
+            kind = _Refusal if error.code == 400 else UserError
+            raise kind("rollout.server", f"an answer from {path.partition('?')[0]}", f"{error.code}: {_message(error)}",
+                       "Look at what the server prints.") from error  # fmt: skip
+        except (OSError, HTTPException, ValueError) as error:
+            raise UserError("rollout.server", f"a vLLM server at {self.url}", str(error), f"{START}.") from error
+
+
+def _settings(policy: LanguageModel, law: SamplingLaw, length: int) -> dict[str, Any]:
+    """What all requests of a rollout say. Everything is said, so that no default of the server's has a part in it."""
+    return {
+        "max_tokens": length, "min_tokens": min(law.min_new_tokens, length), "temperature": law.temperature,
+        "top_p": law.top_p, "top_k": law.top_k, "min_p": law.min_p, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "stop_token_ids": policy.stop_ids, "ignore_eos": True, "logprobs": 0,
+        "return_token_ids": True, "logit_bias": {str(i): -100.0 for i in range(policy.vocabulary, _rows(policy))},
+    }  # fmt: skip
+
+
+def _rows(policy: LanguageModel) -> int:
+    """Rows of the output layer: the vocabulary of the model served, tokens that are never sampled included."""
+    return len(policy.causal_lm.get_output_embeddings().weight)
+
+
+def _padded(rows: list[list[Any]], filler: float) -> Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+
+
+def _message(error: HTTPError) -> str:
+    text = error.read().decode(errors="replace")
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return text[:200]
+
+
+def _own_logps(policy: LanguageModel, rollout: Rollout, law: SamplingLaw) -> Tensor:
+    """Log-probabilities [N] of the counted tokens by the model's own forward pass, row by row."""
+    logps = []
+    with policy.evaluating():
+        for row in range(len(rollout)):
+            one = rollout.rows(torch.tensor([row], device=rollout.mask_BT.device))
+            ids_L, width = torch.cat([one.prompt_ids_BP[0], one.completion_ids_BT[0]]), one.prompt_ids_BP.shape[1]
+            logits_TV = policy.causal_lm(input_ids=ids_L[None]).logits[0, width - 1 : -1, : policy.vocabulary]
+            logps.append(law_logps(logits_TV, law).gather(-1, one.completion_ids_BT[0, :, None])[:, 0])
+    return torch.cat(logps)
+
+
+def _weights_label(model: nn.Module) -> str:
+    """A name for the weights as they are, whatever changed them: from the sum of every tensor's bits."""
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise UserError("rollout.engine", "local for a sharded model", "vllm", "Set rollout.engine=local.")
+    tensors = model.state_dict()
+    bits = [t.contiguous().view(INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()]
+    sums = torch.stack(bits).tolist()
+    return hashlib.sha256(json.dumps([list(tensors), sums]).encode()).hexdigest()
+
+
+def _write_weights(model: Any, folder: str, dtype: torch.dtype | None) -> None:
+    # Not save_pretrained, which writes nothing in processes other than the first.
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    weights, seen = {}, set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:  # tied weights once, under their first name
+            weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        seen.add(tensor.data_ptr())
+    save_file(revert_weight_conversion(model, weights), Path(folder) / "model.safetensors")
