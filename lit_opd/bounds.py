@@ -73,6 +73,10 @@ def check_values(config: Config) -> None:
                         rollout.min_new_tokens, "Lower it or raise rollout.max_new_tokens.")  # fmt: skip
     if rollout.engine == "vllm":
         _check_served(rollout)
+    for key, frozen in (("teacher", config.teacher), ("reference", config.reference)):
+        if frozen.offload and frozen.quantization != "none":
+            raise UserError(f"{key}.offload", "false for a quantised model, whose weights stay where they were loaded",
+                            True, f"Drop it, or {key}.quantization.")  # fmt: skip
     for k in evaluation.pass_at:
         if not 1 <= k <= evaluation.num_completions:
             limit = f"values from 1 to evaluation.num_completions ({evaluation.num_completions})"

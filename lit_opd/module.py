@@ -191,11 +191,12 @@ class DistillationModule(AcrossProcesses):
         if not len(rows):  # the other processes wait for this one: it takes part with a row that does not count
             rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
         scored = []
-        for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens, self.whole_prompts):
-            micro = rollout.rows(index)
-            scores = models.score(self.teacher, self.reference, micro, self.estimator, self.head_rows)
-            rewards = None if rewards_B is None else rewards_B[index]
-            scored.append(ScoredRollout(micro, scores, rewards, self.progress))
+        with self.teacher.evaluating():  # brings an offloaded teacher once for all of them
+            for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens, self.whole_prompts):
+                micro = rollout.rows(index)
+                scores = models.score(self.teacher, self.reference, micro, self.estimator, self.head_rows)
+                rewards = None if rewards_B is None else rewards_B[index]
+                scored.append(ScoredRollout(micro, scores, rewards, self.progress))
         return scored
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ __all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler"]
 
 # What a step without closure, metric or sparse gradients cannot drive, and the base classes.
 UNUSABLE = {"LBFGS", "SparseAdam", "Optimizer", "ReduceLROnPlateau", "LRScheduler"}
+
+FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 
 class NonFiniteStepError(RunError):
@@ -40,11 +43,19 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Opt
     if not trainable:
         raise UserError("student", "trainable parameters", "none", "Unfreeze some, or set student.lora.")
     try:
-        return cls(trainable, lr=config.lr, **config.kwargs)
+        return cls(trainable, lr=config.lr, **_fused(cls, trainable, config.kwargs), **config.kwargs)
     except (TypeError, ValueError) as error:
         raise UserError(
             "optim.kwargs", f"keywords of torch.optim.{config.name}", str(error), "Correct them."
         ) from error
+
+
+def _fused(cls: Any, trainable: list[Parameter], chosen: Mapping[str, Any]) -> dict[str, bool]:
+    """One kernel for all of a parameter's update, where the optimizer has one and the user did not choose."""
+    known = "fused" in inspect.signature(cls.__init__).parameters
+    free = not {"fused", "foreach", "differentiable", "capturable"} & set(chosen)
+    able = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in trainable)
+    return {"fused": True} if known and free and able else {}
 
 
 def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:

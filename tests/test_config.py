@@ -102,6 +102,9 @@ def test_values_of_overrides(override, value):
     (["rollout.top_p=nan"], "rollout.top_p: expected a value in (0, 1]"),
     (["optim.lr=nan"], "optim.lr: expected a value above 0"),
     (["teacher.temperature=0"], "teacher.temperature: expected a value above 0, found 0.0. Set teacher.temperature to"),
+    (["teacher.offload=true", "teacher.quantization=8bit"],
+     "teacher.offload: expected false for a quantised model, whose weights stay where they were loaded, found True. "
+     "Drop it, or teacher.quantization."),
     (["reference.quantization=3bit"], "reference.quantization: expected one of none, 8bit, 4bit, found '3bit'."),
     (["reference.dtype=int8"], "reference.dtype: expected one of float32"),
     (["reference.temperature=2"], "reference.temperature: expected a known key"),

@@ -67,3 +67,24 @@ def test_mistakes_are_told(keys, message):
     config = OptimConfig(**keys)
     with pytest.raises(UserError, match=message):
         build_scheduler(config, build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "fused"),
+    [("AdamW", {}, True), ("SGD", {}, True), ("AdamW", {"fused": False}, False), ("AdamW", {"foreach": True}, None),
+     ("RMSprop", {}, None)],
+)  # fmt: skip
+def test_an_optimizer_is_fused_where_it_can_be_and_nobody_chose(name, kwargs, fused):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = build_optimizer(OptimConfig(name=name, kwargs=kwargs), [weight])
+    assert optimizer.param_groups[0].get("fused") is fused
+
+
+def test_a_fused_step_is_the_plain_one():
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float64)) for _ in range(2)]
+    for weight, kwargs in zip(weights, ({}, {"fused": False}), strict=True):
+        optimizer = build_optimizer(OptimConfig(lr=0.1, kwargs={"weight_decay": 0.1, **kwargs}), [weight])
+        for step in range(3):
+            weight.grad = torch.sin(weight.detach() + step)
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)

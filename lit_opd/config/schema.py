@@ -27,13 +27,17 @@ class StudentConfig:
 
 @dataclass
 class FrozenConfig:
-    """A frozen model; as a reference, no path names the student as it lies, untrained."""
+    """A frozen model; as a reference, no path names the student as it lies, untrained.
+
+    With `offload`, it is on the accelerator only while it scores or samples; its output layer stays.
+    """
 
     path: str | None = None
     dtype: str = "bfloat16"
     gguf_file: str | None = None
     trust_remote_code: bool = False
     quantization: str = "none"
+    offload: bool = False
 
 
 @dataclass

@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,15 @@ __all__ = ["LanguageModel"]
 _log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Place:
+    """Where the weights of an offloaded model work, and its output layer, which stays there."""
+
+    offload: bool
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    head: tuple[Tensor, Tensor | None] | None = None
+
+
 class LanguageModel:
     """A Hugging Face causal language model with its tokenizer.
 
@@ -39,16 +49,20 @@ class LanguageModel:
         key: `student`, `teacher` or `reference`, for messages.
         own_precision: run the body in the dtype of its weights, whatever autocast is in force.
         temperature: divides the logits wherever the model is asked for a distribution.
+        offload: keep the weights in main memory, but for the output layer, except while the model is `evaluating`.
 
     Raises:
         UserError: the model's logits cannot be rebuilt from its last hidden states.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, key: str, own_precision: bool = False, temperature: float = 1.0
-    ) -> None:
+        self, model: nn.Module, tokenizer: Any, key: str, own_precision: bool = False, temperature: float = 1.0,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.key, self.own_precision = model, tokenizer, key, own_precision
         self.temperature = temperature
+        # Shared by the copies of this object, as the weights are.
+        self._place = _Place(offload)
         # Only a comparison of hidden states, which `why_padded` makes, can take this back.
         self.like_llama = True
         causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -67,7 +81,7 @@ class LanguageModel:
     def head(self) -> Head:
         """The output layer, cut to the tokens that all models share."""
         layer, size = self._output_layer(), self.vocabulary
-        weight, bias = layer.weight, getattr(layer, "bias", None)
+        weight, bias = self._place.head or (layer.weight, getattr(layer, "bias", None))
         if size < len(weight):
             weight, bias = weight[:size], None if bias is None else bias[:size]
         scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
@@ -86,10 +100,22 @@ class LanguageModel:
         return self
 
     def to(self, device: torch.device) -> LanguageModel:
-        """Move the weights, except quantised ones, which stay where they were loaded; returns itself."""
-        if not getattr(self.causal_lm, "quantization_method", None):
+        """Move the weights, except quantised ones, which stay where they were loaded; returns itself.
+
+        Of an offloaded model only the output layer moves, until it is `evaluating`.
+        """
+        if self._place.offload:
+            self._place.device = device
+            self._park()
+        elif not getattr(self.causal_lm, "quantization_method", None):
             self.model.to(device)
         return self
+
+    def _park(self) -> None:
+        layer, device = self._output_layer(), self._place.device
+        bias = getattr(layer, "bias", None)
+        self._place.head = (layer.weight.detach().to(device), None if bias is None else bias.detach().to(device))
+        self.model.to("cpu")
 
     @property
     def stop_ids(self) -> list[int]:
@@ -118,14 +144,20 @@ class LanguageModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Eval mode inside: no dropout; every part returns to the mode it was in."""
+        """Eval mode inside: no dropout. Modes, and the place of an offloaded model, are afterwards as they were."""
         modes = [(part, part.training) for part in self.model.modules()]
         self.model.eval()
+        comes = self._place.head is not None
+        if comes:
+            self._place.head = None
+            self.model.to(self._place.device)
         try:
             yield
         finally:
             for part, training in modes:
                 part.training = training
+            if comes:
+                self._park()
 
     @contextmanager
     def precision(self, cache_casts: bool = False) -> Iterator[None]:

@@ -41,18 +41,22 @@ def unlike_llama(body: Any) -> str | None:
     kinds = set(getattr(body.config, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(body.config, "sliding_window", None)):
         return "its attention has windows"
-    parts = [body, body.norm]
+    parts, norms = [body], [body.norm]
     for layer in body.layers:
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         if _children(layer) != _LAYER or _children(attention) - {"q_norm", "k_norm"} != _ATTENTION:
             return "its layers are not built like Llama's"
         if _children(mlp) != _MLP:
             return "its layers have another MLP"
-        parts += [layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm]
+        parts += [layer, attention, mlp, mlp.act_fn]
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    if not all(hasattr(norm, "variance_epsilon") for norm in norms):
+        return "its norms are not built like Llama's"
     if any(type(parameter.data) is not Tensor for parameter in body.parameters()):
         return "its weights are sharded"
     # A module that somebody listens to runs itself.
-    return "it has hooks" if any(part._forward_hooks or part._forward_pre_hooks for part in parts) else None
+    return "it has hooks" if any(part._forward_hooks or part._forward_pre_hooks for part in parts + norms) else None
 
 
 def _children(module: nn.Module | None) -> set[str]:

@@ -88,7 +88,8 @@ def load_frozen(config: TeacherConfig, tokenizer: Any = None, key: str = "teache
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, key)
     extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config, key)}
     model = _load_weights(config, key, extra)
-    return LanguageModel(model, tokenizer, key, own_precision=True, temperature=config.temperature).freeze()
+    return LanguageModel(model, tokenizer, key, own_precision=True, temperature=config.temperature,
+                         offload=config.offload).freeze()  # fmt: skip
 
 
 def frozen_names(model: nn.Module) -> set[str]:

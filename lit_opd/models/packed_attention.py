@@ -72,7 +72,8 @@ def _weights(query: Tensor, key: Tensor, bias_SLM: Tensor, scale: float) -> Tens
     """Attention weights [S, G, H / G x L, M] in fp32 (float64 stays)."""
     segments, groups, keys, size = key.shape
     # Wide before the product: scores that are rounded to bf16 are off by per cents where they are large.
-    scores = upcast(query * scale).reshape(segments, groups, -1, size) @ upcast(key).transpose(-1, -2)
+    with torch.autocast(query.device.type, enabled=False):  # it would make the product narrow again
+        scores = upcast(query * scale).reshape(segments, groups, -1, size) @ upcast(key).transpose(-1, -2)
     scores.view(segments, groups, -1, query.shape[2], keys).add_(bias_SLM[:, None, None])
     return torch.softmax(scores, dim=-1)
 

@@ -48,7 +48,8 @@ def score_teacher(teacher: LanguageModel, rollout: Rollout, estimator: BoundEsti
     Returns:
         Scores of the N counted tokens in row-major order, log-probabilities in fp32 nats.
     """
-    hidden_NH = teacher.counted_hidden(rollout)
+    with teacher.evaluating():
+        hidden_NH = teacher.counted_hidden(rollout)
     if wants_distributions(estimator):
         return TeacherScores(hidden_NH=hidden_NH)
     ids_N, size = rollout.completion_ids_BT[rollout.mask_BT], support_size_of(estimator)
@@ -67,7 +68,8 @@ def score_teacher(teacher: LanguageModel, rollout: Rollout, estimator: BoundEsti
 @torch.no_grad()
 def score_reference(reference: LanguageModel, rollout: Rollout, rows: int) -> Tensor:
     """Log-probabilities [N] of the counted tokens under a reference model, fp32 nats; arguments as above."""
-    hidden_NH = reference.counted_hidden(rollout)
+    with reference.evaluating():
+        hidden_NH = reference.counted_hidden(rollout)
     ids_N = rollout.completion_ids_BT[rollout.mask_BT]
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
