@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
 from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
-from lit_opd.models.llama import llama_hidden, unlike_llama
+from lit_opd.models.llama import is_tied, llama_hidden, tied_embedding, unlike_llama
 from lit_opd.models.packed_attention import packed_layers, unsupported
 from lit_opd.models.packing import Layout, gather_rows, pack, pack_rollout
 from lit_opd.types import Rollout
@@ -206,16 +206,28 @@ class LanguageModel:
         Returns:
             [N, H], row by row, in the dtype the body ran in.
         """
-        if not rollout.mask_BT.any() or self._recomputes or self.why_padded:
-            return self.padded_hidden(rollout)
-        layout, predictors_N = pack_rollout(rollout)
-        return gather_rows(self.packed_hidden(layout), predictors_N)
+        return self.hidden_and_head(rollout)[0]
 
-    def packed_hidden(self, layout: Layout) -> Tensor:
+    def hidden_and_head(self, rollout: Rollout) -> tuple[Tensor, Head]:
+        """`counted_hidden`, and the head to use with it: where weights are tied, so that their gradients meet."""
+        if not rollout.mask_BT.any() or self._recomputes or self.why_padded:
+            return self.padded_hidden(rollout), self.head
+        (layout, predictors_N), head, table = pack_rollout(rollout), self.head, self._output_layer().weight
+        embedded_NH = None
+        if self._like_llama and is_tied(self.body.embed_tokens, table) and table.requires_grad:
+            embedded_NH, table = tied_embedding(layout.ids_N, self.body.embed_tokens)
+            head = replace(head, weight_VH=table[: self.vocabulary])
+        return gather_rows(self.packed_hidden(layout, embedded_NH), predictors_N), head
+
+    @property
+    def _like_llama(self) -> bool:
+        return self.like_llama and unlike_llama(self.body) is None
+
+    def packed_hidden(self, layout: Layout, embedded_NH: Tensor | None = None) -> Tensor:
         """Hidden states [N, H] of the tokens of a layout."""
         with self.precision():
-            if self.like_llama and unlike_llama(self.body) is None:
-                return llama_hidden(self.body, layout, compute_dtype(self._output_layer().weight[:0]))
+            if self._like_llama:
+                return llama_hidden(self.body, layout, compute_dtype(self._output_layer().weight[:0]), embedded_NH)
             with packed_layers(self.body):
                 inputs = {"input_ids": layout.ids_N[None], "position_ids": layout.positions_N[None], "layout": layout}
                 return self.body(**inputs, use_cache=False).last_hidden_state[0]

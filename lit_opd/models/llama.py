@@ -19,7 +19,16 @@ from lit_opd.functional.precision import upcast
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import Layout
 
-__all__ = ["LayerProducts", "llama_hidden", "rms_norm", "rotation", "run_layer", "unlike_llama"]
+__all__ = [
+    "LayerProducts",
+    "is_tied",
+    "llama_hidden",
+    "rms_norm",
+    "rotation",
+    "run_layer",
+    "tied_embedding",
+    "unlike_llama",
+]
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -48,7 +57,7 @@ def unlike_llama(body: Any) -> str | None:
             return "its layers are not built like Llama's"
         if _children(mlp) != _MLP:
             return "its layers have another MLP"
-        parts += [layer, attention, mlp, mlp.act_fn]
+        parts += [layer, attention, mlp, layer.mlp.act_fn]
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     if not all(hasattr(norm, "variance_epsilon") for norm in norms):
@@ -118,15 +127,47 @@ class _CastLinear(torch.autograd.Function):
         )
 
 
-def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype) -> Tensor:
+def is_tied(embedding: nn.Module, weight_VH: Tensor) -> bool:
+    """Whether an embedding is a plain look-up in this very weight."""
+    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
+    return plain and embedding.weight is weight_VH and not embedding._forward_hooks
+
+
+def tied_embedding(ids_N: Tensor, embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
+    """Embeddings [N, H], and the same weight for the head: their gradients meet before they reach it.
+
+    Otherwise the embedding would make a second gradient as large as the vocabulary, all but N of whose rows are zero.
+    """
+    return _TiedEmbedding.apply(ids_N, embedding.weight, embedding.padding_idx)
+
+
+class _TiedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids_N: Tensor, weight_VH: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids_N)
+        ctx.padding = padding
+        return weight_VH[ids_N], weight_VH.view_as(weight_VH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, to_hidden_NH: Tensor, to_weight_VH: Tensor) -> tuple[None, Tensor, None]:
+        (ids_N,) = ctx.saved_tensors
+        if ctx.padding is not None:  # as torch's embedding does, also where a model wrote this token
+            to_hidden_NH = to_hidden_NH.masked_fill((ids_N == ctx.padding)[:, None], 0.0)
+        # In place: the head makes its gradient for this node alone.
+        return None, to_weight_VH.index_add_(0, ids_N, to_hidden_NH.to(to_weight_VH.dtype)), None
+
+
+def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Tensor | None = None) -> Tensor:
     """Hidden states [N, H] of the tokens of a layout.
 
     Args:
         body: one whose `unlike_llama` is None.
         layout: the tokens.
         dtype: of the matrix products.
+        embedded_NH: their embeddings, where they are made already.
     """
-    hidden_NH = body.embed_tokens(layout.ids_N)
+    hidden_NH = body.embed_tokens(layout.ids_N) if embedded_NH is None else embedded_NH
     turn = rotation(body, layout.positions_N, hidden_NH)
     for layer in body.layers:
         own = layer.self_attn
@@ -169,8 +210,8 @@ def run_layer(
         parts = rms_norm(qk[:, :heads], own.q_norm, dtype), rms_norm(qk[:, heads:], own.k_norm, dtype)
         qk = torch.cat(parts, dim=1)
     cos, sin = turn
-    swapped = qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    qk = (qk * cos + swapped * sin).to(dtype)
+    wide = qk.to(cos.dtype)
+    qk = torch.addcmul(wide * cos, wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin).to(dtype)
     mixed = attention(qk[:, :heads], qk[:, heads:], value)
     hidden_NH = hidden_NH + products.out(mixed.reshape(rows, -1))
     gate, up = products.gate_up(rms_norm(hidden_NH, layer.post_attention_layernorm, dtype))

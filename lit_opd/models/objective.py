@@ -48,10 +48,10 @@ def student_loss(
         `teacher_logps`.
     """
     rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
-    hidden_NH = student.counted_hidden(rollout)
+    hidden_NH, head = student.hidden_and_head(rollout)
     weights_N = weights_BT[mask_BT]
     positions = counted_positions(micro, teacher_head, rows)
-    spread = _spread_terms(estimator, micro, positions, hidden_NH, student.head, weights_BT, rows)
+    spread = _spread_terms(estimator, micro, positions, hidden_NH, head, weights_BT, rows)
     share = sum(term.weight for term in estimator.terms)
 
     def chunk_loss(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
@@ -64,7 +64,7 @@ def student_loss(
             kl = kl + term.weight * estimate.kl_BT
         return loss, {"kl": kl / share, "student_logps": logps, "teacher_logps": chunk.sampled.teacher_logps_BT}
 
-    loss, stats = position_losses(hidden_NH, student.head, chunk_loss, rows)
+    loss, stats = position_losses(hidden_NH, head, chunk_loss, rows)
     return loss + spread.value, stats
 
 

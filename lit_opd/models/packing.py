@@ -28,7 +28,7 @@ class Layout:
     """N tokens of a tree, and the S segments that attention sees: chains of tokens, each with all that leads to it.
 
     Attributes:
-        ids_N: token ids.
+        ids_N: token ids. A few at the end may be filler, which no segment has.
         positions_N: place of each token in its sequence, from 0.
         queries_SL: the tokens of each segment; 0 where there is none.
         keys_SM: the tokens that lead to the end of each segment, from the first of the sequence; 0 where there is none.
@@ -111,8 +111,8 @@ def _split(start: int, branch: int, stop: int) -> list[tuple[int, int]]:
 
 
 def _layout(ids: list[int], segments: list[tuple[list[int], int]], device: torch.device) -> Layout:
-    longest_query = max(len(path) - start for path, start in segments)
-    longest_key = max(len(path) for path, _ in segments)
+    longest_query = _rounded(max(len(path) - start for path, start in segments), 8)
+    longest_key = _rounded(max(len(path) for path, _ in segments), 8)
     queries = [path[start:] + [0] * (longest_query - len(path) + start) for path, start in segments]
     keys = [path + [0] * (longest_key - len(path)) for path, _ in segments]
     positions, places = [0] * len(ids), [0] * len(ids)
@@ -123,9 +123,16 @@ def _layout(ids: list[int], segments: list[tuple[list[int], int]], device: torch
     last_seen_SL = torch.tensor(starts) + torch.arange(longest_query)
     exists_SL = last_seen_SL < torch.tensor(stops)
     seen_SLM = torch.arange(longest_key) <= torch.where(exists_SL, last_seen_SL, 0)[:, :, None]
+    filler = [0] * (_rounded(len(ids), 64) - len(ids))
+    ids, positions, places = ids + filler, positions + filler, places + filler
     lists = (torch.tensor(values, device=device) for values in (ids, positions, queries, keys, places))
     ids_N, positions_N, queries_SL, keys_SM, place_N = lists
     return Layout(ids_N, positions_N, queries_SL, keys_SM, seen_SLM.to(device), place_N)
+
+
+def _rounded(length: int, unit: int) -> int:
+    """A length that comes again: ever new ones leave the allocator with holes that fit nothing. Short ones stay."""
+    return length if length < 8 * unit else -(-length // unit) * unit
 
 
 def pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
