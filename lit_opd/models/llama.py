@@ -45,7 +45,8 @@ def unlike_llama(body: Any) -> str | None:
     """
     if not all(hasattr(body, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
         return "its body is not built like Llama's"
-    if getattr(body.rotary_emb, "rope_type", None) not in _ROTATIONS:
+    kind = getattr(body.rotary_emb, "rope_type", None)
+    if not isinstance(kind, str) or kind not in _ROTATIONS:  # some models have one for each kind of layer
         return "its positions are not rotations like Llama's"
     kinds = set(getattr(body.config, "layer_types", None) or ())
     if kinds - {"full_attention"} or (not kinds and getattr(body.config, "sliding_window", None)):

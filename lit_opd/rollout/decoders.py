@@ -6,11 +6,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_opd.models import LanguageModel
 from lit_opd.types import PromptBatch
 
 __all__ = ["CacheDecoder", "Decoder"]
+
+_ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 class Decoder(Protocol):
@@ -33,8 +36,8 @@ class Decoder(Protocol):
         """Append one token to every row; returns the hidden states [B, H] that predict the next."""
         ...
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with the chosen rows only, in that order."""
+    def keep(self, index: Tensor) -> bool:
+        """Go on with the chosen rows only, in that order; False, and nothing changed, where rows cannot leave."""
         ...
 
 
@@ -66,7 +69,10 @@ class CacheDecoder:
         self._cache = output.past_key_values
         return output.last_hidden_state[:, -1]
 
-    def keep(self, index: Tensor) -> None:
-        """See `Decoder.keep`."""
+    def keep(self, index: Tensor) -> bool:
+        """See `Decoder.keep`. States of other layers than attention cannot be chosen from."""
+        if not {type(layer) for layer in getattr(self._cache, "layers", [None])} <= _ATTENTION_LAYERS:
+            return False
         self._cache.batch_select_indices(index)
         self._seen_BL = self._seen_BL[index]
+        return True

@@ -140,10 +140,11 @@ class FusedDecoder:
         self._place_B = self._place_B + 1
         return rms_norm(hidden_BH, self._body.norm, hidden_BH.dtype)
 
-    def keep(self, index: Tensor) -> None:
+    def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`."""
         self._caches = [cache[:, index] for cache in self._caches]
         self._bias_BL, self._place_B = self._bias_BL[index], self._place_B[index]
+        return True
 
     def _reserve(self, rows: int, width: int, length: int) -> None:
         weight = self._body.embed_tokens.weight

@@ -122,8 +122,7 @@ def _decode(
             going = torch.nonzero(~stopped_B[active_A]).flatten()
             if not len(going):
                 break
-            if len(going) <= len(active_A) * (1 - _FINISHED_SHARE):
-                decoder.keep(going)
+            if len(going) <= len(active_A) * (1 - _FINISHED_SHARE) and decoder.keep(going):
                 active_A, token_A = active_A[going], token_A[going]
         hidden_AH = decoder.step(token_A)
     steps = int(mask_BT.sum(1).amax())

@@ -1,0 +1,251 @@
+"""What the local engine writes, whatever makes it fast: the tokens of `generate`, and the law that was asked for.
+
+Tiny random models of many architectures in fp32: fused and separate projections, biases, norms of queries and keys,
+sliding windows, soft-caps, experts, sinks, learned, rotary and linear positions, convolutions and recurrences.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lit_opd.errors import UserError
+from lit_opd.models import LanguageModel
+from lit_opd.rollout import LocalEngine, uniforms
+from lit_opd.types import FinishReason, SamplingLaw
+
+SIZES = {"vocab_size": 17, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
+         "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3, "tie_word_embeddings": False}  # fmt: skip
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MAMBA = {"mamba_d_state": 4, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1}
+ATTENTION = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma2": SLIDING | {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 3.0,
+                         "final_logit_softcapping": 2.0},
+    "gemma3_text": SLIDING | {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt_neox": {},
+    "phi3": {},
+    "mistral": {"sliding_window": 4},
+    "mixtral": EXPERTS,
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8},
+    "gpt_oss": SLIDING | EXPERTS | {"head_dim": 8},
+    "deepseek_v3": {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+                    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                    "n_group": 1, "topk_group": 1, "moe_intermediate_size": 12, "first_k_dense_replace": 1},
+    "granite": {"logits_scaling": 0.5, "residual_multiplier": 0.5, "embedding_multiplier": 2.0,
+                "attention_multiplier": 0.3},
+    "cohere": {"logit_scale": 2.0},
+    "cohere2": SLIDING | {"logit_scale": 2.0},
+    "olmo2": {},
+    "smollm3": {},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+}  # fmt: skip
+RECURRENT = {
+    "mamba": {"state_size": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_multiple_of": 4},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 32},
+    "granitemoehybrid": MAMBA | EXPERTS | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 24},
+    "qwen3_next": {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
+                   "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+                   "shared_expert_intermediate_size": 12},
+}  # fmt: skip
+GREEDY, LENGTH = SamplingLaw(temperature=0.0), 16
+# Of an architecture that cannot be sampled yet, an error is expected; wrong tokens are not.
+refused = pytest.mark.xfail(raises=(AttributeError, RuntimeError, UserError), strict=False, reason="no such cache yet")
+every_attention = pytest.mark.parametrize("name", ATTENTION)
+
+
+@pytest.fixture(scope="module")
+def make_policy(tiny_tokenizer, make_batch):
+    """Makes a random model whose greedy completions of the batch have three lengths or more."""
+
+    @functools.cache
+    def make(name):
+        for seed in range(100):
+            model = build(name, seed)
+            texts = [generate(model, prompt) for prompt in prompts_of(make_batch())]
+            token = max(range(17), key=lambda token: spread(token, texts))
+            model.generation_config.eos_token_id = [2, token]
+            if spread(token, texts) > 2:
+                return LanguageModel(model, tiny_tokenizer, "student")
+        raise AssertionError(f"every {name} stops at once, or never")
+
+    return make
+
+
+def build(name, seed):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(name, **(SIZES | (ATTENTION | RECURRENT)[name]))
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():  # what is initialised to zero or one would hide mistakes
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    return model
+
+
+def spread(token, texts):
+    """How many different lengths the texts have if the token ends them."""
+    return len({text.index(token) + 1 if token in text else len(text) for text in texts})
+
+
+def prompts_of(batch):
+    return [ids[mask] for ids, mask in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, strict=True)]
+
+
+def generate(model, prompt):
+    """Hugging Face's greedy completion of one prompt, alone and without padding."""
+    inputs = {"input_ids": prompt[None], "attention_mask": torch.ones_like(prompt)[None]}
+    return model.generate(**inputs, do_sample=False, max_new_tokens=LENGTH)[0, len(prompt) :].tolist()
+
+
+def sample(policy, batch, law, count=1, length=LENGTH):
+    return LocalEngine().sample(policy, batch, law, count, uniforms((0, 0), batch.draws, count, length))
+
+
+def written(rollout):
+    return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)]
+
+
+def check_greedy(policy, batch, count):
+    expected = [generate(policy.causal_lm, prompt) for prompt in prompts_of(batch) for _ in range(count)]
+    rollout = sample(policy, batch, GREEDY, count)
+    assert written(rollout) == expected
+    assert (rollout.finish_B == FinishReason.STOP).tolist() == [row[-1] in policy.stop_ids for row in expected]
+    assert len(set(map(len, expected))) > 2
+
+
+def check_logps(policy, batch, count, temperature):
+    """By one forward pass a row, without padding and without a cache."""
+    rollout = sample(policy, batch, SamplingLaw(temperature=temperature), count)
+    prompts = prompts_of(batch)
+    for row, ids in enumerate(written(rollout)):
+        prompt, ids = prompts[row // count], torch.tensor(ids)
+        logits = policy.causal_lm(input_ids=torch.cat([prompt, ids])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits / temperature, -1).gather(-1, ids[:, None])[:, 0]
+        torch.testing.assert_close(rollout.sampler_logps_BT[row, : len(ids)], expected, rtol=1e-5, atol=1e-5)
+
+
+def check_rows(policy, make_batch, count):
+    """Every prompt alone, without padding, and all of them in another order, each with the uniforms of its name."""
+    prompts = [row["prompt"] for row in make_batch().rows]
+    together = written(sample(policy, make_batch(), SamplingLaw(), count))
+    for order in ([0], [1], [2], [3], [4], [3, 0, 4, 2, 1]):
+        expected = [together[i * count + completion] for i in order for completion in range(count)]
+        assert written(sample(policy, make_batch([prompts[i] for i in order]), SamplingLaw(), count)) == expected
+
+
+@every_attention
+def test_greedy_completions_are_those_of_generate(name, make_policy, make_batch):
+    check_greedy(make_policy(name), make_batch(), count=2)
+
+
+@every_attention
+def test_recorded_log_probabilities_are_those_of_a_forward_pass(name, make_policy, make_batch):
+    check_logps(make_policy(name), make_batch(), count=3, temperature=0.8)
+
+
+@every_attention
+def test_a_row_depends_neither_on_its_batch_mates_nor_on_the_order_of_prompts(name, make_policy, make_batch):
+    check_rows(make_policy(name), make_batch, count=2)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=refused) if n == "mamba" else n for n in RECURRENT])
+def test_a_recurrent_state_is_that_of_its_row(name, make_policy, make_batch):
+    check_greedy(make_policy(name), make_batch(), count=1)
+    check_logps(make_policy(name), make_batch(), count=1, temperature=0.8)
+    check_rows(make_policy(name), make_batch, count=1)
+
+
+@refused
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_state_is_that_of_every_completion(name, make_policy, make_batch):
+    check_greedy(make_policy(name), make_batch(), count=2)
+
+
+# The law
+
+
+LAWS = {
+    "untruncated": {},
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 4},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.2},
+    "all": {"temperature": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.1},
+}
+ROWS = 20_000
+
+
+def exact_law(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities by a loop over the tokens, largest first, as `SamplingLaw` describes them."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)[: top_k or None]
+    kept, mass = [], 0.0
+    for token in order:
+        if mass < top_p * p[order].sum():
+            kept.append(token)
+        mass += p[token]
+    kept = [token for token in kept if p[token] >= min_p * p.max()]
+    law = np.zeros_like(p)
+    law[kept] = p[kept] / p[kept].sum()
+    return law
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(3, initializer_range=0.35)
+
+
+def pair_p_value(model, batch, numbers_BT, keywords, tokenizer):
+    """How well counts of the first two tokens fit their exact joint law; 0 where something impossible was written."""
+    law, policy = SamplingLaw(**keywords), LanguageModel(model, tokenizer, "student")
+    ids_BT = LocalEngine().sample(policy, batch, law, ROWS, numbers_BT).completion_ids_BT
+    prompt = batch.prompt_ids_BP
+    with torch.no_grad():
+        first = exact_law(model(prompt).logits[0, -1].double().numpy(), **keywords)
+        both = model(torch.cat([prompt.expand(17, -1), torch.arange(17)[:, None]], 1)).logits[:, -1].double().numpy()
+    expected = np.stack([first[token] * exact_law(both[token], **keywords) for token in range(17)])
+    expected[2] = 0.0  # nothing follows the stop token, and padding is written there
+    expected[2, 0] = first[2]
+    counts = np.zeros((17, 17))
+    np.add.at(counts, tuple(ids_BT[:, :2].T.numpy()), 1)
+    if counts[expected == 0].any():
+        return 0.0
+    often = expected * ROWS >= 5
+    observed = [*counts[often], counts[~often].sum()]
+    wanted = [*expected[often] * ROWS, expected[~often].sum() * ROWS]
+    keep = slice(None) if wanted[-1] >= 5 else slice(-1)
+    observed, wanted = np.array(observed[keep]), np.array(wanted[keep])
+    return scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue
+
+
+@pytest.mark.parametrize("keywords", LAWS.values(), ids=LAWS)
+def test_the_first_two_tokens_follow_the_exact_law(keywords, model, make_batch, tiny_tokenizer):
+    batch = make_batch(["12-9+3="])
+    numbers_BT = uniforms((5, 0), batch.draws, ROWS, 2)
+    assert pair_p_value(model, batch, numbers_BT, keywords, tiny_tokenizer) > 1e-3
+
+
+@pytest.mark.parametrize("spoil", ["skewed", "first once more", "one for all prompts of a group of ten"])
+def test_uniforms_that_are_none_would_be_noticed(spoil, model, make_batch, tiny_tokenizer):
+    batch = make_batch(["12-9+3="])
+    numbers_BT = uniforms((5, 0), batch.draws, ROWS, 2)
+    spoilt = {
+        "skewed": numbers_BT**1.1,
+        "first once more": numbers_BT[:, :1].expand(-1, 2).contiguous(),
+        "one for all prompts of a group of ten": numbers_BT[::10].repeat_interleave(10, 0),
+    }[spoil]
+    assert pair_p_value(model, batch, spoilt, {}, tiny_tokenizer) < 1e-3
