@@ -35,6 +35,9 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 # Rotations by position alone: others depend on the length of the sequence.
 _ROTATIONS = {"default", "linear", "llama3", "yarn"}
+# Known to be Llama in all that is computed. Of others only a comparison in fp32 can tell: rounding to bf16 would hide
+# a factor on a residual, or a layer without rotation.
+_PROVEN = {"llama", "mistral", "qwen2", "qwen3"}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -63,6 +66,8 @@ def unlike_llama(body: Any) -> str | None:
         norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
     if not all(hasattr(norm, "variance_epsilon") for norm in norms):
         return "its norms are not built like Llama's"
+    if body.config.model_type not in _PROVEN and body.embed_tokens.weight.dtype not in (torch.float32, torch.float64):
+        return "its weights are too coarse to compare it with Llama"
     if any(type(parameter.data) is not Tensor for parameter in body.parameters()):
         return "its weights are sharded"
     # A module that somebody listens to runs itself.

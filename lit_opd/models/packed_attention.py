@@ -22,6 +22,9 @@ __all__ = ["attend", "packed_layers", "unsupported"]
 NAME = "lit_opd_packed"
 # Under this size plain products beat the fused kernel on a CPU, whose backward pass is slow there.
 _PLAIN_BYTES = 64 * 2**20
+# Keywords of layers that say nothing about which token sees which, and how.
+_HARMLESS = {"cache_position", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits",
+             "past_key_values", "position_embeddings", "position_ids", "return_dict", "use_cache"}  # fmt: skip
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -105,8 +108,9 @@ def _attention(
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """`attend` with the signature that Hugging Face layers call: [1, H, N, D] in, [1, N, H, D] out."""
-    if others.get("softcap") is not None or others.get("s_aux") is not None:
-        raise NotImplementedError("attention with a soft-cap or sinks")
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if unknown:
+        raise NotImplementedError(f"its attention has {', '.join(unknown)}")
     dtype = compute_dtype(value)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -143,7 +143,7 @@ def pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
     """
     prompts = _rows(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
     completions = _rows(rollout.completion_ids_BT, rollout.completion_mask_BT)
-    # What nothing counted follows is not computed; a row without a counted token keeps its first.
+    # What nothing counted follows is not computed; a row without a counted token keeps its prompt.
     counted = [[t for t, yes in zip(count(), row) if yes] for row in rollout.mask_BT.tolist()]
     sequences = [
         (prompt + completion)[: len(prompt) + (places[-1] if places else 0)] or prompt

@@ -94,6 +94,7 @@ class FusedDecoder:
         self._bias_BL = self._place_B = self._cos_L1D = self._sin_L1D = torch.empty(0)
         self._column = 0
 
+    @torch.no_grad()
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """See `Decoder.prefill`."""
         rows = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, strict=True)]
@@ -120,6 +121,7 @@ class FusedDecoder:
         last_BH = hidden_NH[columns_BP[:, -1]]
         return rms_norm(last_BH, self._body.norm, last_BH.dtype).repeat_interleave(num_completions, dim=0)
 
+    @torch.no_grad()
     def step(self, ids_B: Tensor) -> Tensor:
         """See `Decoder.step`."""
         hidden_BH = self._body.embed_tokens(ids_B)

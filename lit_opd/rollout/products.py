@@ -24,7 +24,11 @@ def make_product(weight_OI: Tensor, bias_O: Tensor | None, rows: int) -> Product
         bias_O: [O] or None.
         rows: how many rows x will mostly have.
     """
-    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.bfloat16 or not _has_bf16_kernels():
         return lambda x: linear(x, weight_OI, bias_O)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, "none", [], "")
+
+
+def _has_bf16_kernels() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

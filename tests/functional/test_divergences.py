@@ -19,6 +19,7 @@ from lit_opd.functional import (
     skew_reverse_kl,
     tvd,
 )
+from lit_opd.functional.divergences import expectation, log_difference
 
 fast = settings(max_examples=50, deadline=None)
 IMPOSSIBLE = -torch.inf
@@ -297,3 +298,92 @@ def test_bf16_is_raised_before_the_maths(function):
     assert torch.equal(found, function(student.bfloat16().float(), teacher.bfloat16().float()))
     torch.testing.assert_close(function(student, teacher), function(student.double(), teacher.double()).float(),
                                rtol=1e-2, atol=1e-6)  # fmt: skip
+
+
+def where_based(student_logps, teacher_logps):
+    return expectation(student_logps.exp(), log_difference(student_logps, teacher_logps))
+
+
+EITHER = pytest.mark.parametrize("function", [reverse_kl, where_based], ids=["fused", "where"])
+SHAPES = pytest.mark.parametrize(("student_shape", "teacher_shape"),
+                                 [((5,), (5,)), ((2, 3, 5), (2, 3, 5)), ((4, 5), (5,)), ((5,), (2, 5)),
+                                  ((2, 1, 5), (3, 5))])  # fmt: skip
+
+
+def tables(*shapes):
+    """Finite numbers that need not be normalised: each is a variable of its own."""
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+@EITHER
+@SHAPES
+def test_gradients_on_log_probabilities_themselves_by_finite_differences(function, student_shape, teacher_shape):
+    student, teacher = tables(student_shape, teacher_shape)
+    assert torch.autograd.gradcheck(function, (student, teacher))
+    assert torch.autograd.gradcheck(lambda x: function(x, teacher.detach()), student)
+    assert torch.autograd.gradcheck(lambda x: function(student.detach(), x), teacher)
+
+
+@SHAPES
+def test_the_fused_sum_is_the_one_by_where(student_shape, teacher_shape):
+    leaves = tables(student_shape, teacher_shape)
+    with torch.no_grad():  # the student cannot write two of them, the teacher one of these
+        leaves[0][..., [1, 2]] = IMPOSSIBLE
+        leaves[1][..., 2] = IMPOSSIBLE
+    found, expected = reverse_kl(*leaves), where_based(*leaves)
+    close(found, expected.detach())
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for one, two in zip(*(torch.autograd.grad(x, leaves, upstream) for x in (found, expected)), strict=True):
+        close(one, two)
+
+
+@EITHER
+@pytest.mark.parametrize(("student_impossible", "teacher_impossible"), [([1], [1]), ([1, 2], [2]), ([0, 4], [])])
+def test_what_the_student_cannot_write_has_no_gradient_and_the_rest_that_of_a_sum_without_it(
+    function, student_impossible, teacher_impossible
+):
+    leaves = tables((3, 5), (3, 5))
+    with torch.no_grad():
+        leaves[0][:, student_impossible], leaves[1][:, teacher_impossible] = IMPOSSIBLE, IMPOSSIBLE
+    value = function(*leaves)
+    rest = [i for i in range(5) if i not in student_impossible]
+    small = [x.detach()[:, rest].requires_grad_() for x in leaves]
+    expected = (small[0].exp() * (small[0] - small[1])).sum(-1)
+    close(value, expected)
+    for whole, part in zip(*(torch.autograd.grad(v.sum(), x) for v, x in ((value, leaves), (expected, small))),
+                           strict=True):  # fmt: skip
+        close(whole[:, rest], part)
+        assert not whole[:, student_impossible].any()
+
+
+@EITHER
+def test_the_sum_is_infinite_where_the_student_writes_what_the_teacher_cannot(function):
+    student, teacher = tables((2, 5), (2, 5))
+    with torch.no_grad():
+        teacher[0, 3] = IMPOSSIBLE
+    value = function(student, teacher)
+    assert torch.isposinf(value[0])
+    assert torch.isfinite(value[1])
+    for gradient in torch.autograd.grad(value[1], (student, teacher)):
+        assert torch.isfinite(gradient[1]).all()
+
+
+def test_a_log_difference_is_zero_and_flat_where_both_are_impossible():
+    a, b = (torch.tensor(x, dtype=torch.float64, requires_grad=True)
+            for x in ([IMPOSSIBLE, IMPOSSIBLE, 0.5, 2.0], [IMPOSSIBLE, 1.0, IMPOSSIBLE, 0.5]))  # fmt: skip
+    found = log_difference(a, b)
+    assert found.tolist() == [0.0, IMPOSSIBLE, -IMPOSSIBLE, 1.5]
+    to_a, to_b = torch.autograd.grad(found.sum(), (a, b))
+    assert to_a.tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert to_b.tolist() == [0.0, -1.0, -1.0, -1.0]
+
+
+def test_a_weight_of_zero_counts_zero_whatever_the_value():
+    weights = torch.tensor([0.0, 0.0, 0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    values = torch.tensor([torch.inf, 5.0, -1.0, 4.0], dtype=torch.float64, requires_grad=True)
+    found = expectation(weights, values)
+    close(found, torch.tensor(7.7, dtype=torch.float64))
+    to_weights, to_values = torch.autograd.grad(found, (weights, values))
+    assert to_weights.tolist() == [0.0, 0.0, -1.0, 4.0]
+    assert to_values.tolist() == [0.0, 0.0, 0.3, 2.0]

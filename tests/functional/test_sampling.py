@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lit_opd.functional import draw, law_logps
+from lit_opd.functional import draw, law_logps, sample_tokens
 from lit_opd.types import SamplingLaw
 
 fast = settings(max_examples=50, deadline=None)
@@ -156,3 +156,80 @@ def test_rows_do_not_depend_on_their_batch_mates(law):
     together = draw(law_logps(scores, law), uniforms)
     alone = [draw(law_logps(scores[i : i + 1], law), uniforms[i : i + 1]).item() for i in range(9)]
     assert together.tolist() == alone
+
+
+vocabularies = st.sampled_from([1, 5, 127, 128, 129, 1000])
+every_law = st.one_of(st.just(SamplingLaw()), st.just(SamplingLaw(temperature=0.0)), laws,
+                      st.builds(SamplingLaw, temperature=st.floats(0.2, 3)))  # fmt: skip
+
+
+def random_uniforms(seed, rows):
+    return torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seeds, vocabularies, every_law, st.integers(0, 3))
+def test_sampling_is_drawing_from_the_law(seed, vocabulary, law, forbidden):
+    scores, uniforms = logits(seed, rows=6, vocabulary=vocabulary), random_uniforms(seed, 6)
+    # At least one token remains.
+    forbidden_ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))[:forbidden]
+    forbidden_ids = forbidden_ids[: vocabulary - 1] if forbidden else None
+    ids, logps = sample_tokens(scores, law, uniforms, forbidden_ids)
+    expected = law_logps(scores, law, forbidden_ids)
+    assert torch.equal(ids, draw(expected, uniforms))
+    torch.testing.assert_close(logps, expected.gather(-1, ids[:, None])[:, 0], rtol=0, atol=1e-12)
+    assert forbidden_ids is None or not torch.isin(ids, forbidden_ids).any()
+    assert torch.equal(scores, logits(seed, rows=6, vocabulary=vocabulary)), "the logits were changed in place"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [5, 129, 1000])
+def test_sampling_is_done_in_fp32(vocabulary, dtype):
+    scores, uniforms = logits(1, 50, vocabulary).to(dtype), random_uniforms(2, 50)
+    ids, logps = sample_tokens(scores, SamplingLaw(temperature=0.7), uniforms)
+    exact = law_logps(scores.double(), SamplingLaw(temperature=0.7))
+    assert logps.dtype == torch.float32
+    assert torch.equal(ids, draw(exact, uniforms))
+    torch.testing.assert_close(logps.double(), exact.gather(-1, ids[:, None])[:, 0], rtol=0, atol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seeds, vocabularies, st.sampled_from([torch.float32, torch.float64]), st.floats(0.01, 1),
+       st.sampled_from([0.3, 1.0]))  # fmt: skip
+def test_what_has_no_probability_is_never_sampled(seed, vocabulary, dtype, share, temperature):
+    """Scattered tokens and whole blocks of them, at both ends of the unit interval and at every step of the sums."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = logits(seed, rows=1, vocabulary=vocabulary).to(dtype)
+    possible = torch.rand(vocabulary, generator=generator) < share
+    possible[torch.randint(vocabulary, (1,), generator=generator)] = True
+    scores[:, ~possible] = IMPOSSIBLE
+    law = SamplingLaw(temperature=temperature)
+    steps = law_logps(scores, law)[0].exp().double().cumsum(0)
+    ends = torch.tensor([0.0, 2**-53, ALMOST_ONE], dtype=torch.float64)
+    uniforms = torch.cat([ends, (steps / steps[-1]).clamp(max=ALMOST_ONE)])
+    ids, logps = sample_tokens(scores.expand(len(uniforms), -1), law, uniforms)
+    assert possible[ids].all()
+    assert torch.isfinite(logps).all()
+    places = torch.nonzero(possible).flatten()
+    assert ids[0] == places[0]
+    # The last tokens may weigh less than fp32 keeps of the whole; float64 has room for them.
+    assert dtype == torch.float32 or ids[2] == places[-1]
+
+
+@pytest.mark.parametrize("forbidden", [None, torch.tensor([0, 3, 150])])
+@pytest.mark.parametrize("law", [SamplingLaw(), SamplingLaw(temperature=0.7), SamplingLaw(temperature=1.5, top_p=0.9)])
+def test_samples_follow_the_exact_law(law, forbidden):
+    """Over two blocks of tokens; those that are rarely expected count together."""
+    count, vocabulary = 40_000, 200
+    scores = logits(10, rows=1, vocabulary=vocabulary)
+    ids, _ = sample_tokens(scores.expand(count, -1), law, random_uniforms(11, count), forbidden)
+    kept = torch.ones(vocabulary, dtype=torch.bool)
+    if forbidden is not None:
+        kept[forbidden] = False
+    exact = warped(scores.masked_fill(~kept, IMPOSSIBLE), law)[0].exp()
+    counts = torch.bincount(ids, minlength=vocabulary)
+    assert not counts[exact == 0].any()
+    rare = count * exact < 10
+    found = torch.cat([counts[~rare], counts[rare].sum()[None]]).numpy()
+    expected = count * torch.cat([exact[~rare], exact[rare].sum()[None]]).numpy()
+    assert scipy.stats.chisquare(found[expected > 0], expected[expected > 0]).pvalue > 1e-3
