@@ -90,7 +90,7 @@ def _commit() -> str:
 
 
 def summarise(run: dict[str, Any]) -> dict[str, Any]:
-    """Medians over the counted steps of a run; what is per second is of all of them together.
+    """Medians over the counted steps of a run; `length` is the mean over all their completions.
 
     Args:
         run: `side`, `round`, and what its process answered.
@@ -101,22 +101,25 @@ def summarise(run: dict[str, Any]) -> dict[str, Any]:
     """
     if "failed" in run:
         return run
-    steps = run["steps"][WARM_UP:]
-    steps = [step | {"other_s": step["step_s"] - sum(step.get(name, 0.0) for name in SPLIT)} for step in steps]
+    steps = [_complete(step) for step in run["steps"][WARM_UP:]]
     names = [name for name in (*COLUMNS, "tokens") if any(name in step for step in steps)]
-    medians = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
-    seconds, tokens, rows = (sum(step[name] for step in steps) for name in ("step_s", "tokens", "completions"))
-    rest = {"tokens_per_s": tokens / seconds, "completions_per_s": rows / seconds, "length": tokens / rows}
-    return run | medians | rest | {"steps": len(steps)}
+    medians = {name: statistics.median(float(step.get(name, 0.0)) for step in steps) for name in names}
+    tokens, completions = (sum(step[name] for step in steps) for name in ("tokens", "completions"))
+    return run | medians | {"length": tokens / completions, "steps": len(steps)}
+
+
+def _complete(step: dict[str, float]) -> dict[str, float]:
+    rates = {f"{name}_per_s": step[name] / step["step_s"] for name in ("tokens", "completions")}
+    return step | rates | {"other_s": step["step_s"] - sum(step.get(name, 0.0) for name in SPLIT)}
 
 
 def pair_ratios(rows: Sequence[dict[str, Any]], over: str, under: str, name: str) -> list[float | None]:
-    """Of every round, what one side took over what the other took; None where one of them failed."""
+    """Of every round that both sides ran, what one took over what the other took; None where one of them failed."""
     found: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["side"] in (over, under):
             found.setdefault(row["round"], {})[row["side"]] = row.get(name)
-    pairs = [(pair.get(over), pair.get(under)) for _, pair in sorted(found.items())]
+    pairs = [(pair[over], pair[under]) for _, pair in sorted(found.items()) if len(pair) == 2]
     return [None if a is None or b is None else a / b for a, b in pairs]
 
 
