@@ -35,8 +35,9 @@ _COPIES = 8
 # On a CPU, a block that stays in a core's cache while some thirty elementwise passes go over it; an accelerator has
 # the bandwidth, and wants few and large kernels.
 _CPU_BLOCK_BYTES = 3 * 2**20
-# Rows of the head whose gradient is formed at once.
-_HEAD_ROWS = 4096
+# On a CPU, tokens of the vocabulary whose weights are cast and multiplied at once: a low-precision copy of the head,
+# its layout for the kernel and a product as large as it would each be half of the head again.
+_CPU_SLAB = 4096
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,24 @@ def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
 
 def _project(hidden_NH: Tensor, head: Head) -> Tensor:
     """The linear part of the logits, in the compute dtype."""
-    dtype = compute_dtype(hidden_NH)
-    low = head.to(dtype)
+    dtype, (vocabulary, _) = compute_dtype(hidden_NH), head.weight_VH.shape
+    low_NH, slabs = hidden_NH.to(dtype), list(_slabs(vocabulary, hidden_NH.device))
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        return linear(hidden_NH.to(dtype), low.weight_VH, low.bias_V)
+        if len(slabs) == 1:
+            return _project_slab(low_NH, head, slabs[0])
+        logits_NV = low_NH.new_empty(len(low_NH), vocabulary)
+        for slab in slabs:
+            logits_NV[:, slab] = _project_slab(low_NH, head, slab)
+        return logits_NV
+
+
+def _slabs(vocabulary: int, device: torch.device) -> Iterator[slice]:
+    return chunks(vocabulary, _CPU_SLAB if device.type == "cpu" else vocabulary)
+
+
+def _project_slab(low_NH: Tensor, head: Head, slab: slice) -> Tensor:
+    bias_V = None if head.bias_V is None else head.bias_V[slab].to(low_NH.dtype)
+    return linear(low_NH, head.weight_VH[slab].to(low_NH.dtype), bias_V)
 
 
 def block_rows(vocabulary: int, device: torch.device) -> int | None:
@@ -179,16 +194,16 @@ def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: 
 def _run_chunks(
     hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor | None], Stats]:
-    hidden, low = hidden_NH.detach().to(dtype), head.detach().to(dtype)
+    hidden, fixed = hidden_NH.detach().to(dtype), head.detach()
     sources = (hidden_NH, head.weight_VH, head.bias_V)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in sources]
     gradients = [torch.zeros_like(x) if w and x is not None else None for x, w in zip(sources, wanted, strict=True)]
-    block = min(rows, block_rows(len(low.weight_VH), hidden.device) or rows)
+    block = min(rows, block_rows(len(fixed.weight_VH), hidden.device) or rows)
     total = torch.zeros((), dtype=upcast(hidden[:0]).dtype, device=hidden.device)
     collected: dict[str, list[Tensor]] = {}
     # One empty chunk where nothing is counted, so that the per-position values exist with length zero.
     for part in list(chunks(len(hidden), rows)) or [slice(0, 0)]:
-        logits_cV = _project(hidden[part], low)
+        logits_cV = _project(hidden[part], fixed)
         for inner in list(chunks(len(logits_cV), block)) or [slice(0, 0)]:
             projected = upcast(logits_cV[inner]).requires_grad_(any(wanted))
             loss, stats = chunk_loss(
@@ -200,7 +215,7 @@ def _run_chunks(
             if any(wanted):
                 logits_cV[inner] = torch.autograd.grad(loss, projected)[0] if loss.requires_grad else 0.0
         if any(wanted):
-            _accumulate(gradients, logits_cV, hidden[part], low.weight_VH, part)
+            _accumulate(gradients, logits_cV, hidden[part], fixed.weight_VH, part)
     return total, gradients, {name: torch.cat(values) for name, values in collected.items()}
 
 
@@ -208,12 +223,14 @@ def _accumulate(
     gradients: list[Tensor | None], grad_cV: Tensor, hidden_cH: Tensor, weight: Tensor, part: slice
 ) -> None:
     grad_hidden, grad_weight, grad_bias = gradients
+    to_hidden_cH = upcast(hidden_cH[:0]).new_zeros(hidden_cH.shape)
+    for slab in _slabs(len(weight), weight.device):
+        if grad_hidden is not None:
+            to_hidden_cH += grad_cV[:, slab] @ weight[slab].to(grad_cV.dtype)
+        if grad_weight is not None:
+            grad_weight[slab] += grad_cV[:, slab].T @ hidden_cH
     if grad_hidden is not None:
-        grad_hidden[part] = grad_cV @ weight
-    if grad_weight is not None:
-        # A few rows at a time: a low-precision product as large as the head, and its cast, would be its double again.
-        for rows in chunks(len(grad_weight), _HEAD_ROWS):
-            grad_weight[rows] += grad_cV[:, rows].T @ hidden_cH
+        grad_hidden[part] = to_hidden_cH.to(grad_hidden.dtype)
     if grad_bias is not None:
         grad_bias += grad_cV.sum(0)
 

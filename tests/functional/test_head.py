@@ -152,6 +152,26 @@ def test_no_chunk_is_larger_than_asked_and_every_position_is_seen_once():
     assert seen == [4, 4, 3]
 
 
+@pytest.mark.parametrize("slab", [1, 3, 7])
+def test_no_copy_of_the_whole_head_is_made(slab, monkeypatch):
+    """Neither of its weights nor of its gradient, in the compute dtype: both models' heads are read by slabs."""
+    hidden, head, chunk_loss = problem(6, bias=False, dtype=torch.float32)
+    seen = []
+
+    def linear(x, weight, bias):
+        seen.append((weight.dtype, len(weight)))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(head_module, "_CPU_SLAB", slab)
+    monkeypatch.setattr(head_module, "linear", linear)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        position_losses(hidden, head, chunk_loss, 3)
+        head_logits(hidden, head)
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+    assert max(rows for _, rows in seen) == slab
+    assert sum(rows for _, rows in seen) == 3 * VOCABULARY
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [2, 3, 5, 8, 11])
 def test_within_a_chunk_blocks_change_nothing(shape, rows, monkeypatch):
@@ -163,6 +183,7 @@ def test_within_a_chunk_blocks_change_nothing(shape, rows, monkeypatch):
         return chunk_loss(logits, part)
 
     monkeypatch.setattr(head_module, "_CPU_BLOCK_BYTES", 3 * 4 * VOCABULARY)
+    monkeypatch.setattr(head_module, "_CPU_SLAB", 3)  # tokens of the vocabulary, the last slab with one
     loss, stats = position_losses(hidden, head, spy, rows)
     assert [i for start, stop in seen for i in range(start, stop)] == list(range(11))
     assert max(stop - start for start, stop in seen) == min(rows, 3)

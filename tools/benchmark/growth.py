@@ -103,6 +103,6 @@ def draw(rows: list[dict[str, Any]], vocabulary: int, path: Path) -> None:
         ax.legend(frameon=False, fontsize=9)
     left.set_yscale("log", base=2)
     left.yaxis.set_major_formatter("{x:g}")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * right.get_ylim()[1])
     figure.savefig(path, dpi=200)
     plt.close(figure)
