@@ -6,6 +6,8 @@ proportional to p^(1 - t) q^t has t times the gradient of KL(p || q).
 
 from __future__ import annotations
 
+import torch
+
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.full import full_logps, with_exact_kl
 from lit_opd.estimators.registry import register_estimator
@@ -101,5 +103,6 @@ def topk_soft_targets(tokens: TokenBatch, *, k: int = 16, support: str = "teache
         Loss, and the sampled log-ratio as KL estimate.
     """
     student_logps, teacher_logps = support_logps(tokens)
-    # Over an empty support the renormalised teacher is NaN, which the sum counts as a weight of zero.
-    return Estimate(forward_kl(student_logps, renormalise(teacher_logps)), sampled_log_ratio(tokens))
+    # Over an empty support the renormalised teacher is NaN: its tokens are as impossible as they were before.
+    target_logps = renormalise(teacher_logps).masked_fill(teacher_logps.isneginf(), -torch.inf)
+    return Estimate(forward_kl(student_logps, target_logps), sampled_log_ratio(tokens))
