@@ -200,23 +200,25 @@ def _run_chunks(
     gradients = [torch.zeros_like(x) if w and x is not None else None for x, w in zip(sources, wanted, strict=True)]
     block = min(rows, block_rows(len(fixed.weight_VH), hidden.device) or rows)
     total = torch.zeros((), dtype=upcast(hidden[:0]).dtype, device=hidden.device)
-    collected: dict[str, list[Tensor]] = {}
+    collected: Stats = {}
     # One empty chunk where nothing is counted, so that the per-position values exist with length zero.
     for part in list(chunks(len(hidden), rows)) or [slice(0, 0)]:
         logits_cV = _project(hidden[part], fixed)
         for inner in list(chunks(len(logits_cV), block)) or [slice(0, 0)]:
             projected = upcast(logits_cV[inner]).requires_grad_(any(wanted))
-            loss, stats = chunk_loss(
-                head.shape_logits(projected), slice(part.start + inner.start, part.start + inner.stop)
-            )
+            place = slice(part.start + inner.start, part.start + inner.stop)
+            loss, stats = chunk_loss(head.shape_logits(projected), place)
             total += loss.detach()
             for name, value in stats.items():
-                collected.setdefault(name, []).append(value.detach())
+                # One place for all: what stayed of every block would lie in the way of the next one's memory.
+                if name not in collected:
+                    collected[name] = value.new_empty(len(hidden), *value.shape[1:])
+                collected[name][place] = value.detach()
             if any(wanted):
                 logits_cV[inner] = torch.autograd.grad(loss, projected)[0] if loss.requires_grad else 0.0
         if any(wanted):
             _accumulate(gradients, logits_cV, hidden[part], fixed.weight_VH, part)
-    return total, gradients, {name: torch.cat(values) for name, values in collected.items()}
+    return total, gradients, collected
 
 
 def _accumulate(

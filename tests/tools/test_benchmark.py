@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_opd.allocator import settings
 
 ROOT = Path(__file__).parents[2]
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -184,9 +188,10 @@ def test_the_text_of_a_workload_holds_failures_ratios_and_the_limit(bench):
     json.dumps(results)
 
 
-def test_the_sides_run_in_turn_and_trl_as_shipped_in_the_end(bench):
-    ours, fixed, shipped = bench.turns.OURS, bench.turns.FIXED, bench.turns.SHIPPED
-    assert bench.turns.schedule(2, True) == [(ours, 1), (fixed, 1), (ours, 2), (fixed, 2), (shipped, 1)]
+def test_the_sides_run_in_turn_and_other_ways_to_start_trl_in_the_end(bench):
+    ours, fixed, others = bench.turns.OURS, bench.turns.FIXED, [bench.turns.SHIPPED, bench.turns.SETTLED]
+    in_turn = [(ours, 1), (fixed, 1), (ours, 2), (fixed, 2)]
+    assert bench.turns.schedule(2, True) == in_turn + [(side, 1) for side in others]
     assert bench.turns.schedule(2, False) == [(ours, 1), (ours, 2)]
 
 
@@ -226,12 +231,35 @@ def test_the_reason_of_a_failure_is_one_line(bench, code, errors, why):
 
 
 def test_the_peak_is_that_since_it_was_reset(bench):
-    torch.ones(25_000_000)
-    bench.processes.reset_peak()
-    before = bench.processes.peak_mb()
-    held = torch.ones(10_000_000)
-    assert bench.processes.peak_mb() - before == pytest.approx(held.nbytes / 1e6, abs=4)
-    assert bench.processes.resident_mb() == pytest.approx(bench.processes.peak_mb(), abs=4)
+    """In a process of its own: one that has run other tests has freed memory to take from."""
+    code = """if True:
+        import mmap
+        from tools.benchmark.processes import peak_mb, reset_peak, resident_mb
+
+        def held(megabytes):
+            pages = mmap.mmap(-1, megabytes * 10**6)
+            for start in range(0, len(pages), mmap.PAGESIZE):
+                pages[start] = 1
+            return pages
+
+        held(100).close()
+        reset_peak()
+        before = peak_mb()
+        pages = held(40)
+        print(peak_mb() - before, resident_mb() - peak_mb())
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    grown, apart = map(float, done.stdout.split())
+    assert grown == pytest.approx(40, abs=2)
+    assert apart == pytest.approx(0, abs=2)
+
+
+@pytest.mark.skipif(not settings({}), reason="the allocator of Linux with glibc is what is set")
+@pytest.mark.slow
+def test_the_working_memory_of_the_head_does_not_grow_with_its_positions(bench):
+    job = {"implementation": "ours", "vocabulary": 65536, "width": 16, "teacher_width": 16, "runs": 1}
+    few, many = (bench.processes.run("tools.benchmark.head", job | {"positions": n}) for n in (1024, 4096))
+    assert many["working_mib"] < few["working_mib"] + 32
 
 
 def test_a_phase_within_a_phase_counts_for_itself_alone(bench, monkeypatch):

@@ -6,6 +6,7 @@ A process gets its job as JSON on standard input and prints what it found as JSO
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,13 +17,22 @@ from typing import Any
 
 import psutil
 
+from lit_opd.allocator import settings
+
 STATUS, REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def run(module: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What a module finds, in a new interpreter; `{"failed": why}` where it does not come to an end."""
+def run(module: str, job: dict[str, Any], settled: bool = True) -> dict[str, Any]:
+    """What a module finds, in a new interpreter; `{"failed": why}` where it does not come to an end.
+
+    Args:
+        module: to run.
+        job: its input.
+        settled: whether its allocator is set as `python -m lit_opd fit` sets its own.
+    """
     command = [sys.executable, "-m", module]
-    result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
+    environment = os.environ | (settings(os.environ) if settled else {})
+    result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if result.returncode == 0:
         return json.loads(result.stdout.splitlines()[-1])
     print(result.stderr, file=sys.stderr)

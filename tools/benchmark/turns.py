@@ -13,7 +13,7 @@ from tools.benchmark.processes import run
 from tools.benchmark.report import Options
 from tools.benchmark.workloads import STUDENT, TEACHER, WORKLOADS, make_job, prepare_models
 
-OURS, FIXED, SHIPPED = "lit_opd", "TRL fixed", "TRL as shipped"
+OURS, FIXED, SHIPPED, SETTLED = "lit_opd", "TRL fixed", "TRL as shipped", "TRL fixed, our allocator settings"
 NO_TRL = "TRL is not installed (pip install trl==1.16.0): ours runs alone"
 RATE_TRIES = 7
 # What is compared pair by pair: title, which side is over which, and the number. Where completions end by themselves,
@@ -38,10 +38,10 @@ def has_trl() -> bool:
 
 
 def schedule(rounds: int, with_trl: bool) -> list[tuple[str, int]]:
-    """Sides and rounds in the order of their runs: A B A B, and in the end TRL as shipped."""
+    """Sides and rounds in the order of their runs: A B A B, and in the end TRL as shipped, and as ours is started."""
     if not with_trl:
         return [(OURS, number) for number in range(1, rounds + 1)]
-    return [(side, number) for number in range(1, rounds + 1) for side in (OURS, FIXED)] + [(SHIPPED, 1)]
+    return [(side, number) for number in range(1, rounds + 1) for side in (OURS, FIXED)] + [(SHIPPED, 1), (SETTLED, 1)]
 
 
 def measure(options: Options) -> None:
@@ -77,7 +77,7 @@ def prompt_tokens(batches: list[list[str]]) -> float:
 def run_side(side: str, number: int, job: dict[str, Any]) -> dict[str, Any]:
     """One run, told in a line when it ends."""
     module = "ours" if side == OURS else "trl"
-    found = run(f"tools.benchmark.{module}", job | {"fixed": side == FIXED})
+    found = run(f"tools.benchmark.{module}", job | {"fixed": side in (FIXED, SETTLED)}, side in (OURS, SETTLED))
     print(f"round {number}, {side}: {found.get('failed') or describe_run(found)}", flush=True)
     return {"side": side, "round": number, **found}
 
@@ -113,7 +113,7 @@ def to_text(results: dict[str, Any]) -> str:
         report.describe_machine(results["machine"]),
         "Medians over the steps of a run, then over runs. Seconds of a step, and where they go:\n",
         report.table(report.by_side(rows), ["side", "runs"], report.COLUMNS),
-        *(compare(results, side) for side in (FIXED, SHIPPED) if any(row["side"] == side for row in rows)),
+        *(compare(results, side) for side in (FIXED, SHIPPED, SETTLED) if any(row["side"] == side for row in rows)),
     ]
     if results["rates"] is not None:
         parts.append(describe_limit(results))
