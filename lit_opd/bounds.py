@@ -39,6 +39,9 @@ _BOUNDS: list[tuple[str, Any, str]] = [
     ("evaluation.every_n_steps", lambda v: v >= 1, "at least 1"),
     ("evaluation.num_completions", lambda v: v >= 1, "at least 1"),
     ("evaluation.batch_size", lambda v: v >= 1, "at least 1"),
+    ("measure.units", lambda v: v >= 4, "at least 4"),
+    ("measure.prompts_per_unit", lambda v: v >= 1, "at least 1"),
+    ("measure.sketch", lambda v: v >= 1, "at least 1"),
 ]
 
 _CHOICES: list[tuple[str, tuple[str, ...]]] = [

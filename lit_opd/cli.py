@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", metavar="FILE", help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", help="default: output_dir/student")
+    measure = _command(commands, "measure", _measure, "the gradients of several estimators on the same rollouts")
+    measure.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    ui = _command(commands, "ui", _ui, "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     check = commands.add_parser(
         "check", help="hold an estimator to the laws and say whose gradient it has", usage="lit_opd check "
         "NAME|FILE.py:FUNCTION [key=value ...]", description="the laws it holds and the gradient it has, exactly",
@@ -126,6 +131,28 @@ def _export(parsed: argparse.Namespace) -> None:
     folder = RunFolder(Path(config.output_dir))
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else folder.last_checkpoint
     print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))
+
+
+def _measure(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.lab.measure import measure, print_measurement, record
+    from lit_opd.lab.quiet import quiet_libraries
+    from lit_opd.tracking import check_tracking
+
+    quiet_libraries()
+    check_tracking(config.tracking.uri)
+    measurement = measure(config)
+    print_measurement(measurement)
+    if parsed.json:
+        Path(parsed.json).write_text(json.dumps(measurement.as_json(), indent=2))
+    print(f"MLflow: {record(config, measurement)}")
+
+
+def _ui(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.lab.ui import serve
+
+    serve(config, parsed.port)
 
 
 def _check(parsed: argparse.Namespace) -> None:

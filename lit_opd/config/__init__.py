@@ -12,6 +12,7 @@ from lit_opd.config.schema import (
     EvaluationConfig,
     FrozenConfig,
     LintConfig,
+    MeasureConfig,
     OptimConfig,
     RolloutConfig,
     StudentConfig,
@@ -21,6 +22,6 @@ from lit_opd.config.schema import (
 
 __all__ = [
     "PACKAGE_FOLDER", "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "FrozenConfig", "LintConfig",
-    "OptimConfig", "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_values",
-    "load_config", "to_flat", "to_yaml",
+    "MeasureConfig", "OptimConfig", "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section",
+    "check_values", "load_config", "to_flat", "to_yaml",
 ]  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import MISSING
 
 __all__ = [
-    "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "FrozenConfig", "LintConfig", "OptimConfig",
-    "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig",
+    "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "FrozenConfig", "LintConfig", "MeasureConfig",
+    "OptimConfig", "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig",
 ]  # fmt: skip
 
 
@@ -131,6 +131,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class MeasureConfig:
+    """The estimator microscope: which estimators, on how much, looking at which parameters.
+
+    Estimators are names, or mappings with `name`, `kwargs` and `label`. Without any, a choice from all families.
+    """
+
+    estimators: list[Any] = field(default_factory=list)
+    units: int = 64
+    prompts_per_unit: int = 16
+    parameters: str = ".*"
+    sketch: int = 65536
+
+
+@dataclass
 class TrackingConfig:
     """Where runs are recorded."""
 
@@ -163,5 +177,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     lint: LintConfig = field(default_factory=LintConfig)

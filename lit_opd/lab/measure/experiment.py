@@ -1,0 +1,178 @@
+"""Freeze the models and a set of rollouts, take every estimator's gradient on each of them, and compare."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import lightning as L
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from lit_opd import estimators, models
+from lit_opd.config import Config
+from lit_opd.data import PromptDataModule
+from lit_opd.errors import UserError
+from lit_opd.estimators import BoundEstimator
+from lit_opd.evaluation import judge
+from lit_opd.functional import chunk_rows
+from lit_opd.lab.checks import prepare_data
+from lit_opd.lab.measure.choice import TARGETS, check_supports, chosen_estimators
+from lit_opd.lab.measure.gradients import Sketch, Specimen, allocated_mb, unit_gradient
+from lit_opd.lab.measure.moments import compare, inner_product, trace_variance
+from lit_opd.lab.measure.result import Measurement, Row
+from lit_opd.rollout import TrainingSampler, build_engine, training_law
+from lit_opd.types import Rollout
+
+__all__ = ["measure"]
+
+TOP_SHARE = 0.01
+
+
+def measure(config: Config) -> Measurement:
+    """Run the microscope as configured; nothing is trained and nothing is written.
+
+    Raises:
+        UserError: whatever cannot work.
+    """
+    L.seed_everything(config.seed, verbose=False)
+    if config.rollout.student_share < 1:
+        share = config.rollout.student_share
+        raise UserError(
+            "rollout.student_share", "1: only the student's own completions are measured", share, "Drop it."
+        )
+    chosen = chosen_estimators(config)
+    targets = {key: estimators.build(name, **keywords) for key, (name, keywords) in TARGETS.items()}
+    data = prepare_data(_of_units(config))
+    _check_prompts(config, data)
+    accelerator, precision = config.trainer.get("accelerator", "auto"), config.trainer.get("precision", "32-true")
+    fabric = L.Fabric(accelerator=accelerator, devices=1, precision=precision)
+    pair, reference = _pair(config, chosen)
+    specimen = _specimen(config, pair, reference, fabric.device)
+    sketch = Sketch(list(specimen.parameters.values()), config.measure.sketch, config.seed)
+    with fabric.autocast():
+        seen = _look(config, specimen, data, chosen | _apart(targets), sketch)
+    exact = {
+        key: torch.stack(seen[label].sketches).double() for key, label in zip(targets, _apart(targets), strict=True)
+    }
+    return Measurement(
+        rows=[_row(label, e, seen[label], exact, config.measure.prompts_per_unit) for label, e in chosen.items()],
+        units=config.measure.units,
+        prompts_per_unit=config.measure.prompts_per_unit,
+        completions=config.rollout.num_completions,
+        tokens=sum(map(len, seen[next(iter(chosen))].norms)),
+        coordinates=sketch.coordinates,
+        sketch=sketch.size,
+        models=pair.names(),
+    )
+
+
+def _apart(targets: Mapping[str, BoundEstimator]) -> dict[str, BoundEstimator]:
+    """The targets under labels that no chosen estimator has."""
+    return {f"target: {key}": estimator for key, estimator in targets.items()}
+
+
+def _check_prompts(config: Config, data: PromptDataModule) -> None:
+    units, held = config.measure.units, len(data.train_prompts.rows) // config.measure.prompts_per_unit
+    if units > held:
+        raise UserError("measure.units", f"at most the units of measure.prompts_per_unit prompts in the data ({held})",
+                        units, "Lower it, or raise data.train_size.")  # fmt: skip
+
+
+def _pair(config: Config, chosen: Mapping[str, BoundEstimator]) -> tuple[models.Pair, bool]:
+    """The models, and whether there is a reference among them."""
+    asking = [estimator for estimator in chosen.values() if "reference" in estimator.needs]
+    first = (asking or list(chosen.values()))[0]
+    pair = models.Pair(config.student, config.teacher, first, reference=config.reference)
+    check_supports(chosen, pair.vocabulary)
+    return pair, bool(asking)
+
+
+def _specimen(config: Config, pair: models.Pair, reference: bool, device: torch.device) -> Specimen:
+    student = pair.student.to(device)
+    pattern = re.compile(config.measure.parameters)
+    parameters = {n: p for n, p in student.model.named_parameters() if p.requires_grad and pattern.search(n)}
+    if not parameters:
+        raise UserError("measure.parameters", "a pattern that trainable parameters match", repr(pattern.pattern),
+                        "Write a regular expression for names such as model.layers.0.mlp.up_proj.weight.")  # fmt: skip
+    rows = chunk_rows(pair.vocabulary, config.optim.head_chunk_mib, device)
+    other = pair.load("reference", device) if reference else None
+    return Specimen(student, pair.load("teacher", device), other, parameters, rows)
+
+
+@dataclass
+class _Seen:
+    """What one estimator has shown so far."""
+
+    sketches: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory_mb: float = 0.0
+
+
+def _look(
+    config: Config,
+    specimen: Specimen,
+    data: PromptDataModule,
+    looked_at: Mapping[str, BoundEstimator],
+    sketch: Sketch,
+) -> dict[str, _Seen]:
+    """The gradients of every unit under every estimator, one unit after the other."""
+    seen = {label: _Seen() for label in looked_at}
+    units = _units(config, specimen, data, any("rewards" in e.needs for e in looked_at.values()))
+    for number, (rollout, rewards_B) in enumerate(
+        track(units, "units of prompts", total=config.measure.units, transient=True)
+    ):
+        for label, estimator in looked_at.items():
+            if number == 0:
+                again = partial(unit_gradient, specimen, estimator, rollout, rewards_B)
+                seen[label].memory_mb = allocated_mb(again, specimen.student.device)
+            unit = unit_gradient(specimen, estimator, rollout, rewards_B)
+            seen[label].sketches.append(sketch(unit.gradients))
+            seen[label].norms.append(unit.token_norms_N)
+            seen[label].seconds.append(unit.seconds)
+    return seen
+
+
+def _units(
+    config: Config, specimen: Specimen, data: PromptDataModule, judged: bool
+) -> Iterator[tuple[Rollout, Tensor | None]]:
+    """The completions of one batch of prompts after the other, with their rewards."""
+    masked = models.token_ids(specimen.student.tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
+    law = training_law(config.rollout, estimators.build(config.estimator.name, **config.estimator.kwargs))
+    sampler, engine = TrainingSampler(config.rollout, law, config.seed), build_engine(config.rollout)
+    for given in itertools.islice(data.train_dataloader(), config.measure.units):
+        batch = data.transfer_batch_to_device(given, specimen.student.device, 0)
+        rollout = sampler.complete(engine, batch, specimen.student, specimen.teacher, data.demonstrations)
+        rollout = rollout.uncount(torch.isin(rollout.completion_ids_BT, rollout.completion_ids_BT.new_tensor(masked)))
+        yield rollout, judge(specimen.student, batch, rollout, data.verifier) if judged and data.verifier else None
+
+
+def _of_units(config: Config) -> Config:
+    """The same, with batches that are units."""
+    return replace(config, data=replace(config.data, batch_size=config.measure.prompts_per_unit))
+
+
+def _row(label: str, estimator: BoundEstimator, seen: _Seen, exact: Mapping[str, Tensor], prompts: int) -> Row:
+    """Everything of one estimator; variances are those of a prompt, and a unit is the mean of some."""
+    gradients_nP = torch.stack(seen.sketches).double()
+    noise, norms_N = trace_variance(gradients_nP).map(lambda v: v * prompts), torch.cat(seen.norms)
+    signal = inner_product(gradients_nP, gradients_nP)
+    largest = norms_N.sort(descending=True).values[: max(1, round(TOP_SHARE * len(norms_N)))]
+    return Row(
+        label=label,
+        name=estimator.spec.name,
+        family=estimator.spec.family,
+        target=estimator.contract.target,
+        against={key: compare(gradients_nP, target_nP) for key, target_nP in exact.items()},
+        trace_variance=noise.positive(),
+        signal_to_noise=signal.map(torch.div, noise).positive(),
+        top_share=(largest.sum() / norms_N.sum()).item(),
+        seconds=statistics.median(seen.seconds),
+        memory_mb=seen.memory_mb,
+    )

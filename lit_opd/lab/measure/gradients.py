@@ -1,0 +1,152 @@
+"""The gradient of one unit under one estimator, what it costs, and its sketch."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_opd import models
+from lit_opd.estimators import BoundEstimator
+from lit_opd.functional import Head, upcast
+from lit_opd.models import LanguageModel
+from lit_opd.types import Rollout, ScoredRollout
+
+__all__ = ["Sketch", "Specimen", "UnitGradient", "allocated_mb", "unit_gradient"]
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """The models of a measurement, and which of the student's parameters are looked at.
+
+    Attributes:
+        student: the model whose gradients are taken.
+        teacher: the frozen model.
+        reference: another one, where an estimator asks for it.
+        parameters: by name.
+        head_rows: positions a chunk of the head.
+    """
+
+    student: LanguageModel
+    teacher: LanguageModel
+    reference: LanguageModel | None
+    parameters: Mapping[str, Tensor]
+    head_rows: int
+
+
+class Sketch:
+    """A linear map to fewer dimensions that keeps inner products, in expectation over its random signs.
+
+    Coordinates get a random sign and are summed `size` apart: with a and b of unit length, the inner product of their
+    sketches is that of a and b, give or take sqrt(2 / size). Gradients that are short enough stay as they are. Source:
+    the count sketch (Charikar, Chen and Farach-Colton, 2002) with places in turn instead of hashed ones.
+
+    Args:
+        parameters: whose gradients are sketched.
+        size: dimensions.
+        seed: of the signs.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], size: int, seed: int) -> None:
+        self.coordinates = sum(p.numel() for p in parameters)
+        self.size = min(size, self.coordinates)
+        generator = torch.Generator().manual_seed(seed)
+        self._signs: list[Tensor] | None = None
+        if size < self.coordinates:
+            self._signs = [
+                (torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8) * 2 - 1).to(p.device)
+                for p in parameters
+            ]
+
+    def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
+        """[size] fp32 (float64 stays), on the CPU; the gradients in the order of the parameters."""
+        flat = [upcast(gradient).flatten() for gradient in gradients]
+        if self._signs is None:
+            return torch.cat(flat).cpu()
+        total = flat[0].new_zeros(self.size)
+        for values, signs in zip(flat, self._signs, strict=True):
+            signed = torch.nn.functional.pad(values * signs, (0, -len(values) % self.size))
+            total += signed.view(-1, self.size).sum(0)
+        return total.cpu()
+
+
+class UnitGradient(NamedTuple):
+    """What one unit says under one estimator.
+
+    Attributes:
+        gradients: of the parameters, in their order.
+        token_norms_N: norm of the gradient by each counted token's last hidden state.
+        seconds: teacher's scores, forward and backward.
+    """
+
+    gradients: list[Tensor]
+    token_norms_N: Tensor
+    seconds: float
+
+
+def unit_gradient(
+    specimen: Specimen, estimator: BoundEstimator, rollout: Rollout, rewards_B: Tensor | None
+) -> UnitGradient:
+    """The gradient of the mean over a unit's completions of their summed losses, as training computes it.
+
+    Args:
+        specimen: the models.
+        estimator: whose loss.
+        rollout: the completions of one prompt.
+        rewards_B: [B], where the estimator wants them.
+    """
+    start = time.perf_counter()
+    reference = specimen.reference if "reference" in estimator.needs else None
+    scores = models.score(specimen.teacher, reference, rollout, estimator, specimen.head_rows)
+    micro = ScoredRollout(rollout, scores, rewards_B if "rewards" in estimator.needs else None, progress=0.0)
+    weights_BT = upcast(rollout.sampler_logps_BT[:0]).new_full(rollout.mask_BT.shape, 1 / len(rollout))
+    student, parameters = _Listened(specimen.student), list(specimen.parameters.values())
+    loss, _ = models.student_loss(student, micro, specimen.teacher.head, estimator, weights_BT, specimen.head_rows)  # type: ignore[arg-type]
+    found = torch.autograd.grad(loss, [student.hidden_NH, *parameters], allow_unused=True)
+    hidden_NH, *gradients = [
+        torch.zeros_like(p) if g is None else g for g, p in zip(found, [student.hidden_NH, *parameters], strict=True)
+    ]
+    if loss.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return UnitGradient(gradients, upcast(hidden_NH).norm(dim=-1).cpu(), time.perf_counter() - start)
+
+
+class _Listened:
+    """A student that keeps the last hidden states it gave."""
+
+    def __init__(self, student: LanguageModel) -> None:
+        self.student = student
+        self.hidden_NH = torch.empty(0)
+
+    def hidden_and_head(self, rollout: Rollout) -> tuple[Tensor, Head]:
+        """As the student's own."""
+        self.hidden_NH, head = self.student.hidden_and_head(rollout)
+        return self.hidden_NH, head
+
+
+def allocated_mb(run: Callable[[], Any], device: torch.device) -> float:
+    """The most memory that tensors take during a call above what there was before, MB."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    kind = 0 if device.type == "cpu" else 1  # as torch numbers its devices: the processor, and an accelerator
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind
+    )
+    most = held = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most / 1e6

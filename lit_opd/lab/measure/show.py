@@ -1,0 +1,94 @@
+"""A measurement on the terminal, as a picture, and in MLflow."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lit_opd.config import Config, to_flat
+from lit_opd.lab.measure.figure import draw
+from lit_opd.lab.measure.result import Measurement, Row
+from lit_opd.metrics import Interval
+from lit_opd.tracking import begin_run, git_sha, ui_command
+
+__all__ = ["print_measurement", "record"]
+
+
+def _times(interval: Interval) -> str:
+    return f"{_short(interval.mean)} \\[{_short(interval.low)}, {_short(interval.high)}]"
+
+
+def _short(value: float) -> str:
+    if value != value:
+        return "?"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "estimator": lambda row: row.label,
+    "bias, local": lambda row: _times(row.against["local"].relative_bias),
+    "bias, sequence": lambda row: _times(row.against["sequence"].relative_bias),
+    "cosine, local": lambda row: _times(row.against["local"].cosine),
+    "cosine, sequence": lambda row: _times(row.against["sequence"].cosine),
+    "signal / noise": lambda row: f"{row.signal_to_noise.mean:.2g} \\[{row.signal_to_noise.low:.2g}, "
+                                  f"{row.signal_to_noise.high:.2g}]",
+    "top 1%": lambda row: f"{row.top_share:.0%}",
+    "ms": lambda row: f"{1000 * row.seconds:.0f}",
+    "MB": lambda row: f"{row.memory_mb:.0f}",
+}  # fmt: skip
+
+NOTES = (
+    "bias: norm of (expected gradient - target) over that of the target: the reverse KL at every position with "
+    "the prefixes given (local), or that of whole sequences; ? where the target itself cannot be told from zero",
+    "signal / noise: squared norm of the expected gradient over the trace of the covariance of one prompt's",
+    "top 1%: share of tokens' gradient norms, at the last hidden state, that the largest 1% have",
+    "ms, MB: for one unit, teacher, forward and backward, and the most that tensors take meanwhile",
+)
+
+
+def print_measurement(measurement: Measurement) -> None:
+    """The table, with 95% intervals and what its columns mean."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
+    for number, name in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in measurement.rows:
+        table.add_row(*(cell(row) for cell in COLUMNS.values()))
+    kept = "" if measurement.sketch == measurement.coordinates else f", sketched to {measurement.sketch}"
+    print(f"Gradients of the same rollouts: {measurement.units} units of {measurement.prompts_per_unit} "
+          f"prompts x {measurement.completions} completions, "
+          f"{measurement.tokens} tokens; {measurement.coordinates} coordinates{kept}; 95% intervals\n")  # fmt: skip
+    Console(width=Console(width=1000).measure(table).maximum).print(table)
+    print("\n" + "\n".join(NOTES))
+
+
+def record(config: Config, measurement: Measurement) -> str:
+    """One MLflow run with the configuration, the numbers, a table and the picture; returns where to look.
+
+    Args:
+        config: what was measured.
+        measurement: what was found.
+    """
+    tags = {"estimator": "measure", **measurement.models, "seed": str(config.seed), **git_sha()}
+    logger = begin_run(config, tags)
+    client, run_id = logger.experiment, logger.run_id
+    logger.log_hyperparams({name: value for name, value in to_flat(config).items() if value not in (None, {}, [])})
+    rows = measurement.as_json()["estimators"]
+    for row in rows:
+        label = re.sub(r"[^\w .:/-]", "_", row["label"])
+        logger.log_metrics({f"measure/{label}/{n}": v for n, v in row.items() if isinstance(v, float) and v == v})
+    client.log_table(run_id, {name: [row[name] for row in rows] for name in rows[0]}, "measure_table.json")
+    with tempfile.TemporaryDirectory() as folder:
+        picture = draw(measurement, Path(folder) / "measure.png")
+        numbers = Path(folder) / "measure.json"
+        numbers.write_text(json.dumps(measurement.as_json(), indent=2))
+        for file in (picture, numbers):
+            client.log_artifact(run_id, str(file))
+    logger.end("FINISHED")
+    return ui_command(config, logger)

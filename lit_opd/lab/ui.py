@@ -1,0 +1,38 @@
+"""MLflow's own pages over the runs of a configuration, for this machine alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+from lit_opd.config import Config
+from lit_opd.errors import UserError
+from lit_opd.tracking import check_tracking
+
+__all__ = ["serve"]
+
+
+def serve(config: Config, port: int) -> None:
+    """Become `mlflow ui` on the configured store, which runs until it is interrupted.
+
+    Args:
+        config: its `tracking.uri`.
+        port: on 127.0.0.1.
+
+    Raises:
+        UserError: a store that cannot answer, or one that has a server already; a port that is taken.
+    """
+    uri = config.tracking.uri
+    check_tracking(uri)
+    if uri.startswith("http"):
+        raise UserError("tracking.uri", "a store without a server of its own", repr(uri), f"Open {uri} in a browser.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError("--port", "a free port", f"{port}: {error.strerror}", "Choose another.") from error
+    print(f"http://127.0.0.1:{port}", flush=True)
+    command = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, *command])

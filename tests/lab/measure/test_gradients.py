@@ -1,0 +1,90 @@
+"""Gradients of units against a loss written out, and what a sketch keeps of them."""
+
+import pytest
+import torch
+
+from lit_opd import estimators, models
+from lit_opd.config import StudentConfig, TeacherConfig, load_config
+from lit_opd.lab.measure.gradients import Sketch, Specimen, allocated_mb, unit_gradient
+from lit_opd.types import FinishReason, Rollout, SamplingLaw
+
+TINY = load_config([], ["student.path=${lit_opd:tiny/student}", "teacher.path=${lit_opd:tiny/teacher}"])
+
+
+@pytest.fixture(scope="module")
+def specimen():
+    estimator = estimators.build("full_vocab")
+    sections = StudentConfig(path=TINY.student.path), TeacherConfig(path=TINY.teacher.path, dtype="float32")
+    pair = models.Pair(*sections, estimator)
+    student = pair.student.to(torch.device("cpu"))
+    return Specimen(
+        student, pair.load("teacher", torch.device("cpu")), None, dict(student.model.named_parameters()), 64
+    )
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, 12, (1, 5), generator=generator).expand(3, 5)
+    ids, mask = torch.randint(3, 12, (3, 6), generator=generator), torch.ones(3, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    return Rollout(prompt, torch.ones(3, 5, dtype=torch.bool), ids, mask, mask, torch.zeros(3, 6),
+                   torch.full((3,), FinishReason.LENGTH), SamplingLaw(), torch.zeros(3, dtype=torch.long))  # fmt: skip
+
+
+def test_a_unit_is_the_mean_over_completions_of_their_summed_losses(specimen, rollout):
+    """Against all logits at once, and autograd."""
+    found = unit_gradient(specimen, estimators.build("full_vocab", divergence="reverse_kl"), rollout, None)
+    ids = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BT], dim=1)
+    logps = specimen.student.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
+    with torch.no_grad():
+        teacher = specimen.teacher.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
+    kl_BT = (logps.exp() * (logps - teacher)).sum(-1)
+    loss = (kl_BT * rollout.mask_BT).sum(1).mean()
+    expected = torch.autograd.grad(loss, list(specimen.parameters.values()))
+    for mine, other in zip(found.gradients, expected, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+    assert found.token_norms_N.shape == (int(rollout.mask_BT.sum()),)
+    assert (found.token_norms_N > 0).all()
+    assert found.seconds > 0
+
+
+def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero(specimen, rollout):
+    extra = torch.nn.Parameter(torch.ones(3))
+    with_extra = Specimen(*[getattr(specimen, n) for n in ("student", "teacher", "reference")], {"x": extra}, 64)
+    (gradient,) = unit_gradient(with_extra, estimators.build("token"), rollout, None).gradients
+    assert (gradient == 0).all()
+
+
+def test_what_is_short_enough_is_not_sketched():
+    parameters = [torch.zeros(2, 3), torch.zeros(4)]
+    sketch, gradients = Sketch(parameters, 10, 0), [torch.arange(6.0).view(2, 3), torch.arange(4.0)]
+    assert (sketch.size, sketch.coordinates) == (10, 10)
+    assert sketch(gradients).tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
+
+
+def test_a_sketch_keeps_inner_products_up_to_its_noise():
+    parameters = [torch.zeros(300), torch.zeros(7, 100)]
+    generator = torch.Generator().manual_seed(1)
+    a, b = ([torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters] for _ in range(2))
+    exact = sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
+    scale = (sum(float(x.square().sum()) for x in a) * sum(float(y.square().sum()) for y in b)) ** 0.5
+    found = []
+    for seed in range(300):
+        sketch = Sketch(parameters, 64, seed)
+        assert sketch(a).shape == (64,)
+        found.append(float(sketch(a) @ sketch(b)))
+    errors = (torch.tensor(found) - exact) / scale
+    assert errors.std() < 1.2 * (2 / 64) ** 0.5
+    assert abs(errors.mean()) < 4 * errors.std() / 300**0.5
+    torch.testing.assert_close(sketch([x + 2 * y for x, y in zip(a, b, strict=True)]), sketch(a) + 2 * sketch(b))
+
+
+def test_allocated_memory_is_the_most_that_is_held_at_once():
+    def run():
+        first = torch.ones(2_000_000)
+        second = torch.ones(1_000_000)
+        del first, second
+        return torch.ones(500_000)
+
+    assert allocated_mb(run, torch.device("cpu")) == pytest.approx(12.0, abs=0.5)

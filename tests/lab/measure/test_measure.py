@@ -1,0 +1,84 @@
+"""The command on the pair that comes with the package, and what it refuses."""
+
+import json
+import math
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from lit_opd import load_config
+from lit_opd.errors import UserError
+from lit_opd.lab.measure import measure
+from lit_opd.lab.measure.choice import chosen_estimators
+
+SMALL = ("measure.units=12", "measure.prompts_per_unit=2", "rollout.num_completions=2", "data.train_size=60",
+         "data.validation_size=8",
+         "measure.estimators=[full_vocab,token,{name: hybrid, kwargs: {gamma: 0.5}}]")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_prints_records_and_writes_its_numbers(workspace):
+    done = workspace.run("measure", *workspace.arguments("measure", *SMALL, "--json", "found.json")[1:])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workspace.folder / "found.json").read_text())
+    full, token, hybrid = found["estimators"]
+    assert [full["label"], token["label"], hybrid["label"]] == ["full_vocab", "token", "hybrid gamma=0.5"]
+    assert full["trace_variance"] < token["trace_variance"] < hybrid["trace_variance"]
+    assert token["trace_variance_low"] < token["trace_variance"] < token["trace_variance_high"]
+    assert all(row["seconds"] > 0 and row["memory_mb"] > 0 and 0 < row["top_share"] < 1 for row in found["estimators"])
+    assert (found["units"], found["prompts_per_unit"], found["completions"]) == (12, 2, 2)
+    assert "hybrid gamma=0.5" in done.stdout
+    client = MlflowClient(workspace.uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tests"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["measure/token/signal_to_noise"] == pytest.approx(token["signal_to_noise"])
+    assert {"measure.png", "measure.json", "measure_table.json"} <= {
+        f.path for f in client.list_artifacts(run.info.run_id)
+    }
+
+
+def configured(workspace, *words):
+    _, *arguments = workspace.arguments("measure", *words)
+    files = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--config"]
+    return load_config(files, [word for word in arguments if "=" in word])  # the last of a key counts
+
+
+@pytest.mark.slow
+def test_the_same_seed_finds_the_same(workspace):
+    config = configured(workspace, *SMALL)
+    first, second = (measure(config).as_json()["estimators"] for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        for name, value in one.items():
+            if name not in ("seconds", "memory_mb"):
+                assert other[name] == value or math.isnan(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("measure.estimators=[3]",), "measure.estimators: expected names, or mappings with `name`, found 3."),
+        (("measure.estimators=[{name: token, kwarg: {}}]",), "measure.estimators.kwarg: expected a known key"),
+        (("measure.estimators=[token,token]",), "expected labels that differ, found 'token' twice."),
+        (("measure.estimators=[outcome]", "data.verifier=null"), "data.verifier: expected one: 'outcome' learns"),
+        (("measure.estimators=[leave_one_out]", "rollout.num_completions=1"), "rollout.num_completions: expected at"),
+        (
+            ("measure.estimators=[token, {name: teacher_topk, kwargs: {k: 999}}]",),
+            "expected supports of at most the vocabulary",
+        ),
+        (("measure.parameters=nothing",), "measure.parameters: expected a pattern that trainable parameters match"),
+        (("measure.prompts_per_unit=20", "measure.units=4"), "measure.units: expected at most the units of"),
+        (("rollout.student_share=0.5",), "rollout.student_share: expected 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(workspace, words, message):
+    config = configured(workspace, *SMALL, "measure.estimators=[token]", "evaluation.pass_at=[1]", *words)
+    with pytest.raises(UserError) as caught:
+        measure(config)
+    assert message in str(caught.value)
+
+
+def test_without_a_choice_all_that_the_configuration_allows_is_looked_at(workspace):
+    alone = chosen_estimators(configured(workspace, "rollout.num_completions=1", "evaluation.pass_at=[1]"))
+    together = chosen_estimators(configured(workspace))
+    assert {"leave_one_out", "centred_rao_blackwell_return"} == set(together) - set(alone)
