@@ -144,6 +144,7 @@ def _measure(parsed: argparse.Namespace) -> None:
     measurement = measure(config)
     print_measurement(measurement)
     if parsed.json:
+        Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
         Path(parsed.json).write_text(json.dumps(measurement.as_json(), indent=2))
     print(f"MLflow: {record(config, measurement)}")
 

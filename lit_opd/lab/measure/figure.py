@@ -30,8 +30,10 @@ def draw(measurement: Measurement, file: Path) -> Path:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), sharex=True, layout="constrained")
     for axis, key in zip(axes, ("local", "sequence"), strict=True):
-        for number, row in enumerate(measurement.rows):
-            _point(axis, row, key, number)
+        shown = [_point(axis, row, key, number) for number, row in enumerate(measurement.rows)]
+        if not any(shown):
+            text = f"the {key} reverse KL's gradient\ncannot be told from zero: measure more units"
+            axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
         axis.set_title(f"against the {key} reverse KL")
         axis.set_xlabel("noise / signal: prompts until they are equal")
         axis.set_xscale("log")
@@ -45,15 +47,17 @@ def draw(measurement: Measurement, file: Path) -> Path:
     return file
 
 
-def _point(axis: Any, row: Row, key: str, number: int) -> None:
+def _point(axis: Any, row: Row, key: str, number: int) -> bool:
+    """Draw an estimator; False, and nothing drawn, where its bias or its signal cannot be told."""
     noise, bias = _inverse(row.signal_to_noise), row.against[key].relative_bias
     if not all(map(math.isfinite, (noise.mean, *bias))):
-        return
+        return False
     axis.errorbar(
         noise.mean, bias.mean, xerr=[[noise.mean - noise.low], [max(0.0, min(noise.high, 1e6) - noise.mean)]],
         yerr=[[bias.mean - bias.low], [bias.high - bias.mean]], fmt=MARKERS[number % len(MARKERS)],
         color=COLOURS[number % len(COLOURS)], label=row.label, markersize=6, linewidth=1, capsize=2,
     )  # fmt: skip
+    return True
 
 
 def _inverse(ratio: Interval) -> Interval:

@@ -109,7 +109,8 @@ class Moments:
 def compare(a_nP: Tensor, target_nP: Tensor) -> Moments:
     """Bias and direction of an estimator against a target, from gradients of the same units.
 
-    Where the target's own gradient cannot be told from zero, the ratios mean nothing and are NaN.
+    Ratios to a norm that cannot be told from zero mean nothing and are NaN: both where it is the target's, the cosine
+    where it is the estimator's own.
 
     Raises:
         ValueError: fewer than four units.
@@ -117,13 +118,13 @@ def compare(a_nP: Tensor, target_nP: Tensor) -> Moments:
     if len(a_nP) < FEWEST:
         raise ValueError(f"moments need at least {FEWEST} units, found {len(a_nP)}")
     a_nP, target_nP = a_nP.double(), target_nP.double()
-    target = inner_product(target_nP, target_nP)
+    target, unknown = inner_product(target_nP, target_nP), Interval(math.nan, math.nan, math.nan)
     if target.interval().low <= 0:
-        unknown = Interval(math.nan, math.nan, math.nan)
         return Moments(unknown, unknown)
     difference = inner_product(a_nP - target_nP, a_nP - target_nP)
-    own, shared = inner_product(a_nP, a_nP), inner_product(a_nP, target_nP)
-    apart = shared.map(lambda ab, aa, bb: 1 - ab / (aa.clamp(min=0) * bb.clamp(min=0)).sqrt(), own, target)
+    own, bias = inner_product(a_nP, a_nP), difference.map(torch.div, target).positive()
+    if own.interval().low <= 0:
+        return Moments(bias, unknown)
+    apart = inner_product(a_nP, target_nP).map(lambda ab, aa, bb: 1 - ab / (aa * bb).sqrt(), own, target)
     mean, low, high = apart.positive()
-    cosine = Interval(*(min(1.0, max(-1.0, 1 - value)) for value in (mean, high, low)))
-    return Moments(difference.map(torch.div, target).positive(), cosine)
+    return Moments(bias, Interval(*(min(1.0, max(-1.0, 1 - value)) for value in (mean, high, low))))

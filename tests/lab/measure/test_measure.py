@@ -18,9 +18,9 @@ SMALL = ("measure.units=12", "measure.prompts_per_unit=2", "rollout.num_completi
 
 @pytest.mark.slow
 def test_the_command_prints_records_and_writes_its_numbers(workspace):
-    done = workspace.run("measure", *workspace.arguments("measure", *SMALL, "--json", "found.json")[1:])
+    done = workspace.run("measure", *workspace.arguments("measure", *SMALL, "--json", "new/found.json")[1:])
     assert done.returncode == 0, done.stderr
-    found = json.loads((workspace.folder / "found.json").read_text())
+    found = json.loads((workspace.folder / "new/found.json").read_text())
     full, token, hybrid = found["estimators"]
     assert [full["label"], token["label"], hybrid["label"]] == ["full_vocab", "token", "hybrid gamma=0.5"]
     assert full["trace_variance"] < token["trace_variance"] < hybrid["trace_variance"]

@@ -59,7 +59,13 @@ def test_noise_is_not_counted_as_signal_or_as_bias():
 
 def test_against_a_target_that_is_all_noise_nothing_is_said():
     found = compare(normal(20, 30, 5), normal(20, 30, 6))
-    assert all(map(math.isnan, (*found.squared_bias, *found.cosine)))
+    assert all(map(math.isnan, (*found.squared_bias, *found.cosine, *found.relative_bias)))
+
+
+def test_a_direction_that_cannot_be_told_has_no_cosine_but_a_bias():
+    found = compare(normal(20, 30, 5), 1 + 0.1 * normal(20, 30, 6))
+    assert all(map(math.isnan, found.cosine))
+    assert found.relative_bias.low < 1 < found.relative_bias.high
 
 
 def test_too_few_units_are_refused():
