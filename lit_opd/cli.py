@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.allocator import begin_again
-from lit_opd.config import Config, load_config
+from lit_opd.config import Config, load_as, load_config
 from lit_opd.errors import RunError, UserError
 
 __all__ = ["main"]
@@ -70,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", metavar="FILE", help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", help="default: output_dir/student")
+    compare = _command(commands, "compare", _compare, "make runs that differ in one thing, with several seeds, and say "
+                       "which is better")  # fmt: skip
+    compare.add_argument("--from-runs", metavar="ID", nargs="+", help="compare runs that MLflow has, and make none")
+    compare.add_argument("--json", metavar="FILE", help="write the report's numbers to a file too")
     check = commands.add_parser(
         "check", help="hold an estimator to the laws and say whose gradient it has", usage="lit_opd check "
         "NAME|FILE.py:FUNCTION [key=value ...]", description="the laws it holds and the gradient it has, exactly",
@@ -126,6 +130,22 @@ def _export(parsed: argparse.Namespace) -> None:
     folder = RunFolder(Path(config.output_dir))
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else folder.last_checkpoint
     print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from lit_opd.lab.compare.grid import Comparison, load_comparison, runs_of
+
+    json_file = Path(parsed.json) if parsed.json else None
+    comparison = load_comparison(parsed.config, parsed.overrides) if not parsed.from_runs else None
+    runs = runs_of(comparison) if comparison else []
+    from lit_opd.lab.compare.command import compare, compare_recorded
+    from lit_opd.lab.quiet import quiet_libraries
+
+    quiet_libraries()
+    if comparison:
+        compare(comparison, runs, json_file)
+    else:
+        compare_recorded(load_as(Comparison, parsed.config, parsed.overrides), parsed.from_runs, json_file)
 
 
 def _check(parsed: argparse.Namespace) -> None:
