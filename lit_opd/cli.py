@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_opd.allocator import begin_again
-from lit_opd.config import Config, load_config
+from lit_opd.config import Config, load_as, load_config
 from lit_opd.errors import RunError, UserError
 
 __all__ = ["main"]
@@ -75,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", metavar="FILE", help="write the numbers there too")
     ui = _command(commands, "ui", _ui, "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
+    compare = _command(commands, "compare", _compare, "make runs that differ in one thing, with several seeds, and say "
+                       "which is better")  # fmt: skip
+    compare.add_argument("--from-runs", metavar="ID", nargs="+", help="compare runs that MLflow has, and make none")
+    compare.add_argument("--json", metavar="FILE", help="write the report's numbers to a file too")
     check = commands.add_parser(
         "check", help="hold an estimator to the laws and say whose gradient it has", usage="lit_opd check "
         "NAME|FILE.py:FUNCTION [key=value ...]", description="the laws it holds and the gradient it has, exactly",
@@ -154,6 +158,22 @@ def _ui(parsed: argparse.Namespace) -> None:
     from lit_opd.lab.ui import serve
 
     serve(config, parsed.port)
+
+
+def _compare(parsed: argparse.Namespace) -> None:
+    from lit_opd.lab.compare.grid import Comparison, load_comparison, runs_of
+
+    json_file = Path(parsed.json) if parsed.json else None
+    comparison = load_comparison(parsed.config, parsed.overrides) if not parsed.from_runs else None
+    runs = runs_of(comparison) if comparison else []
+    from lit_opd.lab.compare.command import compare, compare_recorded
+    from lit_opd.lab.quiet import quiet_libraries
+
+    quiet_libraries()
+    if comparison:
+        compare(comparison, runs, json_file)
+    else:
+        compare_recorded(load_as(Comparison, parsed.config, parsed.overrides), parsed.from_runs, json_file)
 
 
 def _check(parsed: argparse.Namespace) -> None:

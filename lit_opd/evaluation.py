@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
-from lit_opd.metrics import Interval, Yardsticks
+from lit_opd.metrics import Interval, PerPrompt, Yardsticks
 from lit_opd.models import YARDSTICKS, LanguageModel, measure_yardsticks
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, uniforms
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
@@ -51,6 +51,9 @@ class Evaluation(nn.Module):
     Args:
         config: completions a prompt, seed, pass@k, how many examples to keep.
         max_new_tokens: the longest completion.
+
+    Attributes:
+        per_prompt: what the evaluation finished last measured, prompt by prompt.
     """
 
     def __init__(self, config: EvaluationConfig, max_new_tokens: int) -> None:
@@ -58,6 +61,7 @@ class Evaluation(nn.Module):
         self.config, self.max_new_tokens = config, max_new_tokens
         self.yardsticks = Yardsticks(YARDSTICKS, config.pass_at)
         self.examples: list[Example] = []
+        self.per_prompt = PerPrompt([], {}, {})
 
     def add(
         self,
@@ -83,11 +87,12 @@ class Evaluation(nn.Module):
         rollout = engine.sample(policy, batch, SamplingLaw(), count, numbers_BT.to(batch.prompt_ids_BP.device))
         values = measure_yardsticks(policy, teacher, rollout, rows)
         rewards_B = None if verifier is None else judge(policy, batch, rollout, verifier)
-        self.yardsticks.update(values, rollout, rewards_B)
+        self.yardsticks.update(values, rollout, rewards_B, [number for _, number in batch.draws])
         self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
 
     def finish(self) -> tuple[dict[str, Interval], list[Example]]:
-        """Every metric with its interval, and the examples; both are reset."""
+        """Every metric with its interval, and the examples; all are reset, and `per_prompt` is of this evaluation."""
+        self.per_prompt = self.yardsticks.per_prompt()
         examples, self.examples = self.examples, []
         return self.yardsticks.compute(), examples
 

@@ -10,10 +10,11 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from lit_opd.types import FinishReason, Rollout
 
-__all__ = ["AvgAtK", "Interval", "PassAtK", "PromptMean", "Yardsticks"]
+__all__ = ["AvgAtK", "Interval", "PassAtK", "PerPrompt", "PromptMean", "PromptTable", "Yardsticks"]
 
 
 class Interval(NamedTuple):
@@ -56,7 +57,7 @@ class PromptMean(Metric):
             sums: [prompts] sum of the values of each prompt.
             weights: [prompts] how many values (tokens, completions) each sum holds.
         """
-        sums, weights = sums.detach().double(), weights.detach().double()
+        sums, weights = self.summands(sums, weights)
         # Not in place: a state made in inference mode may not be changed outside it.
         self.s = self.s + sums.sum()
         self.n = self.n + weights.sum()
@@ -64,6 +65,10 @@ class PromptMean(Metric):
         self.sn = self.sn + (sums * weights).sum()
         self.nn = self.nn + (weights * weights).sum()
         self.prompts = self.prompts + len(sums)
+
+    def summands(self, sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What each prompt adds to numerator and denominator of the mean, for the arguments of `update`."""
+        return sums.detach().double(), weights.detach().double()
 
     def compute(self) -> Interval:
         """Mean and confidence interval: NaN where nothing was counted, unbounded with fewer than two prompts."""
@@ -99,23 +104,23 @@ class PassAtK(PromptMean):
         super().__init__(confidence)
         self.k = k
 
-    def update(self, correct: Tensor, completions: Tensor) -> None:
-        """Add prompts.
+    def summands(self, sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Each prompt's pass@k, with weight 1.
 
         Args:
-            correct: [prompts] how many completions are correct.
-            completions: [prompts] how many there are, at least k.
+            sums: [prompts] how many completions are correct.
+            weights: [prompts] how many there are, at least k.
 
         Raises:
             ValueError: fewer completions than k.
         """
-        if (completions < self.k).any():
-            fewest = int(completions.min())
+        if (weights < self.k).any():
+            fewest = int(weights.min())
             raise ValueError(f"pass@{self.k} needs at least {self.k} completions a prompt, found {fewest}")
-        pairs = zip(correct.tolist(), completions.tolist(), strict=True)
+        pairs = zip(sums.tolist(), weights.tolist(), strict=True)
         passed = [1 - math.comb(int(n) - int(c), self.k) / math.comb(int(n), self.k) for c, n in pairs]
         values = torch.tensor(passed, dtype=torch.float64, device=self.s.device)
-        super().update(values, torch.ones_like(values))
+        return values, torch.ones_like(values)
 
     def _interval(self, mean: float, variance: float, prompts: int) -> Interval:
         n = mean * (1 - mean) / variance if 0 < mean < 1 and 0 < variance < math.inf else prompts
@@ -130,6 +135,49 @@ class AvgAtK(PassAtK):
 
     def __init__(self, confidence: float = 0.95) -> None:
         super().__init__(1, confidence)
+
+
+class PerPrompt(NamedTuple):
+    """An evaluation prompt by prompt: every metric is the sum of its sums over the sum of its weights.
+
+    Attributes:
+        numbers: which prompt each entry is of.
+        sums: metric -> sum of its values of each prompt.
+        weights: metric -> how many values (tokens, completions) each sum holds.
+    """
+
+    numbers: list[int]
+    sums: dict[str, list[float]]
+    weights: dict[str, list[float]]
+
+
+class PromptTable(Metric):
+    """The prompts themselves, in the order of their numbers whatever process measured them."""
+
+    full_state_update = False
+    numbers: list[Tensor]
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("numbers", "rows"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, numbers: Tensor, rows: Tensor) -> None:
+        """Add prompts.
+
+        Args:
+            numbers: [prompts] which they are; those of one number stay in the order in which they come.
+            rows: [prompts, ...] what is kept of each.
+        """
+        self.numbers.append(numbers)
+        self.rows.append(rows.detach().double())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Numbers [prompts] and rows [prompts, ...], in order."""
+        numbers, rows = dim_zero_cat(self.numbers), dim_zero_cat(self.rows)
+        order = numbers.argsort(stable=True)
+        return numbers[order], rows[order]
 
 
 class Yardsticks(nn.Module):
@@ -147,19 +195,23 @@ class Yardsticks(nn.Module):
         self._per_completion = {"length": PromptMean(), "truncated_frac": AvgAtK()}
         self._passes: dict[str, PassAtK] = {f"pass_at_{k}": PassAtK(k) for k in pass_at if k > 1}
         self._passes["accuracy"] = AvgAtK()
+        self._table = PromptTable()
         # A module of all of them, so that they move with the module to its device.
         self._modules["metrics"] = nn.ModuleList(self._all().values())
 
     def _all(self) -> dict[str, PromptMean]:
         return {**self._per_token, **self._per_completion, **self._passes}
 
-    def update(self, values: Mapping[str, Tensor], rollout: Rollout, rewards_B: Tensor | None) -> None:
+    def update(
+        self, values: Mapping[str, Tensor], rollout: Rollout, rewards_B: Tensor | None, numbers: Sequence[int] = ()
+    ) -> None:
         """Add a batch.
 
         Args:
             values: [B, T] for every per-token name, zero where not counted.
             rollout: the completions.
             rewards_B: [B] 1 where correct; None where nothing judges them.
+            numbers: of the batch's prompts among all; without them prompts keep the order in which they come.
         """
         group_B, tokens_B = rollout.prompt_index_B, rollout.mask_BT.sum(1)
         blank = torch.zeros(int(group_B.max()) + 1, dtype=torch.float64, device=group_B.device)
@@ -168,17 +220,29 @@ class Yardsticks(nn.Module):
             return blank.index_add(0, group_B, values_B.double())
 
         tokens, completions = by_prompt(tokens_B), by_prompt(torch.ones_like(tokens_B))
-        for name, metric in self._per_token.items():
-            metric.update(by_prompt(values[name].sum(1)), tokens)
-        self._per_completion["length"].update(tokens, completions)
-        self._per_completion["truncated_frac"].update(by_prompt(rollout.finish_B == FinishReason.LENGTH), completions)
+        fed = {name: (by_prompt(values[name].sum(1)), tokens) for name in self._per_token}
+        fed["length"] = (tokens, completions)
+        fed["truncated_frac"] = (by_prompt(rollout.finish_B == FinishReason.LENGTH), completions)
         if rewards_B is not None:
-            for metric in self._passes.values():
-                metric.update(by_prompt(rewards_B >= 1), completions)
+            fed |= dict.fromkeys(self._passes, (by_prompt(rewards_B >= 1), completions))
+        metrics = self._all()
+        for name, pair in fed.items():
+            metrics[name].update(*pair)
+        rows = torch.stack([torch.stack(metrics[name].summands(*pair), dim=1) for name, pair in fed.items()], dim=1)
+        self._table.update(torch.tensor(numbers or [0] * len(blank), device=blank.device), rows)
+
+    def per_prompt(self) -> PerPrompt:
+        """Every metric that was fed, prompt by prompt; to be asked before `compute`, which resets."""
+        if not self._table.update_called:
+            return PerPrompt([], {}, {})
+        numbers, rows = self._table.compute()
+        names = [name for name, metric in self._all().items() if metric.update_called]
+        sums, weights = ([column.tolist() for column in part.T] for part in rows.unbind(2))
+        return PerPrompt(numbers.tolist(), dict(zip(names, sums, strict=True)), dict(zip(names, weights, strict=True)))
 
     def compute(self) -> dict[str, Interval]:
         """Every metric that was fed; all are reset."""
         results = {name: metric.compute() for name, metric in self._all().items() if metric.update_called}
-        for metric in self._all().values():
+        for metric in (*self._all().values(), self._table):
             metric.reset()
         return results

@@ -50,7 +50,8 @@ def run(student, teacher, devices, name):
     )
     trainer.fit(module, data)
     logged = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("perf/")}
-    return {"weights": module.model.state_dict(), "logged": logged, "results": module.results["val"]}
+    return {"weights": module.model.state_dict(), "logged": logged, "results": module.results["val"],
+            "per_prompt": tuple(module.evaluation.per_prompt)}
 
 
 if __name__ == "__main__":
@@ -97,12 +98,17 @@ def test_two_processes_give_the_weights_of_one(one_and_two, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle", "groups"])
 def test_two_processes_log_the_numbers_of_one(one_and_two, name):
-    """Also the yardsticks, whose states are summed over processes."""
+    """Also the yardsticks, whose states are summed over processes, and what is kept of every prompt, in order."""
     one, two = one_and_two
     for rank in two:
         assert rank[name]["logged"] == pytest.approx(one[name]["logged"], rel=1e-5, abs=1e-6)
         for metric, interval in one[name]["results"].items():
             assert rank[name]["results"][metric] == pytest.approx(interval, rel=1e-6, abs=1e-8)
+        numbers, *tables = one[name]["per_prompt"]
+        assert rank[name]["per_prompt"][0] == numbers == list(range(7))
+        for found, expected in zip(rank[name]["per_prompt"][1:], tables, strict=True):
+            for metric, values in expected.items():
+                assert found[metric] == pytest.approx(values, rel=1e-6, abs=1e-8)
 
 
 @pytest.mark.slow

@@ -123,3 +123,25 @@ def test_training_leaves_the_measured_prompts_and_draws_alone(make_model, make_m
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)
     assert module.results["val"] == before
+
+
+def test_what_is_kept_of_each_prompt_depends_on_no_other_prompt(policies, make_batch):
+    """Measured alone, in a batch or in another order, a prompt gives the same."""
+    prompts = ["1+2=", "7=", "12-9+3=", "5+5="]
+
+    def kept(batches):
+        evaluation = Evaluation(EvaluationConfig(num_completions=2), max_new_tokens=8)
+        for texts in batches:
+            evaluation.add(*policies, make_batch(texts), LocalEngine(), correct_if_short, rows=50)
+        results, _ = evaluation.finish()
+        assert evaluation.per_prompt.sums.keys() == results.keys()
+        return evaluation.per_prompt
+
+    whole = kept([prompts])
+    assert len(set(whole.sums["reverse_kl"])) == 4
+    for batches in ([[p] for p in prompts], [prompts[::-1]], [prompts[2:], prompts[:2]]):
+        cut = kept(batches)
+        assert cut.numbers == whole.numbers == sorted(whole.numbers)
+        for part in ("sums", "weights"):
+            for name, values in getattr(whole, part).items():
+                assert getattr(cut, part)[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name

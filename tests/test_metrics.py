@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_opd.metrics import AvgAtK, Interval, PassAtK, PromptMean, Yardsticks
+from lit_opd.metrics import AvgAtK, Interval, PassAtK, PerPrompt, PromptMean, Yardsticks
 from lit_opd.types import FinishReason, Rollout, SamplingLaw
 
 fast = settings(max_examples=60, deadline=None)
@@ -166,3 +166,30 @@ def test_yardsticks_without_verifier_and_again_after_compute(batch):
         assert found["kl"].mean == pytest.approx(36 / 8)
     assert not list(yardsticks.parameters())
     assert not yardsticks.state_dict()
+
+
+def test_every_metric_is_the_sum_over_prompts_of_what_is_kept_of_each(batch):
+    yardsticks = Yardsticks(["kl"], [1, 2])
+    yardsticks.update(*batch)
+    kept = yardsticks.per_prompt()
+    assert kept.numbers == [0, 0]
+    assert (kept.sums["kl"], kept.weights["kl"]) == ([15.0, 21.0], [5.0, 3.0])
+    assert (kept.sums["length"], kept.weights["length"]) == ([5.0, 3.0], [2.0, 2.0])
+    assert (kept.sums["truncated_frac"], kept.weights["truncated_frac"]) == ([0.5, 0.0], [1.0, 1.0])
+    assert (kept.sums["pass_at_2"], kept.sums["accuracy"]) == ([1.0, 0.0], [0.5, 0.0])
+    found = yardsticks.compute()
+    assert found.keys() == kept.sums.keys() == kept.weights.keys()
+    for name, interval in found.items():
+        assert sum(kept.sums[name]) / sum(kept.weights[name]) == pytest.approx(interval.mean, rel=1e-12)
+    assert yardsticks.per_prompt() == PerPrompt([], {}, {}), "reset with the metrics"
+
+
+def test_prompts_are_kept_in_the_order_of_their_numbers(batch):
+    values, rollout, _ = batch
+    yardsticks = Yardsticks(["kl"], [1])
+    yardsticks.update(values, rollout, None, [7, 1])
+    yardsticks.update({"kl": 10 * values["kl"]}, rollout, None, [0, 3])
+    kept = yardsticks.per_prompt()
+    assert kept.numbers == [0, 1, 3, 7]
+    assert kept.sums["kl"] == [150.0, 21.0, 210.0, 15.0]
+    assert "accuracy" not in kept.sums

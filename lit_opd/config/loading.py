@@ -16,7 +16,7 @@ from lit_opd.bounds import check_values
 from lit_opd.config.schema import Config
 from lit_opd.errors import UserError, suggest
 
-__all__ = ["as_section", "load_config", "to_flat", "to_yaml"]
+__all__ = ["as_section", "load_as", "load_config", "to_flat", "to_yaml"]
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 T = TypeVar("T")
@@ -37,22 +37,32 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     Raises:
         UserError: a missing or malformed file, an unknown key, a wrong type, a value out of its range.
     """
+    config = load_as(Config, files, overrides)
+    check_values(config)
+    return config
+
+
+def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> T:
+    """Fill a dataclass: defaults <- YAML files in order <- `key=value` overrides; no value is judged beyond its type.
+
+    Raises:
+        UserError: a missing or malformed file, an unknown key, a wrong type, a value that is missing.
+    """
     OmegaConf.register_resolver("lit_opd", lambda name: str(PACKAGE_FOLDER / name), replace=True)
-    node = OmegaConf.structured(Config)
+    node = OmegaConf.structured(schema)
     for file in files:
-        node = _merge(node, _read(Path(file)), where=str(file))
+        node = _merge(schema, node, _read(Path(file)), where=str(file))
     for override in sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF):
-        node = _merge(node, _parse(override), where=f"override {override!r}")
+        node = _merge(schema, node, _parse(override), where=f"override {override!r}")
     try:
-        config = OmegaConf.to_object(node)
+        filled = OmegaConf.to_object(node)
     except omegaconf_errors.MissingMandatoryValue as error:
         key = error.full_key or "a key"
         raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.") from error
     except omegaconf_errors.OmegaConfBaseException as error:
         raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), "Correct it.") from error
-    assert isinstance(config, Config)
-    check_values(config)
-    return config
+    assert isinstance(filled, schema)
+    return filled
 
 
 def as_section(schema: type[T], value: T | Mapping[str, Any] | None, name: str) -> T:
@@ -64,7 +74,7 @@ def as_section(schema: type[T], value: T | Mapping[str, Any] | None, name: str) 
     if isinstance(value, schema):
         return value
     node = OmegaConf.structured(Config)
-    merged = _merge(node, OmegaConf.create({name: dict(value or {})}), where="keyword")  # type: ignore[arg-type]
+    merged = _merge(Config, node, OmegaConf.create({name: dict(value or {})}), where="keyword")  # type: ignore[arg-type]
     section = OmegaConf.to_object(merged[name])
     assert isinstance(section, schema)
     return section
@@ -76,7 +86,8 @@ def _read(file: Path) -> DictConfig:
     try:
         node = OmegaConf.load(file)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError("--config", "valid YAML", f"{file}: {_first_line(error)}", "Correct the file.") from error
+        reason = getattr(error, "problem", None) or _first_line(error)
+        raise UserError("--config", "valid YAML", f"{file}: {reason}", "Correct the file.") from error
     if not isinstance(node, DictConfig):
         raise UserError("--config", "a mapping of keys", f"{file}: a list", "Write `key: value` lines.")
     return node
@@ -92,8 +103,8 @@ def _parse(override: str) -> DictConfig:
         raise UserError(key, "a value in YAML", f"{value!r}: {_first_line(error)}", "Quote it.") from error
 
 
-def _merge(node: Any, update: DictConfig, where: str) -> Any:
-    _check_keys(Config, update, prefix="", where=where)
+def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> Any:
+    _check_keys(schema, update, prefix="", where=where)
     for name, keywords in KEYWORDS_OF.items():
         if OmegaConf.select(update, name) not in (None, OmegaConf.select(node, name)):
             OmegaConf.update(node, keywords, {}, merge=False)
@@ -102,7 +113,7 @@ def _merge(node: Any, update: DictConfig, where: str) -> Any:
     except omegaconf_errors.OmegaConfBaseException as error:
         key = error.full_key or "config"
         found = repr(OmegaConf.select(update, key, throw_on_missing=False))
-        raise UserError(key, _type_of(key), f"{found} ({where})", "Correct the value.") from error
+        raise UserError(key, _type_of(schema, key), f"{found} ({where})", "Correct the value.") from error
 
 
 def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
@@ -120,12 +131,13 @@ def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
             raise UserError(name, "a section with keys", f"{section} ({where})", f"Set e.g. {name}.KEY=VALUE.")
 
 
-def _type_of(key: str) -> str:
-    schema: Any = Config
+def _type_of(schema: Any, key: str) -> str:
     for part in key.split("."):
         if not is_dataclass(schema):
             break
-        schema = get_type_hints(schema).get(part, Any)
+        name, item, _ = part.partition("[")
+        schema = get_type_hints(schema).get(name, Any)
+        schema = get_args(schema)[0] if item else schema
     if get_origin(schema) in (dict, list):
         return "a mapping" if get_origin(schema) is dict else "a list"
     names = [getattr(t, "__name__", str(t)) for t in (get_args(schema) or (schema,))]
@@ -149,8 +161,8 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(inner, f"{name}.{key}" if name else str(key))
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads back."""
+def to_yaml(config: Any) -> str:
+    """The resolved configuration, or another dataclass, as YAML that `load_config` or `load_as` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
 
 

@@ -177,6 +177,11 @@ class PromptDataModule(L.LightningDataModule):
         return encode_rows(self.rows[1], self.config, self.tokenizer)
 
     @cached_property
+    def validation_hashes(self) -> list[str]:
+        """Hash of every validation prompt as the student gets it: of its token ids."""
+        return [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in self.validation_prompts.ids]
+
+    @cached_property
     def dataset_sha256(self) -> str:
         """Hash of the content and order of all rows."""
         digest = hashlib.sha256()

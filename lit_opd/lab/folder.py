@@ -61,6 +61,11 @@ class RunFolder:
         """The results, as JSON."""
         return self.path / "summary.json"
 
+    @property
+    def prompts(self) -> Path:
+        """The last evaluation, prompt by prompt."""
+        return self.path / "prompts.json"
+
     def claim(self, resume: str | None) -> Path | None:
         """Find out whether a run may begin here, or the run in it go on; nothing is written.
 

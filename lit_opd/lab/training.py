@@ -104,7 +104,7 @@ def run(
                       folder.last_checkpoint, folder.student, logger)  # fmt: skip
     trainer.save_checkpoint(folder.last_checkpoint)
     if trainer.is_global_zero:
-        close_run(folder, module, outcome)
+        close_run(folder, module, data, outcome)
     return outcome
 
 
@@ -112,20 +112,21 @@ def measure_before(
     config: Config, trainer: L.Trainer, module: DistillationModule, data: PromptDataModule
 ) -> dict[str, Results]:
     """The student's results before training, and the teacher's own where `evaluation.teacher` asks for them."""
-    trainer.validate(module, data, verbose=False)
-    if not config.evaluation.teacher:
-        return {"before": module.results["val"], "teacher": {}}
-    with module.judging_teacher():
-        trainer.validate(module, data, verbose=False)
-    return {"before": module.results["val"], "teacher": module.results["teacher"]}
+    if config.evaluation.teacher:
+        with module.judging_teacher():
+            trainer.validate(module, data, verbose=False)
+    trainer.validate(module, data, verbose=False)  # the last, so that the last evaluation of a run is the student's
+    return {"before": module.results["val"], "teacher": module.results.get("teacher", {})}
 
 
-def close_run(folder: RunFolder, module: DistillationModule, outcome: Outcome) -> None:
-    """Export the student, write the summary, and end the MLflow run."""
+def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataModule, outcome: Outcome) -> None:
+    """Export the student, write the results, prompt by prompt and summed up, and end the MLflow run."""
     export_student(module.student, folder.student)
+    folder.prompts.write_text(json.dumps(_prompts_json(module, data)))
     folder.summary.write_text(json.dumps(_as_json(outcome), indent=2))
     folder.write_notes(perf=outcome.perf)
-    outcome.logger.experiment.log_artifact(outcome.logger.run_id, str(folder.summary))
+    for file in (folder.prompts, folder.summary):
+        outcome.logger.experiment.log_artifact(outcome.logger.run_id, str(file))
     outcome.logger.end("FINISHED")
 
 
@@ -175,3 +176,9 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     for name in ("before", "after", "teacher"):
         values[name] = {metric: interval._asdict() for metric, interval in getattr(outcome, name).items()}
     return values | {"checkpoint": str(outcome.checkpoint), "student": str(outcome.student)}
+
+
+def _prompts_json(module: DistillationModule, data: PromptDataModule) -> dict[str, Any]:
+    found = module.evaluation.per_prompt
+    hashes = [data.validation_hashes[number] for number in found.numbers]
+    return {"prompts": hashes, "sums": found.sums, "weights": found.weights}

@@ -97,6 +97,20 @@ def test_fit_leaves_a_summary_and_a_configuration_that_loads_back(finished):
     assert load_config([artifact]) == load_config([words[2]], words[3:])
 
 
+def test_fit_leaves_the_final_results_of_every_prompt(finished):
+    workspace, _ = finished
+    (run,) = workspace.runs
+    path = workspace.client.download_artifacts(run.info.run_id, "prompts.json", str(workspace.folder))
+    table = json.loads(Path(path).read_text())
+    assert table == json.loads((workspace.output / "prompts.json").read_text())
+    after = json.loads((workspace.output / "summary.json").read_text())["after"]
+    assert table["sums"].keys() == table["weights"].keys() == after.keys()
+    assert len(set(table["prompts"])) == 6
+    for name, interval in after.items():
+        assert len(table["sums"][name]) == 6
+        assert sum(table["sums"][name]) / sum(table["weights"][name]) == pytest.approx(interval["mean"], rel=1e-12)
+
+
 def test_fit_exports_the_trained_student(finished):
     workspace, _ = finished
     exported = AutoModelForCausalLM.from_pretrained(workspace.output / "student")

@@ -1,0 +1,59 @@
+"""What can be known of all runs of a comparison before the first of them starts, and before any weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lit_opd.config import load_config, to_flat
+from lit_opd.data import PromptDataModule
+from lit_opd.errors import UserError
+from lit_opd.lab.checks import prepare_data
+from lit_opd.lab.compare.grid import Run, within
+from lit_opd.lab.folder import RunFolder
+from lit_opd.lab.trainer import build_trainer
+
+__all__ = ["check_runs"]
+
+
+def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
+    """Prepare every variant once as `fit` would, and look at what earlier runs left behind.
+
+    Args:
+        runs: of a comparison.
+        may_differ: keys that variants may change; with one of the data's, their prompts may differ.
+
+    Raises:
+        UserError: a variant that cannot work; variants with other validation prompts; a folder that holds another run.
+    """
+    first: tuple[str, PromptDataModule] | None = None
+    for run in runs:
+        if run.seed != runs[0].seed:
+            break
+        data = _prepare(run)
+        first = first or (run.variant, data)
+        name, other = first
+        if data.validation_hashes != other.validation_hashes and not any(within(key, ("data",)) for key in may_differ):
+            raise UserError(f"variants.{run.variant}", f"the validation prompts of {name!r}, token by token",
+                            "others", "Give them the same data and the same tokenizer.")  # fmt: skip
+    for run in runs:
+        _check_folder(run)
+
+
+def _prepare(run: Run) -> PromptDataModule:
+    try:
+        build_trainer(run.config, RunFolder(run.folder))
+        return prepare_data(run.config)
+    except UserError as error:
+        raise UserError(f"variants.{run.variant}: {error.key}", error.expected, error.found, error.remedy) from error
+
+
+def _check_folder(run: Run) -> None:
+    file = RunFolder(run.folder).config
+    if not file.is_file():
+        return
+    held, wanted = to_flat(load_config([file])), to_flat(run.config)
+    for key in sorted(held.keys() | wanted.keys()):
+        if held.get(key) != wanted.get(key) and not within(key, ("tracking",)):
+            found = f"one in {str(run.folder)!r} with {key} {held.get(key)!r} instead of {wanted.get(key)!r}"
+            raise UserError("output_dir", "a new folder, or runs of this comparison", found,
+                            "Set output_dir=NEW, or delete that run's folder to make it anew.")  # fmt: skip

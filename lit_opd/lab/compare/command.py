@@ -1,0 +1,101 @@
+"""The whole comparison: make the runs, collect what they left, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+
+from lit_opd.errors import RunError
+from lit_opd.lab.compare.checks import check_runs
+from lit_opd.lab.compare.collect import collect
+from lit_opd.lab.compare.grid import Comparison, Run
+from lit_opd.lab.compare.records import RunResult
+from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
+from lit_opd.lab.folder import check_writable
+from lit_opd.tracking import check_tracking
+
+__all__ = ["compare", "compare_recorded"]
+
+
+def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None = None) -> None:
+    """Make the runs that are not made yet, and report on all.
+
+    Args:
+        comparison: as loaded.
+        runs: of it.
+        json_file: where the numbers of the report go too.
+
+    Raises:
+        UserError: whatever cannot work; nothing has been written then.
+        RunError: runs that failed; the others have been reported on.
+        KeyboardInterrupt: Ctrl-C; the runs that were done have been reported on.
+    """
+    client = _client(comparison, json_file)
+    check_runs(runs, comparison.may_differ)
+    with claimed(Path(comparison.output_dir)) as lock:
+        parent = begin_parent(comparison, client)
+        status = "FAILED"
+        try:
+            interrupted = make_runs(comparison, runs, client, parent, lock)
+            failed = _conclude(comparison, runs, client, parent, json_file)
+            status = "KILLED" if interrupted else "FAILED" if failed else "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            client.set_terminated(parent, status)
+    if interrupted:
+        raise KeyboardInterrupt
+    if failed:
+        raise RunError(f"{len(failed)} of {len(runs)} runs: {', '.join(failed)}. The same command tries them again.")
+
+
+def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: Path | None = None) -> None:
+    """Report on runs that MLflow has; nothing is made, and MLflow stays as it is.
+
+    Args:
+        comparison: where they are recorded, and where the report goes.
+        run_ids: of the runs, or of a comparison.
+        json_file: where the numbers of the report go too.
+
+    Raises:
+        UserError: no such runs, or runs that cannot be compared.
+    """
+    client = _client(comparison, json_file)
+    _report(collect(client, run_ids), Path(comparison.output_dir) / "report", json_file)
+
+
+def _client(comparison: Comparison, json_file: Path | None) -> MlflowClient:
+    check_tracking(comparison.tracking.uri)
+    if json_file is not None:
+        check_writable("--json", json_file.parent)
+    return MlflowClient(comparison.tracking.uri)
+
+
+def _conclude(
+    comparison: Comparison, runs: Sequence[Run], client: MlflowClient, parent: str, json_file: Path | None
+) -> list[str]:
+    """Report on the runs of the comparison as it is now; names those that did not finish."""
+    found = {(result.variant, result.seed): result for result in collect(client, [parent])}
+    results = {run.name: found.get((run.variant, run.seed)) for run in runs}
+    finished = [name for name, result in results.items() if result is not None and result.status == "FINISHED"]
+    if finished:
+        folder = Path(comparison.output_dir) / "report"
+        _report([result for result in results.values() if result is not None], folder, json_file)
+        client.log_artifacts(parent, str(folder), "report")
+        print(f"MLflow: run {parent} of experiment {comparison.tracking.experiment!r} in {comparison.tracking.uri}")
+    return [name for name in results if name not in finished]
+
+
+def _report(results: list[RunResult], folder: Path, json_file: Path | None) -> None:
+    from lit_opd.lab.compare.report import write_report
+
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = write_report(results, folder)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(numbers, indent=2))
+    print(f"report: {folder}")

@@ -1,0 +1,223 @@
+"""What a comparison is made of: variants of one run, each with several seeds, checked before the first of them starts.
+
+Imports no torch, so that a mistake in a file is reported in under a second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lit_opd.config import Config, TrackingConfig, load_as, load_config, to_flat
+from lit_opd.errors import UserError
+
+__all__ = ["Comparison", "Run", "Tracking", "load_comparison", "runs_of", "within"]
+
+# Without these being the same, two runs cannot be paired prompt by prompt, or one had more to learn from.
+FIXED = ("data", "evaluation", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time",
+         "trainer.limit_train_batches", "trainer.limit_val_batches")  # fmt: skip
+OWN = {
+    "seed": "Set seeds.",
+    "output_dir": "Set output_dir of the comparison.",
+    "tracking.uri": "Set tracking.uri of the comparison.",
+    "tracking.experiment": "Set tracking.experiment of the comparison.",
+    "tracking.run_name": "A run is named after its variant and its seed.",
+}
+
+
+@dataclass
+class Tracking:
+    """Where the comparison and its runs are recorded."""
+
+    uri: str = TrackingConfig.uri
+    experiment: str = "compare"
+    run_name: str | None = None
+
+
+@dataclass
+class Comparison:
+    """Variants x seeds of one configuration.
+
+    Attributes:
+        base: files of the configuration that all runs share, as `--config` takes them.
+        overrides: dotted overrides of it, for all runs.
+        variants: label -> the dotted overrides that make it; or a list of names of estimators.
+        seeds: of the runs; every variant runs with each.
+        parallel: how many runs at once, which share the processor's cores.
+        output_dir: where runs and report are written.
+        tracking: where they are recorded.
+        may_differ: keys or sections that variants may change though they are to be the same in all runs.
+    """
+
+    base: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    variants: Any = None
+    seeds: list[int] = field(default_factory=list)
+    parallel: int = 1
+    output_dir: str = "outputs/compare"
+    tracking: Tracking = field(default_factory=Tracking)
+    may_differ: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a variant with a seed, what it is called in tables and in MLflow, and its whole configuration."""
+
+    variant: str
+    seed: int
+    name: str
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        """Its `output_dir`."""
+        return Path(self.config.output_dir)
+
+    @property
+    def file(self) -> Path:
+        """Its configuration, from which it is started."""
+        return self.folder.with_name(f"{self.folder.name}.yaml")
+
+    @property
+    def log(self) -> Path:
+        """What it printed."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+
+def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Comparison:
+    """Build a comparison from YAML files and dotted overrides; `variants` becomes a mapping.
+
+    Raises:
+        UserError: an unknown key or a wrong type; no base, no variants or no seeds; one of them twice; a key that is
+            not for runs to set.
+    """
+    comparison = load_as(Comparison, files, overrides)
+    _check_some("base", comparison.base, "base: [conf/quickstart.yaml]")
+    _check_some("seeds", comparison.seeds, "seeds: [0, 1, 2]")
+    _check_some("variants", comparison.variants, "variants: [token, full_vocab]")
+    variants = _mapping(comparison.variants)
+    _check_once("seeds", comparison.seeds)
+    if comparison.parallel < 1:
+        raise UserError("parallel", "at least 1", comparison.parallel, "Write 1 for one run after the other.")
+    _check_own("overrides", comparison.overrides)
+    for label, words in variants.items():
+        _check_own(f"variants.{label}", words)
+    _check_folders(variants)
+    for key in comparison.may_differ:
+        if not within(key, FIXED):
+            expected = f"keys that are to be the same in all runs ({', '.join(FIXED)})"
+            raise UserError("may_differ", expected, repr(key), "Leave it out: variants may change every other key.")
+    return replace(comparison, variants=variants)
+
+
+def runs_of(comparison: Comparison) -> list[Run]:
+    """All runs, every variant with the first seed before any with the second.
+
+    Raises:
+        UserError: a configuration that does not load; one that changes what is to be the same; one twice.
+    """
+    for file in comparison.base:
+        if not Path(file).is_file():
+            raise UserError("base", "files of a run's configuration", f"no file {file!r}", "Check the path.")
+    base = load_config(comparison.base, [*comparison.overrides, f"seed={comparison.seeds[0]}"])
+    runs = [_run(comparison, label, seed) for seed in comparison.seeds for label in comparison.variants]
+    for run in runs:
+        _check_fixed(base, run, comparison.may_differ)
+    _check_different(runs[: len(comparison.variants)])
+    return runs
+
+
+def within(key: str, sections: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the others, or lies inside of one."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _run(comparison: Comparison, label: str, seed: int) -> Run:
+    try:
+        config = load_config(comparison.base, [*comparison.overrides, *comparison.variants[label], f"seed={seed}"])
+    except UserError as error:
+        raise UserError(f"variants.{label}: {error.key}", error.expected, error.found, error.remedy) from error
+    name = f"{label} · seed {seed}"
+    where = comparison.tracking
+    tracking = replace(config.tracking, uri=where.uri, experiment=where.experiment, run_name=name,
+                       tags=config.tracking.tags | {"variant": label})  # fmt: skip
+    folder = Path(comparison.output_dir) / "runs" / _slug(label) / f"seed-{seed}"
+    return Run(label, seed, name, replace(config, output_dir=str(folder), tracking=tracking))
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^\w=.-]+", "-", label).strip("-.")
+
+
+def _mapping(variants: Any) -> dict[str, list[str]]:
+    if isinstance(variants, list):
+        _check_once("variants", variants)
+        variants = {name: [f"estimator.name={name}"] for name in variants}
+    if not isinstance(variants, dict):
+        raise UserError(
+            "variants", "a mapping label -> overrides, or a list of estimators", repr(variants), "Write one."
+        )
+    for label, words in variants.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            expected = "a list of overrides of the form key=value"
+            raise UserError(f"variants.{label}", expected, repr(words), "Write e.g. [estimator.name=token].")
+    return {str(label): words for label, words in variants.items()}
+
+
+def _check_some(key: str, values: Any, example: str) -> None:
+    if not values:
+        raise UserError(key, "at least one", "none", f"Write e.g. {example}")
+
+
+def _check_once(key: str, values: Sequence[Any]) -> None:
+    twice = [value for number, value in enumerate(values) if value in values[:number]]
+    if twice:
+        raise UserError(key, "each of them once", f"{twice[0]!r} twice", "Remove one.")
+
+
+def _check_own(where: str, words: Iterable[str]) -> None:
+    for word in words:
+        key = word.partition("=")[0]
+        for own, remedy in OWN.items():
+            if within(own, [key]) or within(key, [own]):
+                raise UserError(f"{where}: {key}", "to be left out: the comparison sets it", repr(word), remedy)
+
+
+def _check_folders(variants: dict[str, list[str]]) -> None:
+    taken: dict[str, str] = {}
+    for label in variants:
+        slug = _slug(label)
+        if not slug:
+            raise UserError("variants", "labels with a letter or a digit", repr(label), "Rename it.")
+        if slug in taken:
+            found = f"{taken[slug]!r} and {label!r}, which would both be written to {slug!r}"
+            raise UserError("variants", "labels that differ in letters or digits", found, "Rename one.")
+        taken[slug] = label
+
+
+def _check_fixed(base: Config, run: Run, may_differ: Sequence[str]) -> None:
+    expected, found = _fixed(base), _fixed(run.config)
+    for key in sorted(expected.keys() | found.keys()):
+        if expected.get(key) != found.get(key) and not within(key, may_differ):
+            raise UserError(
+                f"variants.{run.variant}: {key}", f"{expected.get(key)!r} as in the base, for runs to be comparable",
+                f"{found.get(key)!r} (seed {run.seed})", f"Set it in overrides, or list {key} under may_differ.",
+            )  # fmt: skip
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    values = {key: value for key, value in to_flat(config).items() if within(key, FIXED)}
+    # Null means the length of training's completions: a variant that changes those would be measured on others.
+    return values | {"evaluation.max_new_tokens": config.evaluation.max_new_tokens or config.rollout.max_new_tokens}
+
+
+def _check_different(runs: Sequence[Run]) -> None:
+    own = ("output_dir", "tracking")
+    settings = [{k: v for k, v in to_flat(run.config).items() if not within(k, own)} for run in runs]
+    for number, setting in enumerate(settings):
+        if setting in settings[:number]:
+            found = f"{runs[settings.index(setting)].variant!r} and {runs[number].variant!r}, which are the same"
+            raise UserError("variants", "variants that differ", found, "Remove one.")

@@ -1,0 +1,229 @@
+"""The runs of a comparison: a process each, several at once, to be stopped and gone on with at any time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from rich.console import Console
+from rich.text import Text
+
+from lit_opd.config import to_yaml
+from lit_opd.errors import UserError
+from lit_opd.lab.compare.grid import Comparison, Run
+from lit_opd.lab.folder import RunFolder, check_writable
+from lit_opd.tracking import git_sha
+
+__all__ = ["PARENT", "begin_parent", "claimed", "is_finished", "make_runs", "seconds_left"]
+
+PARENT = "mlflow.parentRunId"
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A run under way."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    begun: float
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.begun
+
+    def interrupt(self, number: int) -> None:
+        """Send a signal to all processes of the run, as a terminal would."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[int]:
+    """Make the folder of a comparison, and keep others out of it.
+
+    Yields:
+        The descriptor of the lock, for runs to inherit: they may outlive this process, and then keep others out.
+
+    Raises:
+        UserError: the folder cannot be written to, or somebody is at work in it.
+    """
+    check_writable("output_dir", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            found = f"{str(folder)!r}, where it, or a run that outlived it, is under way"
+            remedy = "Wait for it, stop it, or set output_dir=NEW."
+            raise UserError("output_dir", "a comparison that nobody is making", found, remedy) from error
+        yield file.fileno()
+
+
+def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
+    """The MLflow run that the comparison's runs belong to: made, or found again where the folder names it.
+
+    Raises:
+        UserError: the store refuses, or does not hold the run.
+    """
+    folder, tracking = Path(comparison.output_dir), comparison.tracking
+    notes, described = folder / "comparison.json", folder / "comparison.yaml"
+    described.write_text(to_yaml(comparison))
+    try:
+        if notes.is_file():
+            parent = json.loads(notes.read_text())["mlflow_run_id"]
+        else:
+            known = client.get_experiment_by_name(tracking.experiment)
+            experiment = known.experiment_id if known else client.create_experiment(tracking.experiment)
+            name = tracking.run_name or f"comparison of {', '.join(comparison.variants)}"
+            parent = client.create_run(experiment, run_name=name, tags=git_sha()).info.run_id
+            notes.write_text(json.dumps({"mlflow_run_id": parent}))
+        client.update_run(parent, status="RUNNING")
+        client.log_artifact(parent, str(described))
+    except Exception as error:  # MLflow passes on whatever its database or its server raises
+        remedy = f"Correct it; to record the comparison anew, delete {notes}."
+        expected, found = "an MLflow store that takes the comparison", f"{tracking.uri!r}: {error}"
+        raise UserError("tracking.uri", expected, found, remedy) from error
+    return parent
+
+
+def is_finished(run: Run, client: MlflowClient) -> bool:
+    """Whether a run was made to its end, and MLflow knows."""
+    folder = RunFolder(run.folder)
+    known = folder.read_notes().get("mlflow_run_id")
+    with suppress(MlflowException):
+        return folder.summary.is_file() and known is not None and client.get_run(known).info.status == "FINISHED"
+    return False
+
+
+def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient, parent: str, lock: int) -> bool:
+    """Make the runs that are not finished yet, `parallel` at once; one that fails does not stop the others.
+
+    A run that was begun goes on from its last checkpoint. The first Ctrl-C (or SIGTERM, SIGHUP) lets the runs under
+    way save and end, the second ends them at once, the third kills them.
+
+    Args:
+        comparison: says how many at once.
+        runs: all of them.
+        client: of the store that records them.
+        parent: the MLflow run they belong to.
+        lock: a descriptor for them to inherit.
+
+    Returns:
+        Whether it was interrupted before the last run had ended.
+    """
+    waiting = [run for run in runs if not is_finished(run, client)]
+    workers: list[Worker] = []
+    took: list[float] = []
+    console, told = Console(stderr=True), 0
+    try:
+        with _signals() as asked, console.status("") as status:
+            while workers or (waiting and not asked):
+                while waiting and not asked and len(workers) < comparison.parallel:
+                    workers.append(_start(waiting.pop(0), parent, comparison.parallel, lock))
+                for worker in [w for w in workers if w.process.poll() is not None]:
+                    workers.remove(worker)
+                    took += [worker.seconds] if worker.process.returncode == 0 else []
+                    console.print(Text(_settle(worker, client, parent, bool(asked))), soft_wrap=True)
+                while told < len(asked):
+                    told += 1
+                    for worker in workers:
+                        worker.interrupt(signal.SIGKILL if told > 2 else signal.SIGINT)
+                left = seconds_left(took, [w.seconds for w in workers], len(waiting), comparison.parallel)
+                status.update(Text(_line(len(runs), workers, len(waiting), left, bool(asked))))
+                time.sleep(POLL_S)
+    finally:
+        for worker in workers:  # none are left but after an error
+            worker.interrupt(signal.SIGINT)
+    return bool(asked) and not all(is_finished(run, client) for run in runs)
+
+
+def seconds_left(took: Sequence[float], elapsed: Sequence[float], waiting: int, parallel: int) -> float | None:
+    """How long the rest will take, judged by the runs that are done; None before there is one.
+
+    Args:
+        took: seconds of the runs that are done.
+        elapsed: seconds since each run under way began.
+        waiting: runs that have not begun.
+        parallel: how many run at once.
+    """
+    if not took:
+        return None
+    each, busy = mean(took), min(parallel, waiting + len(elapsed))
+    return (waiting * each + sum(max(0.0, each - seconds) for seconds in elapsed)) / max(busy, 1)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that ask to stop, in the order in which they come; nothing else happens on them."""
+    asked: list[int] = []
+    # A background job may ignore Ctrl-C, and its runs would inherit that; `nohup` is to be respected.
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    heeded += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+    previous = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heeded}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _start(run: Run, parent: str, parallel: int, lock: int) -> Worker:
+    tracking = replace(run.config.tracking, tags=run.config.tracking.tags | {PARENT: parent})
+    run.file.parent.mkdir(parents=True, exist_ok=True)
+    run.file.write_text(to_yaml(replace(run.config, tracking=tracking)))
+    command = [sys.executable, "-m", "lit_opd", "fit", "--config", str(run.file), "--resume", "auto"]
+    share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // parallel))} if parallel > 1 else {}
+    with run.log.open("ab") as log:
+        # In a process group of its own: Ctrl-C in a terminal reaches a whole group, and this process passes it on.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
+                                   process_group=0, env=os.environ | share)  # fmt: skip
+    return Worker(run, process, time.monotonic())
+
+
+def _settle(worker: Worker, client: MlflowClient, parent: str, asked: bool) -> str:
+    """See to it that MLflow knows how a run ended; says it in a line."""
+    run, status = worker.run, "KILLED" if asked else "FAILED"
+    if worker.process.returncode == 0:
+        return f"done: {run.name}, in {_span(worker.seconds)}"
+    known = RunFolder(run.folder).read_notes().get("mlflow_run_id")
+    if known is None and not asked:  # it did not come as far as to record itself
+        experiment = client.get_run(parent).info.experiment_id
+        tags = {PARENT: parent, "variant": run.variant, "seed": str(run.seed)}
+        known = client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
+    if known is not None and client.get_run(known).info.status == "RUNNING":
+        client.set_terminated(known, status)
+    return f"stopped: {run.name}" if asked else f"failed: {run.name}: {_last_words(run.log)} (all of it: {run.log})"
+
+
+def _last_words(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("error: ", "failed: "))]
+    return (told or lines or ["it said nothing"])[-1]
+
+
+def _line(total: int, workers: Sequence[Worker], waiting: int, left: float | None, asked: bool) -> str:
+    names = ", ".join(worker.run.name for worker in workers)
+    if asked:
+        return f"waiting for {names} to save and end"
+    rest = "" if left is None else f"; about {_span(left)} left"
+    return f"{total - waiting - len(workers)} of {total} runs ended; now {names}{rest}"
+
+
+def _span(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
