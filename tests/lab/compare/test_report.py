@@ -1,0 +1,334 @@
+"""The report of made-up runs whose truth is known."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from lit_opd.errors import UserError
+from lit_opd.lab.compare.accounting import common_budget, pareto_front, value_at
+from lit_opd.lab.compare.document import to_html, to_markdown, write_report
+from lit_opd.lab.compare.ranking import NOT_DISTINGUISHABLE
+from lit_opd.lab.compare.records import Point, RunResult
+from lit_opd.lab.compare.report import LeftOut, make_report, to_json
+from lit_opd.lab.compare.statistics import Mean
+from lit_opd.lab.compare.words import amount, interval, probability
+from lit_opd.lab.compare.yardsticks import describe, in_order
+
+PROMPTS = tuple(f"{i:04x}" for i in range(40))
+LEVELS = {"token": 0.40, "full reverse_kl": 0.30, "hybrid gamma=0.5": 0.302, "slow": 0.25}
+SECONDS = {"token": 1.0, "full reverse_kl": 1.5, "hybrid gamma=0.5": 2.0, "slow": 6.0}
+FEW = 199
+
+
+def run(variant, seed, steps=40, **changes):
+    """A run whose reverse KL falls to the level of its variant, its seed and its prompts."""
+    rng = np.random.default_rng([seed, list(LEVELS).index(variant)])
+    hardness = np.random.default_rng(0).random(len(PROMPTS))
+    final = LEVELS[variant] + hardness + 0.01 * rng.standard_normal(len(PROMPTS)) + 0.01 * seed
+    right = (hardness + 0.3 * rng.random(len(PROMPTS)) < 1 - LEVELS[variant]).astype(float)
+    places = np.arange(0, steps + 1, 10)
+    points = [Point(int(s), 100.0 * s, SECONDS[variant] * s, float(final.mean() + np.exp(-s / 10))) for s in places]
+    given = {
+        "variant": variant, "seed": seed, "status": "FINISHED", "run_id": f"{variant[:2]}{seed}", "prompts": PROMPTS,
+        "per_prompt": {"length": [9.0] * 40, "accuracy": right.tolist(), "reverse_kl": final.tolist()},
+        "curves": {"reverse_kl": points},
+        "cost": {"steps": steps, "tokens": 100.0 * steps, "seconds": SECONDS[variant] * steps, "peak_memory_mb": 512.0},
+    }  # fmt: skip
+    return RunResult(**(given | changes))
+
+
+def all_runs(seeds=(1, 2, 3)):
+    return [run(variant, seed) for variant in LEVELS for seed in seeds]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return make_report(all_runs(), title="Four objectives", budget="40 steps", resamples=FEW)
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return to_html(report)
+
+
+def ranking_of(report, yardstick):
+    return next(ranking for ranking in report.rankings if ranking.yardstick == yardstick)
+
+
+def test_the_ranking_is_the_truth_and_no_more(report):
+    ranking = ranking_of(report, "reverse_kl")
+    assert ranking.rows[0].variant == "slow"
+    assert ranking.rows[-1].variant == "token"
+    assert [row.letters for row in ranking.rows] == ["a", "b", "b", "c"]
+    assert ranking.sentence == "`slow` is best, and can be told from each of the others."
+    assert len(ranking.pairs) == 6
+    middle = next(pair for pair in ranking.pairs if "slow" not in (pair.first, pair.second) and pair.second != "token")
+    assert middle.verdict == NOT_DISTINGUISHABLE
+    worst = next(pair for pair in ranking.pairs if (pair.first, pair.second) == ("slow", "token"))
+    assert worst.difference.low < 0.25 - 0.40 < worst.difference.high
+    assert worst.verdict == "slow is better"
+
+
+def test_yardsticks_with_a_direction_come_first(report):
+    assert [ranking.yardstick for ranking in report.rankings] == ["reverse_kl", "accuracy", "length"]
+    assert in_order(["odd", "length", "pass_at_4", "jsd", "accuracy"]) == [
+        "accuracy",
+        "jsd",
+        "pass_at_4",
+        "length",
+        "odd",
+    ]
+
+
+@pytest.mark.parametrize(("name", "better"), [
+    ("reverse_kl", "lower"), ("forward_kl", "lower"), ("jsd", "lower"), ("teacher_nll", "lower"),
+    ("accuracy", "higher"), ("pass_at_8", "higher"), ("top1_agreement", "higher"),
+    ("student_entropy", None), ("length", None), ("truncated_frac", None), ("something_new", None),
+])  # fmt: skip
+def test_every_yardstick_has_its_direction(name, better):
+    assert describe(name).better == better
+
+
+def test_quality_at_equal_cost_is_read_off_the_curves(report):
+    budgets = {equal.cost: equal.budget for equal in report.equal_costs}
+    # The quickest variant spends 40 seconds, so that is what all have spent.
+    assert budgets == {"step": 40, "tokens": 4000.0, "seconds": 40.0}
+    at_seconds = next(equal for equal in report.equal_costs if equal.cost == "seconds").ranking
+    found = {row.variant: row.mean.mean for row in at_seconds.rows}
+    for variant in LEVELS:
+        points = [run(variant, seed).curves["reverse_kl"] for seed in (1, 2, 3)]
+        by_hand = [np.interp(40.0 / SECONDS[variant], [p.step for p in ps], [p.value for p in ps]) for ps in points]
+        assert found[variant] == pytest.approx(np.mean(by_hand))
+    # The best at equal steps is the worst at equal seconds.
+    at_steps = next(equal for equal in report.equal_costs if equal.cost == "step").ranking
+    assert at_steps.rows[0].variant == "slow"
+    assert at_seconds.rows[-1].variant == "slow"
+
+
+def test_curves_are_never_extrapolated():
+    points = [Point(10, 100.0, 5.0, 1.0), Point(20, 200.0, 9.0, 0.5)]
+    assert value_at(points, "tokens", 150) == pytest.approx(0.75)
+    assert value_at(points, "seconds", 9) == 0.5
+    assert value_at(points, "seconds", 9.1) is None
+    assert value_at(points, "step", 9) is None
+    assert value_at([], "step", 9) is None
+    assert common_budget({"a": {1: points}, "b": {1: points[:1]}}, "tokens") == 100
+    assert common_budget({}, "tokens") is None
+
+
+def test_the_front_is_what_nothing_beats(report):
+    assert pareto_front([1, 2, 3, 3], [5, 6, 1, 2], "lower") == [True, False, True, False]
+    assert pareto_front([1, 2, 3, 3], [5, 6, 1, 2], "higher") == [True, True, False, False]
+    assert pareto_front([1, 1], [5, 5], "lower") == [True, True]
+    fronts = {(front.yardstick, front.cost): front.variants for front in report.fronts}
+    assert fronts["reverse_kl", "tokens"] == ["slow"]
+    assert fronts["reverse_kl", "seconds"][0] == "token"
+    assert fronts["reverse_kl", "seconds"][-1] == "slow"
+
+
+def test_costs_are_means_over_runs(report):
+    cost = next(cost for cost in report.costs if cost.variant == "slow")
+    assert (cost.steps, cost.tokens, cost.seconds, cost.peak_memory_mb) == (40, 4000, 240, 512)
+
+
+def test_runs_that_did_not_finish_are_named_and_left_out():
+    runs = [r for r in all_runs() if (r.variant, r.seed) != ("slow", 3)]
+    runs += [
+        run("slow", 3, status="FAILED", cost={"steps": 7.0}),
+        run("token", 4, status="KILLED", per_prompt={}, cost={}),
+    ]
+    nan = replace(runs[0], per_prompt=runs[0].per_prompt | {"accuracy": [float("nan")] * 40})
+    report = make_report([nan, *runs[1:]], resamples=FEW)
+    assert LeftOut("slow", 3, "FAILED", "sl3", "failed after 7 steps") in report.left_out
+    assert LeftOut("token", 4, "KILLED", "to4", "killed") in report.left_out
+    assert LeftOut("slow", 4, "MISSING", "", "no run") in report.left_out
+    assert {r.mean.seeds for r in ranking_of(report, "reverse_kl").rows} == {2, 3}
+    assert next(r for r in ranking_of(report, "accuracy").rows if r.variant == "token").mean.seeds == 2
+    text = to_markdown(report)
+    assert "| `slow` | 3 | FAILED | failed after 7 steps | sl3 |" in text
+    assert "not finite, so left out of these rankings: accuracy" in text
+
+
+def test_nothing_finished_is_said():
+    report = make_report([run("token", 1, status="KILLED", per_prompt={}, curves={})])
+    assert report.rankings == []
+    assert "No run has finished" in to_markdown(report)
+    assert "KILLED" in to_html(report)
+    assert "No run has finished" in to_markdown(make_report([]))
+
+
+def test_one_variant_is_not_compared():
+    report = make_report([run("token", seed) for seed in (1, 2)], resamples=FEW)
+    assert "Fewer than two variants" in to_markdown(report)
+
+
+def test_one_seed_says_nothing_about_others():
+    report = make_report([r for r in all_runs(seeds=(1,))], resamples=FEW)
+    assert all("nothing about other seeds" in ranking.sentence for ranking in report.rankings)
+    assert {pair.difference.p_method for pair in ranking_of(report, "accuracy").pairs} == {"exact McNemar test"}
+    assert {equal.ranking.sentence for equal in report.equal_costs} == {
+        "One value of each variant: nothing can be tested."
+    }
+    text = to_markdown(report)
+    assert "it says nothing about other seeds" in text
+    assert "other seeds and other prompts" not in text
+
+
+def test_a_variant_under_two_names_is_not_distinguishable():
+    runs = [run("token", seed) for seed in (1, 2, 3)]
+    report = make_report(runs + [replace(r, variant="again", run_id=r.run_id + "x") for r in runs], resamples=FEW)
+    for ranking in [*report.rankings, *(equal.ranking for equal in report.equal_costs)]:
+        assert [pair.verdict for pair in ranking.pairs] == [NOT_DISTINGUISHABLE]
+        assert ranking.pairs[0].corrected_p == 1
+    assert "No two of the 2 variants can be told apart: they are not distinguishable." in to_markdown(report)
+
+
+def test_other_prompts_are_refused():
+    other = replace(run("slow", 1), prompts=(*PROMPTS[:-1], "ffff"))
+    with pytest.raises(UserError) as error:
+        make_report([run("token", 1), other])
+    assert str(error.value) == (
+        "runs: expected the 40 validation prompts of run to1 ('token', seed 1), in their order, in all, found 40 in "
+        "run sl1 ('slow', seed 1), 39 of them the same. Compare runs of one validation set: leave the others out, or "
+        "train them again with the same data."
+    )
+    shuffled = replace(run("slow", 1), prompts=PROMPTS[::-1])
+    with pytest.raises(UserError, match="in their order"):
+        make_report([run("token", 1), shuffled])
+    # What did not finish is not compared.
+    assert make_report([run("token", 1), replace(other, status="KILLED")], resamples=FEW).left_out
+
+
+def test_a_run_with_values_of_too_few_prompts_is_refused():
+    short = replace(run("slow", 1), per_prompt={"reverse_kl": [1.0] * 39})
+    with pytest.raises(UserError, match="a value of reverse_kl for each of 40 prompts, found 39 in run sl1"):
+        make_report([run("token", 1), short])
+
+
+def test_a_variant_and_seed_that_finished_twice_is_refused():
+    with pytest.raises(UserError, match="two of 'token' with seed 1: to1 and again. Leave one of them out"):
+        make_report([run("token", 1), run("token", 1, run_id="again")])
+    # A run that was started again after a failure is no second one.
+    retried = make_report([run("token", 1, status="FAILED", run_id="first"), run("token", 1)], resamples=FEW)
+    assert [left.run_id for left in retried.left_out] == ["first"]
+
+
+def test_json_comes_back_as_it_went(report):
+    plain = to_json(report)
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["rankings"][0]["rows"][0]["variant"] == "slow"
+    assert len(plain["curves"]) == 12
+
+
+def test_json_has_no_numbers_that_are_not_finite():
+    broken = run("token", 1, curves={"reverse_kl": [Point(0, 0.0, 0.0, 1.0), Point(1, 1.0, 1.0, float("nan"))]})
+    report = make_report([broken, run("slow", 1)], resamples=FEW)
+    plain = to_json(report)
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["curves"][0]["points"][1]["value"] is None
+    assert to_html(report)
+
+
+class Page(HTMLParser):
+    """Collects addresses and checks that tags are closed in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses, self.open, self.counts = [], [], {}
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    parsed = Page()
+    parsed.feed(page)
+    assert parsed.open == []
+    assert parsed.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in parsed.addresses)
+    around = re.sub(r'src="data:[^"]*"', "", page)
+    assert "http" not in around
+    assert "url(" not in around
+    assert "@import" not in around
+    assert not {"script", "link", "iframe"} & parsed.counts.keys()
+    assert parsed.counts["img"] == 5  # differences and front of both yardsticks, and the curves of one
+
+
+def test_the_page_says_what_was_found(page):
+    text = re.sub(r"<[^>]+>", "", page)
+    for expected in ("Four objectives", "40 steps", "slow is best, and can be told from each of the others",
+                     NOT_DISTINGUISHABLE, "corrected p", "lower is better", "At equal cost"):  # fmt: skip
+        assert expected in text
+
+
+def test_a_row_shows_what_its_variant_loses_to_the_best(report):
+    row = next(line for line in to_markdown(report).splitlines() if line.startswith("| `token` | "))
+    difference, low, high = map(float, re.findall(r"[-\d.]+", row.split(" | ")[2]))
+    assert low < 0.15 < high
+    assert low < difference < high
+    pair = next(pair for pair in ranking_of(report, "reverse_kl").pairs if pair.second == "token")
+    assert (difference, low, high) == pytest.approx(
+        (-pair.difference.mean, -pair.difference.high, -pair.difference.low), abs=1e-3
+    )
+
+
+def test_names_are_text_not_tags():
+    runs = [replace(r, variant=f"<script>a|b & ${r.variant}$ _") for r in all_runs(seeds=(1, 2))]
+    report = make_report(runs, title="<b>", resamples=FEW)
+    page = to_html(report)
+    assert "<script>" not in page
+    assert "&lt;script&gt;a|b &amp; $token$ _" in page
+    assert r"| `<script>a\|b & $token$ _` |" in to_markdown(report)
+
+
+def test_more_variants_than_colours_are_drawn():
+    runs = [replace(run("token", seed), variant=f"_variant number {i}") for i in range(12) for seed in (1, 2)]
+    assert "variant number 11" in to_html(make_report(runs, resamples=FEW))
+
+
+def test_files_are_written_and_markdown_names_its_figures(report, tmp_path):
+    paths = write_report(report, tmp_path / "new" / "report")
+    assert all(path.stat().st_size > 0 for path in paths)
+    assert sorted(path.name for path in paths if path.suffix == ".png") == [
+        "curves_reverse_kl.png", "differences_accuracy.png", "differences_reverse_kl.png", "pareto_accuracy.png",
+        "pareto_reverse_kl.png",
+    ]  # fmt: skip
+    folder = tmp_path / "new" / "report"
+    named = re.findall(r"\]\((figures/[^)]+)\)", (folder / "report.md").read_text())
+    assert sorted(named) == sorted(str(path.relative_to(folder)) for path in paths if path.suffix == ".png")
+    assert json.loads((folder / "report.json").read_text()) == to_json(report)
+
+
+def test_tables_have_as_many_cells_as_their_header(report):
+    widths = [line.replace("\\|", "").count("|") for line in to_markdown(report).splitlines() if line.startswith("|")]
+    tables = to_markdown(report).split("\n\n")
+    assert widths
+    for table in tables:
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) <= 1
+
+
+def test_numbers_have_as_many_digits_as_are_known():
+    def mean(value, low, high):
+        return Mean(value, low, high, 3, 40, "", "")
+
+    assert interval(mean(0.12345, 0.1001, 0.1468)) == "0.123 [0.100, 0.147]"
+    assert interval(mean(1234.5, 1000.2, 1468.9)) == "1234 [1000, 1469]"
+    assert interval(mean(-0.00001, -0.1, 0.1)) == "0.00 [-0.10, 0.10]"
+    assert interval(mean(0.5, None, None)) == "0.5"
+    assert interval(mean(0.0, 0.0, 0.0)) == "0 [0, 0]"
+    assert probability(0.00001) == "<0.001"
+    assert probability(0.0316) == "0.032"
+    assert amount(12345.6) == "12,346"
+    assert amount(0.4821) == "0.482"
+    assert amount(None) == ""
