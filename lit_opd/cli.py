@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", metavar="FILE", help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", help="default: output_dir/student")
+    audit = _command(commands, "audit", _audit, "look for what would spoil a long run, before it")
+    audit.add_argument("--json", metavar="FILE", help="write every finding there too")
     check = commands.add_parser(
         "check", help="hold an estimator to the laws and say whose gradient it has", usage="lit_opd check "
         "NAME|FILE.py:FUNCTION [key=value ...]", description="the laws it holds and the gradient it has, exactly",
@@ -126,6 +128,20 @@ def _export(parsed: argparse.Namespace) -> None:
     folder = RunFolder(Path(config.output_dir))
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else folder.last_checkpoint
     print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))
+
+
+def _audit(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.lab.audit import audit, check_destination, print_audit, write_json
+    from lit_opd.lab.quiet import quiet_libraries
+
+    quiet_libraries()
+    check_destination(parsed.json)
+    found = audit(config)
+    print_audit(found)
+    if parsed.json is not None:
+        write_json(found, parsed.json)
+    found.enforce()
 
 
 def _check(parsed: argparse.Namespace) -> None:
