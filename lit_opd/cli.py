@@ -79,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
                        "which is better")  # fmt: skip
     compare.add_argument("--from-runs", metavar="ID", nargs="+", help="compare runs that MLflow has, and make none")
     compare.add_argument("--json", metavar="FILE", help="write the report's numbers to a file too")
+    audit = _command(commands, "audit", _audit, "look for what would spoil a long run, before it")
+    audit.add_argument("--json", metavar="FILE", help="write every finding there too")
     check = commands.add_parser(
         "check", help="hold an estimator to the laws and say whose gradient it has", usage="lit_opd check "
         "NAME|FILE.py:FUNCTION [key=value ...]", description="the laws it holds and the gradient it has, exactly",
@@ -174,6 +176,20 @@ def _compare(parsed: argparse.Namespace) -> None:
         compare(comparison, runs, json_file)
     else:
         compare_recorded(load_as(Comparison, parsed.config, parsed.overrides), parsed.from_runs, json_file)
+
+
+def _audit(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.lab.audit import audit, check_destination, print_audit, write_json
+    from lit_opd.lab.quiet import quiet_libraries
+
+    quiet_libraries()
+    check_destination(parsed.json)
+    found = audit(config)
+    print_audit(found)
+    if parsed.json is not None:
+        write_json(found, parsed.json)
+    found.enforce()
 
 
 def _check(parsed: argparse.Namespace) -> None:

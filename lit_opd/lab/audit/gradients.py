@@ -1,0 +1,119 @@
+"""Gradients on the probe batch, of all of it and of groups of its completions, and whether a mean of them is zero."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_opd import models
+from lit_opd.functional import token_weights
+from lit_opd.lab.audit.evidence import Evidence
+from lit_opd.rollout import micro_batches
+from lit_opd.types import ScoredRollout
+
+__all__ = ["FlipTest", "cosine", "flip_test", "gradient", "group_gradients", "norm"]
+
+_GROUPS = 16
+# Of a larger model's gradient, which would be kept once for every group, every so-manieth number stands for all.
+_KEPT_NUMBERS = 2**22
+_FLIPS = 4095
+
+
+class FlipTest(NamedTuple):
+    """Whether the mean of independent gradients differs from zero.
+
+    Attributes:
+        ratio: norm of their sum over its expected norm if each were as likely as its opposite; about 1 where the mean
+            is zero.
+        p_value: how often random signs give a sum as long, or longer.
+    """
+
+    ratio: float
+    p_value: float
+
+
+def gradient(evidence: Evidence, index: Tensor | None = None, aggregation: str | None = None) -> list[Tensor]:
+    """The estimator's gradient over chosen completions, as if they were all of an optimizer step; no weight moves.
+
+    Args:
+        evidence: models, estimator and rollout.
+        index: rows of the rollout; None for all.
+        aggregation: how tokens are weighed; None for the configured one.
+
+    Returns:
+        One tensor for each of `evidence.parameters`.
+    """
+    rollout, optim, estimator = evidence.rollout, evidence.config.optim, evidence.estimator
+    index = torch.arange(len(rollout)) if index is None else index
+    counted = rollout.mask_BT[index.to(rollout.mask_BT.device)]
+    tokens, sequences = counted.sum().float(), counted.any(1).sum().float()
+    sums = [torch.zeros_like(p) for p in evidence.parameters]
+    for rows in micro_batches(rollout, index, optim.micro_batch_tokens, "groups" in estimator.needs):
+        micro = rollout.rows(rows)
+        if not micro.mask_BT.any():
+            continue
+        scores = models.score(evidence.teacher, evidence.reference, micro, estimator, evidence.rows)
+        rewards = None if evidence.rewards_B is None else evidence.rewards_B[rows]
+        weights = token_weights(micro.mask_BT, aggregation or evidence.config.estimator.aggregation, tokens, sequences)
+        scored, teacher_head = ScoredRollout(micro, scores, rewards), evidence.teacher.head.detach()
+        with torch.enable_grad(), evidence.student.evaluating():
+            loss, _ = models.student_loss(evidence.student, scored, teacher_head, estimator, weights, evidence.rows)
+            parts = torch.autograd.grad(loss, evidence.parameters, allow_unused=True)
+        for total, part in zip(sums, parts, strict=True):
+            if part is not None:
+                total += part
+    return sums
+
+
+def group_gradients(evidence: Evidence) -> Tensor:
+    """Gradients [G, F] of independent groups of completions, each summed over its tokens, in fp32 on the CPU.
+
+    Sums and not means over tokens, for a mean divides by a length that depends on what was sampled. Of large models, F
+    numbers at equal distances stand for all.
+    """
+    size = sum(p.numel() for p in evidence.parameters)
+    stride = max(1, -(-size // _KEPT_NUMBERS))
+    return torch.stack([
+        torch.cat([g.flatten()[::stride].float().cpu() for g in gradient(evidence, index, "sequence_sum")])
+        for index in _groups(evidence)
+    ])  # fmt: skip
+
+
+def _groups(evidence: Evidence) -> list[Tensor]:
+    # Where completions of a prompt are compared, no group may depend on another through that.
+    whole = "groups" in evidence.estimator.needs
+    unit_B = evidence.rollout.prompt_index_B.cpu() if whole else torch.arange(len(evidence.rollout))
+    return [
+        torch.nonzero(torch.isin(unit_B, part)).flatten() for part in unit_B.unique().tensor_split(_GROUPS) if len(part)
+    ]
+
+
+def flip_test(gradients_GF: Tensor, seed: int = 0) -> FlipTest:
+    """Compare the norm of a sum with those under random signs: exact where each is as likely as its opposite.
+
+    Args:
+        gradients_GF: [G, F] independent gradients.
+        seed: of the signs.
+    """
+    wide_GF = gradients_GF.double()
+    gram_GG = wide_GF @ wide_GF.T
+    generator = torch.Generator().manual_seed(seed)
+    signs_SG = torch.randint(2, (_FLIPS, len(gram_GG)), generator=generator).double() * 2 - 1
+    observed, flipped_S = gram_GG.sum(), ((signs_SG @ gram_GG) * signs_SG).sum(1)
+    as_long = int((flipped_S >= observed * (1 - 1e-9)).sum())
+    ratio = float((observed / gram_GG.trace()).clamp(min=0).sqrt()) if gram_GG.trace() > 0 else 0.0
+    return FlipTest(ratio, (1 + as_long) / (1 + _FLIPS))
+
+
+def norm(tensors: list[Tensor]) -> float:
+    """The norm of all tensors together."""
+    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+
+
+def cosine(first: list[Tensor], second: list[Tensor]) -> float:
+    """The cosine between two gradients; 0 where one is zero."""
+    inner = float(sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True)))
+    lengths = norm(first) * norm(second)
+    return inner / lengths if lengths else 0.0

@@ -1,0 +1,102 @@
+"""An audit for the terminal, and for other programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lit_opd.errors import UserError
+from lit_opd.lab.audit.auditing import Audit
+from lit_opd.lab.audit.findings import VERDICTS
+
+__all__ = ["check_destination", "print_audit", "write_json"]
+
+_WIDTH, _SHOWN = 120, 8
+_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def print_audit(audit: Audit) -> None:
+    """The verdicts with their fixes, and the ids with the largest log-ratios.
+
+    Args:
+        audit: what came of it.
+    """
+    # A file keeps a fixed width; a terminal has its own.
+    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False, markup=False)
+    console.print(_verdicts(audit))
+    if audit.tokens:
+        console.print("\nIds by mean log-ratio, student minus teacher, over the student's completions", style="bold")
+        console.print(_ids(audit))
+    counts = Counter(finding.verdict for finding in audit.findings)
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    seen = " of " + ", ".join(f"{count} {what}" for what, count in audit.probe.items()) if audit.probe else ""
+    console.print(f"\n{said}, in {audit.seconds:.1f} s{seen}")
+
+
+def check_destination(path: str | None) -> None:
+    """Look whether a file could be written, before minutes of work.
+
+    Raises:
+        UserError: its folder does not exist, or it is a folder itself.
+    """
+    if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+        raise UserError("--json", "a file in a folder that exists", repr(path), "Correct the path.")
+
+
+def write_json(audit: Audit, path: str) -> None:
+    """Everything the audit found, as JSON; what is not a number is null.
+
+    Args:
+        audit: what came of it.
+        path: the file.
+    """
+    values = {
+        "verdict": audit.verdict,
+        "findings": [asdict(finding) for finding in audit.findings],
+        "tokens": [asdict(row) for row in audit.tokens],
+        "probe": audit.probe,
+        "seconds": audit.seconds,
+    }
+    Path(path).write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verdicts(audit: Audit) -> Table:
+    table = _table("item", "", "found")
+    for finding in audit.findings:
+        table.add_row(finding.item, Text(finding.verdict, style=_STYLES[finding.verdict]), finding.found)
+        if finding.fix:
+            table.add_row("", "", f"-> {finding.fix}", style=_STYLES[finding.verdict])
+    return table
+
+
+def _ids(audit: Audit) -> Table:
+    table = _table("  token", "id", "count", "nats", "share of sum", "the teacher expects")
+    for row in audit.tokens[:_SHOWN]:
+        error = "" if math.isnan(row.error) else f" ± {row.error:.2f}"
+        table.add_row(f"  {row.token}", str(row.id), str(row.count), f"{row.mean:.2f}{error}", f"{row.share:.1%}",
+                      f"{row.expected} ({row.expected_mass:.2f})", style="yellow" if row.huge else None)  # fmt: skip
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, no_wrap=number < 2)
+    return table

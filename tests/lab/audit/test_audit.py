@@ -1,0 +1,127 @@
+"""`python -m lit_opd audit` on the shipped pair, and on pairs that something is wrong with."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_opd.cli import main
+from lit_opd.config import PACKAGE_FOLDER, load_config
+from lit_opd.lab.audit import CHECKS, Finding, audit
+from lit_opd.lab.audit.auditing import Audit
+from lit_opd.lab.audit.evidence import gather
+
+QUICKSTART = Path(__file__).parents[3] / "conf" / "quickstart.yaml"
+TINY = PACKAGE_FOLDER / "tiny"
+
+
+def configured(*words):
+    return load_config([QUICKSTART], ["data.train_size=96", "data.validation_size=2", *words])
+
+
+def command(capsys, *words):
+    code = main(["audit", "--config", str(QUICKSTART), "data.train_size=96", "data.validation_size=2", *words])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.fixture
+def permuted(tmp_path):
+    """A copy of the teacher in whose vocabulary two digits have changed places."""
+    folder = tmp_path / "permuted"
+    shutil.copytree(TINY / "teacher", folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    file.write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_the_shipped_pair_passes_in_every_item_under_a_minute(capsys, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    code, out, err = command(capsys, "--json", str(tmp_path / "audit.json"))
+    assert (code, err) == (0, "")
+    written = json.loads((tmp_path / "audit.json").read_text())
+    verdicts = {finding["item"]: finding["verdict"] for finding in written["findings"]}
+    assert set(verdicts.values()) == {"pass"}
+    assert len(verdicts) == len(CHECKS) + 2
+    assert written["verdict"] == "pass"
+    assert written["seconds"] < 60
+    assert (written["probe"]["prompts"], written["probe"]["completions"]) == (64, 64)
+    assert written["tokens"] == sorted(written["tokens"], key=lambda row: -row["mean"])
+    assert sum(row["count"] for row in written["tokens"]) == written["probe"]["tokens"]
+    assert f"{len(verdicts)} pass, 0 warn, 0 fail" in out
+    assert all(item in out for item in verdicts)
+    assert "Ids by mean log-ratio" in out
+
+
+def test_a_permuted_vocabulary_fails_before_weights_load(capsys, permuted, monkeypatch, tmp_path):
+    monkeypatch.setattr("lit_opd.lab.audit.auditing.gather", lambda config: pytest.fail("weights were read"))
+    code, out, err = command(capsys, f"teacher.path={permuted}", "--json", str(tmp_path / "audit.json"))
+    assert code == 1
+    assert err == "failed: the audit: 1 of 2 items fail (vocabulary).\n"
+    assert "id 5 is '1' for the student and '2' for the teacher; 2 of 17 ids differ" in " ".join(out.split())
+    assert "-> Choose a teacher and a student of one tokenizer family." in out
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert (written["verdict"], written["tokens"], written["probe"]) == ("fail", [], {})
+
+
+def test_a_destination_that_cannot_be_written_is_told_before_the_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("lit_opd.lab.audit.audit", lambda config: pytest.fail("it began"))
+    for path in (tmp_path / "nowhere" / "audit.json", tmp_path):
+        code, _, err = command(capsys, "--json", str(path))
+        assert code == 2
+        assert err.startswith("error: --json: expected a file in a folder that exists, found ")
+
+
+def test_what_fit_refuses_is_refused(capsys):
+    code, _, err = command(capsys, "estimator.name=token", "rollout.top_p=0.9")
+    assert code == 2
+    assert err.startswith("error: rollout.top_p: expected 1 for 'token'")
+
+
+def test_numbers_that_are_none_are_null_in_json(tmp_path):
+    from lit_opd.lab.audit import write_json
+
+    nan = float("nan")
+    write_json(
+        Audit([Finding("item", "warn", "é", "fix", {"a": nan, "b": 1.0})], [], {}, nan), str(tmp_path / "a.json")
+    )
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["findings"] == [{"item": "item", "verdict": "warn", "found": "é", "fix": "fix",
+                                    "numbers": {"a": None, "b": 1.0}}]  # fmt: skip
+    assert written["seconds"] is None
+
+
+def test_the_student_is_looked_at_as_training_would_begin(tmp_path):
+    evidence = gather(configured("estimator.masked_tokens=[';']", "seed=3"))
+    again = gather(configured("estimator.masked_tokens=[';']", "seed=3"))
+    assert torch.equal(evidence.rollout.completion_ids_BT, again.rollout.completion_ids_BT)
+    semicolon = evidence.student.tokenizer.convert_tokens_to_ids(";")
+    ids, rollout = evidence.rollout.completion_ids_BT, evidence.rollout
+    assert torch.equal(rollout.mask_BT, rollout.completion_mask_BT & (ids != semicolon))
+    other = gather(configured("seed=4"))
+    assert not torch.equal(other.rollout.prompt_ids_BP, rollout.prompt_ids_BP)
+
+
+def test_a_small_training_batch_is_enlarged_and_a_small_data_set_is_taken_whole():
+    assert len(gather(configured("data.batch_size=2", "rollout.num_completions=4")).rollout) == 64
+    assert len(gather(configured("data.batch_size=96")).rollout) == 96
+    assert len(gather(configured("data.train_size=5", "data.batch_size=2")).rollout) == 5
+
+
+@pytest.mark.parametrize(("precision", "estimator"), [("bf16-mixed", "token"), ("bf16-true", "full_vocab")])
+def test_other_precisions_run_through(precision, estimator):
+    found = audit(configured(f"trainer.precision={precision}", f"estimator.name={estimator}"))
+    verdicts = {finding.item: finding.verdict for finding in found.findings}
+    assert verdicts["null test"] == verdicts["sign test"] == "pass"
+
+
+@pytest.mark.parametrize("estimator", ["outcome", "exopd"])
+def test_rewards_groups_and_references_are_there_for_who_asks(estimator):
+    words = ("rollout.num_completions=4", "data.batch_size=16", "data.train_size=16")
+    found = audit(configured(f"estimator.name={estimator}", *words))
+    assert {finding.item: finding.verdict for finding in found.findings}["null test"] == "pass"
