@@ -11,8 +11,10 @@ from mlflow.tracking import MlflowClient
 from lit_opd.errors import RunError
 from lit_opd.lab.compare.checks import check_runs
 from lit_opd.lab.compare.collect import collect
+from lit_opd.lab.compare.document import to_summary, write_report
 from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.lab.compare.records import RunResult
+from lit_opd.lab.compare.report import make_report, to_json
 from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
 from lit_opd.lab.folder import check_writable
 from lit_opd.tracking import check_tracking
@@ -91,11 +93,10 @@ def _conclude(
 
 
 def _report(results: list[RunResult], folder: Path, json_file: Path | None) -> None:
-    from lit_opd.lab.compare.report import write_report
-
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = write_report(results, folder)
+    report = make_report(results)
+    write_report(report, folder)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(numbers, indent=2))
-    print(f"report: {folder}")
+        json_file.write_text(json.dumps(to_json(report), indent=2, allow_nan=False))
+    print(to_summary(report))
+    print(f"report: {folder / 'report.html'}")

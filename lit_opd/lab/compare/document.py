@@ -15,7 +15,7 @@ from lit_opd.lab.compare.statistics import OTHER_PROMPTS, OTHER_RUNS, Difference
 from lit_opd.lab.compare.words import CROSSED, EXPLANATIONS, ONE_SEED, amount, interval, probability
 from lit_opd.lab.compare.yardsticks import describe
 
-__all__ = ["document", "to_html", "to_markdown", "write_report"]
+__all__ = ["document", "to_html", "to_markdown", "to_summary", "write_report"]
 
 FIGURES = "figures"
 
@@ -52,6 +52,14 @@ def to_markdown(report: Report) -> str:
 def to_html(report: Report) -> str:
     """The report as one page of HTML with everything in it."""
     return html_page(document(report))
+
+
+def to_summary(report: Report) -> str:
+    """What may be concluded of every yardstick with a direction, a line each, and which runs are left out."""
+    lines = [
+        f"{ranking.yardstick}: {ranking.sentence}" for ranking in report.rankings if describe(ranking.yardstick).better
+    ]
+    return "\n".join(lines + [f"left out: {out.variant} with seed {out.seed}, {out.why}" for out in report.left_out])
 
 
 def document(report: Report) -> list[Block]:

@@ -4,10 +4,8 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import psutil
@@ -20,11 +18,6 @@ from lit_opd.lab.compare.collect import collect
 from lit_opd.lab.compare.grid import load_comparison, runs_of
 
 pytestmark = pytest.mark.slow
-
-
-def write_report(results, folder):
-    (folder / "results.json").write_text(json.dumps([dataclasses.asdict(result) for result in results]))
-    return {"runs": len(results)}
 
 
 @dataclasses.dataclass
@@ -42,7 +35,7 @@ class Story:
     locked: tuple = ()
 
     def look(self, code):
-        report = self.workspace.folder / "out" / "report" / "results.json"
+        report = self.workspace.folder / "out" / "report" / "report.json"
         self.codes.append(code)
         self.statuses.append({run.info.run_name: (run.info.run_id, run.info.status) for run in self.workspace.runs})
         self.reported.append(json.loads(report.read_text()) if report.is_file() else None)
@@ -71,12 +64,9 @@ def interrupt_when(condition):
 def story(make_workspace, write_comparison):
     workspace = make_workspace("compare")
     file = write_comparison(workspace)
-    report = types.ModuleType("report")
-    report.write_report = write_report
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.folder)
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setitem(sys.modules, "lit_opd.lab.compare.report", report)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         yield play(workspace, file)
         signal.signal(signal.SIGINT, before)
@@ -123,10 +113,12 @@ def test_ctrl_c_saves_the_run_under_way_marks_it_killed_and_reports_what_was_don
         PARENT: "KILLED", FIRST: "FINISHED", SECOND: "KILLED",
     }  # fmt: skip
     assert 10 <= story.steps[0] < 40
-    done, stopped = story.reported[0]
-    assert (done["status"], len(done["per_prompt"]["reverse_kl"])) == ("FINISHED", 6)
-    assert (stopped["status"], stopped["per_prompt"]) == ("KILLED", {})
-    assert stopped["cost"]["steps"] == story.steps[0]
+    reported = story.reported[0]
+    assert (reported["variants"], reported["prompts"]) == (["token", "full_vocab"], 6)
+    assert {row["variant"] for ranking in reported["rankings"] for row in ranking["rows"]} == {"token"}
+    (stopped,) = reported["left_out"]
+    assert (stopped["variant"], stopped["status"]) == ("full_vocab", "KILLED")
+    assert stopped["why"] == f"killed after {story.steps[0]} steps"
 
 
 def test_after_a_kill_a_run_that_outlived_it_keeps_others_out(story):
@@ -154,8 +146,12 @@ def test_runs_belong_to_the_comparison_and_the_report_lies_with_it(story):
         assert recorded.data.tags["mlflow.parentRunId"] == parent
         assert (recorded.data.tags["variant"], recorded.data.tags["seed"]) == (run.variant, "0")
         assert recorded.data.params["estimator.name"] == run.variant
-    assert [file.path for file in client.list_artifacts(parent, "report")] == ["report/results.json"]
-    assert json.loads((story.workspace.folder / "numbers.json").read_text()) == {"runs": 2}
+    files = {file.path for file in client.list_artifacts(parent, "report")}
+    assert files == {f"report/{name}" for name in ("report.json", "report.md", "report.html", "figures")}
+    numbers = json.loads((story.workspace.folder / "numbers.json").read_text())
+    assert numbers == story.reported[2]
+    assert numbers["left_out"] == []
+    assert {len(ranking["rows"]) for ranking in numbers["rankings"]} == {2}
 
 
 def test_what_is_collected_is_what_the_runs_measured(story):
