@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     compare = _command(commands, "compare", _compare, "make runs that differ in one thing, with several seeds, and say "
                        "which is better")  # fmt: skip
-    compare.add_argument("--from-runs", metavar="ID", nargs="+", help="compare runs that MLflow has, and make none")
+    compare.add_argument(
+        "--from-runs", metavar="ID", nargs="+", default=[], help="compare runs that MLflow has, and make none"
+    )
     compare.add_argument("--json", metavar="FILE", help="write the report's numbers to a file too")
     audit = _command(commands, "audit", _audit, "look for what would spoil a long run, before it")
     audit.add_argument("--json", metavar="FILE", help="write every finding there too")
@@ -166,7 +168,10 @@ def _compare(parsed: argparse.Namespace) -> None:
     from lit_opd.lab.compare.grid import Comparison, load_comparison, runs_of
 
     json_file = Path(parsed.json) if parsed.json else None
-    comparison = load_comparison(parsed.config, parsed.overrides) if not parsed.from_runs else None
+    # argparse gives an option all the words that follow it, and overrides may stand anywhere.
+    ids = [word for word in parsed.from_runs if "=" not in word]
+    overrides = [*parsed.overrides, *(word for word in parsed.from_runs if "=" in word)]
+    comparison = None if parsed.from_runs else load_comparison(parsed.config, overrides)
     runs = runs_of(comparison) if comparison else []
     from lit_opd.lab.compare.command import compare, compare_recorded
     from lit_opd.lab.quiet import quiet_libraries
@@ -175,7 +180,7 @@ def _compare(parsed: argparse.Namespace) -> None:
     if comparison:
         compare(comparison, runs, json_file)
     else:
-        compare_recorded(load_as(Comparison, parsed.config, parsed.overrides), parsed.from_runs, json_file)
+        compare_recorded(load_as(Comparison, parsed.config, overrides), ids, json_file)
 
 
 def _audit(parsed: argparse.Namespace) -> None:

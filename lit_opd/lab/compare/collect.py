@@ -30,8 +30,10 @@ def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
     A run that was recorded twice because its first beginning was lost counts once, as it was last.
 
     Raises:
-        UserError: no such run; two runs that cannot be told apart; one without results prompt by prompt.
+        UserError: no run, or no such run; two runs that cannot be told apart; one without results prompt by prompt.
     """
+    if not run_ids:
+        raise UserError("--from-runs", "ids of MLflow runs", "none", "Name them.")
     found: dict[tuple[str, int], RunResult] = {}
     for run_id in run_ids:
         run = _get_run(client, run_id)

@@ -120,10 +120,17 @@ def test_runs_that_cannot_be_compared_are_told(workspace, record):
 def test_recorded_runs_are_reported_on_without_a_grid_and_nothing_else_is_written(workspace, record):
     ids = [record(tags={"variant": name}) for name in ("x", "y")]
     before = {run.info.run_id: run for run in workspace.runs}
-    words = ["--from-runs", *ids, "--json", "numbers/all.json"]
-    assert main(["compare", f"tracking.uri={workspace.uri}", "output_dir=out", *words]) == 0
+    words = ["--from-runs", *ids, "output_dir=out", "--json", "numbers/all.json"]
+    assert main(["compare", f"tracking.uri={workspace.uri}", *words]) == 0
     numbers = json.loads((workspace.folder / "numbers" / "all.json").read_text())
     assert numbers["variants"] == ["x", "y"]
     assert numbers == json.loads((workspace.folder / "out" / "report" / "report.json").read_text())
     assert sorted(path.name for path in (workspace.folder / "out").iterdir()) == ["report"]
     assert [run.info.run_id in before for run in workspace.runs] == [True, True]
+
+
+def test_no_ids_at_all_start_no_run(workspace, write_comparison, capsys):
+    file = write_comparison(workspace)
+    assert main(["compare", "--config", str(file), "--from-runs", "output_dir=out"]) == 2
+    assert capsys.readouterr().err == "error: --from-runs: expected ids of MLflow runs, found none. Name them.\n"
+    assert workspace.runs == []
