@@ -1,7 +1,7 @@
 """Show what the audit says of the mismatched pair, and what its two proposals are worth: short runs with and without.
 
 Usage: ``python -m tools.mend_mismatched_pair --pair FOLDER [--steps N] [--seeds N] [--estimators NAME ...]
-[--out FILE.md]``
+[--arms NAME ...] [--out FILE.md]``
 
 FOLDER is what ``tools.make_mismatched_pair`` wrote. Every run is conf/quickstart.yaml on that pair, shortened; arms
 differ in nothing but what the audit proposes. Prompts and sampled randomness of a seed are common to all arms.
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--estimators", nargs="+", default=["full_vocab", "token"])
+    parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -107,7 +108,8 @@ def main() -> None:
     print(text, flush=True)
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for estimator in arguments.estimators:
-        for arm, (student, mask) in arms(arguments.pair).items():
+        chosen = {arm: how for arm, how in arms(arguments.pair).items() if arm in (arguments.arms or [arm])}
+        for arm, (student, mask) in chosen.items():
             for seed in range(arguments.seeds):
                 values = run(arguments.pair, student, mask, estimator, seed, arguments.steps)
                 results.setdefault(estimator, {}).setdefault(arm, []).append(values)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lit_opd import estimators
-from lit_opd.lab.audit.gradients import cosine, flip_test, gradient, group_gradients, norm
+from lit_opd.lab.audit.gradients import _groups, cosine, flip_test, gradient, group_gradients, norm
 
 
 def dense_reverse_kl(evidence, full_logits):
@@ -33,6 +33,16 @@ def test_groups_of_completions_add_up_to_all(make_evidence):
     assert len(groups_GF) == 16
     whole = torch.cat([g.flatten() for g in gradient(evidence, aggregation="sequence_sum")])
     torch.testing.assert_close(groups_GF.mean(0), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_completions_of_a_prompt_stay_together_where_they_are_compared(make_evidence):
+    for estimator, together in (("leave_one_out", True), ("token", False)):
+        evidence = make_evidence(estimator=estimator)
+        # Twelve prompts: sixteen groups of rows cut through them.
+        evidence = replace(evidence, rollout=evidence.rollout.rows(torch.arange(48)))
+        owners = [set(evidence.rollout.prompt_index_B[index].tolist()) for index in _groups(evidence)]
+        assert sorted(i for index in _groups(evidence) for i in index.tolist()) == list(range(48))
+        assert (sum(map(len, owners)) == len(set().union(*owners))) == together
 
 
 def test_no_weight_moves_and_no_mode_changes(make_evidence):

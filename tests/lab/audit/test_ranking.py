@@ -89,6 +89,11 @@ def test_what_does_not_count_is_left_out_and_told(by_hand):
     assert found.found.endswith("; left out already: '-'")
 
 
+def test_an_id_that_counts_at_some_places_is_judged_by_these(by_hand):
+    (row,) = rank_tokens(by_hand([(5, 1.0, 5, True), (5, 3.0, 5, True), (5, 80.0, 6, False)]))
+    assert (row.count, row.mean, row.share, row.expected_id) == (2, 2.0, 1.0, 5)
+
+
 def test_a_swapped_teacher_is_found_in_real_rollouts(make_evidence, models, swap):
     common = [row.id for row in sorted(rank_tokens(make_evidence()), key=lambda row: -row.count) if not row.stops][:2]
     swapped = swap(models[0], *common)
