@@ -259,7 +259,8 @@ def test_the_peak_is_that_since_it_was_reset(bench):
 def test_the_working_memory_of_the_head_does_not_grow_with_its_positions(bench):
     job = {"implementation": "ours", "vocabulary": 65536, "width": 16, "teacher_width": 16, "runs": 1}
     few, many = (bench.processes.run("tools.benchmark.head", job | {"positions": n}) for n in (1024, 4096))
-    assert many["working_mib"] < few["working_mib"] + 32
+    # Three thousand positions more. When small values stayed behind every block, they cost 250 MiB.
+    assert many["working_mib"] < few["working_mib"] + 96
 
 
 def test_a_phase_within_a_phase_counts_for_itself_alone(bench, monkeypatch):
