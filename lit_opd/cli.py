@@ -153,7 +153,7 @@ def _measure(parsed: argparse.Namespace) -> None:
     print_measurement(measurement)
     if parsed.json:
         Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(parsed.json).write_text(json.dumps(measurement.as_json(), indent=2))
+        Path(parsed.json).write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
     print(f"MLflow: {record(config, measurement)}")
 
 

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.text import Text
 from lit_opd.errors import UserError
 from lit_opd.lab.audit.auditing import Audit
 from lit_opd.lab.audit.findings import VERDICTS
+from lit_opd.lab.numbers import finite
 
 __all__ = ["check_destination", "print_audit", "write_json"]
 
@@ -66,15 +66,7 @@ def write_json(audit: Audit, path: str) -> None:
         "probe": audit.probe,
         "seconds": audit.seconds,
     }
-    Path(path).write_text(json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    Path(path).write_text(json.dumps(finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _verdicts(audit: Audit) -> Table:

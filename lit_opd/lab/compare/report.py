@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from lit_opd.lab.compare.ranking import Ranking, Values, rank
 from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.statistics import CONFIDENCE, RESAMPLES
 from lit_opd.lab.compare.yardsticks import describe, in_order
+from lit_opd.lab.numbers import finite
 
 __all__ = ["Cost", "Curve", "EqualCost", "Front", "LeftOut", "Report", "make_report", "to_json"]
 
@@ -152,15 +152,7 @@ def make_report(
 
 def to_json(report: Report) -> dict[str, Any]:
     """The report as JSON has it: numbers that are not finite become null."""
-    return _finite(asdict(report))
-
-
-def _finite(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _finite(value) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_finite(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
+    return finite(asdict(report))
 
 
 def _check_pairs(finished: Sequence[RunResult]) -> None:

@@ -99,7 +99,7 @@ def unit_gradient(
     Args:
         specimen: the models.
         estimator: whose loss.
-        rollout: the completions of one prompt.
+        rollout: the completions of a unit.
         rewards_B: [B], where the estimator wants them.
     """
     start = time.perf_counter()

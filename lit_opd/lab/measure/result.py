@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lit_opd.lab.measure.moments import Moments
+from lit_opd.lab.numbers import finite
 from lit_opd.metrics import Interval
 
 __all__ = ["Measurement", "Row"]
@@ -76,8 +77,8 @@ class Measurement:
     models: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` writes: one flat mapping an estimator."""
+        """What `--json` writes: one flat mapping an estimator, null for what cannot be told."""
         about = {key: value for key, value in asdict(self).items() if key != "rows"}
         named = ("label", "name", "family", "target")
         rows = [{key: getattr(row, key) for key in named} | row.numbers() for row in self.rows]
-        return about | {"estimators": rows}
+        return finite(about | {"estimators": rows})

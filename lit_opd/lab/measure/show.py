@@ -21,7 +21,7 @@ from lit_opd.tracking import begin_run, git_sha, ui_command
 __all__ = ["print_measurement", "record"]
 
 
-def _times(interval: Interval) -> str:
+def _with_ends(interval: Interval) -> str:
     return f"{_short(interval.mean)} \\[{_short(interval.low)}, {_short(interval.high)}]"
 
 
@@ -33,10 +33,10 @@ def _short(value: float) -> str:
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "estimator": lambda row: row.label,
-    "bias, local": lambda row: _times(row.against["local"].relative_bias),
-    "bias, sequence": lambda row: _times(row.against["sequence"].relative_bias),
-    "cosine, local": lambda row: _times(row.against["local"].cosine),
-    "cosine, sequence": lambda row: _times(row.against["sequence"].cosine),
+    "bias, local": lambda row: _with_ends(row.against["local"].relative_bias),
+    "bias, sequence": lambda row: _with_ends(row.against["sequence"].relative_bias),
+    "cosine, local": lambda row: _with_ends(row.against["local"].cosine),
+    "cosine, sequence": lambda row: _with_ends(row.against["sequence"].cosine),
     "signal / noise": lambda row: f"{row.signal_to_noise.mean:.2g} \\[{row.signal_to_noise.low:.2g}, "
                                   f"{row.signal_to_noise.high:.2g}]",
     "top 1%": lambda row: f"{row.top_share:.0%}",
@@ -82,12 +82,12 @@ def record(config: Config, measurement: Measurement) -> str:
     rows = measurement.as_json()["estimators"]
     for row in rows:
         label = re.sub(r"[^\w .:/-]", "_", row["label"])
-        logger.log_metrics({f"measure/{label}/{n}": v for n, v in row.items() if isinstance(v, float) and v == v})
+        logger.log_metrics({f"measure/{label}/{n}": v for n, v in row.items() if isinstance(v, float)})
     client.log_table(run_id, {name: [row[name] for row in rows] for name in rows[0]}, "measure_table.json")
     with tempfile.TemporaryDirectory() as folder:
         picture = draw(measurement, Path(folder) / "measure.png")
         numbers = Path(folder) / "measure.json"
-        numbers.write_text(json.dumps(measurement.as_json(), indent=2))
+        numbers.write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
         for file in (picture, numbers):
             client.log_artifact(run_id, str(file))
     logger.end("FINISHED")

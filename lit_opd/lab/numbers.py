@@ -1,0 +1,17 @@
+"""Numbers as JSON has them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+__all__ = ["finite"]
+
+
+def finite(node: Any) -> Any:
+    """The same, with null for every number that is not finite, for which JSON has no word; tuples become lists."""
+    if isinstance(node, dict):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
