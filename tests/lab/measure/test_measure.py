@@ -3,12 +3,14 @@
 import json
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
-from lit_opd import load_config
+from lit_opd import estimators, load_config
 from lit_opd.errors import UserError
-from lit_opd.lab.measure import measure
+from lit_opd.lab.measure import experiment, measure
 from lit_opd.lab.measure.choice import chosen_estimators
+from lit_opd.lab.measure.moments import inner_product
 
 SMALL = ("measure.units=12", "measure.prompts_per_unit=2", "rollout.num_completions=2", "data.train_size=60",
          "data.validation_size=8",
@@ -82,3 +84,16 @@ def test_without_a_choice_all_that_the_configuration_allows_is_looked_at(workspa
     alone = chosen_estimators(configured(workspace, "rollout.num_completions=1", "evaluation.pass_at=[1]"))
     together = chosen_estimators(configured(workspace))
     assert {"leave_one_out", "centred_rao_blackwell_return"} == set(together) - set(alone)
+
+
+def test_noise_is_that_of_one_prompt_and_the_largest_tokens_are_one_in_a_hundred():
+    """A unit is a mean over its prompts: the variance of one is as many times that of the unit."""
+    generator = torch.Generator().manual_seed(0)
+    gradients_nP = 1 + torch.randn(8, 5, generator=generator)
+    seen = experiment._Seen([*gradients_nP], [torch.arange(1.0, 101.0)], [1.0, 3.0, 2.0])
+    row = experiment._row("x", estimators.build("token"), seen, {"local": gradients_nP.double()}, prompts=4)
+    assert row.trace_variance.mean == pytest.approx(4 * torch.cov(gradients_nP.T).trace().item(), rel=1e-5)
+    signal = inner_product(gradients_nP.double(), gradients_nP.double()).value.item()
+    assert row.signal_to_noise.mean == pytest.approx(signal / row.trace_variance.mean, rel=1e-5)
+    assert row.top_share == pytest.approx(100 / 5050)
+    assert row.seconds == 2.0
