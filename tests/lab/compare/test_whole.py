@@ -88,11 +88,13 @@ def play(workspace, file):
     wait_for(lambda: dict(told.statuses[0])["full_vocab · seed 0"][0] in running(workspace))
     (child,) = psutil.Process(killed.pid).children()
     killed.kill()
-    killed.communicate()
-    told.locked = (main(words), child.is_running())
+    killed.wait()
+    child.suspend()  # so that it is under way for as long as it is looked at, however fast the machine
+    told.locked = (main(words), child.status())
+    told.look(killed.returncode)
     child.kill()
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-    told.look(killed.returncode)
+    killed.communicate()
 
     told.look(main([*words, "--json", "numbers.json"]))
     _, err = again.communicate(timeout=120)
@@ -123,7 +125,7 @@ def test_ctrl_c_saves_the_run_under_way_marks_it_killed_and_reports_what_was_don
 
 def test_after_a_kill_a_run_that_outlived_it_keeps_others_out(story):
     assert story.codes[1] == -signal.SIGKILL
-    assert story.locked == (2, True)
+    assert story.locked == (2, psutil.STATUS_STOPPED)
     assert {name: status for name, (_, status) in story.statuses[1].items()} == {
         PARENT: "RUNNING", FIRST: "FINISHED", SECOND: "RUNNING",
     }  # fmt: skip
