@@ -42,6 +42,13 @@ _BOUNDS: list[tuple[str, Any, str]] = [
     ("measure.units", lambda v: v >= 4, "at least 4"),
     ("measure.prompts_per_unit", lambda v: v >= 1, "at least 1"),
     ("measure.sketch", lambda v: v >= 1, "at least 1"),
+    ("diagnostics.every_n_steps", lambda v: v >= 0, "at least 0 (0 leaves them out)"),
+    ("diagnostics.support_size", lambda v: v >= 1, "at least 1"),
+    ("collapse.window", lambda v: v >= 1, "at least 1"),
+    ("collapse.min_entropy", lambda v: v >= 0, "at least 0 (0 never warns)"),
+    ("collapse.max_repetition", lambda v: 0 < v <= 1, "in (0, 1] (1 never warns)"),
+    ("collapse.max_truncated", lambda v: 0 < v <= 1, "in (0, 1] (1 never warns)"),
+    ("collapse.min_support_mass", lambda v: 0 <= v < 1, "in [0, 1) (0 never warns)"),
 ]
 
 _CHOICES: list[tuple[str, tuple[str, ...]]] = [
@@ -55,6 +62,7 @@ _CHOICES: list[tuple[str, tuple[str, ...]]] = [
     ("rollout.engine", ("local", "vllm")),
     ("rollout.demonstrations", ("teacher", "data")),
     ("estimator.aggregation", ("token_mean", "sequence_mean", "sequence_sum")),
+    ("collapse.action", ("off", "warn", "stop")),
 ]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import MISSING
 
 __all__ = [
-    "Config", "DataConfig", "EstimatorConfig", "EvaluationConfig", "FrozenConfig", "LintConfig", "MeasureConfig",
-    "OptimConfig", "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig",
+    "CollapseConfig", "Config", "DataConfig", "DiagnosticsConfig", "EstimatorConfig", "EvaluationConfig",
+    "FrozenConfig", "LintConfig", "MeasureConfig", "OptimConfig", "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig",
 ]  # fmt: skip
 
 
@@ -145,6 +145,27 @@ class MeasureConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    """What a run tells of itself besides the yardsticks; 0 steps leave out the numbers, `figures` the pictures."""
+
+    every_n_steps: int = 10
+    support_size: int = 16
+    figures: bool = True
+
+
+@dataclass
+class CollapseConfig:
+    """When training is going wrong, judged by the mean of the last `window` steps, and what happens then."""
+
+    action: str = "warn"
+    window: int = 10
+    min_entropy: float = 0.005
+    max_repetition: float = 0.5
+    max_truncated: float = 0.9
+    min_support_mass: float = 0.2
+
+
+@dataclass
 class TrackingConfig:
     """Where runs are recorded."""
 
@@ -178,5 +199,7 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     lint: LintConfig = field(default_factory=LintConfig)
