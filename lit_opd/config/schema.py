@@ -9,7 +9,8 @@ from omegaconf import MISSING
 
 __all__ = [
     "CollapseConfig", "Config", "DataConfig", "DiagnosticsConfig", "EstimatorConfig", "EvaluationConfig",
-    "FrozenConfig", "LintConfig", "MeasureConfig", "OptimConfig", "RolloutConfig", "StudentConfig", "TeacherConfig", "TrackingConfig",
+    "FrozenConfig", "LintConfig", "MeasureConfig", "OptimConfig", "RolloutConfig", "StudentConfig", "TeacherConfig",
+    "TrackingConfig",
 ]  # fmt: skip
 
 
