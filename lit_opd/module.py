@@ -21,6 +21,7 @@ from lit_opd.config import (
     RolloutConfig,
     as_section,
 )
+from lit_opd.diagnostics import Seen, token_sums
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, Example, judge
 from lit_opd.functional import chunk_rows, token_weights, upcast
@@ -115,6 +116,7 @@ class DistillationModule(AcrossProcesses):
         self.head_rows = 1
         self.results: dict[str, dict[str, Interval]] = {}
         self.examples: list[Example] = []
+        self.seen: list[Seen] = []
         self.measured_at: int | None = None
         self.judged = "student"
 
@@ -208,13 +210,14 @@ class DistillationModule(AcrossProcesses):
 
     @phase("student")
     def estimate(self, update: list[ScoredRollout]) -> dict[str, float]:
-        """Accumulate the gradient of one update over its micro-batches; returns totals over all processes."""
+        """Accumulate the gradient of one update; returns totals over all processes, and leaves `seen` for callbacks."""
+        self.seen = []
         masks = [micro.rollout.mask_BT for micro in update]
         counts = self.total({"tokens": sum(m.sum() for m in masks), "sequences": sum(m.any(1).sum() for m in masks)})
         # Of a dtype said: under bf16-true torch's default is bf16, which cannot count to 257.
         zero = upcast(torch.zeros((), device=self.device).to(self.dtype))
         tokens, sequences = zero + counts["tokens"], zero + counts["sequences"]
-        sums = {name: zero.clone() for name in ("loss", "own", "kl", "entropy", "gap")}
+        total = zero.clone()
         for number, micro in enumerate(update, start=1):
             mask_BT = micro.rollout.mask_BT
             weights_BT = token_weights(mask_BT, self.aggregation, tokens, sequences)
@@ -224,13 +227,9 @@ class DistillationModule(AcrossProcesses):
                 )
                 # DistributedDataParallel averages over processes; this loss is already a share of the global count.
                 self.manual_backward(loss * self.trainer.world_size)
-            own_N = micro.rollout.own_mask_BT[mask_BT]
-            sums["loss"] += loss.detach()
-            sums["own"] += own_N.sum()
-            sums["kl"] += stats["kl"][own_N].sum()
-            sums["entropy"] -= stats["student_logps"][own_N].sum()
-            sums["gap"] += (micro.rollout.sampler_logps_BT[mask_BT] - stats["student_logps"])[own_N].sum()
-        return self.total(sums) | counts
+            self.seen.append((micro.rollout, stats))
+            total += loss.detach()
+        return self.total({"loss": total} | token_sums(self.seen)) | counts
 
     @phase("optimizer")
     def step(self, totals: dict[str, float], batch: PromptBatch) -> None:

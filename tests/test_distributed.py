@@ -15,7 +15,9 @@ import sys
 import torch
 import lightning as L
 import wide_norm
+from lightning.pytorch.loggers.logger import DummyLogger
 from lit_opd import DistillationModule, PromptDataModule
+from lit_opd.callbacks import StepDiagnostics
 
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5=", "80-1=", "4=", "3333+4444="]
 SCENARIOS = {
@@ -32,6 +34,14 @@ SCENARIOS = {
 }
 
 
+class Kept(DummyLogger):
+    diagnosed = None
+
+    def log_metrics(self, metrics, step=None):
+        if "advantage/mean" in metrics:
+            self.diagnosed = dict(metrics)
+
+
 def run(student, teacher, devices, name):
     s = SCENARIOS[name]
     module = DistillationModule(
@@ -44,14 +54,15 @@ def run(student, teacher, devices, name):
     data = PromptDataModule(train_rows=PROMPTS, validation_rows=PROMPTS, batch_size=s["batch"],
                             tokenizer=module.tokenizer, verifier=lambda text, row: float(len(text) > 3))
     trainer = L.Trainer(
-        max_steps=4, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=False,
+        max_steps=4, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=Kept(),
+        callbacks=[StepDiagnostics(every_n_steps=1)],
         precision="64-true", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )
     trainer.fit(module, data)
     logged = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("perf/")}
     return {"weights": module.model.state_dict(), "logged": logged, "results": module.results["val"],
-            "per_prompt": tuple(module.evaluation.per_prompt)}
+            "per_prompt": tuple(module.evaluation.per_prompt), "diagnosed": trainer.logger.diagnosed}
 
 
 if __name__ == "__main__":
@@ -102,6 +113,7 @@ def test_two_processes_log_the_numbers_of_one(one_and_two, name):
     one, two = one_and_two
     for rank in two:
         assert rank[name]["logged"] == pytest.approx(one[name]["logged"], rel=1e-5, abs=1e-6)
+        assert rank[name]["diagnosed"] == pytest.approx(one[name]["diagnosed"], rel=1e-5, abs=1e-6)
         for metric, interval in one[name]["results"].items():
             assert rank[name]["results"][metric] == pytest.approx(interval, rel=1e-6, abs=1e-8)
         numbers, *tables = one[name]["per_prompt"]

@@ -1,9 +1,20 @@
 """Callbacks: one behaviour a file."""
 
+from lit_opd.callbacks.collapse import WatchCollapse
+from lit_opd.callbacks.diagnostics import StepDiagnostics
 from lit_opd.callbacks.gamma import ChooseGamma, check_gamma
 from lit_opd.callbacks.interrupt import SaveOnInterrupt
 from lit_opd.callbacks.profile import ProfileSteps
 from lit_opd.callbacks.progress import StepProgress
 from lit_opd.callbacks.speed import StepSpeed
 
-__all__ = ["ChooseGamma", "ProfileSteps", "SaveOnInterrupt", "StepProgress", "StepSpeed", "check_gamma"]
+__all__ = [
+    "ChooseGamma",
+    "ProfileSteps",
+    "SaveOnInterrupt",
+    "StepDiagnostics",
+    "StepProgress",
+    "StepSpeed",
+    "WatchCollapse",
+    "check_gamma",
+]

@@ -160,7 +160,7 @@ class CollapseConfig:
 
     action: str = "warn"
     window: int = 10
-    min_entropy: float = 0.005
+    min_entropy: float = 0.001
     max_repetition: float = 0.5
     max_truncated: float = 0.9
     min_support_mass: float = 0.2

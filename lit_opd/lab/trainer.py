@@ -13,7 +13,15 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_opd.callbacks import ChooseGamma, ProfileSteps, SaveOnInterrupt, StepProgress, StepSpeed
+from lit_opd.callbacks import (
+    ChooseGamma,
+    ProfileSteps,
+    SaveOnInterrupt,
+    StepDiagnostics,
+    StepProgress,
+    StepSpeed,
+    WatchCollapse,
+)
 from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
 from lit_opd.lab.folder import RunFolder
@@ -87,6 +95,8 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         SaveOnInterrupt(folder.last_checkpoint),
         RunRecord(config, folder.config),
         LearningRateMonitor(logging_interval="step"),
+        *([StepDiagnostics(config.diagnostics.every_n_steps)] if config.diagnostics.every_n_steps else []),
+        *([WatchCollapse(config.collapse)] if config.collapse.action != "off" else []),
     ]  # fmt: skip
     if config.estimator.adapt_gamma_every is not None:
         callbacks.append(ChooseGamma(config.estimator.adapt_gamma_every))

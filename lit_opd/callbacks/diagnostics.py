@@ -1,0 +1,65 @@
+"""Numbers of a training step that tell why it goes well or badly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lit_opd.diagnostics import gradient_noise, observed_tokens, token_numbers
+from lit_opd.module import DistillationModule
+
+__all__ = ["StepDiagnostics"]
+
+
+class StepDiagnostics(L.Callback):
+    """Logs how advantages are spread, what positions, support, sampler and stop tokens look like, and gradient noise.
+
+    Everything is read from values that the step left behind: see `lit_opd.diagnostics`. The share of steps whose
+    gradient was clipped is of all steps since the last look.
+
+    Args:
+        every_n_steps: training steps between two looks.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self._clipped: list[bool] = []
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look where it is time."""
+        limit = pl_module.optim_config.clip_norm
+        if limit is not None:
+            self._clipped.append(float(trainer.callback_metrics["train/grad_norm"]) > limit)
+        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_steps:
+            return
+        own = observed_tokens(pl_module.seen, pl_module.rollout_config.max_new_tokens)
+        tokens = _of_all_processes(own, trainer.world_size)
+        numbers = token_numbers(tokens) | self._gradient(pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=pl_module.global_step)
+
+    def _gradient(self, module: DistillationModule) -> dict[str, float]:
+        numbers = {"gradient/clipped_frac": sum(self._clipped) / len(self._clipped)} if self._clipped else {}
+        self._clipped = []
+        found = gradient_noise(module.optimizers().optimizer)  # type: ignore[union-attr]
+        if found is None:
+            return numbers
+        (signal, noise), sequences = found, sum(rollout.mask_BT.any(1).sum() for rollout, _ in module.seen)
+        if noise > 0:
+            numbers["gradient/signal_to_noise"] = signal / noise
+        if noise > 0 and signal > 0:  # else the signal cannot be told from zero, and the scale has no value
+            numbers["gradient/noise_scale"] = noise / signal * module.total({"sequences": sequences})["sequences"]
+        return numbers
+
+
+def _of_all_processes(tokens: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
+    if world_size == 1:
+        return tokens
+    gathered = torch.cat(gather_all_tensors(torch.stack(list(tokens.values()), dim=1)))
+    return dict(zip(tokens, gathered.unbind(1), strict=True))

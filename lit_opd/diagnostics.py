@@ -1,0 +1,178 @@
+"""What a training step tells of itself: numbers from values that are at hand once it is done.
+
+Advantages here are teacher minus student log-probability of the sampled token, in nats, whatever the estimator makes
+of them, so that runs compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_opd.types import FinishReason, Rollout
+
+__all__ = ["Seen", "gradient_noise", "observed_tokens", "token_numbers", "token_sums"]
+
+# A micro-batch, and the per-position values [N] of `models.student_loss` at its counted tokens.
+Seen = tuple[Rollout, Mapping[str, Tensor]]
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+QUARTERS = 4
+# By quarter of the longest completion; those of support and clips only where the estimator has them.
+_BY_POSITION = {
+    "advantage": "advantage",
+    "student_nll": "student_nll",
+    "teacher_nll": "teacher_nll",
+    "student_mass": "student_mass",
+}
+
+
+def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """Sums over the counted tokens that the student wrote, for the means that every step logs.
+
+    Args:
+        seen: micro-batches, at least one.
+
+    Returns:
+        `own`: how many; `kl`: of the estimator's KL; `entropy`: of minus the student's log-probability, whose mean
+        estimates its entropy; `gap`: sampler minus student log-probability. Nats.
+    """
+    sums: dict[str, Tensor] = {}
+    for rollout, stats in seen:
+        own_N, student_N = rollout.own_mask_BT[rollout.mask_BT], stats["student_logps"]
+        gap_N = rollout.sampler_logps_BT[rollout.mask_BT] - student_N
+        values = {"own": own_N, "kl": stats["kl"][own_N], "entropy": -student_N[own_N], "gap": gap_N[own_N]}
+        sums = {name: value.sum() + sums.get(name, 0) for name, value in values.items()}
+    return sums
+
+
+def observed_tokens(seen: Sequence[Seen], horizon: int) -> dict[str, Tensor]:
+    """The tokens of an update that the student wrote and that count, one value each.
+
+    Args:
+        seen: micro-batches.
+        horizon: the longest completion there can be, in tokens.
+
+    Returns:
+        [tokens] of `advantage`, `student_nll`, `teacher_nll` (nats), `sampler_log_ratio` (student minus sampler),
+        `quarter` (of the horizon, 0 to 3), `stops` (1 where the student ended its completion), and of `clipped`,
+        `student_mass` and `teacher_mass` where there are any.
+    """
+    parts = [_tokens_of(rollout, stats, horizon) for rollout, stats in seen]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _tokens_of(rollout: Rollout, stats: Mapping[str, Tensor], horizon: int) -> dict[str, Tensor]:
+    mask_BT = rollout.mask_BT
+    own_N = rollout.own_mask_BT[mask_BT]
+    row_N, position_N = torch.nonzero(mask_BT).unbind(1)
+    last_B = rollout.completion_mask_BT.sum(1) - 1
+    stopped_B = rollout.finish_B == FinishReason.STOP
+    student_N, teacher_N = stats["student_logps"], stats["teacher_logps"]
+    values = {
+        "advantage": teacher_N - student_N,
+        "student_nll": -student_N,
+        "teacher_nll": -teacher_N,
+        "sampler_log_ratio": student_N - rollout.sampler_logps_BT[mask_BT],
+        "quarter": (position_N * QUARTERS // horizon).clamp(max=QUARTERS - 1),
+        "stops": stopped_B[row_N] & (position_N == last_B[row_N]),
+        **{name: stats[name] for name in ("clipped", "student_mass", "teacher_mass") if name in stats},
+    }
+    return {name: value[own_N].double() for name, value in values.items()}
+
+
+def token_numbers(tokens: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers that sum up the tokens of an update.
+
+    `advantage/*`: quantiles, mean, standard deviation, skew, and the share of the sum of absolute values that the
+    largest 1% of tokens hold. `position/*_q1` to `q4`: means by quarter of the horizon. `rollout/sampler_ess`: the
+    effective share of the tokens, (sum w)^2 / (n sum w^2) with w the student's over the sampler's probability (Kong,
+    1992). `stop/log_ratio`: student minus teacher at stop tokens that the student wrote. `train/clipped_frac` and
+    `train/{student,teacher}_mass` where the estimator clips, or compares a support.
+
+    Args:
+        tokens: what `observed_tokens` returns, over all processes.
+
+    Returns:
+        By name; what has no token to be read from is left out.
+    """
+    if not len(tokens["advantage"]):
+        return {}
+    numbers = _advantages(tokens["advantage"])
+    for name, key in _BY_POSITION.items():
+        if key in tokens:
+            numbers |= _by_quarter(f"train_position/{name}", tokens[key], tokens["quarter"])
+    weights = tokens["sampler_log_ratio"].exp()
+    numbers["rollout/sampler_ess"] = weights.sum() ** 2 / (len(weights) * weights.square().sum())
+    numbers["rollout/sampler_gap_max"] = tokens["sampler_log_ratio"].abs().amax()
+    stops = tokens["stops"] > 0
+    if stops.any():
+        numbers["stop/log_ratio"] = -tokens["advantage"][stops].mean()
+    if "clipped" in tokens:
+        numbers["train/clipped_frac"] = tokens["clipped"].mean()
+    if "student_mass" in tokens:
+        numbers |= {f"train/{name}": tokens[name].mean() for name in ("student_mass", "teacher_mass")}
+        numbers["train/student_mass_min"] = tokens["student_mass"].amin()
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+
+
+def _advantages(values: Tensor) -> dict[str, Tensor]:
+    ends = torch.quantile(values, values.new_tensor((0.0, *QUANTILES, 1.0)))
+    names = ("min", *(f"q{round(100 * q):02d}" for q in QUANTILES), "max")
+    centred, sizes = values - values.mean(), values.abs()
+    deviation = centred.square().mean().sqrt()
+    largest = sizes.topk(max(1, len(values) // 100)).values.sum()
+    tiny = torch.finfo(values.dtype).tiny
+    shape = {
+        "mean": values.mean(),
+        "std": deviation,
+        "skew": centred.pow(3).mean() / deviation.pow(3).clamp(min=tiny),
+        "top1_share": largest / sizes.sum().clamp(min=tiny),
+    }
+    return {f"advantage/{name}": value for name, value in (shape | dict(zip(names, ends, strict=True))).items()}
+
+
+def _by_quarter(name: str, values: Tensor, quarter: Tensor) -> dict[str, Tensor]:
+    index = quarter.long()
+    sums = values.new_zeros(QUARTERS).index_add(0, index, values)
+    counts = torch.bincount(index, minlength=QUARTERS)
+    means = sums / counts
+    return {f"{name}_q{i + 1}": means[i] for i, count in enumerate(counts.tolist()) if count}
+
+
+def gradient_noise(optimizer: torch.optim.Optimizer) -> tuple[float, float] | None:
+    """Signal and noise of the gradient, from the running moments that Adam and its kin keep anyway.
+
+    With m and v the debiased moments of gradients g = G + noise of total variance S, E sum v = |G|^2 + S and E |m|^2 =
+    |G|^2 + c S, where c = (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)) after t steps. Solved for both, S / |G|^2 times
+    the batch size is the simple noise scale (arXiv:1812.06162), here of the gradients that reached the optimizer, after
+    clipping, over as many steps as the moments remember.
+
+    Args:
+        optimizer: of which every parameter group has the keyword `betas`.
+
+    Returns:
+        Estimates of |G|^2 and of S, which can come out negative; None before the second step, or where the optimizer
+        keeps no such moments.
+    """
+    signal = noise = 0.0
+    found = False
+    for group in optimizer.param_groups:
+        states = [state for p in group["params"] if "exp_avg_sq" in (state := optimizer.state.get(p, {}))]
+        steps = float(states[0]["step"]) if states else 0.0
+        if steps < 2 or "betas" not in group:
+            continue
+        first, second = group["betas"]
+        m2 = (_norm([s["exp_avg"] for s in states], 2) / (1 - first**steps)) ** 2
+        v = _norm([s["exp_avg_sq"] for s in states], 1) / (1 - second**steps)
+        share = (1 - first) * (1 + first**steps) / ((1 + first) * (1 - first**steps))
+        signal, noise, found = signal + (m2 - share * v) / (1 - share), noise + (v - m2) / (1 - share), True
+    return (signal, noise) if found else None
+
+
+def _norm(tensors: list[Tensor], order: int) -> float:
+    norm: Any = torch.nn.utils.get_total_norm(tensors, order)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

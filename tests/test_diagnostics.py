@@ -1,0 +1,160 @@
+"""Numbers of a step, against plain loops, numpy and scipy, and gradients whose signal and noise are known."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_opd.diagnostics import gradient_noise, observed_tokens, token_numbers, token_sums
+from lit_opd.types import FinishReason, Rollout, SamplingLaw
+
+values = st.floats(-30, 30, allow_subnormal=False).map(lambda x: round(x, 3))
+
+
+def make_seen(seed, rows=5, length=8, demonstrations=False):
+    """A micro-batch of random numbers: rows of any length, some tokens out of the count."""
+    g = torch.Generator().manual_seed(seed)
+    lengths_B = torch.randint(1, length + 1, (rows,), generator=g)
+    real_BT = torch.arange(length) < lengths_B[:, None]
+    mask_BT = real_BT & (torch.rand(rows, length, generator=g) < 0.8)
+    sampler_BT = torch.where(real_BT, torch.rand(rows, length, generator=g).log(), 0.0)
+    finish_B = torch.randint(0, 2, (rows,), generator=g)
+    wrote_B = torch.rand(rows, generator=g) < 0.6 if demonstrations else None
+    ids_BT = torch.randint(3, 9, (rows, length), generator=g)
+    rollout = Rollout(
+        ids_BT[:, :2], real_BT[:, :2], ids_BT, real_BT, mask_BT, sampler_BT, finish_B, SamplingLaw(),
+        torch.arange(rows), wrote_B,
+    )  # fmt: skip
+    counted = int(mask_BT.sum())
+    stats = {name: torch.rand(counted, generator=g).log() for name in ("student_logps", "teacher_logps")}
+    stats |= {name: torch.rand(counted, generator=g) for name in ("kl", "student_mass", "teacher_mass")}
+    stats["clipped"] = (torch.rand(counted, generator=g) < 0.3).float()
+    return rollout, stats
+
+
+def own_positions(rollout):
+    """(row, position, place among the counted) of every counted token that the student wrote."""
+    place = 0
+    for row in range(len(rollout)):
+        for position in range(rollout.mask_BT.shape[1]):
+            if not rollout.mask_BT[row, position]:
+                continue
+            if rollout.student_wrote_B is None or rollout.student_wrote_B[row]:
+                yield row, position, place
+            place += 1
+
+
+@pytest.mark.parametrize("demonstrations", [False, True])
+def test_tokens_are_those_that_count_and_that_the_student_wrote(demonstrations):
+    seen = [make_seen(seed, demonstrations=demonstrations) for seed in range(3)]
+    wanted = []
+    for rollout, stats in seen:
+        for row, position, n in own_positions(rollout):
+            student, teacher = stats["student_logps"][n].item(), stats["teacher_logps"][n].item()
+            last = int(rollout.completion_mask_BT[row].sum()) - 1
+            stops = rollout.finish_B[row] == FinishReason.STOP and position == last
+            wanted.append({
+                "advantage": teacher - student, "student_nll": -student, "teacher_nll": -teacher,
+                "sampler_log_ratio": student - rollout.sampler_logps_BT[row, position].item(),
+                "quarter": min(4 * position // 7, 3), "stops": float(stops),
+                **{name: stats[name][n].item() for name in ("clipped", "student_mass", "teacher_mass")},
+            })  # fmt: skip
+    found = observed_tokens(seen, horizon=7)
+    assert any(token["stops"] for token in wanted)
+    assert found.keys() == wanted[0].keys()
+    for name, column in found.items():
+        np.testing.assert_allclose(column.numpy(), [token[name] for token in wanted], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("demonstrations", [False, True])
+def test_sums_are_over_the_tokens_that_the_student_wrote(demonstrations):
+    seen = [make_seen(seed, demonstrations=demonstrations) for seed in range(3)]
+    found = token_sums(seen)
+    wanted = dict.fromkeys(("own", "kl", "entropy", "gap"), 0.0)
+    for rollout, stats in seen:
+        for row, position, n in own_positions(rollout):
+            student = stats["student_logps"][n].item()
+            wanted["own"] += 1
+            wanted["kl"] += stats["kl"][n].item()
+            wanted["entropy"] -= student
+            wanted["gap"] += rollout.sampler_logps_BT[row, position].item() - student
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(wanted, rel=1e-5)
+
+
+@given(st.lists(values, min_size=2, max_size=300), st.integers(0, 2**32))
+def test_numbers_are_those_of_numpy_and_scipy(advantages, seed):
+    random = np.random.default_rng(seed)
+    a = np.array(advantages)
+    gap, quarter = random.normal(0, 0.5, len(a)), random.integers(0, 4, len(a))
+    stops, clipped, mass = random.random(len(a)) < 0.3, random.random(len(a)) < 0.3, random.random(len(a))
+    columns = {
+        "advantage": a, "student_nll": mass + 1, "teacher_nll": mass + 2, "sampler_log_ratio": gap, "quarter": quarter,
+        "stops": stops, "clipped": clipped, "student_mass": mass, "teacher_mass": mass / 2,
+    }  # fmt: skip
+    found = token_numbers({name: torch.tensor(column).double() for name, column in columns.items()})
+    sizes = np.sort(np.abs(a))[::-1]
+    wanted = {
+        "advantage/mean": a.mean(), "advantage/std": a.std(), "advantage/min": a.min(), "advantage/max": a.max(),
+        **{f"advantage/q{q:02d}": np.quantile(a, q / 100) for q in (1, 5, 25, 50, 75, 95, 99)},
+        "advantage/top1_share": sizes[: max(1, len(a) // 100)].sum() / sizes.sum() if sizes.sum() else 0.0,
+        "rollout/sampler_ess": np.exp(gap).sum() ** 2 / (len(a) * (np.exp(gap) ** 2).sum()),
+        "rollout/sampler_gap_max": np.abs(gap).max(),
+        "train/clipped_frac": clipped.mean(), "train/student_mass": mass.mean(), "train/teacher_mass": mass.mean() / 2,
+        "train/student_mass_min": mass.min(),
+        **({"stop/log_ratio": -a[stops].mean()} if stops.any() else {}),
+    }  # fmt: skip
+    for name in ("advantage", "student_nll", "teacher_nll", "student_mass"):
+        for q in set(quarter):
+            wanted[f"train_position/{name}_q{q + 1}"] = columns[name][quarter == q].mean()
+    skew = found.pop("advantage/skew")
+    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    if a.std() > 1e-3:
+        assert skew == pytest.approx(scipy.stats.skew(a), rel=1e-6, abs=1e-6)
+
+
+def test_nothing_counted_gives_no_numbers():
+    rollout, stats = make_seen(0)
+    empty = rollout.uncount(rollout.mask_BT), {name: value[:0] for name, value in stats.items()}
+    assert token_numbers(observed_tokens([empty], horizon=8)) == {}
+    assert token_sums([empty])["own"] == 0
+
+
+def test_what_an_estimator_has_not_is_left_out():
+    rollout, stats = make_seen(0)
+    bare = {name: stats[name] for name in ("student_logps", "teacher_logps", "kl")}
+    names = token_numbers(observed_tokens([(rollout, bare)], horizon=8)).keys()
+    assert "advantage/mean" in names
+    assert not [name for name in names if "mass" in name or "clipped" in name]
+
+
+@pytest.mark.parametrize("steps", [2, 5, 60])
+def test_signal_and_noise_of_a_gradient_are_told_apart(steps):
+    """Many independent coordinates: sums over them are all but certain."""
+    size, mean, deviation = 200_000, 0.3, 0.7
+    parts = [torch.nn.Parameter(torch.zeros(size)) for _ in range(2)]
+    groups = [{"params": [parts[0]], "betas": (0.9, 0.999)}, {"params": [parts[1]], "betas": (0.5, 0.95)}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for part in parts:
+            part.grad = mean + deviation * torch.randn(size, generator=g)
+        optimizer.step()
+    signal, noise = gradient_noise(optimizer)
+    assert signal == pytest.approx(2 * size * mean**2, rel=0.02)
+    assert noise == pytest.approx(2 * size * deviation**2, rel=0.02)
+
+
+def test_no_noise_without_moments():
+    part = torch.nn.Parameter(torch.ones(3))
+    part.grad = torch.ones(3)
+    plain, adam = torch.optim.SGD([part], lr=0.1, momentum=0.9), torch.optim.Adam([part], lr=0.1)
+    assert gradient_noise(adam) is None, "no step was made"
+    for optimizer in (plain, adam):
+        optimizer.step()
+        assert gradient_noise(optimizer) is None, "one step tells nothing of noise"
+    plain.step()
+    adam.step()
+    assert gradient_noise(plain) is None
+    assert gradient_noise(adam) is not None
