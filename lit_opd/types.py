@@ -218,7 +218,15 @@ class Estimate:
     Attributes:
         loss_BT: the surrogate to differentiate, one value a position; its value need not mean anything.
         kl_BT: an estimate of the reverse KL (nats) at each position, detached, to log.
+        clipped_BT: True where a limit on a log-ratio, weight or value (a clip, a truncation, a band, a trust region)
+            changed this position's term, to log; None where no limit is set.
     """
 
     loss_BT: Tensor
     kl_BT: Tensor
+    clipped_BT: Tensor | None = None
+
+    def weighted(self, factors_BT: Tensor) -> Estimate:
+        """The estimate whose loss is `factors_BT` times this one; a factor of zero leaves no term to be changed."""
+        clipped_BT = None if self.clipped_BT is None else self.clipped_BT & (factors_BT != 0)
+        return Estimate(factors_BT * self.loss_BT, self.kl_BT, clipped_BT)

@@ -20,7 +20,7 @@ from lit_opd.estimators import (  # noqa: F401  (importing registers)
     trust,
     weighted,
 )
-from lit_opd.estimators.contract import BoundEstimator, Contract, EstimatorSpec, Term, Variant
+from lit_opd.estimators.contract import BoundEstimator, Contract, EstimatorSpec, Term, Variant, any_clipped
 from lit_opd.estimators.registry import build, get, names, register_estimator
 from lit_opd.estimators.terms import register_mixture, register_weighting
 
@@ -30,6 +30,7 @@ __all__ = [
     "EstimatorSpec",
     "Term",
     "Variant",
+    "any_clipped",
     "build",
     "get",
     "names",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,16 @@ from torch import Tensor
 
 from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["BoundEstimator", "Contract", "EstimatorFn", "EstimatorSpec", "Term", "Variant", "bound_arguments"]
+__all__ = [
+    "BoundEstimator",
+    "Contract",
+    "EstimatorFn",
+    "EstimatorSpec",
+    "Term",
+    "Variant",
+    "any_clipped",
+    "bound_arguments",
+]
 
 EstimatorFn = Callable[..., Estimate]
 
@@ -181,9 +190,13 @@ class Term(NamedTuple):
     def __call__(self, tokens: TokenBatch) -> Estimate:
         """The estimate on a whole [B, T] batch, weighted token by token but not by `weight`."""
         estimate = self.estimator(tokens)
-        if self.weighting is None:
-            return estimate
-        return Estimate(self.factors(tokens) * estimate.loss_BT, estimate.kl_BT)
+        return estimate if self.weighting is None else estimate.weighted(self.factors(tokens))
+
+
+def any_clipped(parts: Iterable[Tensor | None]) -> Tensor | None:
+    """Where any of the terms of a sum is clipped, from `clipped_BT` of each; None where none sets a limit."""
+    known = [clipped for clipped in parts if clipped is not None]
+    return reduce(torch.logical_or, known) if known else None
 
 
 def bound_arguments(fn: EstimatorFn, kwargs: Mapping[str, Any]) -> dict[str, Any]:

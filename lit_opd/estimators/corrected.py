@@ -7,7 +7,6 @@ estimate is the local reverse KL at the sampler's prefixes.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
@@ -103,17 +102,16 @@ def importance_reverse_kl(
     Returns:
         Surrogate loss and the log-ratio, same shape.
     """
-    weight = _weight(tokens, correction, cap, low, high, max_drop)
-    return score_function(tokens, weight * log_ratio(tokens))
-
-
-def _weight(tokens: TokenBatch, correction: str, cap: float, low: float, high: float, max_drop: float) -> Tensor:
-    if correction == "one_sided":
-        return one_sided_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT, max_drop)
     ratio = importance_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT)
+    weight = ratio
     if correction == "truncated":
-        return truncated_ratio(ratio, cap)
-    return banded_ratio(ratio, low, high) if correction == "band" else ratio
+        weight = truncated_ratio(ratio, cap)
+    elif correction == "band":
+        weight = banded_ratio(ratio, low, high)
+    elif correction == "one_sided":
+        weight = one_sided_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT, max_drop)
+    clipped = None if correction == "full" else weight != ratio
+    return score_function(tokens, weight * log_ratio(tokens), clipped=clipped)
 
 
 def _check_clips(clip_low: float, clip_high: float, dual_clip: float) -> None:
@@ -155,7 +153,7 @@ def ppo_reverse_kl(
     """
     advantage = -log_ratio(tokens).detach()
     ratio = importance_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT)
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-    bounded = torch.minimum(loss, -dual_clip * advantage)
-    return Estimate(loss_BT=torch.where(advantage < 0, bounded, loss), kl_BT=-advantage)
+    free, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    bounded = torch.maximum(free, clipped)
+    loss = torch.where(advantage < 0, torch.minimum(bounded, -dual_clip * advantage), bounded)
+    return Estimate(loss_BT=loss, kl_BT=-advantage, clipped_BT=loss != free)

@@ -251,4 +251,5 @@ def mopd(
     """
     ratio_BT = importance_ratio(tokens.student_logps_BT.detach(), tokens.sampler_logps_BT)
     blame_BT = log_ratio(tokens) - outcome_weight * outcome_advantage(tokens, normalise)
-    return score_function(tokens, banded_ratio(ratio_BT, low, high) * blame_BT)
+    weight_BT = banded_ratio(ratio_BT, low, high)
+    return score_function(tokens, weight_BT * blame_BT, clipped=weight_BT != ratio_BT)

@@ -60,7 +60,8 @@ def exopd(tokens: TokenBatch, *, extrapolation: float = 1.25, max_ratio: float =
     """
     excess = log_ratio(tokens) - (extrapolation - 1) * (upcast(tokens.teacher_logps_BT) - _reference_logps(tokens))
     ratio = importance_ratio(tokens.student_logps_BT.detach(), tokens.sampler_logps_BT)
-    return score_function(tokens, truncated_ratio(ratio, max_ratio) * excess)
+    weight = truncated_ratio(ratio, max_ratio)
+    return score_function(tokens, weight * excess, clipped=weight != ratio)
 
 
 def _check_reference_weight(reference_weight: float) -> None:

@@ -54,7 +54,8 @@ def rlsd(tokens: TokenBatch, *, max_change: float = 0.2, normalise: bool = False
     """
     advantage_B1 = outcome_advantage(tokens, normalise)
     evidence_BT = (-advantage_B1.sign() * log_ratio(tokens)).exp()
-    return score_function(tokens, -advantage_B1 * evidence_BT.clamp(1 - max_change, 1 + max_change))
+    factor_BT = evidence_BT.clamp(1 - max_change, 1 + max_change)
+    return score_function(tokens, -advantage_B1 * factor_BT, clipped=factor_BT != evidence_BT)
 
 
 def _check_srpo(pass_reward: float, kl_weight: float, **_: object) -> None:

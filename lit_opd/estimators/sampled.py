@@ -33,7 +33,9 @@ def log_ratio(tokens: TokenBatch) -> Tensor:
     return upcast(tokens.student_logps_BT) - upcast(tokens.teacher_logps_BT)
 
 
-def score_function(tokens: TokenBatch, credit: Tensor, kl: Tensor | None = None) -> Estimate:
+def score_function(
+    tokens: TokenBatch, credit: Tensor, kl: Tensor | None = None, clipped: Tensor | None = None
+) -> Estimate:
     """The estimate whose gradient is credit x grad log p(y_t); credit is what the token is to blame for.
 
     Args:
@@ -41,13 +43,14 @@ def score_function(tokens: TokenBatch, credit: Tensor, kl: Tensor | None = None)
         credit: minus the advantage of each token, the same shape; no gradient flows through it, and what stands at
             masked positions is ignored.
         kl: what to log as the KL; None for the log-ratio.
+        clipped: where a limit changed the credit; None where it has none.
 
     Returns:
-        Surrogate loss credit x log p(y_t), and the KL, same shape.
+        Surrogate loss credit x log p(y_t), the KL, and where it is clipped, same shape.
     """
     counted_credit = credit.detach().masked_fill(~tokens.mask_BT, 0.0)
     value = log_ratio(tokens) if kl is None else kl
-    return Estimate(loss_BT=counted_credit * upcast(tokens.student_logps_BT), kl_BT=value.detach())
+    return Estimate(loss_BT=counted_credit * upcast(tokens.student_logps_BT), kl_BT=value.detach(), clipped_BT=clipped)
 
 
 def k3(log_ratio: Tensor) -> Tensor:
@@ -163,4 +166,6 @@ def clipped_log_ratio(tokens: TokenBatch, *, max_log_ratio: float) -> Estimate:
     Returns:
         Surrogate loss and the log-ratio, not clipped, same shape.
     """
-    return score_function(tokens, log_ratio(tokens).clamp(-max_log_ratio, max_log_ratio))
+    d = log_ratio(tokens)
+    clipped = d.abs() > max_log_ratio
+    return score_function(tokens, d.clamp(-max_log_ratio, max_log_ratio), clipped=clipped)

@@ -296,4 +296,6 @@ def topk_truncated_forward_kl(
         Loss, and the sampled log-ratio as KL estimate.
     """
     estimate = topk_divergence(tokens, k=k, support=support, divergence="forward_kl", mass="truncate")
-    return Estimate(estimate.loss_BT.clamp(min=0), estimate.kl_BT) if clamp else estimate
+    if not clamp:
+        return estimate
+    return Estimate(estimate.loss_BT.clamp(min=0), estimate.kl_BT, clipped_BT=estimate.loss_BT < 0)

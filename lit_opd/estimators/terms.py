@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, Term
+from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, Term, any_clipped
 from lit_opd.estimators.registry import build, get, register_estimator
 from lit_opd.types import Estimate, TokenBatch
 
@@ -87,7 +87,8 @@ def _sum(terms: tuple[Term, ...], tokens: TokenBatch) -> Estimate:
     share = sum(weight for weight, _ in estimates)
     loss = sum(weight * estimate.loss_BT for weight, estimate in estimates)
     kl = sum(weight * estimate.kl_BT for weight, estimate in estimates)
-    return Estimate(loss_BT=loss, kl_BT=kl / share)  # type: ignore[arg-type]
+    clipped = any_clipped(estimate.clipped_BT for _, estimate in estimates)
+    return Estimate(loss_BT=loss, kl_BT=kl / share, clipped_BT=clipped)  # type: ignore[arg-type]
 
 
 def _build_base(base: str | Mapping[str, Any]) -> BoundEstimator:

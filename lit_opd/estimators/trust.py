@@ -66,8 +66,9 @@ def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimat
         Surrogate loss and the log-ratio, of outliers too, same shape.
     """
     d = log_ratio(tokens)
+    distrusted = d > trust
     outside = 0.0 if outlier == "mask" else trust
-    return score_function(tokens, torch.where(d > trust, outside, d))
+    return score_function(tokens, torch.where(distrusted, outside, d), clipped=distrusted)
 
 
 def _check_forward(trust: float, k: int) -> None:
@@ -101,9 +102,10 @@ def tropd_forward(tokens: TokenBatch, *, trust: float, k: int = 16) -> Estimate:
         Loss and the log-ratio, of outliers too, [...].
     """
     d = log_ratio(tokens)
-    inside = score_function(tokens, torch.where(d > trust, 0.0, d))
+    distrusted = d > trust
+    inside = score_function(tokens, torch.where(distrusted, 0.0, d))
     forward = support_divergence(*support_logps(tokens), divergence="forward_kl", mass="truncate")
-    return Estimate(loss_BT=torch.where(d > trust, forward, inside.loss_BT), kl_BT=inside.kl_BT)
+    return Estimate(torch.where(distrusted, forward, inside.loss_BT), inside.kl_BT, clipped_BT=distrusted)
 
 
 def _check_relaxed(mixture: float, entropy_share: float) -> None:
@@ -145,9 +147,10 @@ def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -
     """
     assert tokens.student_entropy_BT is not None
     ceiling = math.log((1 - mixture) / mixture)
-    credit_BT = log_ratio(tokens).clamp(max=ceiling)
+    d_BT = log_ratio(tokens)
     kept_BT = _largest(tokens.student_entropy_BT, tokens.mask_BT, entropy_share)
-    return score_function(tokens, torch.where(kept_BT, credit_BT, 0.0))
+    credit_BT = torch.where(kept_BT, d_BT.clamp(max=ceiling), 0.0)
+    return score_function(tokens, credit_BT, clipped=kept_BT & (d_BT > ceiling))
 
 
 def _largest(values_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:

@@ -9,20 +9,22 @@ often than its most expensive term.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_opd.estimators import BoundEstimator, Term
-from lit_opd.functional import Head, position_losses
+from lit_opd.estimators import BoundEstimator, Term, any_clipped
+from lit_opd.estimators.support import support_logps
+from lit_opd.functional import Head, position_losses, support_mass
 from lit_opd.functional.head import Stats
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.positions import CountedPositions
 from lit_opd.types import Rollout, ScoredRollout, TokenBatch
 
-__all__ = ["counted_positions", "sequence_tokens", "student_loss"]
+__all__ = ["counted_positions", "sequence_tokens", "student_loss", "support_masses"]
 
 
 def student_loss(
@@ -45,7 +47,8 @@ def student_loss(
 
     Returns:
         A scalar to differentiate, and per-position detached values [N]: `kl` (the estimator's), `student_logps`,
-        `teacher_logps`.
+        `teacher_logps`; `clipped`, 1 where a limit changed a term and else 0, where a term has one; `student_mass` and
+        `teacher_mass`, each model's probability on the support, where a term compares one.
     """
     rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
     hidden_NH, head = student.hidden_and_head(rollout)
@@ -58,14 +61,40 @@ def student_loss(
         chunk = positions.chunk(logits_cV, part)
         logps, kl = chunk.sampled.student_logps_BT, spread.kl_N[part]
         loss = (spread.coefficients_N[part] * (logps - logps.detach())).sum()
+        seen, clips = [], [None if spread.clipped_N is None else spread.clipped_N[part]]
         for term, factor_N in spread.local:
-            estimate = term.estimator(chunk.tokens(term.estimator))
-            loss = loss + term.weight * (weights_N[part] * factor_N[part] * estimate.loss_BT).sum()
+            tokens = chunk.tokens(term.estimator)
+            estimate = term.estimator(tokens).weighted(factor_N[part])
+            loss = loss + term.weight * (weights_N[part] * estimate.loss_BT).sum()
             kl = kl + term.weight * estimate.kl_BT
-        return loss, {"kl": kl / share, "student_logps": logps, "teacher_logps": chunk.sampled.teacher_logps_BT}
+            seen.append(tokens)
+            clips.append(estimate.clipped_BT)
+        stats = {"kl": kl / share, "student_logps": logps, "teacher_logps": chunk.sampled.teacher_logps_BT}
+        clipped = any_clipped(clips)
+        activity = {} if clipped is None else {"clipped": clipped.to(kl.dtype)}
+        return loss, stats | activity | support_masses(seen)
 
     loss, stats = position_losses(hidden_NH, head, chunk_loss, rows)
     return loss + spread.value, stats
+
+
+def support_masses(seen: Sequence[TokenBatch]) -> Stats:
+    """Each model's probability on the widest support that is compared; nothing where none is.
+
+    A student that leaves the support escapes what a divergence on it can see, and a teacher that is hardly on it says
+    little.
+
+    Args:
+        seen: what the terms of an estimator see of the same positions.
+
+    Returns:
+        `student_mass` and `teacher_mass`, [...], 0 to 1, detached.
+    """
+    supports = [support_logps(tokens) for tokens in seen if tokens.support_ids_BTK is not None]
+    if not supports:
+        return {}
+    student_K, teacher_K = max(supports, key=lambda support: support[0].shape[-1])
+    return {"student_mass": support_mass(student_K.detach()), "teacher_mass": support_mass(teacher_K)}
 
 
 def counted_positions(micro: ScoredRollout, teacher_head: Head, rows: int) -> CountedPositions:
@@ -89,12 +118,14 @@ class _Spread(NamedTuple):
         value: of the terms that see sequences.
         coefficients_N: derivative of that value by each log-probability.
         kl_N: their weighted KL estimates.
+        clipped_N: where a limit changed one of them; None where none has a limit.
         local: the other terms, each with its factor of every token.
     """
 
     value: Tensor
     coefficients_N: Tensor
     kl_N: Tensor
+    clipped_N: Tensor | None
     local: list[tuple[Term, Tensor]]
 
 
@@ -113,9 +144,9 @@ def _spread_terms(
     own_N, ones_N = own_mask_BT[mask_BT].to(zeros_N.dtype), torch.ones_like(zeros_N)
     if all(term.is_local and term.weighting is None for term in estimator.terms):
         local = [(term, own_N if term.estimator.spec.on_policy else ones_N) for term in estimator.terms]
-        return _Spread(zeros_N.sum(), zeros_N, zeros_N, local)
+        return _Spread(zeros_N.sum(), zeros_N, zeros_N, None, local)
     tokens = sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
-    local = []
+    local, clips = [], []
     with torch.enable_grad():
         kl_BT = torch.zeros_like(tokens.student_logps_BT)
         value = 0.0 * tokens.student_logps_BT.sum()  # so that it can be differentiated, whatever the terms are
@@ -127,8 +158,9 @@ def _spread_terms(
             estimate = term(seen)
             counted_BT = torch.where(seen.mask_BT, estimate.loss_BT, 0.0)
             value, kl_BT = value + term.weight * (weights_BT * counted_BT).sum(), kl_BT + term.weight * estimate.kl_BT
+            clips.append(None if estimate.clipped_BT is None else (estimate.clipped_BT & seen.mask_BT)[mask_BT])
     (coefficients_BT,) = torch.autograd.grad(value, tokens.student_logps_BT)
-    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach(), local)
+    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach(), any_clipped(clips), local)
 
 
 @torch.no_grad()

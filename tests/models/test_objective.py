@@ -1,14 +1,16 @@
-"""What estimators see of whole sequences, against the dense models."""
+"""What estimators see of whole sequences, and what is logged of every position, against the dense models."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from references import support_by_sets
 
 from lit_opd import estimators
 from lit_opd.models import LanguageModel, score
-from lit_opd.models.objective import counted_positions, sequence_tokens
-from lit_opd.types import Estimate, SamplingLaw, ScoredRollout
+from lit_opd.models.objective import counted_positions, sequence_tokens, student_loss, support_masses
+from lit_opd.types import Estimate, SamplingLaw, ScoredRollout, TokenBatch
 
 KEYS = ("student", "teacher", "reference")
 ALWAYS = {"student_logps_BT", "teacher_logps_BT", "sampler_logps_BT", "mask_BT", "completion_ids_BT", "progress"}
@@ -83,3 +85,102 @@ def test_every_field_is_the_dense_one_where_counted_and_zero_elsewhere(rows, sce
     assert tokens.groups_B.tolist() == [row // 2 for row in range(len(rollout))]
     assert torch.equal(tokens.student_wrote_BT, wrote_B[:, None].expand(rollout.mask_BT.shape))
     assert tokens.progress == 0.25
+
+
+def stats_of(estimator, policies, rollout, rows=3, rewards_B=None):
+    """The per-position values of a training step."""
+    student, teacher, reference = policies
+    scores = score(teacher, reference if "reference" in estimator.needs else None, rollout, estimator, rows)
+    weights_BT = rollout.mask_BT / 10
+    micro = ScoredRollout(rollout, scores, rewards_B)
+    return student_loss(student, micro, teacher.head, estimator, weights_BT, rows)[1]
+
+
+TWO_SUPPORTS = {"teacher_topk": {"weight": 1.0, "k": 2}, "student_topk": {"weight": 1.0, "k": 5}, "token": 1.0}
+SUPPORTS = [
+    ("topk_divergence", {"k": 3, "support": "teacher"}, (3, "teacher")),
+    ("topk_divergence", {"k": 3, "support": "student"}, (3, "student")),
+    ("topk_divergence", {"k": 3, "support": "union"}, (3, "union")),
+    ("topk_divergence", {"k": 3, "support": "intersection"}, (3, "intersection")),
+    ("mix", {"terms": TWO_SUPPORTS}, (5, "student")),
+    # The union of three and three is wider than four.
+    ("mix", {"terms": {"teacher_topk": {"weight": 1, "k": 4}, "union_topk": {"weight": 1, "k": 3}}}, (3, "union")),
+    ("prefix_opd", {"horizon": 2, "base": {"name": "teacher_topk", "k": 3}}, (3, "teacher")),
+]
+
+
+@pytest.mark.parametrize("rows", [2, 1000])
+@pytest.mark.parametrize(("name", "keywords", "widest"), SUPPORTS)
+def test_masses_are_those_of_the_widest_support_in_the_dense_distributions(name, keywords, widest, rows, scene):
+    policies, rollout, (p_BTV, q_BTV, _) = scene
+    stats = stats_of(estimators.build(name, **keywords), policies, rollout, rows)
+    p_NV, q_NV = (x[rollout.mask_BT].exp().tolist() for x in (p_BTV, q_BTV))
+    supports = [support_by_sets(p, q, *widest) for p, q in zip(p_NV, q_NV, strict=True)]
+    for name, dense_NV in (("student_mass", p_NV), ("teacher_mass", q_NV)):
+        expected = [sum(row[token] for token in support) for row, support in zip(dense_NV, supports, strict=True)]
+        assert stats[name].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_masses_keep_no_graph_alive():
+    logps = torch.tensor([[0.5, 0.25]]).log()
+    tokens = TokenBatch(
+        logps[:, 0], logps[:, 0], logps[:, 0], torch.tensor([True]), support_ids_BTK=torch.tensor([[0, 1]]),
+        support_mask_BTK=torch.tensor([[True, True]]), student_support_logps_BTK=logps.clone().requires_grad_(),
+        teacher_support_logps_BTK=logps - 1,
+    )  # fmt: skip
+    masses = support_masses([tokens])
+    assert not masses["student_mass"].requires_grad
+    assert masses["student_mass"].tolist() == pytest.approx([0.75])
+    assert masses["teacher_mass"].tolist() == pytest.approx([0.75 / math.e])
+
+
+@pytest.mark.parametrize("name", ["token", "full_vocab", "sequence"])
+def test_what_compares_no_support_and_sets_no_limit_logs_neither(name, scene):
+    policies, rollout, _ = scene
+    assert stats_of(estimators.build(name), policies, rollout).keys() == {"kl", "student_logps", "teacher_logps"}
+
+
+LIMITED = {"name": "clipped_log_ratio", "max_log_ratio": 0.5}
+TERM = {"weight": 1.0, "max_log_ratio": 0.5}
+CLIPS = [
+    ("on positions", "clipped_log_ratio", {"max_log_ratio": 0.5}),
+    ("on positions, beside what sees sequences", "mix", {"terms": {"clipped_log_ratio": TERM, "sequence": 1.0}}),
+    ("weighted", "position_decay", {"base": LIMITED}),
+    ("on sequences", "on sequences", {}),
+    ("on sequences, beside what sees positions", "mix", {"terms": {"on sequences": 1.0, "full_vocab": 1.0}}),
+]
+
+
+def limited_sequence(tokens):
+    """As `clipped_log_ratio`, said of a whole batch; it calls masked positions clipped, which nobody may read."""
+    ratio = tokens.student_logps_BT.detach() - tokens.teacher_logps_BT
+    clipped = (ratio.abs() > 0.5) | ~tokens.mask_BT
+    return Estimate(ratio.clamp(-0.5, 0.5) * tokens.student_logps_BT, ratio, clipped)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(("name", "keywords"), [pytest.param(*rest, id=where) for where, *rest in CLIPS])
+def test_clip_activity_is_that_of_the_terms_at_tokens_they_learn_from(name, keywords, scene):
+    """A demonstration has no term of an estimator that learns from the student's own tokens."""
+    estimators.register_estimator("on sequences", family="sequence")(limited_sequence)
+    policies, rollout, (p_BTV, q_BTV, _) = scene
+    rollout = replace(rollout, student_wrote_B=rollout.prompt_index_B % 2 == 0)
+    stats = stats_of(estimators.build(name, **keywords), policies, rollout)
+    taken, mask_BT = rollout.completion_ids_BT[..., None], rollout.mask_BT
+    ratio_BT = (p_BTV - q_BTV).gather(-1, taken)[..., 0]
+    limited_BT = ratio_BT.abs() > 0.5
+    assert 0 < limited_BT[rollout.own_mask_BT].sum() < rollout.own_mask_BT.sum()
+    assert limited_BT[mask_BT & ~rollout.own_mask_BT].any()
+    assert stats["clipped"].tolist() == (limited_BT & rollout.own_mask_BT)[mask_BT].double().tolist()
+
+
+@pytest.mark.parametrize("name", ["clipped_log_ratio", "mopd", "tropd_forward"])
+def test_a_micro_batch_without_counted_tokens_logs_the_same_names(name, scene):
+    """So that whoever sums over micro-batches need not ask each of them what it has."""
+    policies, rollout, _ = scene
+    keywords = {"clipped_log_ratio": {"max_log_ratio": 9.0}, "tropd_forward": {"trust": 9.0, "k": 2}}.get(name, {})
+    estimator, rewards_B = estimators.build(name, **keywords), torch.ones(len(rollout)).double()
+    full = stats_of(estimator, policies, rollout, rewards_B=rewards_B)
+    empty = stats_of(estimator, policies, rollout.uncount(rollout.mask_BT), rewards_B=rewards_B)
+    assert "clipped" in full
+    assert {key: (value.dtype, 0) for key, value in full.items()} == {k: (v.dtype, len(v)) for k, v in empty.items()}

@@ -94,6 +94,9 @@ def returns_one_value_a_position(estimator: BoundEstimator) -> str | None:
     for name, value in (("loss", estimate.loss_BT), ("KL", estimate.kl_BT)):
         if tuple(value.shape) != expected:
             return f"its {name} has the shape {tuple(value.shape)}, not that of the positions, {expected}"
+    clipped = estimate.clipped_BT
+    if clipped is not None and (clipped.dtype != torch.bool or tuple(clipped.shape) != expected):
+        return f"its clipped_BT is {clipped.dtype} {tuple(clipped.shape)}, not torch.bool {expected}"
     return None
 
 

@@ -102,7 +102,7 @@ def _specimen(config: Config, pair: models.Pair, reference: bool, device: torch.
                         "Write a regular expression for names such as model.layers.0.mlp.up_proj.weight.")  # fmt: skip
     rows = chunk_rows(pair.vocabulary, config.optim.head_chunk_mib, device)
     other = pair.load("reference", device) if reference else None
-    return Specimen(student, pair.load("teacher", device), other, parameters, rows)
+    return Specimen(student, pair.load("teacher", device), other, parameters, rows, config.optim.micro_batch_tokens)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from lit_opd import models
 from lit_opd.estimators import BoundEstimator
 from lit_opd.functional import Head, upcast
 from lit_opd.models import LanguageModel
+from lit_opd.rollout import micro_batches
 from lit_opd.types import Rollout, ScoredRollout
 
 __all__ = ["Sketch", "Specimen", "UnitGradient", "allocated_mb", "unit_gradient"]
@@ -32,6 +33,7 @@ class Specimen:
         reference: another one, where an estimator asks for it.
         parameters: by name.
         head_rows: positions a chunk of the head.
+        micro_batch_tokens: tokens, with padding, whose activations are kept at once.
     """
 
     student: LanguageModel
@@ -39,6 +41,7 @@ class Specimen:
     reference: LanguageModel | None
     parameters: Mapping[str, Tensor]
     head_rows: int
+    micro_batch_tokens: int
 
 
 class Sketch:
@@ -82,7 +85,7 @@ class UnitGradient(NamedTuple):
 
     Attributes:
         gradients: of the parameters, in their order.
-        token_norms_N: norm of the gradient by each counted token's last hidden state.
+        token_norms_N: norm of the gradient by each counted token's last hidden state, a micro-batch after the other.
         seconds: teacher's scores, forward and backward.
     """
 
@@ -103,19 +106,35 @@ def unit_gradient(
         rewards_B: [B], where the estimator wants them.
     """
     start = time.perf_counter()
-    reference = specimen.reference if "reference" in estimator.needs else None
-    scores = models.score(specimen.teacher, reference, rollout, estimator, specimen.head_rows)
-    micro = ScoredRollout(rollout, scores, rewards_B if "rewards" in estimator.needs else None, progress=0.0)
-    weights_BT = upcast(rollout.sampler_logps_BT[:0]).new_full(rollout.mask_BT.shape, 1 / len(rollout))
     student, parameters = _Listened(specimen.student), list(specimen.parameters.values())
-    loss, _ = models.student_loss(student, micro, specimen.teacher.head, estimator, weights_BT, specimen.head_rows)  # type: ignore[arg-type]
-    found = torch.autograd.grad(loss, [student.hidden_NH, *parameters], allow_unused=True)
-    hidden_NH, *gradients = [
-        torch.zeros_like(p) if g is None else g for g, p in zip(found, [student.hidden_NH, *parameters], strict=True)
-    ]
-    if loss.device.type != "cpu":
+    sums: list[Tensor] = []
+    norms = []
+    for micro in _scored(specimen, estimator, rollout, rewards_B):
+        weights_BT = upcast(rollout.sampler_logps_BT[:0]).new_full(micro.rollout.mask_BT.shape, 1 / len(rollout))
+        loss, _ = models.student_loss(student, micro, specimen.teacher.head, estimator, weights_BT, specimen.head_rows)  # type: ignore[arg-type]
+        found = torch.autograd.grad(loss, [student.hidden_NH, *parameters], allow_unused=True, materialize_grads=True)
+        # Not in place: autograd may give two parameters one tensor.
+        sums = [total + part for total, part in zip(sums, found[1:], strict=True)] if sums else list(found[1:])
+        norms.append(upcast(found[0]).norm(dim=-1).cpu())
+    if sums[0].device.type != "cpu":
         torch.accelerator.synchronize()
-    return UnitGradient(gradients, upcast(hidden_NH).norm(dim=-1).cpu(), time.perf_counter() - start)
+    return UnitGradient(sums, torch.cat(norms), time.perf_counter() - start)
+
+
+def _scored(
+    specimen: Specimen, estimator: BoundEstimator, rollout: Rollout, rewards_B: Tensor | None
+) -> list[ScoredRollout]:
+    """The unit's micro-batches, scored before any student activation exists."""
+    reference = specimen.reference if "reference" in estimator.needs else None
+    rewards_B = rewards_B if "rewards" in estimator.needs else None
+    rows, whole_prompts = torch.arange(len(rollout)), "groups" in estimator.needs
+    scored = []
+    with specimen.teacher.evaluating():  # brings an offloaded teacher once for all of them
+        for index in micro_batches(rollout, rows, specimen.micro_batch_tokens, whole_prompts):
+            micro = rollout.rows(index)
+            scores = models.score(specimen.teacher, reference, micro, estimator, specimen.head_rows)
+            scored.append(ScoredRollout(micro, scores, None if rewards_B is None else rewards_B[index], progress=0.0))
+    return scored
 
 
 class _Listened:

@@ -68,6 +68,16 @@ def averages_by_itself(tokens):
     return replace(made, loss_BT=made.loss_BT.mean())
 
 
+def counts_what_it_clips(tokens):
+    made = right(tokens)
+    return replace(made, clipped_BT=(made.kl_BT > 1).double())
+
+
+def clips_rows(tokens):
+    made = right(tokens)
+    return replace(made, clipped_BT=(made.kl_BT > 1).any(1))
+
+
 def kl_with_grad(tokens):
     return replace(right(tokens), kl_BT=tokens.student_logps_BT - tokens.teacher_logps_BT)
 
@@ -169,6 +179,8 @@ UNBIASED = {"target": "reverse_kl", "unbiased": True}
 MUTANTS = [
     ("works_on_what_it_needs", made(reads_the_kl), r"need \(token\) it raises TypeError"),
     ("returns_one_value_a_position", made(averages_by_itself), r"loss has the shape \(\), not .*\(4, 5\)"),
+    ("returns_one_value_a_position", made(counts_what_it_clips), r"clipped_BT is torch.float64 \(4, 5\)"),
+    ("returns_one_value_a_position", made(clips_rows), r"clipped_BT is torch.bool \(4,\), not torch.bool \(4, 5\)"),
     ("only_the_loss_carries_grad", made(kl_with_grad), "KL estimate carries a gradient"),
     ("only_the_loss_carries_grad", made(loss_without_grad), "loss carries no gradient"),
     ("leaves_its_inputs_alone", made(writes_into_the_batch), "changes teacher_logps_BT in place"),

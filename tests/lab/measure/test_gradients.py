@@ -1,5 +1,7 @@
 """Gradients of units against a loss written out, and what a sketch keeps of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def specimen():
     pair = models.Pair(*sections, estimator)
     student = pair.student.to(torch.device("cpu"))
     return Specimen(
-        student, pair.load("teacher", torch.device("cpu")), None, dict(student.model.named_parameters()), 64
+        student, pair.load("teacher", torch.device("cpu")), None, dict(student.model.named_parameters()), 64, 10_000
     )
 
 
@@ -51,9 +53,51 @@ def test_a_unit_is_the_mean_over_completions_of_their_summed_losses(specimen, ro
 
 def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero(specimen, rollout):
     extra = torch.nn.Parameter(torch.ones(3))
-    with_extra = Specimen(*[getattr(specimen, n) for n in ("student", "teacher", "reference")], {"x": extra}, 64)
+    with_extra = replace(specimen, parameters={"x": extra})
     (gradient,) = unit_gradient(with_extra, estimators.build("token"), rollout, None).gradients
     assert (gradient == 0).all()
+
+
+def unit(lengths, seed=0):
+    """Completions of these lengths, two a prompt; the second counts nowhere."""
+    generator, rows, longest = torch.Generator().manual_seed(seed), len(lengths), max(lengths)
+    prompts = torch.randint(3, 12, (rows // 2, 5), generator=generator).repeat_interleave(2, 0)
+    ids = torch.randint(3, 12, (rows, longest), generator=generator)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    counted = mask & (torch.arange(rows) != 1)[:, None]
+    return Rollout(prompts, torch.ones(rows, 5, dtype=torch.bool), ids, mask, counted, torch.full(ids.shape, -1.5),
+                   torch.full((rows,), FinishReason.LENGTH), SamplingLaw(), torch.arange(rows) // 2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "whole_prompts"),
+    [("full_vocab", 30, False), ("token", 1, False), ("leave_one_out", 30, True), ("outcome_mix", 1, True)],
+)
+def test_micro_batches_within_the_budget_add_up_to_the_unit(specimen, name, budget, whole_prompts, monkeypatch):
+    rollout, seen = unit([3, 9, 12, 2, 7, 7]), []
+    rewards_B, estimator = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]), estimators.build(name)
+    hidden_and_head = type(specimen.student).hidden_and_head
+
+    def spy(model, rollout):
+        if model is specimen.student:
+            seen.append(rollout)
+        return hidden_and_head(model, rollout)
+
+    monkeypatch.setattr(type(specimen.student), "hidden_and_head", spy)
+    whole = unit_gradient(specimen, estimator, rollout, rewards_B)
+    assert len(seen) == 1
+    seen.clear()
+    found = unit_gradient(replace(specimen, micro_batch_tokens=budget), estimator, rollout, rewards_B)
+    alone = 2 if whole_prompts else 1
+    assert len(seen) > 1
+    for micro in seen:
+        width = micro.prompt_ids_BP.shape[1] + micro.completion_ids_BT.shape[1]
+        assert len(micro) == alone or len(micro) * width <= budget
+        assert not whole_prompts or (micro.prompt_index_B.bincount() % 2 == 0).all()
+    scale = max(gradient.abs().max() for gradient in whole.gradients)
+    for mine, other in zip(found.gradients, whole.gradients, strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-6 * scale, rtol=1e-5)
+    torch.testing.assert_close(found.token_norms_N.sort()[0], whole.token_norms_N.sort()[0], atol=1e-6, rtol=1e-4)
 
 
 def test_what_is_short_enough_is_not_sketched():
