@@ -95,3 +95,18 @@ def test_a_real_run_with_a_huge_learning_rate_is_stopped(tmp_path, monkeypatch):
     assert "in the last steps" in run.data.tags["collapse"]
     assert 10 <= len(client.get_metric_history(run.info.run_id, "train/loss")) < 60
     assert (tmp_path / "run" / "student" / "config.json").is_file()
+
+
+def test_the_mass_on_the_support_is_of_the_tokens_the_student_wrote(make_model, make_module, fit):
+    seen = {}
+
+    class Watch(WatchCollapse):
+        def _judge(self, trainer, name):
+            seen[name] = self._recent[name][-1]
+
+    module = make_module(make_model(1), make_model(2), "teacher_topk", estimator_kwargs={"k": 4},
+                         optim={"micro_batch_tokens": 30})  # fmt: skip
+    fit(module, callbacks=[Watch(CollapseConfig())])
+    masses = torch.cat([stats["student_mass"] for _, stats in module.seen])
+    assert len(module.seen) > 1
+    assert seen["train/student_mass"] == pytest.approx(masses.mean().item(), rel=1e-6)
