@@ -48,6 +48,8 @@ def measure(config: Config) -> Measurement:
         )
     chosen = chosen_estimators(config)
     targets = {key: estimators.build(name, **keywords) for key, (name, keywords) in TARGETS.items()}
+    labels = _labels(targets, chosen)
+    looked_at = chosen | {labels[key]: estimator for key, estimator in targets.items() if labels[key] not in chosen}
     data = prepare_data(_of_units(config))
     _check_prompts(config, data)
     accelerator, precision = config.trainer.get("accelerator", "auto"), config.trainer.get("precision", "32-true")
@@ -56,10 +58,8 @@ def measure(config: Config) -> Measurement:
     specimen = _specimen(config, pair, reference, fabric.device)
     sketch = Sketch(list(specimen.parameters.values()), config.measure.sketch, config.seed)
     with fabric.autocast():
-        seen = _look(config, specimen, data, chosen | _apart(targets), sketch)
-    exact = {
-        key: torch.stack(seen[label].sketches).double() for key, label in zip(targets, _apart(targets), strict=True)
-    }
+        seen = _look(config, specimen, data, looked_at, sketch)
+    exact = {key: torch.stack(seen[label].sketches).double() for key, label in labels.items()}
     return Measurement(
         rows=[_row(label, e, seen[label], exact, config.measure.prompts_per_unit) for label, e in chosen.items()],
         units=config.measure.units,
@@ -72,9 +72,15 @@ def measure(config: Config) -> Measurement:
     )
 
 
-def _apart(targets: Mapping[str, BoundEstimator]) -> dict[str, BoundEstimator]:
-    """The targets under labels that no chosen estimator has."""
-    return {f"target: {key}": estimator for key, estimator in targets.items()}
+def _labels(targets: Mapping[str, BoundEstimator], chosen: Mapping[str, BoundEstimator]) -> dict[str, str]:
+    """Under which label each target is looked at: that of a chosen estimator which is the same, or one of its own."""
+    same = {
+        key: [
+            label for label, other in chosen.items() if (other.spec, other.keywords) == (target.spec, target.keywords)
+        ]
+        for key, target in targets.items()
+    }
+    return {key: found[0] if found else f"target: {key}" for key, found in same.items()}
 
 
 def _check_prompts(config: Config, data: PromptDataModule) -> None:

@@ -1,6 +1,7 @@
 """The command on the pair that comes with the package, and what it refuses."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from lit_opd import estimators, load_config
 from lit_opd.errors import UserError
 from lit_opd.lab.measure import experiment, measure
 from lit_opd.lab.measure.choice import chosen_estimators
-from lit_opd.lab.measure.moments import inner_product
+from lit_opd.lab.measure.gradients import unit_gradient
+from lit_opd.lab.measure.moments import compare, inner_product
 
 SMALL = ("measure.units=12", "measure.prompts_per_unit=2", "rollout.num_completions=2", "data.train_size=60",
          "data.validation_size=8",
@@ -54,6 +56,29 @@ def test_the_same_seed_finds_the_same(workspace):
         for name, value in one.items():
             if name not in ("seconds", "memory_mb"):
                 assert other[name] == value
+
+
+def test_a_chosen_estimator_that_is_a_target_is_looked_at_once_and_held_against_itself(workspace, monkeypatch):
+    looked_at, equal = [], []
+
+    def spy(specimen, estimator, *rest):
+        looked_at.append((estimator.spec.name, estimator.keywords.get("divergence")))
+        return unit_gradient(specimen, estimator, *rest)
+
+    def spy_on_pairs(own_nP, target_nP):
+        equal.append(torch.equal(own_nP, target_nP))
+        return compare(own_nP, target_nP)
+
+    monkeypatch.setattr(experiment, "unit_gradient", spy)
+    monkeypatch.setattr(experiment, "compare", spy_on_pairs)
+    chosen = "measure.estimators=[{name: full_vocab, kwargs: {divergence: jsd}}, {name: full_vocab, label: whole}]"
+    jsd, whole = measure(configured(workspace, *SMALL, chosen, "measure.units=4")).rows
+    # Each of four units, and the first once more for the memory.
+    assert Counter(looked_at) == {
+        ("full_vocab", "reverse_kl"): 5, ("full_vocab", "jsd"): 5, ("exact_local_return", None): 5,
+    }  # fmt: skip
+    assert [jsd.label, whole.label] == ["full_vocab divergence=jsd", "whole"]
+    assert equal == [False, False, True, False], "of each row, against the local and the sequence's target"
 
 
 @pytest.mark.parametrize(
