@@ -91,6 +91,30 @@ def test_the_band_takes_the_prompt_as_the_unit(tokens):
         assert found.highs["reverse_kl"][t] - found.means["reverse_kl"][t] == pytest.approx(half)
 
 
+@pytest.mark.parametrize("width", [2, 3, 7])
+def test_positions_together_are_one_point(tokens, width):
+    """Its tokens are those of its positions, and its band that of prompts: theirs hang together."""
+    values, mask, group = tokens
+    metric = PositionMeans(["reverse_kl"], LENGTH, width)
+    for part, counted, prompts in batches(tokens, [2, 0, 5], [1, 8], [3, 4, 6, 7]):
+        metric.update({"reverse_kl": torch.tensor(part[0])}, torch.tensor(counted), torch.tensor(prompts))
+    found = metric.compute()
+    assert found.starts.tolist() == [*range(0, LENGTH, width), LENGTH]
+    for number, start in enumerate(range(0, LENGTH, width)):
+        part = slice(start, start + width)
+        kept = values[0][:, part][mask[:, part]]
+        alone = PromptMean()
+        prompts = [k for k in range(9) if mask[group == k, part].any()]
+        alone.update(torch.tensor([values[0][group == k, part].sum() for k in prompts]),
+                     torch.tensor([mask[group == k, part].sum() for k in prompts]))  # fmt: skip
+        band = (found.means["reverse_kl"][number], found.lows["reverse_kl"][number], found.highs["reverse_kl"][number])
+        assert band == pytest.approx(alone.compute())
+        assert found.counts[number] == len(kept)
+        assert found.prompts[number] == len(prompts)
+        assert found.deviations["reverse_kl"][number] == pytest.approx(kept.std())
+        assert found.middles[number] == np.arange(1, LENGTH + 1)[part].mean()
+
+
 def test_one_prompt_has_no_band():
     profile = TokenProfile(LENGTH)
     feed(profile, *make_tokens(np.random.default_rng(1), prompts=1))

@@ -1,9 +1,12 @@
 """Callbacks: one behaviour a file."""
 
+from lit_opd.callbacks.figures import EvaluationFigures
 from lit_opd.callbacks.gamma import ChooseGamma, check_gamma
 from lit_opd.callbacks.interrupt import SaveOnInterrupt
 from lit_opd.callbacks.profile import ProfileSteps
 from lit_opd.callbacks.progress import StepProgress
 from lit_opd.callbacks.speed import StepSpeed
 
-__all__ = ["ChooseGamma", "ProfileSteps", "SaveOnInterrupt", "StepProgress", "StepSpeed", "check_gamma"]
+__all__ = [
+    "ChooseGamma", "EvaluationFigures", "ProfileSteps", "SaveOnInterrupt", "StepProgress", "StepSpeed", "check_gamma",
+]  # fmt: skip
