@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
+from lit_opd.curves import Profile, TokenProfile
 from lit_opd.metrics import Interval, PerPrompt, Yardsticks
 from lit_opd.models import YARDSTICKS, LanguageModel, measure_yardsticks
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, uniforms
@@ -50,18 +51,23 @@ class Evaluation(nn.Module):
 
     Args:
         config: completions a prompt, seed, pass@k, how many examples to keep.
-        max_new_tokens: the longest completion.
+        max_new_tokens: the longest completion, where `config` names no other.
+        support_size: how many of each model's most probable tokens are compared.
 
     Attributes:
         per_prompt: what the evaluation finished last measured, prompt by prompt.
+        profile: the same, token by token; None before the first is finished.
     """
 
-    def __init__(self, config: EvaluationConfig, max_new_tokens: int) -> None:
+    def __init__(self, config: EvaluationConfig, max_new_tokens: int, support_size: int = 16) -> None:
         super().__init__()
-        self.config, self.max_new_tokens = config, max_new_tokens
+        self.config, self.support_size = config, support_size
+        self.max_new_tokens = config.max_new_tokens or max_new_tokens
         self.yardsticks = Yardsticks(YARDSTICKS, config.pass_at)
         self.examples: list[Example] = []
         self.per_prompt = PerPrompt([], {}, {})
+        self.tokens = TokenProfile(self.max_new_tokens)
+        self.profile: Profile | None = None
 
     def add(
         self,
@@ -85,16 +91,25 @@ class Evaluation(nn.Module):
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
         rollout = engine.sample(policy, batch, SamplingLaw(), count, numbers_BT.to(batch.prompt_ids_BP.device))
-        values = measure_yardsticks(policy, teacher, rollout, rows)
+        values = measure_yardsticks(policy, teacher, rollout, rows, self.support_size)
         rewards_B = None if verifier is None else judge(policy, batch, rollout, verifier)
         self.yardsticks.update(values, rollout, rewards_B, [number for _, number in batch.draws])
+        self.tokens.update(values, rollout)
         self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
 
     def finish(self) -> tuple[dict[str, Interval], list[Example]]:
-        """Every metric with its interval, and the examples; all are reset, and `per_prompt` is of this evaluation."""
-        self.per_prompt = self.yardsticks.per_prompt()
+        """Every metric with its interval, and the examples; all are reset, and what is kept is of this evaluation."""
+        self.per_prompt, self.profile = self.yardsticks.per_prompt(), self.tokens.compute()
         examples, self.examples = self.examples, []
         return self.yardsticks.compute(), examples
+
+    def to_log(self, prefix: str, results: Mapping[str, Interval]) -> dict[str, float]:
+        """What an evaluation logs: means and ends of intervals under a prefix, and of `val` the means by position."""
+        values = {f"{prefix}/{name}": interval.mean for name, interval in results.items()}
+        for end in ("low", "high"):
+            values |= {f"{prefix}_interval/{name}_{end}": getattr(i, end) for name, i in results.items()}
+        # Only of the student on held-out prompts: one name has one meaning along a run.
+        return values | (self.profile.curves.summary() if self.profile and prefix == "val" else {})
 
     def _keep_examples(
         self, policy: LanguageModel, rollout: Rollout, log_ratio_BT: Tensor, rewards_B: Tensor | None

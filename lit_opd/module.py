@@ -14,6 +14,7 @@ from lit_opd import estimators, linter, models
 from lit_opd.config import (
     Config,
     DataConfig,
+    DiagnosticsConfig,
     EstimatorConfig,
     EvaluationConfig,
     LintConfig,
@@ -66,6 +67,7 @@ class DistillationModule(AcrossProcesses):
         seed: of everything that is sampled in training.
         engine: samples completions; by default in this process.
         lint: `LintConfig` or its keys: which refusals of configurations that cannot work are to pass.
+        diagnostics: `DiagnosticsConfig` or its keys; of these, how many tokens an evaluation compares at a position.
 
     Raises:
         UserError: whatever cannot work, before weights load where that can be known.
@@ -89,6 +91,7 @@ class DistillationModule(AcrossProcesses):
         seed: int = 0,
         engine: RolloutEngine | None = None,
         lint: LintConfig | Mapping[str, Any] | None = None,
+        diagnostics: DiagnosticsConfig | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,9 +102,9 @@ class DistillationModule(AcrossProcesses):
         # How many prompts a batch holds is the data module's to say.
         config = Config(data=DataConfig(batch_size=self.optim_config.updates_per_rollout), optim=self.optim_config,
                         rollout=self.rollout_config, evaluation=settings, lint=as_section(LintConfig, lint, "lint"),
+                        diagnostics=as_section(DiagnosticsConfig, diagnostics, "diagnostics"),
                         estimator=EstimatorConfig(aggregation=aggregation, masked_tokens=[*masked_tokens]))  # fmt: skip
-        law = training_law(self.rollout_config, self.estimator)
-        self.sampler = TrainingSampler(self.rollout_config, law, seed)
+        self.sampler = TrainingSampler(self.rollout_config, training_law(self.rollout_config, self.estimator), seed)
         linter.check(config, self.estimator, student, teacher, tokenizer)
         self.pair = models.Pair(student, teacher, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student = self.pair.student
@@ -112,7 +115,7 @@ class DistillationModule(AcrossProcesses):
         self.engine = engine or build_engine(self.rollout_config)
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
-        self.evaluation = Evaluation(settings, settings.max_new_tokens or self.rollout_config.max_new_tokens)
+        self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, config.diagnostics.support_size)
         self.head_rows = 1
         self.results: dict[str, dict[str, Interval]] = {}
         self.examples: list[Example] = []
@@ -127,7 +130,7 @@ class DistillationModule(AcrossProcesses):
             config.student, config.teacher, config.estimator.name, estimator_kwargs=config.estimator.kwargs,
             reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
-            lint=config.lint,
+            lint=config.lint, diagnostics=config.diagnostics,
         )  # fmt: skip
 
     @property
@@ -271,10 +274,7 @@ class DistillationModule(AcrossProcesses):
         """Log what was measured under a prefix, and keep it in `results[prefix]`."""
         results, self.examples = self.evaluation.finish()
         self.results[prefix], self.measured_at = results, self.global_step
-        values = {f"{prefix}/{name}": interval.mean for name, interval in results.items()}
-        for end in ("low", "high"):
-            values |= {f"{prefix}_interval/{name}_{end}": getattr(i, end) for name, i in results.items()}
-        self.log_dict(self.at_step(values))
+        self.log_dict(self.at_step(self.evaluation.to_log(prefix, results)))
 
     def at_step(self, values: dict[str, float]) -> dict[str, float]:
         """The values, placed on the curves by optimizer steps done, and not by batches begun."""

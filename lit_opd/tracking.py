@@ -18,7 +18,7 @@ from lit_opd.config import Config, to_flat
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Example
 
-__all__ = ["RunLogger", "RunRecord", "begin_run", "check_tracking", "log_examples", "ui_command"]
+__all__ = ["RunLogger", "RunRecord", "begin_run", "check_tracking", "log_examples", "logger_of", "ui_command"]
 
 COMPLETIONS_FILE = "completions.json"
 # The first bytes of every SQLite file.
@@ -159,7 +159,7 @@ class RunRecord(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin, or begin again: the evaluations around training belong to the same run."""
-        logger = _logger_of(trainer)
+        logger = logger_of(trainer)
         if logger is None:
             return
         run_id = logger.run_id
@@ -176,7 +176,7 @@ class RunRecord(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the examples of this evaluation."""
-        logger = _logger_of(trainer)
+        logger = logger_of(trainer)
         if logger is not None and not trainer.sanity_checking:
             policy = "teacher" if pl_module.judged == "teacher" else "student" if trainer.global_step else "before"
             log_examples(logger, pl_module.examples, policy, trainer.global_step)
@@ -195,7 +195,8 @@ class RunRecord(L.Callback):
             self._monitor = None
 
 
-def _logger_of(trainer: L.Trainer) -> MLFlowLogger | None:
+def logger_of(trainer: L.Trainer) -> MLFlowLogger | None:
+    """The MLflow logger of the first process; None in the others, and where there is none."""
     found = [logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)]
     return found[0] if found and trainer.is_global_zero else None
 

@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from lit_opd import DistillationModule
 from lit_opd.config import EvaluationConfig
+from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, judge
 from lit_opd.models import YARDSTICKS, LanguageModel
 from lit_opd.rollout import LocalEngine
@@ -145,3 +148,53 @@ def test_what_is_kept_of_each_prompt_depends_on_no_other_prompt(policies, make_b
         for part in ("sums", "weights"):
             for name, values in getattr(whole, part).items():
                 assert getattr(cut, part)[name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
+
+
+def shared_tokens(curves, size):
+    """Whether all overlaps together are a whole number of tokens of `size` at each position, and not all of them."""
+    counted = curves.counts > 0
+    tokens = size * (curves.means["overlap"] * curves.counts)[counted]
+    assert tokens.sum() < size * curves.counts.sum()
+    return np.allclose(tokens, tokens.round(), rtol=0, atol=1e-4)
+
+
+def test_token_by_token_an_evaluation_sums_up_to_its_yardsticks(policies, make_batch):
+    """In whatever batches, and forgotten with the next."""
+    prompts = ["1+2=", "7=", "12-9+3=", "5+5="]
+    evaluation = Evaluation(EvaluationConfig(num_completions=3), max_new_tokens=8, support_size=2)
+    assert evaluation.profile is None
+    for texts in (prompts, prompts[:2]):
+        for text in texts:
+            evaluation.add(*policies, make_batch([text]), LocalEngine(), None, rows=50)
+        results, _ = evaluation.finish()
+        curves, log_ratios, tokens = *evaluation.profile, sum(evaluation.per_prompt.weights["reverse_kl"])
+        assert curves.counts.sum() == log_ratios.counts.sum() == tokens
+        assert curves.counts[0] == 3 * len(texts)
+        for name in set(YARDSTICKS) & curves.means.keys():
+            assert curves.mean(name) == pytest.approx(results[name].mean, rel=1e-5)
+        assert shared_tokens(curves, 2)
+        assert evaluation.to_log("val", results).keys() - evaluation.to_log("test", results).keys() >= {
+            "position/reverse_kl_q1", "support/overlap", "support/student_mass", "support/teacher_mass",
+        }  # fmt: skip
+
+
+def test_the_module_measures_as_many_tokens_as_the_diagnostics_say(make_model, make_module, make_trainer, make_data):
+    module = make_module(
+        make_model(1), make_model(2), diagnostics={"support_size": 3}, evaluation={"max_new_tokens": 5}
+    )
+    trainer = make_trainer(limit_val_batches=1.0)
+    trainer.validate(module, make_data(), verbose=False)
+    curves = module.evaluation.profile.curves
+    assert len(curves.counts) == 5
+    assert shared_tokens(curves, 3)
+    assert float(trainer.callback_metrics["position/log_ratio_q1"]) == pytest.approx(curves.mean("log_ratio", slice(2)))
+    assert float(trainer.callback_metrics["support/student_mass"]) == pytest.approx(curves.mean("student_mass"))
+    with module.judging_teacher():
+        fresh = make_trainer(limit_val_batches=1.0)
+        fresh.validate(module, make_data(), verbose=False)
+    assert not [name for name in fresh.callback_metrics if name.startswith(("position/", "support/"))]
+
+
+def test_a_support_of_no_token_is_refused(make_model, tiny_tokenizer):
+    with pytest.raises(UserError, match="diagnostics.support_size"):
+        DistillationModule(make_model(1), make_model(2), tokenizer=tiny_tokenizer, diagnostics={"support_size": 0})

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_opd.callbacks import (
     ChooseGamma,
+    EvaluationFigures,
     ProfileSteps,
     SaveOnInterrupt,
     StepDiagnostics,
@@ -88,6 +89,7 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         # The first, so that what the others do before a step counts as part of it.
         *([ProfileSteps(folder.profile)] if profile else []),
         StepSpeed(),
+        *([EvaluationFigures()] if config.diagnostics.figures else []),
         # After each evaluation, when the metrics of the step and of the evaluation have been logged: a run that is
         # killed and resumed has no gap in its curves.
         ModelCheckpoint(folder.checkpoints, filename=folder.last_checkpoint.stem, enable_version_counter=False,

@@ -1,5 +1,7 @@
 """What the teacher says, and the yardsticks, against dense references."""
 
+import math
+
 import pytest
 import torch
 
@@ -74,15 +76,37 @@ def dense_yardsticks(p, q, ids):
     }
 
 
-@pytest.mark.parametrize("rows", ROWS)
-def test_yardsticks_are_the_dense_ones(rows, scene):
+def dense_supports(p, q, size, stop_ids):
+    """A position after the other, in plain Python."""
+    found = {name: [] for name in ("overlap", "student_mass", "teacher_mass", "stop_log_ratio", "entropy_gap")}
+    for own, other in zip(p.exp().tolist(), q.exp().tolist(), strict=True):
+        top, others = (sorted(range(len(x)), key=x.__getitem__, reverse=True)[:size] for x in (own, other))
+        found["overlap"].append(len(set(top) & set(others)) / len(top))
+        found["student_mass"].append(sum(own[i] for i in others))
+        found["teacher_mass"].append(sum(other[i] for i in others))
+        found["stop_log_ratio"].append(math.log(sum(own[i] for i in stop_ids) / sum(other[i] for i in stop_ids)))
+        found["entropy_gap"].append(sum(y * math.log(y) - x * math.log(x) for x, y in zip(own, other, strict=True)))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 5), (3, 1), (1000, 16), (1000, 100)])
+def test_yardsticks_are_the_dense_ones(rows, size, scene, monkeypatch):
     student, teacher, rollout, p, q = scene
-    found = measure_yardsticks(student, teacher, rollout, rows)
-    expected = dense_yardsticks(p, q, rollout.completion_ids_BT[rollout.mask_BT])
+    monkeypatch.setattr(student.config, "eos_token_id", [2, 9])
+    found = measure_yardsticks(student, teacher, rollout, rows, size)
+    expected = dense_yardsticks(p, q, rollout.completion_ids_BT[rollout.mask_BT]) | dense_supports(p, q, size, [2, 9])
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(found[name][rollout.mask_BT].double(), values, rtol=1e-6, atol=1e-6)
         assert not found[name][~rollout.mask_BT].any()
+
+
+def test_where_no_token_stops_there_is_nothing_to_say_of_stopping(scene, monkeypatch):
+    student, teacher, rollout, _, _ = scene
+    monkeypatch.setattr(LanguageModel, "stop_ids", [])
+    found = measure_yardsticks(student, teacher, rollout, 3)
+    assert found["stop_log_ratio"][rollout.mask_BT].isnan().all()
+    assert all(values.isfinite().all() for name, values in found.items() if name != "stop_log_ratio")
 
 
 @pytest.mark.parametrize("rows", ROWS)
