@@ -120,6 +120,7 @@ def test_blocks_are_filled_once_and_for_all_and_prose_is_left_alone(tool, stored
     assert tool.page.fill(filled, {"toy": stored}) == filled
     assert tool.page.BLOCK.sub("", filled) == tool.page.BLOCK.sub("", PAGE)
     assert "\nold\n" not in filled
+    assert "|\n<!--" not in filled  # a table ends at an empty line only: the comment would be a row of it
     assert "*Not measured yet.*" in filled  # of a comparison that is not stored
 
 
@@ -185,6 +186,7 @@ def test_courses_are_means_over_seeds_at_steps(tool, stored, report):
     rows = cells(tool.blocks.block("training train/entropy at 1 10 of token; mute", stored))
     assert rows["token"] == ["2.5", "11.5"]  # seeds 1 and 2
     assert list(rows)[2:] == ["token", "mute"]
+    assert list(stored["record"]["training"]["train/entropy"]["token"]) == ["1", "10"]  # of 1, 2, 10 and 15
     assert list(cells(tool.blocks.block("training rollout/length at 1", stored)))[2:] == ["token", "mute"]
     values = [
         curve.points[1].value for curve in report.curves if (curve.yardstick, curve.variant) == (NAMES[1], "token")
