@@ -93,10 +93,15 @@ def _conclude(
 
 
 def _report(results: list[RunResult], folder: Path, json_file: Path | None) -> None:
-    report = make_report(results)
+    report = make_report(results, budget=_budget(results))
     write_report(report, folder)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(to_json(report), indent=2, allow_nan=False))
     print(to_summary(report))
     print(f"report: {folder / 'report.html'}")
+
+
+def _budget(results: Sequence[RunResult]) -> str:
+    steps = {int(r.cost["steps"]) for r in results if r.status == "FINISHED" and "steps" in r.cost}
+    return "" if not steps else f"{' to '.join(map(str, sorted({min(steps), max(steps)})))} optimizer steps"

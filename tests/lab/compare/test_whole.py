@@ -152,6 +152,7 @@ def test_runs_belong_to_the_comparison_and_the_report_lies_with_it(story):
     assert files == {f"report/{name}" for name in ("report.json", "report.md", "report.html", "figures")}
     numbers = json.loads((story.workspace.folder / "numbers.json").read_text())
     assert numbers == story.reported[2]
+    assert numbers["budget"] == "40 optimizer steps"
     assert numbers["left_out"] == []
     assert {len(ranking["rows"]) for ranking in numbers["rankings"]} == {2}
 
