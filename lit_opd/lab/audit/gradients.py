@@ -10,14 +10,15 @@ from torch import Tensor
 from lit_opd import models
 from lit_opd.functional import token_weights
 from lit_opd.lab.audit.evidence import Evidence
+from lit_opd.lab.sketch import Sketch
 from lit_opd.rollout import micro_batches
 from lit_opd.types import ScoredRollout
 
 __all__ = ["FlipTest", "cosine", "flip_test", "gradient", "group_gradients", "norm"]
 
 _GROUPS = 16
-# Of a larger model's gradient, which would be kept once for every group, every so-manieth number stands for all.
-_KEPT_NUMBERS = 2**22
+# A gradient is kept once for every group: that of a larger model as a sketch of so many numbers.
+_SKETCH = 2**22
 _FLIPS = 4095
 
 
@@ -68,17 +69,13 @@ def gradient(evidence: Evidence, index: Tensor | None = None, aggregation: str |
 
 
 def group_gradients(evidence: Evidence) -> Tensor:
-    """Gradients [G, F] of independent groups of completions, each summed over its tokens, in fp32 on the CPU.
+    """Gradients [G, F] of independent groups of completions, each summed over its tokens, on the CPU.
 
-    Sums and not means over tokens, for a mean divides by a length that depends on what was sampled. Of large models, F
-    numbers at equal distances stand for all.
+    Sums and not means over tokens, for a mean divides by a length that depends on what was sampled. Those of large
+    models are sketched, always by the same signs, so that inner products stand for the whole.
     """
-    size = sum(p.numel() for p in evidence.parameters)
-    stride = max(1, -(-size // _KEPT_NUMBERS))
-    return torch.stack([
-        torch.cat([g.flatten()[::stride].float().cpu() for g in gradient(evidence, index, "sequence_sum")])
-        for index in _groups(evidence)
-    ])  # fmt: skip
+    sketch = Sketch(evidence.parameters, _SKETCH, evidence.config.seed)
+    return torch.stack([sketch(gradient(evidence, index, "sequence_sum")) for index in _groups(evidence)])
 
 
 def _groups(evidence: Evidence) -> list[Tensor]:

@@ -90,7 +90,8 @@ def segmentation(evidence: Evidence) -> Finding:
         found += f": {_difference(*unlike[0], evidence.token)}"
     if share < _FEW:
         return Finding("segmentation", PASS, found, numbers=numbers)
-    fix = "Look at the ids ranked below: what the teacher spells otherwise can be left out of the count."
+    fix = ("Look at the ids ranked below, and mend ends that differ first. To leave out of the count what the teacher "
+           "spells otherwise is a stop-gap.")  # fmt: skip
     return Finding("segmentation", WARN, found, fix, numbers)
 
 

@@ -23,9 +23,10 @@ from lit_opd.evaluation import judge
 from lit_opd.functional import chunk_rows
 from lit_opd.lab.checks import prepare_data
 from lit_opd.lab.measure.choice import TARGETS, check_supports, chosen_estimators
-from lit_opd.lab.measure.gradients import Sketch, Specimen, allocated_mb, unit_gradient
+from lit_opd.lab.measure.gradients import Specimen, allocated_mb, unit_gradient
 from lit_opd.lab.measure.moments import compare, inner_product, trace_variance
 from lit_opd.lab.measure.result import Measurement, Row
+from lit_opd.lab.sketch import Sketch
 from lit_opd.rollout import TrainingSampler, build_engine, training_law
 from lit_opd.types import Rollout
 

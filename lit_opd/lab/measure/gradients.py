@@ -1,11 +1,11 @@
-"""The gradient of one unit under one estimator, what it costs, and its sketch."""
+"""The gradient of one unit under one estimator, and what it costs."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.rollout import micro_batches
 from lit_opd.types import Rollout, ScoredRollout
 
-__all__ = ["Sketch", "Specimen", "UnitGradient", "allocated_mb", "unit_gradient"]
+__all__ = ["Specimen", "UnitGradient", "allocated_mb", "unit_gradient"]
 
 
 @dataclass(frozen=True)
@@ -42,42 +42,6 @@ class Specimen:
     parameters: Mapping[str, Tensor]
     head_rows: int
     micro_batch_tokens: int
-
-
-class Sketch:
-    """A linear map to fewer dimensions that keeps inner products, in expectation over its random signs.
-
-    Coordinates get a random sign and are summed `size` apart: with a and b of unit length, the inner product of their
-    sketches is that of a and b, give or take sqrt(2 / size). Gradients that are short enough stay as they are. Source:
-    the count sketch (Charikar, Chen and Farach-Colton, 2002) with places in turn instead of hashed ones.
-
-    Args:
-        parameters: whose gradients are sketched.
-        size: dimensions.
-        seed: of the signs.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], size: int, seed: int) -> None:
-        self.coordinates = sum(p.numel() for p in parameters)
-        self.size = min(size, self.coordinates)
-        generator = torch.Generator().manual_seed(seed)
-        self._signs: list[Tensor] | None = None
-        if size < self.coordinates:
-            self._signs = [
-                (torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8) * 2 - 1).to(p.device)
-                for p in parameters
-            ]
-
-    def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
-        """[size] fp32 (float64 stays), on the CPU; the gradients in the order of the parameters."""
-        flat = [upcast(gradient).flatten() for gradient in gradients]
-        if self._signs is None:
-            return torch.cat(flat).cpu()
-        total = flat[0].new_zeros(self.size)
-        for values, signs in zip(flat, self._signs, strict=True):
-            signed = torch.nn.functional.pad(values * signs, (0, -len(values) % self.size))
-            total += signed.view(-1, self.size).sum(0)
-        return total.cpu()
 
 
 class UnitGradient(NamedTuple):

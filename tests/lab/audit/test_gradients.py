@@ -97,11 +97,15 @@ def test_cosine_and_norm_are_over_all_tensors():
     assert cosine(first, [torch.zeros(1), torch.zeros(1, 1)]) == 0
 
 
-def test_the_sketch_of_a_large_model_keeps_numbers_at_equal_distances(make_evidence, monkeypatch):
-    evidence = replace(make_evidence(), estimator=estimators.build("token"))
-    whole = group_gradients(evidence)
-    size = sum(p.numel() for p in evidence.parameters)
-    monkeypatch.setattr("lit_opd.lab.audit.gradients._KEPT_NUMBERS", size // 3)
-    kept = group_gradients(evidence)
-    assert whole.shape[1] / 5 < kept.shape[1] < whole.shape[1] / 3 + 20
-    assert set(kept[0].tolist()) <= set(whole[0].tolist())
+def test_of_a_large_model_inner_products_of_all_its_numbers_are_kept(make_evidence, monkeypatch):
+    evidence, size = replace(make_evidence(), estimator=estimators.build("token")), 512
+    whole_GF = group_gradients(evidence).double()
+    monkeypatch.setattr("lit_opd.lab.audit.gradients._SKETCH", size)
+    kept_GF, again_GF = group_gradients(evidence).double(), group_gradients(evidence).double()
+    assert kept_GF.shape == (16, size)
+    assert whole_GF.shape[1] > 4 * size
+    assert torch.equal(kept_GF, again_GF), "two estimators are compared by the same signs"
+    lengths_G = whole_GF.norm(dim=1)
+    error_GG = (kept_GF @ kept_GF.T - whole_GF @ whole_GF.T) / (lengths_G[:, None] * lengths_G)
+    assert error_GG.abs().max() < 4 * (2 / size) ** 0.5
+    assert error_GG.square().mean().sqrt() < 1.5 * (2 / size) ** 0.5

@@ -1,4 +1,5 @@
 import statistics
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +43,8 @@ def test_an_id_that_carries_the_sum_is_named_with_its_mask(by_hand):
     found = log_ratios(by_hand(TAG + PLAIN, masked=["7"]))
     assert found.verdict == "warn"
     assert found.found == "1 of 3 ids carry 98% of the sum: '-' 16.0 ± 0.4 nats, where the teacher expects '+'"
-    assert "Set estimator.masked_tokens=[7,16] so that '-' do not count" in found.fix
+    assert "set estimator.masked_tokens=[7,16] so that '-' do not count" in found.fix
+    assert found.fix.startswith("As a stop-gap")
     assert found.numbers["share"] == pytest.approx(64 / 65.5)
 
 
@@ -73,8 +75,22 @@ def test_ends_that_are_equivalent_already_pass(by_hand):
 def test_both_remedies_are_proposed_where_both_are_needed(by_hand):
     found = log_ratios(by_hand(STOP + TAG + PLAIN))
     assert found.found.startswith("2 of 4 ids carry 98% of the sum")
-    assert "masked_tokens=[16]" in found.fix
-    assert "as [2, 3]" in found.fix
+    assert found.fix.index("as [2, 3]") < found.fix.index("As a stop-gap") < found.fix.index("masked_tokens=[16]")
+
+
+def test_what_a_mask_was_worth_is_told_as_it_was_measured(by_hand):
+    """The numbers are those of the table: `both` is mask and ends, `either end stops` the ends alone."""
+    measured = (Path(__file__).parents[3] / "docs" / "mismatched_pair.md").read_text()
+    after = {}
+    for steps, part in zip((60, 150), measured.split(" steps:\n")[1:], strict=True):
+        rows = [line.split("|") for line in part.splitlines() if line.startswith("| full_vocab")]
+        after[steps] = {arm.strip(): float(value) for _, _, arm, _, value, *_ in rows}
+    told = [
+        f"{after[steps]['both']:.3f} against {after[steps]['either end stops']:.3f} after {steps}"
+        for steps in (60, 150)
+    ]
+    fix = log_ratios(by_hand(TAG + PLAIN)).fix
+    assert all(sentence in fix for sentence in told), told
 
 
 def test_a_stop_token_where_the_teacher_goes_on_is_not_made_equivalent_to_what_stops_already(by_hand):

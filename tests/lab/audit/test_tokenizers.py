@@ -103,6 +103,6 @@ def test_completions_that_the_teachers_tokenizer_spells_otherwise_are_shown(make
     found = segmentation(evidence)
     assert (found.verdict, found.numbers) == ("warn", {"share": 1.0})
     assert "the tokenizers spell 64 of 64 completions differently: '1' '2' by the student's, '12'" in found.found
-    assert found.fix.startswith("Look at the ids ranked below")
+    assert found.fix.startswith("Look at the ids ranked below, and mend ends that differ first.")
     evidence.teacher.tokenizer = spelling(False)
     assert segmentation(evidence).verdict == "pass"

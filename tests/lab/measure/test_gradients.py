@@ -1,4 +1,4 @@
-"""Gradients of units against a loss written out, and what a sketch keeps of them."""
+"""Gradients of units against a loss written out, and micro-batches against the unit at once."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 
 from lit_opd import estimators, models
 from lit_opd.config import StudentConfig, TeacherConfig, load_config
-from lit_opd.lab.measure.gradients import Sketch, Specimen, allocated_mb, unit_gradient
+from lit_opd.lab.measure.gradients import Specimen, allocated_mb, unit_gradient
 from lit_opd.types import FinishReason, Rollout, SamplingLaw
 
 TINY = load_config([], ["student.path=${lit_opd:tiny/student}", "teacher.path=${lit_opd:tiny/teacher}"])
@@ -98,30 +98,6 @@ def test_micro_batches_within_the_budget_add_up_to_the_unit(specimen, name, budg
     for mine, other in zip(found.gradients, whole.gradients, strict=True):
         torch.testing.assert_close(mine, other, atol=2e-6 * scale, rtol=1e-5)
     torch.testing.assert_close(found.token_norms_N.sort()[0], whole.token_norms_N.sort()[0], atol=1e-6, rtol=1e-4)
-
-
-def test_what_is_short_enough_is_not_sketched():
-    parameters = [torch.zeros(2, 3), torch.zeros(4)]
-    sketch, gradients = Sketch(parameters, 10, 0), [torch.arange(6.0).view(2, 3), torch.arange(4.0)]
-    assert (sketch.size, sketch.coordinates) == (10, 10)
-    assert sketch(gradients).tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
-
-
-def test_a_sketch_keeps_inner_products_up_to_its_noise():
-    parameters = [torch.zeros(300), torch.zeros(7, 100)]
-    generator = torch.Generator().manual_seed(1)
-    a, b = ([torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters] for _ in range(2))
-    exact = sum(float((x * y).sum()) for x, y in zip(a, b, strict=True))
-    scale = (sum(float(x.square().sum()) for x in a) * sum(float(y.square().sum()) for y in b)) ** 0.5
-    found = []
-    for seed in range(300):
-        sketch = Sketch(parameters, 64, seed)
-        assert sketch(a).shape == (64,)
-        found.append(float(sketch(a) @ sketch(b)))
-    errors = (torch.tensor(found) - exact) / scale
-    assert errors.std() < 1.2 * (2 / 64) ** 0.5
-    assert abs(errors.mean()) < 4 * errors.std() / 300**0.5
-    torch.testing.assert_close(sketch([x + 2 * y for x, y in zip(a, b, strict=True)]), sketch(a) + 2 * sketch(b))
 
 
 def test_allocated_memory_is_the_most_that_is_held_at_once():

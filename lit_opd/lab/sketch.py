@@ -1,0 +1,48 @@
+"""A short stand-in for a long gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_opd.functional import upcast
+
+__all__ = ["Sketch"]
+
+
+class Sketch:
+    """A linear map to fewer dimensions that keeps inner products, in expectation over its random signs.
+
+    Coordinates get a random sign and are summed `size` apart: with a and b of unit length, the inner product of their
+    sketches is that of a and b, give or take sqrt(2 / size). Gradients that are short enough stay as they are. Source:
+    the count sketch (Charikar, Chen and Farach-Colton, 2002) with places in turn instead of hashed ones.
+
+    Args:
+        parameters: whose gradients are sketched.
+        size: dimensions.
+        seed: of the signs.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], size: int, seed: int) -> None:
+        self.coordinates = sum(p.numel() for p in parameters)
+        self.size = min(size, self.coordinates)
+        generator = torch.Generator().manual_seed(seed)
+        self._signs: list[Tensor] | None = None
+        if size < self.coordinates:
+            self._signs = [
+                (torch.randint(0, 2, (p.numel(),), generator=generator, dtype=torch.int8) * 2 - 1).to(p.device)
+                for p in parameters
+            ]
+
+    def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
+        """[size] fp32 (float64 stays), on the CPU; the gradients in the order of the parameters."""
+        flat = [upcast(gradient).flatten() for gradient in gradients]
+        if self._signs is None:
+            return torch.cat(flat).cpu()
+        total = flat[0].new_zeros(self.size)
+        for values, signs in zip(flat, self._signs, strict=True):
+            for part in (values * signs).split(self.size):
+                total[: len(part)] += part
+        return total.cpu()
