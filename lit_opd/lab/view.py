@@ -14,7 +14,7 @@ __all__ = ["VIEW_KEY", "offer_view"]
 
 VIEW_KEY = "lit_opd"
 VIEW_NAME = "Which estimator, at what cost?"
-# In this order (at a first visit MLflow may keep its own), and pixels wide: the answer without scrolling.
+# In this order (at a first visit MLflow may keep its own, of rows too), and pixels wide: the answer without scrolling.
 COLUMNS = {
     "tags.`estimator`": 125,
     "tags.`seed`": 60,
