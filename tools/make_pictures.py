@@ -2,33 +2,33 @@
 
 Usage: ``python tools/make_pictures.py [--uri sqlite:///mlflow.db] [--experiment quickstart] [--out docs]``
 
-Writes ``<experiment>_curves.png``, by matplotlib, and ``mlflow_compare.png``, a screenshot of the stock MLflow UI by
-headless Chromium, which needs ``pip install selenium`` and Debian's ``chromium`` and ``chromium-driver``. The curves
-show every finished run of the experiment; runs which differ in the seed only share a colour. MLflow colours runs by
-their ids, at times two alike, so the screenshot is of a copy of an SQLite database whose runs have the colours of the
-curves; your own is only read.
+Writes ``<experiment>_curves.png``, by matplotlib, and screenshots of the stock MLflow UI by headless Chromium:
+``mlflow_table.png``, ``mlflow_compare.png`` and, of the best run, ``mlflow_completions.png``. They need
+``pip install selenium`` and Debian's ``chromium`` and ``chromium-driver``; tests/lab/test_browser.py holds what they
+show. The curves show every finished run of the experiment; runs which differ in the seed only share a colour. MLflow
+colours runs by their ids, at times two alike, so the screenshots are of a copy of an SQLite database whose runs have
+the colours of the curves; your own is only read.
 """
 
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from browser import WINDOW, open_pages, wait_for
 from matplotlib.axes import Axes
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -37,24 +37,6 @@ PANELS = {"reverse_kl": "reverse KL to the teacher (nats/token)", "accuracy": "a
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
-
-WINDOW = (1500, 1000)
-# The chart view, best run first: MLflow's legends have room for the first two runs.
-CHART_VIEW = "compareRunsMode=CHART&orderByKey=metrics.%60val%2Faccuracy%60&orderByAsc=false"
-CHARTS = "^val/(accuracy|reverse_kl|forward_kl|jsd|teacher_nll|top1)"  # typed into the UI's search of charts
-PATIENCE_S = 90
-BROWSER_FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
-    # A mouse, as on a desk: else the chart tools, which a mouse brings up, cover the charts.
-    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
-)
-INSTALL = "pip install selenium && apt-get install chromium chromium-driver"
-SEARCH_BOX = "[placeholder='Search metric charts']"
-# Side panels that take room from the charts; absent in some versions of MLflow.
-PANEL_BUTTONS = ("mlflow.assistant.chat_panel.close", "mlflow_header.toggle_sidebar_button")
-# [title, number of lines drawn] of every chart on the page.
-DRAWN_CHARTS = """return [...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')].map(
-    card => [card.querySelector('h4').title, card.querySelectorAll('.scatterlayer path.js-line').length])"""
 
 
 class Curve(NamedTuple):
@@ -75,9 +57,15 @@ def main() -> None:
     client, experiment_id, runs = find_runs(arguments.uri, arguments.experiment)
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw_curves(client, runs, arguments.out / f"{arguments.experiment}_curves.png")
-    with recoloured_copy(arguments.uri, runs) as uri, serve_ui(uri) as address:
-        page = f"{address}/#/experiments/{experiment_id}/runs?{CHART_VIEW}"
-        take_screenshot(page, arguments.out / "mlflow_compare.png")
+    with recoloured_copy(arguments.uri, runs) as uri, serve_ui(uri) as address, open_pages(address) as pages:
+        rows = pages.open_table(experiment_id)
+        pages.resize(WINDOW[0], min(WINDOW[1], 330 + 32 * len(rows)))  # no empty half below the last run
+        pages.photograph(arguments.out / "mlflow_table.png")
+        pages.resize(*WINDOW)
+        pages.open_charts(experiment_id)
+        pages.photograph(arguments.out / "mlflow_compare.png")
+        pages.open_artifact(experiment_id, runs[0].info.run_id, "completions.json")
+        pages.photograph(arguments.out / "mlflow_completions.png")
 
 
 def find_runs(uri: str, experiment: str) -> tuple[MlflowClient, str, list[Run]]:
@@ -253,74 +241,6 @@ def answers(address: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def wait_for(condition: Callable[[], bool], complaint: str) -> None:
-    """Ask every half second until a condition holds.
-
-    Raises:
-        SystemExit: it does not within `PATIENCE_S`.
-    """
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{complaint} (waited {PATIENCE_S} s).")
-        time.sleep(0.5)
-
-
-def open_browser() -> Any:
-    """Start a headless Chromium of `WINDOW`.
-
-    Raises:
-        SystemExit: selenium, the browser or its driver is missing.
-    """
-    try:
-        from selenium import webdriver
-    except ImportError:
-        raise SystemExit(f"The screenshot needs a browser: {INSTALL}") from None
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:  # selenium would go and download them
-        raise SystemExit(f"The screenshot needs a browser: {INSTALL}")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in BROWSER_FLAGS:
-        options.add_argument(flag)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    size = {"width": WINDOW[0], "height": WINDOW[1], "deviceScaleFactor": 1, "mobile": False}
-    chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # --window-size counts a frame not shown
-    return chrome
-
-
-def take_screenshot(page: str, path: Path) -> None:
-    """Photograph the held-out charts of an experiment's chart view.
-
-    Args:
-        page: address of the chart view.
-        path: of the picture.
-    """
-    chrome = open_browser()
-    try:
-        chrome.get(page)
-        wait_for(lambda: bool(chrome.find_elements("css selector", SEARCH_BOX)), f"{page} shows no charts")
-        for name in PANEL_BUTTONS:
-            for button in chrome.find_elements("css selector", f"[data-component-id='{name}']"):
-                button.click()
-        chrome.find_element("css selector", SEARCH_BOX).send_keys(CHARTS)
-        wait_for(lambda: charts_settled(chrome), f"{page} does not draw charts of {CHARTS}")
-        chrome.execute_script("document.activeElement.blur()")
-        chrome.save_screenshot(str(path))
-    finally:
-        chrome.quit()
-    print(f"wrote {path}: {page}")
-
-
-def charts_settled(chrome: Any) -> bool:
-    """Say whether the searched charts are all drawn and stay as they are for two seconds."""
-    before = chrome.execute_script(DRAWN_CHARTS)
-    if not before or not all(title.startswith("val/") and lines for title, lines in before):
-        return False
-    time.sleep(2)
-    return bool(chrome.execute_script(DRAWN_CHARTS) == before)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,42 @@ import lightning as L
 
 __all__ = ["StepSpeed"]
 
-PEAK = "perf/peak_memory_mb"
+PEAK, SECONDS, SPEED = "perf/peak_memory_mb", "perf/step_s", "perf/tokens_per_s"
 
 
 class StepSpeed(L.Callback):
-    """Keeps what every step logs as `perf/*`, to sum it up."""
+    """Keeps what every step logs as `perf/*`, and logs at evaluations what all steps so far took together.
+
+    `cost/tokens` are the completion tokens sampled for training, `cost/seconds` those spent in training steps. They are
+    exact whatever `log_every_n_steps`, go on where a run is resumed, and lie on the steps of `val/*`, so that a chart
+    can have them as its axis.
+    """
 
     def __init__(self) -> None:
         self.steps: dict[str, list[float]] = {}
+        self.cost = {"cost/tokens": 0.0, "cost/seconds": 0.0}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Keep the step's."""
-        for name, value in trainer.callback_metrics.items():
-            if name.startswith("perf/"):
-                self.steps.setdefault(name, []).append(float(value))
+        step = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("perf/")}
+        for name, value in step.items():
+            self.steps.setdefault(name, []).append(value)
+        self.cost["cost/seconds"] += step[SECONDS]
+        self.cost["cost/tokens"] += round(step[SPEED] * step[SECONDS])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Log the totals, as often as `val/*`: MLflow's charts pair the values of two metrics by their number."""
+        if not trainer.sanity_checking and pl_module.judged == "student":
+            for logger in trainer.loggers:
+                logger.log_metrics({name: round(value, 3) for name, value in self.cost.items()}, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The totals, which a resumed run adds to."""
+        return dict(self.cost)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint's totals."""
+        self.cost.update(state_dict)
 
     def typical(self) -> dict[str, float]:
         """The median over steps, which a slow first one does not move; of the peak memory, the largest."""

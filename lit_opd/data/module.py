@@ -191,6 +191,12 @@ class PromptDataModule(L.LightningDataModule):
             digest.update(b"end of part\n")
         return digest.hexdigest()
 
+    @cached_property
+    def part_sha256(self) -> tuple[str, str]:
+        """Hashes of the content and order of the training rows and of the validation rows."""
+        train, validation = (json.dumps(part, sort_keys=True, default=repr).encode() for part in self.rows)
+        return hashlib.sha256(train).hexdigest(), hashlib.sha256(validation).hexdigest()
+
     @property
     def counts(self) -> dict[str, int]:
         """How many prompts are used, were dropped and were truncated."""

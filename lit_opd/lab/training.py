@@ -15,7 +15,9 @@ from lit_opd.data import PromptDataModule
 from lit_opd.lab.checks import prepare_data
 from lit_opd.lab.export import export_student
 from lit_opd.lab.folder import RunFolder, check_weights, load_weights, read_checkpoint
+from lit_opd.lab.lineage import log_datasets, log_medians, log_student
 from lit_opd.lab.trainer import build_evaluation_trainer, build_trainer
+from lit_opd.lab.view import offer_view
 from lit_opd.metrics import Interval
 from lit_opd.module import DistillationModule
 from lit_opd.tracking import RunLogger, begin_run, check_tracking, git_sha
@@ -68,6 +70,8 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
     if trainer.is_global_zero:
         folder.config.write_text(to_yaml(config))
         folder.write_notes(mlflow_run_id=logger.run_id)
+        log_datasets(logger, data)
+        offer_view(logger)
     try:
         return run(config, folder, trainer, module, data, logger, checkpoint)
     except BaseException as error:
@@ -127,6 +131,8 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
     folder.write_notes(perf=outcome.perf)
     for file in (folder.prompts, folder.summary):
         outcome.logger.experiment.log_artifact(outcome.logger.run_id, str(file))
+    log_medians(outcome.logger, outcome.perf, outcome.steps)
+    log_student(outcome.logger, folder.student, outcome.steps, data)
     outcome.logger.end("FINISHED")
 
 

@@ -35,4 +35,4 @@ def serve(config: Config, port: int) -> None:
             raise UserError("--port", "a free port", f"{port}: {error.strerror}", "Choose another.") from error
     print(f"http://127.0.0.1:{port}", flush=True)
     command = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, *command])
+    os.execv(sys.executable, [sys.executable, *command, "--workers", "1"])  # one reader needs one; it starts sooner

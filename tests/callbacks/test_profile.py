@@ -159,9 +159,11 @@ def test_ctrl_c_while_recording_ends_the_run_as_without_it(train, tmp_path, time
 def test_speed_is_summed_up_by_medians_and_the_largest_memory():
     speed = StepSpeed()
     for seconds, memory in ((9.0, 10.0), (1.0, 30.0), (2.0, 20.0)):
-        metrics = {"perf/step_s": torch.tensor(seconds), "perf/peak_memory_mb": memory, "train/loss": math.nan}
+        metrics = {"perf/step_s": torch.tensor(seconds), "perf/tokens_per_s": 5.0, "perf/peak_memory_mb": memory,
+                   "train/loss": math.nan}  # fmt: skip
         speed.on_train_batch_end(SimpleNamespace(callback_metrics=metrics), None, None, None, 0)
-    assert speed.typical() == {"perf/step_s": 2.0, "perf/peak_memory_mb": 30.0}
+    assert speed.typical() == {"perf/step_s": 2.0, "perf/tokens_per_s": 5.0, "perf/peak_memory_mb": 30.0}
+    assert speed.state_dict() == {"cost/seconds": 12.0, "cost/tokens": 60.0}
     assert StepSpeed().typical() == {}
 
 

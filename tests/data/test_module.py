@@ -331,6 +331,13 @@ def test_hash_is_of_content(tokenizer):
     assert len(hashes) == 4
 
 
+def test_hashes_of_parts_are_of_their_content_alone(tokenizer):
+    first, second = (data(train_rows=rows, validation_rows=["c"]).part_sha256 for rows in (["a", "b"], ["b", "a"]))
+    assert first[0] != second[0]
+    assert first[1] == second[1]
+    assert first[1] == data(train_rows=["c"], validation_rows=["a"]).part_sha256[0]
+
+
 def test_counts(tokenizer):
     rows = {"train_rows": ["a", "bc", "defg"], "validation_rows": ["hijk", "l"]}
     drop = data(tokenizer=tokenizer, max_prompt_tokens=2, **rows).counts

@@ -89,6 +89,7 @@ def test_finished_run_resumed_changes_nothing(run, capsys):
     assert all(torch.equal(after["state_dict"][k], v) for k, v in weights["state_dict"].items())
     (record,) = run.runs
     assert record.info.status == "FINISHED"
+    assert len(record.outputs.model_outputs) == 1
 
 
 def test_more_steps_after_the_end_are_those_of_a_longer_run(workspace):

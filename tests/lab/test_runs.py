@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -136,6 +137,67 @@ def test_fit_records_the_run_in_mlflow(finished):
     assert sorted(losses(workspace)) == list(range(1, 9))
 
 
+def curve(workspace, name):
+    (run,) = workspace.runs
+    return {m.step: m.value for m in workspace.client.get_metric_history(run.info.run_id, name)}
+
+
+def models(workspace):
+    (run,) = workspace.runs
+    return workspace.client.search_logged_models([run.info.experiment_id])
+
+
+def test_fit_tells_mlflow_which_prompts_it_used(finished):
+    workspace, _ = finished
+    (run,) = workspace.runs
+    found = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert found.keys() == {"training", "validation"}
+    for part, rows in (("training", 24), ("validation", 6)):
+        assert (found[part].name, found[part].source_type) == ("problems", "function")
+        assert json.loads(found[part].source) == {"path": "lit_opd.data.arithmetic:problems"}
+        profile = {"num_rows": rows, "prompts_used": rows, "dropped": 0, "truncated": 0}
+        assert json.loads(found[part].profile) == profile
+        columns = json.loads(found[part].schema)["mlflow_colspec"]
+        assert columns == [{"name": name, "type": "string"} for name in ("prompt", "answer", "completion")]
+
+
+def test_fit_counts_what_training_cost_along_with_every_evaluation(finished):
+    workspace, _ = finished
+    seconds, speed = curve(workspace, "perf/step_s"), curve(workspace, "perf/tokens_per_s")
+    for step, spent in curve(workspace, "cost/seconds").items():
+        assert spent == pytest.approx(sum(seconds[i] for i in range(1, step + 1)), abs=1e-3)
+    tokens = curve(workspace, "cost/tokens")
+    assert tokens == {
+        step: pytest.approx(sum(seconds[i] * speed[i] for i in range(1, step + 1)), rel=1e-5) for step in (0, 3, 6, 8)
+    }
+    assert tokens[8] == int(tokens[8])
+    (run,) = workspace.runs
+    assert run.data.metrics["cost/median_step_s"] == pytest.approx(median(seconds.values()))
+    assert run.data.metrics["cost/peak_memory_mb"] == max(curve(workspace, "perf/peak_memory_mb").values())
+
+
+def test_fit_enters_the_student_among_mlflows_models_without_its_weights(finished):
+    workspace, _ = finished
+    (run,), (model,) = workspace.runs, models(workspace)
+    assert (model.name, model.source_run_id, str(model.status)) == ("full_vocab seed 0", run.info.run_id, "READY")
+    assert model.params["folder"] == run.data.tags["exported_student"] == str(workspace.output / "student")
+    reached = {metric.key: metric for metric in model.metrics}
+    for name in ("val/reverse_kl", "val/accuracy", "cost/tokens", "cost/seconds"):
+        assert reached[name].value == run.data.metrics[name]
+    digests = {entry.tags[0].value: entry.dataset.digest for entry in run.inputs.dataset_inputs}
+    assert reached["val/reverse_kl"].dataset_digest == digests["validation"]
+    assert not workspace.client.list_logged_model_artifacts(model.model_id)
+
+
+def test_fit_offers_a_view_of_its_experiment(finished):
+    workspace, _ = finished
+    view = json.loads(workspace.client.get_experiment_by_name("tests").tags["mlflow.sharedViewState.lit_opd"])
+    (run,) = workspace.runs
+    for column in json.loads(view["state"])["selectedColumns"]:
+        kind, name = column.replace("`", "").split(".", 1)
+        assert kind == "attributes" or name in getattr(run.data, kind), column
+
+
 def test_fit_records_completions_before_during_and_after(finished):
     workspace, _ = finished
     (run,) = workspace.runs
@@ -165,6 +227,9 @@ def test_killed_run_resumes_bit_for_bit(finished, make_workspace, student_with_d
     (run,) = workspace.runs
     assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
     assert losses(workspace) == losses(finished[0])
+    assert curve(workspace, "cost/tokens") == curve(finished[0], "cost/tokens")
+    assert len(run.inputs.dataset_inputs) == 2
+    assert len(models(workspace)) == 1
     steps = {m.step for m in workspace.client.get_metric_history(run.info.run_id, "val/reverse_kl")}
     assert steps == {0, 3, 6, 8}
     assert resumed.stdout.splitlines()[3:6] == finished[1].stdout.splitlines()[3:6]  # with the results before training
@@ -187,6 +252,7 @@ def test_interrupted_run_saves_and_resumes_bit_for_bit(finished, make_workspace,
     (run,) = workspace.runs
     assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
     assert losses(workspace) == losses(finished[0])
+    assert curve(workspace, "cost/tokens") == curve(finished[0], "cost/tokens")
 
 
 NOT_FINITE = """

@@ -22,7 +22,7 @@ def free_port():
 
 def ask(address, process):
     """What an address answers, once it does."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(address, timeout=5) as answer:

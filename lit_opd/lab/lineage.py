@@ -1,0 +1,97 @@
+"""What MLflow knows of a run besides its numbers: the prompts that went in, and the student that came out."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
+
+from lit_opd.data import PromptDataModule
+from lit_opd.data.sources import Row
+from lit_opd.tracking import RunLogger
+
+__all__ = ["dataset_inputs", "log_datasets", "log_medians", "log_student"]
+
+CONTEXT = "mlflow.data.context"
+TYPES = {str: "string", bool: "boolean", int: "long", float: "double"}
+DIGEST_LENGTH = 10  # what MLflow recommends
+NOT_IN_NAMES = r"""[/:.%"']"""  # of MLflow's models
+
+
+@rank_zero_only
+def log_datasets(logger: RunLogger, data: PromptDataModule) -> None:
+    """Fill the run's Dataset column; once more on resuming adds nothing."""
+    logger.experiment.log_inputs(str(logger.run_id), dataset_inputs(data))
+
+
+def dataset_inputs(data: PromptDataModule) -> list[DatasetInput]:
+    """The training and the validation prompts as MLflow describes data: where from, which content, what columns.
+
+    Two runs have the same digest exactly where they have the same rows in the same order.
+    """
+    paths = (data.config.path, data.config.validation_path or data.config.path)
+    parts = zip(("training", "validation"), paths, data.rows, data.part_sha256, strict=True)
+    return [
+        DatasetInput(_dataset(data, context, str(path), rows, sha256), [InputTag(CONTEXT, context)])
+        for context, path, rows, sha256 in parts
+        if rows
+    ]
+
+
+def _dataset(data: PromptDataModule, context: str, path: str, rows: list[Row], sha256: str) -> Dataset:
+    name = re.split(r"[:/]", path)[-1]
+    columns = [{"name": key, "type": TYPES.get(type(value), "object")} for key, value in rows[0].items()]
+    part = "train" if context == "training" else context
+    counts = {"num_rows": len(rows), "prompts_used": data.counts[part], "dropped": data.counts[f"dropped_{part}"],
+              "truncated": data.counts[f"truncated_{part}"]}  # fmt: skip
+    source = {"path": path, "split": data.config.split} if data.config.source == "hub" else {"path": path}
+    return Dataset(name=name, digest=sha256[:DIGEST_LENGTH], source_type=data.config.source, source=json.dumps(source),
+                   schema=json.dumps({"mlflow_colspec": columns}), profile=json.dumps(counts))  # fmt: skip
+
+
+@rank_zero_only
+def log_student(logger: RunLogger, folder: Path, step: int, data: PromptDataModule) -> None:
+    """Enter the exported student in MLflow's table of models: where it lies, what it reached and cost, no weights.
+
+    Args:
+        logger: of the run that made it; a finished run that is resumed has entered its student already.
+        folder: of the weights.
+        step: optimizer steps done.
+        data: what it was measured on.
+    """
+    client, run_id = logger.experiment, str(logger.run_id)
+    run = client.get_run(run_id)
+    if any(model.step == step for model in run.outputs.model_outputs):
+        return
+    tags, path = run.data.tags, str(folder.absolute())
+    shown = {name: tags[name] for name in ("estimator", "variant", "family", "seed", "teacher") if name in tags}
+    about = {**shown, "trained_from": tags["student"], "steps": str(step), "folder": path}
+    name = re.sub(NOT_IN_NAMES, "-", f"{tags.get('variant', tags['estimator'])} seed {tags['seed']}")
+    model = client.create_logged_model(str(logger.experiment_id), name, run_id, params=about)
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    client.set_tag(run_id, "exported_student", path)
+    now, of = int(time.time() * 1000), dataset_inputs(data)[-1].dataset
+    client.log_batch(run_id, metrics=[
+        Metric(name, value, now, step, model.model_id, of.name, of.digest, run_id)
+        for name, value in run.data.metrics.items() if name.startswith(("val/", "cost/"))
+    ])  # fmt: skip
+
+
+@rank_zero_only
+def log_medians(logger: RunLogger, perf: Mapping[str, float], step: int) -> None:
+    """Add the typical step to the run's `cost/*`, where a table shows of `perf/*` the last step's.
+
+    Args:
+        logger: of the run.
+        perf: medians of `perf/*`, of the memory the largest.
+        step: optimizer steps done.
+    """
+    names = {"perf/step_s": "cost/median_step_s", "perf/tokens_per_s": "cost/median_tokens_per_s",
+             "perf/peak_memory_mb": "cost/peak_memory_mb"}  # fmt: skip
+    logger.log_metrics({cost: perf[name] for name, cost in names.items() if name in perf}, step)
