@@ -225,6 +225,15 @@ def test_quantiles_are_numpy_s_to_within_a_bin(heavy, share):
         assert low - 1e-9 <= found.quantile(share) <= high + 1e-9
 
 
+def test_within_a_bin_quantiles_are_interpolated():
+    """In the middle of tokens too: a bin's are taken as evenly spread over it."""
+    edges = LogRatioHistogram.edges()
+    low, high = edges[250:252]
+    found = histogram(np.concatenate([np.full(300, -3.0), np.linspace(low, high, 1001)[:-1], np.full(700, 50.0)]))
+    for share in (0.2, 0.4, 0.6):
+        assert found.quantile(share) == pytest.approx(low + (2000 * share - 300) / 1000 * (high - low), rel=1e-6)
+
+
 @pytest.mark.parametrize("share", [0.005, 0.01, 0.3, 1.0])
 def test_the_share_of_the_largest_is_that_of_sorted_tokens(heavy, share):
     size = np.sort(np.abs(heavy))[::-1]
