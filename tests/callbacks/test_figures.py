@@ -17,7 +17,7 @@ from lit_opd.callbacks.page import completions_page, limit, shade
 from lit_opd.curves import POSITION_VALUES, SCALE, LogRatioHistogram, TokenProfile
 from lit_opd.evaluation import Example
 
-TOKENS = ["Hel", "lo", " <b>", "\n", "\t", "", "&amp;", "'q\"", "<|im_end|>"]
+TOKENS = ["Sun", "day", " <b>", "\n", "\t", "", "&amp;", "'q\"", "<|im_end|>"]
 RATIOS = [0.0, 0.05, -0.2, 5.5, -7.0, 1.0, -1.0, 0.4, -0.00004]
 
 
