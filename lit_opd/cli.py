@@ -155,6 +155,8 @@ def _measure(parsed: argparse.Namespace) -> None:
         Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
         Path(parsed.json).write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
     print(f"MLflow: {record(config, measurement)}")
+    if measurement.interrupted:
+        raise KeyboardInterrupt
 
 
 def _ui(parsed: argparse.Namespace) -> None:

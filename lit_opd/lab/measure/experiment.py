@@ -34,12 +34,18 @@ __all__ = ["measure"]
 
 TOP_SHARE = 0.01
 
+# Fewer give no intervals; the configuration asks for as many, too.
+LEAST_UNITS = 4
+
 
 def measure(config: Config) -> Measurement:
     """Run the microscope as configured; nothing is trained and nothing is written.
 
+    Ctrl-C ends it, with what the units that were whole by then tell, where they are enough for intervals.
+
     Raises:
         UserError: whatever cannot work.
+        KeyboardInterrupt: Ctrl-C before `LEAST_UNITS` units.
     """
     L.seed_everything(config.seed, verbose=False)
     if config.rollout.student_share < 1:
@@ -63,7 +69,8 @@ def measure(config: Config) -> Measurement:
     exact = {key: torch.stack(seen[label].sketches).double() for key, label in labels.items()}
     return Measurement(
         rows=[_row(label, e, seen[label], exact, config.measure.prompts_per_unit) for label, e in chosen.items()],
-        units=config.measure.units,
+        units=len(exact["local"]),
+        units_asked=config.measure.units,
         prompts_per_unit=config.measure.prompts_per_unit,
         completions=config.rollout.num_completions,
         tokens=sum(map(len, seen[next(iter(chosen))].norms)),
@@ -121,6 +128,10 @@ class _Seen:
     seconds: list[float] = field(default_factory=list)
     memory_mb: float = 0.0
 
+    def cut(self, units: int) -> None:
+        """Keep the first so many units."""
+        self.sketches, self.norms, self.seconds = self.sketches[:units], self.norms[:units], self.seconds[:units]
+
 
 def _look(
     config: Config,
@@ -132,17 +143,23 @@ def _look(
     """The gradients of every unit under every estimator, one unit after the other."""
     seen = {label: _Seen() for label in looked_at}
     units = _units(config, specimen, data, any("rewards" in e.needs for e in looked_at.values()))
-    for number, (rollout, rewards_B) in enumerate(
-        track(units, "units of prompts", total=config.measure.units, transient=True)
-    ):
-        for label, estimator in looked_at.items():
-            if number == 0:
-                again = partial(unit_gradient, specimen, estimator, rollout, rewards_B)
-                seen[label].memory_mb = allocated_mb(again, specimen.student.device)
-            unit = unit_gradient(specimen, estimator, rollout, rewards_B)
-            seen[label].sketches.append(sketch(unit.gradients))
-            seen[label].norms.append(unit.token_norms_N)
-            seen[label].seconds.append(unit.seconds)
+    shown = track(units, "units of prompts", total=config.measure.units, transient=True)
+    try:
+        for number, (rollout, rewards_B) in enumerate(shown):
+            for label, estimator in looked_at.items():
+                if number == 0:
+                    again = partial(unit_gradient, specimen, estimator, rollout, rewards_B)
+                    seen[label].memory_mb = allocated_mb(again, specimen.student.device)
+                unit = unit_gradient(specimen, estimator, rollout, rewards_B)
+                seen[label].sketches.append(sketch(unit.gradients))
+                seen[label].norms.append(unit.token_norms_N)
+                seen[label].seconds.append(unit.seconds)
+    except KeyboardInterrupt:
+        whole = min(len(one.seconds) for one in seen.values())
+        if whole < LEAST_UNITS:
+            raise
+        for one in seen.values():
+            one.cut(whole)
     return seen
 
 

@@ -59,6 +59,7 @@ class Measurement:
     Attributes:
         rows: one for each estimator.
         units: independent ones.
+        units_asked: how many there were to be; Ctrl-C leaves fewer.
         prompts_per_unit: in each.
         completions: of each prompt.
         tokens: counted in all of them.
@@ -69,12 +70,18 @@ class Measurement:
 
     rows: list[Row]
     units: int
+    units_asked: int
     prompts_per_unit: int
     completions: int
     tokens: int
     coordinates: int
     sketch: int
     models: dict[str, str]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it before all units were seen."""
+        return self.units < self.units_asked
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` writes: one flat mapping an estimator, null for what cannot be told."""

@@ -61,6 +61,8 @@ def print_measurement(measurement: Measurement) -> None:
     for row in measurement.rows:
         table.add_row(*(cell(row) for cell in COLUMNS.values()))
     kept = "" if measurement.sketch == measurement.coordinates else f", sketched to {measurement.sketch}"
+    if measurement.interrupted:
+        print(f"Interrupted: {measurement.units} of {measurement.units_asked} units were measured.")
     print(f"Gradients of the same rollouts: {measurement.units} units of {measurement.prompts_per_unit} "
           f"prompts x {measurement.completions} completions, "
           f"{measurement.tokens} tokens; {measurement.coordinates} coordinates{kept}; 95% intervals\n")  # fmt: skip
@@ -90,5 +92,5 @@ def record(config: Config, measurement: Measurement) -> str:
         numbers.write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
         for file in (picture, numbers):
             client.log_artifact(run_id, str(file))
-    logger.end("FINISHED")
+    logger.end("KILLED" if measurement.interrupted else "FINISHED")
     return ui_command(config, logger)

@@ -1,6 +1,8 @@
 """The command on the pair that comes with the package, and what it refuses."""
 
 import json
+import os
+import signal
 from collections import Counter
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from lit_opd import estimators, load_config
+from lit_opd.cli import main
 from lit_opd.errors import UserError
 from lit_opd.lab.measure import experiment, measure
 from lit_opd.lab.measure.choice import chosen_estimators
@@ -56,6 +59,45 @@ def test_the_same_seed_finds_the_same(workspace):
         for name, value in one.items():
             if name not in ("seconds", "memory_mb"):
                 assert other[name] == value
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch):
+    """Presses Ctrl-C at the n-th gradient that is taken, in the middle of a unit."""
+
+    def at(call):
+        taken = []
+
+        def interrupted(*arguments):
+            taken.append(None)
+            if len(taken) == call:
+                os.kill(os.getpid(), signal.SIGINT)
+            return unit_gradient(*arguments)
+
+        monkeypatch.setattr(experiment, "unit_gradient", interrupted)
+
+    return at
+
+
+# Four gradients a unit, of three estimators and one target more, and of the first unit four again for the memory.
+def test_ctrl_c_leaves_what_whole_units_tell_and_a_run_marked_killed(workspace, interrupt_at, capsys):
+    whole = measure(configured(workspace, *SMALL, "measure.units=5")).as_json()
+    interrupt_at(4 * 6 + 2)
+    assert main(workspace.arguments("measure", *SMALL, "--json", "part.json")) == 130
+    part = json.loads((workspace.folder / "part.json").read_text())
+    assert (part["units"], part["units_asked"]) == (5, 12)
+    for one, other in zip(part["estimators"], whole["estimators"], strict=True):
+        assert one["trace_variance"] == other["trace_variance"]
+    assert "Interrupted: 5 of 12 units were measured." in capsys.readouterr().out
+    (run,) = workspace.runs
+    assert run.info.status == "KILLED"
+    assert "measure/token/trace_variance" in run.data.metrics
+
+
+def test_ctrl_c_before_there_are_units_enough_leaves_nothing(workspace, interrupt_at):
+    interrupt_at(4 * 4 + 1)
+    assert main(workspace.arguments("measure", *SMALL)) == 130
+    assert workspace.runs == []
 
 
 def test_a_chosen_estimator_that_is_a_target_is_looked_at_once_and_held_against_itself(workspace, monkeypatch):
