@@ -176,6 +176,24 @@ def test_fit_counts_what_training_cost_along_with_every_evaluation(finished):
     assert run.data.metrics["cost/peak_memory_mb"] == max(curve(workspace, "perf/peak_memory_mb").values())
 
 
+def test_what_training_cost_is_told_however_seldom_steps_are_logged(finished, make_workspace, student_with_dropout):
+    workspace = make_workspace("seldom", student_with_dropout)
+    done = workspace.run(*workspace.arguments("fit", "trainer.log_every_n_steps=7"))
+    assert done.returncode == 0, done.stderr
+    assert list(curve(workspace, "perf/step_s")) == [7]
+    assert curve(workspace, "cost/tokens") == curve(finished[0], "cost/tokens")
+    assert list(curve(workspace, "cost/seconds")) == [0, 3, 6, 8]
+
+
+def test_several_updates_on_a_rollout_count_its_tokens_once(make_workspace, student_with_dropout):
+    workspace = make_workspace("updates", student_with_dropout)
+    done = workspace.run(*workspace.arguments("fit", "optim.updates_per_rollout=2"))
+    assert done.returncode == 0, done.stderr
+    lengths = curve(workspace, "rollout/length")
+    assert list(lengths) == [2, 4, 6, 8]
+    assert curve(workspace, "cost/tokens")[8] == pytest.approx(sum(8 * length for length in lengths.values()), rel=1e-6)
+
+
 def test_fit_enters_the_student_among_mlflows_models_without_its_weights(finished):
     workspace, _ = finished
     (run,), (model,) = workspace.runs, models(workspace)

@@ -6,7 +6,6 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ from lit_opd.errors import UserError
 from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.runs import PARENT
 
-__all__ = ["collect", "read_run", "total_until"]
+__all__ = ["collect", "read_run"]
 
-COSTS = ("perf/step_s", "perf/tokens_per_s", "perf/peak_memory_mb")
+SPENT = ("cost/tokens", "cost/seconds")
+PEAK = "cost/peak_memory_mb"
+EVERY_STEP = "perf/step_s"
 PROMPTS_FILE = "prompts.json"
 
 
@@ -30,7 +31,8 @@ def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
     A run that was recorded twice because its first beginning was lost counts once, as it was last.
 
     Raises:
-        UserError: no run, or no such run; two runs that cannot be told apart; one without results prompt by prompt.
+        UserError: no run, or no such run; two runs that cannot be told apart; one without results prompt by prompt
+            or costs.
     """
     if not run_ids:
         raise UserError("--from-runs", "ids of MLflow runs", "none", "Name them.")
@@ -51,48 +53,29 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     """What one MLflow run leaves behind.
 
     Raises:
-        UserError: it finished, but without results prompt by prompt.
+        UserError: it finished, but without results prompt by prompt or without its costs.
     """
-    names = [name for name in run.data.metrics if name.startswith("val/") or name in COSTS]
+    names = [name for name in run.data.metrics if name.startswith("val/") or name in (*SPENT, EVERY_STEP)]
     histories = {name: _history(client, run, name) for name in names}
-    step_s, speeds = histories.get("perf/step_s", {}), histories.get("perf/tokens_per_s", {})
-    tokens = {step: speeds[step] * seconds for step, seconds in step_s.items() if step in speeds}
-    updates = int(run.data.params.get("optim.updates_per_rollout", 1))
-
-    @cache
-    def spent(step: int) -> tuple[float, float]:
-        return total_until(tokens, step) / updates, total_until(step_s, step) / updates
-
+    steps = max((step for history in histories.values() for step in history), default=0)
+    tokens, seconds = (histories.get(name, {}) for name in SPENT)
+    known = sorted(tokens.keys() & seconds.keys())
+    if run.info.status == "FINISHED" and not known:
+        raise UserError("--from-runs", f"runs that logged {' and '.join(SPENT)}", f"neither in {run.info.run_id}",
+                        "Run it again.")  # fmt: skip
     curves = {
-        name.removeprefix("val/"): [Point(step, *spent(step), value) for step, value in sorted(history.items())]
+        name.removeprefix("val/"): [Point(s, tokens[s], seconds[s], history[s]) for s in known if s in history]
         for name, history in histories.items() if name.startswith("val/")
     }  # fmt: skip
-    steps = max((step for history in histories.values() for step in history), default=0)
-    cost = dict(zip(("steps", "tokens", "seconds"), (float(steps), *spent(steps)), strict=True))
-    memory = histories.get("perf/peak_memory_mb")
+    last = known[-1] if known else 0
+    cost = {"steps": float(steps), "tokens": tokens.get(last, 0.0), "seconds": seconds.get(last, 0.0)}
+    memory = run.data.metrics.get(PEAK)
     prompts = _prompts(client, run)
     return RunResult(
         variant=_variant(run), seed=int(run.data.tags.get("seed", 0)), status=run.info.status, run_id=run.info.run_id,
         prompts=tuple(prompts["prompts"]), per_prompt=_means(prompts["sums"], prompts["weights"]), curves=curves,
-        cost=cost | ({"peak_memory_mb": max(memory.values())} if memory else {}),
+        cost=cost if memory is None else cost | {"peak_memory_mb": memory},
     )  # fmt: skip
-
-
-def total_until(rates: Mapping[int, float], step: int) -> float:
-    """The sum over steps 1 to `step` of what was logged at some of them.
-
-    A logged value stands for the steps since the one logged before, and the last also for those after it: exact where
-    every step was logged.
-
-    Args:
-        rates: step -> what it took.
-        step: the last that counts.
-    """
-    total, begun = 0.0, 0
-    for edge in sorted(rates):
-        total += rates[edge] * (min(step, edge) - min(step, begun))
-        begun = edge
-    return total + rates[begun] * max(0, step - begun) if rates else 0.0
 
 
 def _get_run(client: MlflowClient, run_id: str) -> MlflowRun:

@@ -37,7 +37,8 @@ class RunResult:
         per_prompt: yardstick -> its final value of every prompt, in the order of `prompts`: the mean over the prompt's
             tokens, or completions for accuracy, length and truncation; nats where the yardstick has them.
         curves: yardstick -> its means over all prompts, by step.
-        cost: `steps`, `tokens`, `seconds`, `peak_memory_mb` of training.
+        cost: `steps` that were logged; `tokens` and `seconds` of training until the last evaluation;
+            `peak_memory_mb` of a finished run.
     """
 
     variant: str

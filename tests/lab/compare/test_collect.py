@@ -4,33 +4,33 @@ import json
 import math
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lit_opd.cli import main
 from lit_opd.errors import UserError
-from lit_opd.lab.compare.collect import collect, total_until
+from lit_opd.lab.compare.collect import collect
 from lit_opd.lab.compare.runs import PARENT
 
 PROMPTS = {"prompts": ["a", "b"], "sums": {"reverse_kl": [3.0, 5.0], "accuracy": [1.0, 0.0]},
            "weights": {"reverse_kl": [2.0, 4.0], "accuracy": [1.0, 0.0]}}  # fmt: skip
+SPENT = {3: (35.0, 1.75)}
 
 
 @pytest.fixture
 def record(workspace):
-    """Records a run: step -> (seconds, tokens a second), step -> yardstick."""
+    """Records a run: step -> (tokens, seconds) until then, step -> yardstick."""
 
-    def make(steps=None, curve=None, tags=None, params=None, prompts=PROMPTS, status="FINISHED"):
+    def make(spent=SPENT, curve=None, tags=None, params=None, prompts=PROMPTS, status="FINISHED"):
         client = workspace.client
         known = client.get_experiment_by_name("tests")
         experiment = known.experiment_id if known else client.create_experiment("tests")
         run_id = client.create_run(experiment, tags={"seed": "0"} | (tags or {})).info.run_id
         for name, value in (params or {}).items():
             client.log_param(run_id, name, value)
-        for number, (step, (seconds, speed)) in enumerate((steps or {}).items()):
-            client.log_metric(run_id, "perf/step_s", seconds, step=step, timestamp=number)
-            client.log_metric(run_id, "perf/tokens_per_s", speed, step=step, timestamp=number)
-            client.log_metric(run_id, "perf/peak_memory_mb", 100 - step, step=step, timestamp=number)
+        for step, costs in (spent or {}).items():
+            for name, value in zip(("cost/tokens", "cost/seconds"), costs, strict=True):
+                client.log_metric(run_id, name, value, step=step)
+        if status == "FINISHED" and spent:
+            client.log_metric(run_id, "cost/peak_memory_mb", 99, step=max(spent))
         for step, value in (curve or {}).items():
             client.log_metric(run_id, "val/reverse_kl", value, step=step)
         if prompts is not None:
@@ -42,8 +42,8 @@ def record(workspace):
 
 
 def test_a_result_is_what_the_run_logged(workspace, record):
-    steps = {1: (1.0, 10.0), 2: (0.5, 30.0), 3: (0.25, 40.0)}
-    run_id = record(steps, {0: 2.0, 2: 1.0, 3: 0.5}, {"variant": "mine", "seed": "7"})
+    spent = {0: (0.0, 0.0), 2: (25.0, 1.5), 3: (35.0, 1.75)}
+    run_id = record(spent, {0: 2.0, 2: 1.0, 3: 0.5}, {"variant": "mine", "seed": "7"})
     (result,) = collect(workspace.client, [run_id])
     assert (result.variant, result.seed, result.status, result.run_id) == ("mine", 7, "FINISHED", run_id)
     assert result.prompts == ("a", "b")
@@ -56,36 +56,25 @@ def test_a_result_is_what_the_run_logged(workspace, record):
 
 
 def test_a_step_that_a_resumed_run_logged_again_counts_once_as_it_was_last(workspace, record):
-    run_id = record({1: (1.0, 1.0), 2: (50.0, 1.0)}, {2: 9.0})
-    workspace.client.log_metric(run_id, "perf/step_s", 2.0, step=2, timestamp=10)
+    run_id = record({1: (1.0, 1.0), 2: (2.0, 50.0)}, {2: 9.0})
+    workspace.client.log_metric(run_id, "cost/seconds", 3.0, step=2, timestamp=10**13)
     workspace.client.log_metric(run_id, "val/reverse_kl", 3.0, step=2, timestamp=10**13)
     (result,) = collect(workspace.client, [run_id])
     assert result.cost["seconds"] == 3.0
-    assert [point.value for point in result.curves["reverse_kl"]] == [3.0]
+    assert [(point.seconds, point.value) for point in result.curves["reverse_kl"]] == [(3.0, 3.0)]
 
 
-def test_several_updates_a_rollout_do_not_count_the_rollout_several_times(workspace, record):
-    run_id = record({2: (1.0, 10.0), 4: (3.0, 10.0)}, {4: 1.0}, params={"optim.updates_per_rollout": 2})
+def test_of_a_run_cut_short_the_last_whole_evaluation_is_the_last_point(workspace, record):
+    run_id = record({2: (25.0, 1.5)}, {2: 1.0, 3: 0.5}, status="KILLED")
+    workspace.client.log_metric(run_id, "cost/tokens", 35.0, step=3)
+    workspace.client.log_metric(run_id, "perf/step_s", 1.0, step=4)
     (result,) = collect(workspace.client, [run_id])
-    assert (result.cost["seconds"], result.cost["tokens"]) == (4.0, 40.0)
+    assert [point.step for point in result.curves["reverse_kl"]] == [2]
+    assert result.cost == {"steps": 4.0, "tokens": 25.0, "seconds": 1.5}
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 40))
-def test_where_every_step_was_logged_the_total_is_the_sum(values, step):
-    rates = dict(enumerate(values, start=1))
-    beyond = max(0, step - len(values)) * values[-1]
-    assert total_until(rates, step) == sum(values[:step]) + beyond
-
-
-@given(st.integers(1, 7), st.integers(1, 60), st.integers(0, 80))
-def test_where_every_nth_was_logged_a_steady_cost_is_counted_right(every, length, step):
-    rates = dict.fromkeys(range(every, length + every, every), 3.0)
-    assert total_until(rates, step) == 3.0 * step
-
-
-def test_without_any_step_there_is_no_cost(workspace, record):
-    assert total_until({}, 5) == 0
-    (result,) = collect(workspace.client, [record(prompts=None, status="FAILED")])
+def test_a_run_that_failed_before_any_evaluation_has_spent_nothing(workspace, record):
+    (result,) = collect(workspace.client, [record(None, prompts=None, status="FAILED")])
     assert (result.status, result.prompts, result.per_prompt, result.curves) == ("FAILED", (), {}, {})
     assert result.cost == {"steps": 0.0, "tokens": 0.0, "seconds": 0.0}
 
@@ -115,6 +104,8 @@ def test_runs_that_cannot_be_compared_are_told(workspace, record):
         collect(workspace.client, ["0123"])
     with pytest.raises(UserError, match=r"--from-runs: expected runs with the artifact prompts.json, found none"):
         collect(workspace.client, [record(prompts=None)])
+    with pytest.raises(UserError, match=r"--from-runs: expected runs that logged cost/tokens and .*found neither in"):
+        collect(workspace.client, [record(None)])
 
 
 def test_recorded_runs_are_reported_on_without_a_grid_and_nothing_else_is_written(workspace, record):
