@@ -198,6 +198,7 @@ def test_fit_enters_the_student_among_mlflows_models_without_its_weights(finishe
     workspace, _ = finished
     (run,), (model,) = workspace.runs, models(workspace)
     assert (model.name, model.source_run_id, str(model.status)) == ("full_vocab seed 0", run.info.run_id, "READY")
+    assert [(output.model_id, output.step) for output in run.outputs.model_outputs] == [(model.model_id, 8)]
     assert model.params["folder"] == run.data.tags["exported_student"] == str(workspace.output / "student")
     reached = {metric.key: metric for metric in model.metrics}
     for name in ("val/reverse_kl", "val/accuracy", "cost/tokens", "cost/seconds"):
@@ -271,6 +272,9 @@ def test_interrupted_run_saves_and_resumes_bit_for_bit(finished, make_workspace,
     assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
     assert losses(workspace) == losses(finished[0])
     assert curve(workspace, "cost/tokens") == curve(finished[0], "cost/tokens")
+    once_more = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
+    assert once_more.returncode == 0, once_more.stderr
+    assert len(models(workspace)) == 1, "there was nothing left to do"
 
 
 NOT_FINITE = """
