@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
 from lit_opd.config import load_config, to_flat
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
@@ -12,7 +15,7 @@ from lit_opd.lab.compare.grid import Run, within
 from lit_opd.lab.folder import RunFolder
 from lit_opd.lab.trainer import build_trainer
 
-__all__ = ["check_runs"]
+__all__ = ["check_recorded", "check_runs"]
 
 
 def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
@@ -37,6 +40,29 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
                             "others", "Give them the same data and the same tokenizer.")  # fmt: skip
     for run in runs:
         _check_folder(run)
+
+
+def check_recorded(runs: Sequence[Run], client: MlflowClient) -> None:
+    """See that MLflow still has every run that was begun.
+
+    Args:
+        runs: of a comparison.
+        client: of the store that records them.
+
+    Raises:
+        UserError: a run of a folder that is not in the store, or was deleted there.
+    """
+    for run in runs:
+        known = RunFolder(run.folder).read_notes().get("mlflow_run_id")
+        if known is None:
+            continue
+        try:
+            lost = "which was deleted there" if client.get_run(known).info.lifecycle_stage == "deleted" else None
+        except MlflowException as error:
+            lost = error.message
+        if lost:
+            found, remedy = f"{known}, {lost}", f"Restore it, or delete {str(run.folder)!r} to make that run anew."
+            raise UserError("output_dir", f"the MLflow run of {run.name!r} in tracking.uri", found, remedy)
 
 
 def _prepare(run: Run) -> PromptDataModule:

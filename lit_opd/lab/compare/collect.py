@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import UserError
+from lit_opd.lab.compare.grid import within
 from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.runs import PARENT
 
@@ -23,6 +24,10 @@ SPENT = ("cost/tokens", "cost/seconds")
 PEAK = "cost/peak_memory_mb"
 EVERY_STEP = "perf/step_s"
 PROMPTS_FILE = "prompts.json"
+# What a run learns from and how; the rest of its configuration is where it is written to and what is looked at.
+LEARNING = ("student", "teacher", "reference", "data", "rollout", "estimator", "optim", "evaluation",
+            "trainer.max_steps", "trainer.max_epochs", "trainer.precision")  # fmt: skip
+TRAINING_DATA = "dataset_sha256"
 
 
 def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
@@ -74,7 +79,7 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     return RunResult(
         variant=_variant(run), seed=int(run.data.tags.get("seed", 0)), status=run.info.status, run_id=run.info.run_id,
         prompts=tuple(prompts["prompts"]), per_prompt=_means(prompts["sums"], prompts["weights"]), curves=curves,
-        cost=cost if memory is None else cost | {"peak_memory_mb": memory},
+        cost=cost if memory is None else cost | {"peak_memory_mb": memory}, settings=_settings(run),
     )  # fmt: skip
 
 
@@ -112,6 +117,11 @@ def _means(sums: Mapping[str, list[float]], weights: Mapping[str, list[float]]) 
         name: [s / w if w else math.nan for s, w in zip(values, weights[name], strict=True)]
         for name, values in sums.items()
     }
+
+
+def _settings(run: MlflowRun) -> dict[str, str]:
+    told = {key: value for key, value in run.data.params.items() if within(key, LEARNING)}
+    return told | {key: value for key, value in run.data.tags.items() if key == TRAINING_DATA}
 
 
 def _variant(run: MlflowRun) -> str:

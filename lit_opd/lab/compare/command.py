@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
-from lit_opd.errors import RunError
-from lit_opd.lab.compare.checks import check_runs
+from lit_opd.errors import RunError, UserError
+from lit_opd.lab.compare.checks import check_recorded, check_runs
 from lit_opd.lab.compare.collect import collect
 from lit_opd.lab.compare.document import to_summary, write_report
 from lit_opd.lab.compare.grid import Comparison, Run
@@ -37,6 +37,7 @@ def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None 
     """
     client = _client(comparison, json_file)
     check_runs(runs, comparison.may_differ)
+    check_recorded(runs, client)
     with claimed(Path(comparison.output_dir)) as lock:
         parent = begin_parent(comparison, client)
         status = "FAILED"
@@ -74,6 +75,8 @@ def _client(comparison: Comparison, json_file: Path | None) -> MlflowClient:
     check_tracking(comparison.tracking.uri)
     if json_file is not None:
         check_writable("--json", json_file.parent)
+        if json_file.is_dir():
+            raise UserError("--json", "a file", f"{str(json_file)!r}, a folder", "Name a file in it.")
     return MlflowClient(comparison.tracking.uri)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -86,6 +87,7 @@ def _compared(report: Report) -> Iterable[Block]:
         ["variants", ", ".join(f"`{variant}`" for variant in report.variants)],
         ["seeds", ", ".join(map(str, report.seeds))],
         ["validation prompts", str(report.prompts)],
+        ["variants differ in", ", ".join(f"`{key}`" for key in report.differing) or "nothing that is recorded"],
         ["budget of a run", report.budget or "not told"],
         ["level", f"{100 * report.confidence:g} % intervals, tests at {100 * (1 - report.confidence):.3g} %"],
     ]
@@ -104,7 +106,7 @@ def _yardstick(report: Report, ranking: Ranking) -> Iterable[Block]:
         caption = f"Paired differences of {described.title} to `{ranking.rows[0].variant}`."
         yield Picture(f"differences_{name}", caption, draw_differences(ranking, report.confidence))
     yield from _equal_costs([equal for equal in report.equal_costs if equal.ranking.yardstick == name])
-    if any(curve.yardstick == name and curve.points for curve in report.curves):
+    if any(math.isfinite(p.value) for curve in report.curves if curve.yardstick == name for p in curve.points):
         caption = f"Learning curves of {described.title}: means over seeds, bands from the least to the most."
         yield Picture(f"curves_{name}", caption, draw_curves(report, name))
     fronts = [front for front in report.fronts if front.yardstick == name]

@@ -97,7 +97,7 @@ def draw_curves(report: Report, yardstick: str) -> bytes:
             ax.xaxis.set_major_locator(_few_ticks())
             ax.grid(alpha=0.25)
         values = [point.value for curves in drawn.values() for curve in curves for point in curve]
-        if min(values) > 0 and max(values) > 30 * min(values):
+        if not describe(yardstick).is_share and min(values) > 0 and max(values) > 30 * min(values):
             panels[0].set_yscale("log")
         panels[0].set_ylabel(_axis(yardstick))
         _legend(figure, report.variants, list(drawn), lines=True)
@@ -163,9 +163,10 @@ def _draw_point(ax: Axes, spent: float, row: Row, index: int, *, filled: bool) -
 
 
 def _curves(report: Report, yardstick: str, variant: str) -> list[list[Point]]:
-    found = [c.points for c in report.curves if c.yardstick == yardstick and c.variant == variant and c.points]
-    # A value that is not finite cannot be drawn; the run is named in the report.
-    return [points for points in found if all(math.isfinite(point.value) for point in points)]
+    found = [c.points for c in report.curves if c.yardstick == yardstick and c.variant == variant]
+    # A value that is not finite cannot be drawn.
+    finite = [[point for point in points if math.isfinite(point.value)] for points in found]
+    return [points for points in finite if points]
 
 
 def _look(index: int) -> dict[str, Any]:

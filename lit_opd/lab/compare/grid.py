@@ -19,6 +19,7 @@ __all__ = ["Comparison", "Run", "Tracking", "load_comparison", "runs_of", "withi
 # Without these being the same, two runs cannot be paired prompt by prompt, or one had more to learn from.
 FIXED = ("data", "evaluation", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time",
          "trainer.limit_train_batches", "trainer.limit_val_batches")  # fmt: skip
+_MAPPING_REMEDY = "Write e.g. [token, full_vocab], or `label: [estimator.name=token]` for each of them."
 OWN = {
     "seed": "Set seeds.",
     "output_dir": "Set output_dir of the comparison.",
@@ -44,7 +45,8 @@ class Comparison:
     Attributes:
         base: files of the configuration that all runs share, as `--config` takes them.
         overrides: dotted overrides of it, for all runs.
-        variants: label -> the dotted overrides that make it; or a list of names of estimators.
+        variants: label -> the dotted overrides that make it; or a list of names of estimators. A `${key}` in an override is
+            one of the comparison; after a backslash, as the run's own key.
         seeds: of the runs; every variant runs with each.
         parallel: how many runs at once, which share the processor's cores.
         output_dir: where runs and report are written.
@@ -154,6 +156,9 @@ def _slug(label: str) -> str:
 
 def _mapping(variants: Any) -> dict[str, list[str]]:
     if isinstance(variants, list):
+        for name in variants:
+            if not isinstance(name, str):
+                raise UserError("variants", "names of estimators in a list", repr(name), _MAPPING_REMEDY)
         _check_once("variants", variants)
         variants = {name: [f"estimator.name={name}"] for name in variants}
     if not isinstance(variants, dict):
@@ -189,6 +194,8 @@ def _check_own(where: str, words: Iterable[str]) -> None:
 def _check_folders(variants: dict[str, list[str]]) -> None:
     taken: dict[str, str] = {}
     for label in variants:
+        if not label.isprintable() or "`" in label:
+            raise UserError("variants", "labels on one line, without backticks", repr(label), "Rename it.")
         slug = _slug(label)
         if not slug:
             raise UserError("variants", "labels with a letter or a digit", repr(label), "Rename it.")

@@ -25,7 +25,7 @@ STANDINGS = {
     NOT_DISTINGUISHABLE: "not distinguishable from it:",
     WORSE: "worse:",
     BETTER_ON_COMMON_SEEDS: "better on the seeds that both finished:",
-    NOT_TESTED: "no seed in common with it:",
+    NOT_TESTED: "not tested against it:",
 }
 
 
@@ -39,7 +39,8 @@ class Row:
         letters: it is not distinguishable from variants with which it shares one.
         by_seed: the mean of each of its runs, by seed.
         standing: `best`, `worse`, `not distinguishable` (from the best), `better on common seeds` (than the best, where
-            runs failed), `not tested` (one value of each, or no common seed); empty where no direction is good.
+            runs failed), `not tested` (one value of each, the same difference in every seed, or no common seed); empty where
+            no direction is good.
     """
 
     variant: str
@@ -151,7 +152,8 @@ def _sentence(rows: list[Row], pairs: list[Pair], better: Better | None) -> str:
     if not pairs:
         return "No two variants share a finished seed: nothing is compared."
     if all(pair.verdict == NOT_TESTED for pair in pairs):
-        return "One value of each variant: nothing can be tested."
+        one = all(pair.difference.seeds == 1 for pair in pairs)
+        return f"{'One value of each variant' if one else 'The same difference in every seed'}: nothing can be tested."
     if not any(pair.distinguishable for pair in pairs):
         text = f"No two of the {len(rows)} variants can be told apart: they are {NOT_DISTINGUISHABLE}."
     elif better is None:

@@ -39,6 +39,7 @@ class RunResult:
         curves: yardstick -> its means over all prompts, by step.
         cost: `steps` that were logged; `tokens` and `seconds` of training until the last evaluation;
             `peak_memory_mb` of a finished run.
+        settings: what it learned from and how, by key: the same for every seed of a variant.
     """
 
     variant: str
@@ -49,3 +50,4 @@ class RunResult:
     per_prompt: dict[str, list[float]]
     curves: dict[str, list[Point]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)

@@ -92,6 +92,7 @@ class Report:
         variants: in the order in which they were asked for.
         seeds: of any of their runs.
         prompts: how many were measured.
+        differing: settings in which the variants are not all the same.
         left_out: runs that failed, were killed, are missing or measured nothing.
         rankings: one a yardstick, those with a direction first.
         equal_costs: of every yardstick with a direction and curves, one a kind of cost.
@@ -106,6 +107,7 @@ class Report:
     variants: list[str]
     seeds: list[int]
     prompts: int
+    differing: list[str]
     left_out: list[LeftOut]
     rankings: list[Ranking]
     equal_costs: list[EqualCost]
@@ -132,7 +134,8 @@ def make_report(
         resamples: of bootstraps and sign flips.
 
     Raises:
-        UserError: runs that cannot be paired: other prompts, or a variant and seed that finished twice.
+        UserError: runs that cannot be paired: other prompts, or a variant and seed that finished twice; seeds of one
+            variant that were configured differently.
     """
     finished = [run for run in runs if run.status == "FINISHED" and run.per_prompt]
     _check_pairs(finished)
@@ -143,7 +146,7 @@ def make_report(
     rankings = [ranking for ranking in rankings if ranking.rows]
     costs = [_cost(variant, [run for run in finished if run.variant == variant]) for variant in variants]
     return Report(
-        title, budget, confidence, variants, seeds, len(finished[0].prompts) if finished else 0,
+        title, budget, confidence, variants, seeds, len(finished[0].prompts) if finished else 0, _differing(finished),
         [*_left_out(runs, variants, seeds), *_not_finite(finished)], rankings,
         list(_equal_costs(finished, confidence, resamples)), costs, list(_fronts(rankings, costs)),
         [Curve(name, run.variant, run.seed, list(points)) for run in finished for name, points in run.curves.items()],
@@ -157,7 +160,9 @@ def to_json(report: Report) -> dict[str, Any]:
 
 def _check_pairs(finished: Sequence[RunResult]) -> None:
     seen: dict[tuple[str, int], RunResult] = {}
+    firsts: dict[str, RunResult] = {}
     for run in finished:
+        _check_same_settings(firsts.setdefault(run.variant, run), run)
         name, first = _name(run), finished[0]
         if run.prompts != first.prompts:
             common = len(set(run.prompts) & set(first.prompts))
@@ -175,6 +180,18 @@ def _check_pairs(finished: Sequence[RunResult]) -> None:
         if twin is not run:
             found = f"two of {run.variant!r} with seed {run.seed}: {twin.run_id} and {run.run_id}"
             raise UserError("runs", "one finished run of a variant and seed", found, "Leave one of them out.")
+
+
+def _check_same_settings(first: RunResult, run: RunResult) -> None:
+    for key in _differing([first, run]):
+        one, other = (f"{result.settings.get(key)!r} in {_name(result)}" for result in (first, run))
+        raise UserError("runs", f"one {key} for all seeds of {run.variant!r}", f"{one} and {other}",
+                        "Make one of them anew, or give it another tag `variant` in MLflow.")  # fmt: skip
+
+
+def _differing(runs: Sequence[RunResult]) -> list[str]:
+    keys = sorted({key for run in runs for key in run.settings})
+    return [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
 
 
 def _name(run: RunResult) -> str:

@@ -86,6 +86,7 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
     try:
         if notes.is_file():
             parent = json.loads(notes.read_text())["mlflow_run_id"]
+            _check_experiment(client, parent, tracking.experiment)
         else:
             known = client.get_experiment_by_name(tracking.experiment)
             experiment = known.experiment_id if known else client.create_experiment(tracking.experiment)
@@ -94,11 +95,20 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
             notes.write_text(json.dumps({"mlflow_run_id": parent}))
         client.update_run(parent, status="RUNNING")
         client.log_artifact(parent, str(described))
+    except UserError:
+        raise
     except Exception as error:  # MLflow passes on whatever its database or its server raises
         remedy = f"Correct it; to record the comparison anew, delete {notes}."
         expected, found = "an MLflow store that takes the comparison", f"{tracking.uri!r}: {error}"
         raise UserError("tracking.uri", expected, found, remedy) from error
     return parent
+
+
+def _check_experiment(client: MlflowClient, parent: str, wanted: str) -> None:
+    held = client.get_experiment(client.get_run(parent).info.experiment_id).name
+    if held != wanted:
+        raise UserError("tracking.experiment", f"{held!r}, in which this comparison is recorded", repr(wanted),
+                        "Set it back, or set output_dir=NEW.")  # fmt: skip
 
 
 def is_finished(run: Run, client: MlflowClient) -> bool:
@@ -127,6 +137,9 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
         Whether it was interrupted before the last run had ended.
     """
     waiting = [run for run in runs if not is_finished(run, client)]
+    for run in runs:
+        if run not in waiting:
+            _adopt(run, client, parent)
     workers: list[Worker] = []
     took: list[float] = []
     console, told = Console(stderr=True), 0
@@ -208,6 +221,15 @@ def _settle(worker: Worker, client: MlflowClient, parent: str, asked: bool) -> s
     if known is not None and client.get_run(known).info.status == "RUNNING":
         client.set_terminated(known, status)
     return f"stopped: {run.name}" if asked else f"failed: {run.name}: {_last_words(run.log)} (all of it: {run.log})"
+
+
+def _adopt(run: Run, client: MlflowClient, parent: str) -> None:
+    """Tag a finished run as one of this comparison: it may have been made under another parent, or another label."""
+    run_id = RunFolder(run.folder).read_notes()["mlflow_run_id"]
+    held = client.get_run(run_id).data.tags
+    for key, value in {PARENT: parent, "variant": run.variant}.items():
+        if held.get(key) != value:
+            client.set_tag(run_id, key, value)
 
 
 def _last_words(log: Path) -> str:

@@ -38,6 +38,7 @@ OTHER_RUNS = "other seeds and other prompts"
 OTHER_SEEDS = "these prompts only: says nothing about other prompts"
 OTHER_PROMPTS = "prompts only: says nothing about other seeds"
 NOTHING = "one value: says nothing about other seeds or prompts"
+NO_SPREAD = "every seed the same: says nothing about other seeds"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Mean:
 
     Attributes:
         mean: of all values, every seed and prompt counted once.
-        low: end of its confidence interval; None where a single value allows none.
+        low: end of its confidence interval; None where a single value allows none, or the same one of every seed.
         high: the other end.
         seeds: how many.
         prompts: how many.
@@ -91,6 +92,8 @@ def mean_over_runs(values_SP: ArrayLike, confidence: float = CONFIDENCE, resampl
     """
     values = np.asarray(values_SP, dtype=np.float64)
     seeds, prompts = values.shape
+    if seeds > 1 and prompts == 1 and values.any() and np.ptp(values) == 0:
+        return Mean(float(values.mean()), None, None, seeds, prompts, "none", NO_SPREAD)
     if seeds > 1:
         low, high = (float(end) for end in crossed_interval(values, confidence))
         method, scope = ("t over seeds and prompts", OTHER_RUNS) if prompts > 1 else ("t over seeds", OTHER_SEEDS)
@@ -117,7 +120,7 @@ def paired_difference(
         raise ValueError(f"expected pairs, found shapes {first.shape} and {second.shape}")
     differences = first - second
     mean = mean_over_runs(differences, confidence, resamples)
-    p, p_method = _p_value(first, second, resamples)
+    p, p_method = (1.0, "none") if mean.low is None else _p_value(first, second, resamples)
     runs_low, runs_high = (mean.low, mean.high) if mean.seeds == 1 else (None, None)
     if mean.seeds > 1 and mean.prompts > 1:
         runs_low, runs_high, _ = bootstrap_interval(differences.mean(0), confidence, resamples)
@@ -128,8 +131,6 @@ def _p_value(first: Array, second: Array, resamples: int) -> tuple[float, str]:
     seeds, prompts = first.shape
     if seeds > 1:
         return crossed_p(first - second), "t over seeds and prompts" if prompts > 1 else "t over seeds"
-    if prompts == 1:
-        return 1.0, "none"
     if np.isin(np.stack([first, second]), (0.0, 1.0)).all():
         return mcnemar(first[0], second[0]), "exact McNemar test"
     return sign_flip_p((first - second)[0], resamples), "sign-flip test over prompts"
@@ -141,10 +142,14 @@ def crossed_interval(values_SP: ArrayLike, confidence: float = CONFIDENCE) -> tu
     A value is the sum of the mean, an effect of its seed, one of its prompt, and a rest. The variance of the average is
     then that of drawing S seeds (the rest included) plus that of drawing P prompts, each estimated, the first with few
     degrees of freedom. The half width is sqrt(t²(S - 1) V_seeds + t²(P - 1) V_prompts), t the quantile of Student at
-    the level: Banerjee (Sankhya 22, 1960). Its coverage is at least the level for any shares of the two: the
-    distribution function F of a chi-square variable with one degree of freedom is concave, so with shares w_i and W_i
-    the estimated over the true variances, E F(sum w_i t_i² W_i) >= sum w_i E F(t_i² W_i), and each of these is the
-    level. Resampling three to five seeds instead would give intervals far too short.
+    the level: Banerjee (Sankhya 22, 1960). Were the two variances estimated apart, its coverage would be at least the
+    level for any shares of the two: the distribution function F of a chi-square variable with one degree of freedom is
+    concave, so with shares w_i and W_i the estimated over the true variances, E F(sum w_i t_i² W_i) >= sum w_i
+    E F(t_i² W_i), and each of these is the level. Resampling three to five seeds instead would give intervals far too
+    short.
+
+    It is never narrower than Student's interval from the prompts' means over these very seeds: values that are 0 or 1
+    often give two seeds the same mean, whose spread of zero would tell nothing of what other seeds do.
 
     Args:
         values_SP: [..., seeds, prompts], at least two seeds; with one prompt only seeds vary.
@@ -158,23 +163,35 @@ def crossed_interval(values_SP: ArrayLike, confidence: float = CONFIDENCE) -> tu
     return mean - half, mean + half
 
 
-def _variances(values_SP: Array) -> tuple[Array, Array]:
-    """Of the mean: from drawing seeds, and from drawing prompts."""
+@dataclass(frozen=True)
+class _Variances:
+    """Of the mean: from drawing seeds, from drawing prompts, and of the mean of prompts' means at these seeds."""
+
+    from_seeds: Array
+    from_prompts: Array
+    at_these_seeds: Array
+
+
+def _variances(values_SP: Array) -> _Variances:
     seeds, prompts = values_SP.shape[-2:]
     by_seed, by_prompt = values_SP.mean(-1), values_SP.mean(-2)
     from_seeds = by_seed.var(-1, ddof=1) / seeds
     if prompts == 1:
-        return from_seeds, np.zeros_like(from_seeds)
+        return _Variances(from_seeds, np.zeros_like(from_seeds), np.zeros_like(from_seeds))
     rest = values_SP - by_seed[..., None] - by_prompt[..., None, :] + values_SP.mean((-2, -1), keepdims=True)
     rest_variance = (rest**2).sum((-2, -1)) / ((seeds - 1) * (prompts - 1))
+    of_prompts = by_prompt.var(-1, ddof=1)
     # The variance of the prompts' means holds a share of the rest, which the seeds' part has counted already.
-    from_prompts = (by_prompt.var(-1, ddof=1) - rest_variance / seeds).clip(0) / prompts
-    return from_seeds, from_prompts
+    return _Variances(from_seeds, (of_prompts - rest_variance / seeds).clip(0) / prompts, of_prompts / prompts)
 
 
-def _half_width(alpha: float, shape: tuple[int, ...], variances: tuple[Array, Array]) -> Array:
-    squares = [stats.t.isf(alpha / 2, n - 1) ** 2 * v for n, v in zip(shape, variances, strict=True) if n > 1]
-    return np.sqrt(np.sum(squares, axis=0))
+def _half_width(alpha: float, shape: tuple[int, ...], variances: _Variances) -> Array:
+    seeds, prompts = shape
+    square = stats.t.isf(alpha / 2, seeds - 1) ** 2 * variances.from_seeds
+    if prompts > 1:
+        t_prompts = stats.t.isf(alpha / 2, prompts - 1)
+        square = np.maximum(square + t_prompts**2 * variances.from_prompts, t_prompts**2 * variances.at_these_seeds)
+    return np.sqrt(square)
 
 
 def crossed_p(differences_SP: ArrayLike) -> float:

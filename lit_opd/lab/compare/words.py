@@ -17,8 +17,8 @@ Every validation prompt counts once. Curves, and values at equal cost, count eve
 little.
 """
 CROSSED = """
-Intervals and p speak of other seeds and other prompts: Student's t for both, joined so that the coverage is at least
-the level. `these runs` is the bootstrap over prompts alone: how these very students differ.
+Intervals and p speak of other seeds and other prompts: Student's t for both, joined so that they rather cover too much,
+and never narrower than for other prompts alone. `these runs` is the bootstrap over prompts alone: how these very students differ.
 """
 ONE_SEED = "Where a pair shares one seed only, its interval is of prompts only: it says nothing about other seeds."
 CORRECTED = """
@@ -39,10 +39,10 @@ def interval(mean: Mean) -> str:
     if mean.low is None or mean.high is None:
         return f"{mean.mean:.4g}"
     width = mean.high - mean.low
-    if not width > 0:
-        return f"{mean.mean:.4g} [{mean.low:.4g}, {mean.high:.4g}]"
-    decimals = min(12, max(0, 1 - math.floor(math.log10(width))))
     # Adding zero turns a minus zero into a plain one.
+    if not width > 0:
+        return f"{mean.mean + 0.0:.4g} [{mean.low + 0.0:.4g}, {mean.high + 0.0:.4g}]"
+    decimals = min(12, max(0, 1 - math.floor(math.log10(width))))
     centre, low, high = (round(value, decimals) + 0.0 for value in (mean.mean, mean.low, mean.high))
     return f"{centre:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 

@@ -30,6 +30,11 @@ class Yardstick:
         """Title and unit, as an axis or a heading shows them."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it counts something out of all: its distances from nothing and from all speak as they are."""
+        return self.unit.startswith("share")
+
 
 NATS, COMPLETIONS = "nats/token", "share of completions"
 YARDSTICKS = {

@@ -8,6 +8,7 @@ import pytest
 from lit_opd.cli import main
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.collect import collect
+from lit_opd.lab.compare.report import make_report
 from lit_opd.lab.compare.runs import PARENT
 
 PROMPTS = {"prompts": ["a", "b"], "sums": {"reverse_kl": [3.0, 5.0], "accuracy": [1.0, 0.0]},
@@ -90,6 +91,18 @@ def test_a_comparison_stands_for_its_runs_each_as_it_was_last(workspace, record)
     assert lost not in [r.run_id for r in found]
 
 
+def test_seeds_of_one_variant_are_told_apart_by_what_they_learned_from(workspace, record):
+    params = {"estimator.name": "token", "teacher.path": "good", "output_dir": "a", "tracking.uri": "x", "seed": 0}
+    tags = {"dataset_sha256": "aa"}
+    (result,) = collect(workspace.client, [record(params=params, tags=tags)])
+    assert result.settings == {"estimator.name": "token", "teacher.path": "good", "dataset_sha256": "aa"}
+    for other in ({"params": params | {"teacher.path": "bad"}, "tags": tags}, {"params": params, "tags": {}}):
+        ids = [result.run_id, record(params=other["params"], tags=other["tags"] | {"seed": "1"})]
+        key = "teacher.path" if other["tags"] else "dataset_sha256"
+        with pytest.raises(UserError, match=f"runs: expected one {key} for all seeds of 'token'"):
+            make_report(collect(workspace.client, ids))
+
+
 def test_a_run_without_a_label_is_named_after_its_estimator_and_its_keywords(workspace, record):
     params = {"estimator.name": "hybrid", "estimator.kwargs.gamma": 0.5}
     (result,) = collect(workspace.client, [record(params=params)])
@@ -108,11 +121,14 @@ def test_runs_that_cannot_be_compared_are_told(workspace, record):
         collect(workspace.client, [record(None)])
 
 
-def test_recorded_runs_are_reported_on_without_a_grid_and_nothing_else_is_written(workspace, record):
+def test_recorded_runs_are_reported_on_without_a_grid_and_nothing_else_is_written(workspace, record, capsys):
     ids = [record(tags={"variant": name}) for name in ("x", "y")]
     before = {run.info.run_id: run for run in workspace.runs}
     words = ["--from-runs", *ids, "output_dir=out", "--json", "numbers/all.json"]
-    assert main(["compare", f"tracking.uri={workspace.uri}", *words]) == 0
+    common = ["compare", f"tracking.uri={workspace.uri}"]
+    assert main([*common, *words[:-1], "."]) == 2
+    assert "--json: expected a file, found '.', a folder" in capsys.readouterr().err
+    assert main([*common, *words]) == 0
     numbers = json.loads((workspace.folder / "numbers" / "all.json").read_text())
     assert numbers["variants"] == ["x", "y"]
     assert numbers == json.loads((workspace.folder / "out" / "report" / "report.json").read_text())

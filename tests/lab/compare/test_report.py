@@ -11,6 +11,7 @@ import pytest
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.accounting import common_budget, pareto_front, value_at
 from lit_opd.lab.compare.document import to_html, to_markdown, write_report
+from lit_opd.lab.compare.figures import draw_curves
 from lit_opd.lab.compare.ranking import NOT_DISTINGUISHABLE
 from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.report import LeftOut, make_report, to_json
@@ -217,6 +218,62 @@ def test_a_variant_and_seed_that_finished_twice_is_refused():
     assert [left.run_id for left in retried.left_out] == ["first"]
 
 
+def test_seeds_of_one_variant_that_were_configured_differently_are_refused():
+    runs = [run("token", 1, settings={"optim.lr": "0.1", "teacher.path": "good"}),
+            run("token", 2, settings={"optim.lr": "0.1", "teacher.path": "bad"})]  # fmt: skip
+    with pytest.raises(UserError) as error:
+        make_report(runs)
+    assert str(error.value) == (
+        "runs: expected one teacher.path for all seeds of 'token', found 'good' in run to1 ('token', seed 1) and 'bad' "
+        "in run to2 ('token', seed 2). Make one of them anew, or give it another tag `variant` in MLflow."
+    )
+    # What did not finish is not compared.
+    assert make_report([runs[0], replace(runs[1], status="KILLED")], resamples=FEW).differing == []
+
+
+def test_the_report_says_in_what_the_variants_differ():
+    runs = [run("token", 1, settings={"estimator.name": "token", "optim.lr": "0.1", "data.path": "x"}),
+            run("slow", 1, settings={"estimator.name": "sequence", "data.path": "x"})]  # fmt: skip
+    report = make_report(runs, resamples=FEW)
+    assert report.differing == ["estimator.name", "optim.lr"]
+    assert "| variants differ in | `estimator.name`, `optim.lr` |" in to_markdown(report)
+    assert "nothing that is recorded" in to_markdown(make_report(all_runs(seeds=(1,)), resamples=FEW))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are made, instead of their PNGs."""
+    figures = []
+    monkeypatch.setattr("lit_opd.lab.compare.figures._png", lambda figure: figures.append(figure) or b"")
+    return figures
+
+
+@pytest.mark.parametrize("bad", [0, 4])
+def test_a_point_that_is_not_finite_is_left_out_of_the_picture(drawn, bad):
+    def broken(variant):
+        points = list(run(variant, 1).curves["reverse_kl"])
+        points[bad] = replace(points[bad], value=float("inf"))
+        return run(variant, 1, curves={"reverse_kl": points})
+
+    report = make_report([broken("token"), broken("slow")], resamples=FEW)
+    draw_curves(report, "reverse_kl")
+    lines = [line.get_ydata() for line in drawn[0].axes[0].lines]
+    assert [len(line) for line in lines] == [4, 4]
+    assert np.isfinite(lines).all()
+    assert "Learning curves" in to_html(report)
+    nothing = {"reverse_kl": [Point(0, 0.0, 0.0, float("nan"))]}
+    runs = [run(variant, 1, curves=nothing) for variant in ("token", "slow")]
+    assert "Learning curves" not in to_html(make_report(runs, resamples=FEW))
+
+
+@pytest.mark.parametrize(("name", "scale"), [("accuracy", "linear"), ("pass_at_2", "linear"), ("jsd", "log")])
+def test_only_what_is_no_share_has_a_logarithmic_axis(drawn, name, scale):
+    points = [Point(step, float(step), float(step), value) for step, value in ((0, 0.001), (10, 0.5))]
+    report = make_report([run(variant, 1, curves={name: points}) for variant in ("token", "slow")], resamples=FEW)
+    draw_curves(report, name)
+    assert drawn[0].axes[0].get_yscale() == scale
+
+
 def test_json_comes_back_as_it_went(report):
     plain = to_json(report)
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
@@ -327,6 +384,7 @@ def test_numbers_have_as_many_digits_as_are_known():
     assert interval(mean(-0.00001, -0.1, 0.1)) == "0.00 [-0.10, 0.10]"
     assert interval(mean(0.5, None, None)) == "0.5"
     assert interval(mean(0.0, 0.0, 0.0)) == "0 [0, 0]"
+    assert interval(mean(-0.0, -0.0, -0.0)) == "0 [0, 0]"
     assert probability(0.00001) == "<0.001"
     assert probability(0.0316) == "0.032"
     assert amount(12345.6) == "12,346"

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from lit_opd.cli import main
 from lit_opd.errors import UserError
+from lit_opd.lab.compare.checks import check_recorded
 from lit_opd.lab.compare.runs import PARENT, begin_parent, claimed, is_finished, make_runs, seconds_left
 
 # What it is called with: -m lit_opd fit --config FILE --resume auto.
@@ -112,6 +114,37 @@ def test_finished_runs_are_not_made_again(workspace, make, stand_in, make_compar
     assert not is_finished(runs[0], workspace.client)
 
 
+def test_a_finished_run_joins_the_comparison_that_finds_it(workspace, make, stand_in, make_comparison):
+    """Under a new parent, as the notes of the old one were deleted, and under a label that was renamed."""
+    before, (run,) = make_comparison(variants={"full vocab": ["estimator.name=full_vocab"]})
+    with claimed(workspace.folder / "out"):
+        parent = begin_parent(before, workspace.client)
+    run_id = finish(workspace, run, parent)
+    (workspace.folder / "out" / "comparison.json").unlink()
+    stand_in("exit 1")
+    interrupted, new, _ = make(variants={"full-vocab": ["estimator.name=full_vocab"]})
+    assert not interrupted
+    assert new != parent
+    tags = workspace.client.get_run(run_id).data.tags
+    assert (tags[PARENT], tags["variant"]) == (new, "full-vocab")
+
+
+def test_a_run_that_mlflow_lost_is_told_before_anything_happens(workspace, make_comparison):
+    comparison, runs = make_comparison()
+    with claimed(workspace.folder / "out"):
+        run_id = finish(workspace, runs[0], begin_parent(comparison, workspace.client))
+    check_recorded(runs, workspace.client)
+    workspace.client.delete_run(run_id)
+    told = (
+        rf"output_dir: expected the MLflow run of 'token · seed 0' in .*, found {run_id}, which was deleted there. .*"
+    )
+    with pytest.raises(UserError, match=told + r"delete '.*seed-0' to make that run anew"):
+        check_recorded(runs, workspace.client)
+    (runs[0].folder / "run.json").write_text('{"mlflow_run_id": "0123456789abcdef"}')
+    with pytest.raises(UserError, match="found 0123456789abcdef, .*not found"):
+        check_recorded(runs, workspace.client)
+
+
 @pytest.mark.parametrize(("parallel", "threads"), [(1, "unset"), (2, "4"), (3, "2")])
 def test_runs_at_once_share_the_threads(workspace, make, stand_in, monkeypatch, parallel, threads):
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
@@ -183,6 +216,9 @@ def test_the_parent_is_found_again_or_its_absence_told(workspace, make_compariso
     run = workspace.client.get_run(parent)
     assert (run.info.status, run.info.run_name) == ("RUNNING", "comparison of token, full_vocab")
     assert [file.path for file in workspace.client.list_artifacts(parent)] == ["comparison.yaml"]
+    moved = replace(comparison, tracking=replace(comparison.tracking, experiment="other"))
+    with pytest.raises(UserError, match="tracking.experiment: expected 'tests', in which .*, found 'other'. Set it"):
+        begin_parent(moved, workspace.client)
     (workspace.folder / "out" / "comparison.json").write_text('{"mlflow_run_id": "0123456789abcdef"}')
     with pytest.raises(UserError, match=r"tracking.uri: expected an MLflow store .*0123456789abcdef.*delete .*json"):
         begin_parent(comparison, workspace.client)

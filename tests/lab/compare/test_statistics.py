@@ -88,6 +88,32 @@ def test_at_most_six_in_a_hundred_comparisons_of_equals_are_called_different(siz
     assert np.mean([crossed_p(first - second) < 0.05 for first, second in pairs]) <= 0.06
 
 
+@pytest.mark.parametrize("part", [0.3, 0.1, 0.01], ids="they part on {}".format)
+@pytest.mark.parametrize("size", [(2, 20), (2, 128), (3, 256)], ids=str)
+def test_equals_that_are_right_or_wrong_are_told_apart_no_more_often_though_seeds_often_tie(size, part):
+    rng = np.random.default_rng(20)
+    differences = rng.choice([-1.0, 0.0, 1.0], p=[part / 2, 1 - part, part / 2], size=(REPETITIONS, *size))
+    assert np.mean([crossed_p(values) < 0.05 for values in differences]) <= 0.06
+
+
+def test_two_seeds_that_tie_are_no_certainty():
+    first = np.zeros((2, 20))
+    first[0, 0] = first[1, 1] = 1
+    found = paired_difference(first, np.zeros((2, 20)), resamples=FEW)
+    assert found.low < 0 < found.high
+    assert found.p == pytest.approx(stats.ttest_1samp(first.mean(0), 0).pvalue, rel=1e-6)
+
+
+def test_the_same_difference_in_every_seed_cannot_be_tested():
+    found = paired_difference([[0.53125], [0.5625]], [[0.5], [0.53125]])
+    assert (found.mean, found.low, found.high, found.p, found.p_method) == (0.03125, None, None, 1.0, "none")
+    assert found.scope == "every seed the same: says nothing about other seeds"
+    ranking = rank("accuracy", {"one": {0: np.array([0.5]), 1: np.array([0.75])},
+                                "more": {0: np.array([0.75]), 1: np.array([1.0])}}, 0.95, FEW)  # fmt: skip
+    assert ranking.pairs[0].verdict == NOT_TESTED
+    assert ranking.sentence == "The same difference in every seed: nothing can be tested."
+
+
 def two_runs(rng, prompts, skewed):
     """Two runs drawn alike: their differences are symmetric, whatever the values are."""
     return rng.exponential(size=(2, prompts)) if skewed else rng.standard_normal((2, prompts))
@@ -164,11 +190,13 @@ def test_variances_are_those_of_the_mean():
     from lit_opd.lab.compare.statistics import _variances
 
     values = draw(np.random.default_rng(9), 20_000, (4, 10), (0.5, 1.0, 2.0))
-    from_seeds, from_prompts = _variances(values)
+    found = _variances(values)
+    from_seeds, from_prompts = found.from_seeds, found.from_prompts
     # The rest is drawn anew with every seed; cutting the prompts' part at zero lifts its mean a little.
     assert from_seeds.mean() == pytest.approx((0.5**2 + 2.0**2 / 10) / 4, rel=0.03)
     assert 1 / 10 <= from_prompts.mean() <= 1.1 / 10
     assert (from_seeds + from_prompts).mean() == pytest.approx(values.mean((1, 2)).var(), rel=0.06)
+    assert found.at_these_seeds.mean() == pytest.approx((1.0**2 + 2.0**2 / 4) / 10, rel=0.03)
 
 
 def test_pairs_are_narrower_than_two_separate_means_on_correlated_data():
@@ -330,8 +358,7 @@ def test_means_of_other_seeds_do_not_overrule_the_pairs():
     ranking = rank("reverse_kl", values | {"alone": {9: np.full(40, 3.0)}}, 0.95, FEW)
     assert [row.standing for row in ranking.rows] == ["best", "better on common seeds", "not tested"]
     assert ranking.sentence == (
-        "`lucky` has the best mean; better on the seeds that both finished: `better`; "
-        "no seed in common with it: `alone`."
+        "`lucky` has the best mean; better on the seeds that both finished: `better`; not tested against it: `alone`."
     )
 
 
