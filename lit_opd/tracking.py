@@ -63,10 +63,15 @@ class RunLogger(MLFlowLogger):
         self.experiment.update_run(self.run_id, status="RUNNING")
 
     def finalize(self, status: str = "success") -> None:
-        """End the run: FINISHED, FAILED, or KILLED after Ctrl-C."""
-        super().finalize(status)
-        if status == "failed" and isinstance(sys.exception(), KeyboardInterrupt):
-            self.end("KILLED")
+        """End the run that broke off: FAILED, or KILLED after Ctrl-C.
+
+        One that went well goes on after Lightning's loop: its results are still to be written, and whoever does that
+        ends it.
+        """
+        if status == "failed":
+            super().finalize(status)
+            if isinstance(sys.exception(), KeyboardInterrupt):
+                self.end("KILLED")
 
     @rank_zero_only
     def end(self, status: str) -> None:

@@ -59,6 +59,9 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
     except omegaconf_errors.MissingMandatoryValue as error:
         key = error.full_key or "a key"
         raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.") from error
+    except omegaconf_errors.InterpolationResolutionError as error:
+        remedy = r"Correct it, or write \${...} where something else is to resolve it."
+        raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), remedy) from error
     except omegaconf_errors.OmegaConfBaseException as error:
         raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), "Correct it.") from error
     assert isinstance(filled, schema)
@@ -85,7 +88,7 @@ def _read(file: Path) -> DictConfig:
         raise UserError("--config", "a YAML file", f"no file {str(file)!r}", "Check the path; examples are in conf/.")
     try:
         node = OmegaConf.load(file)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, omegaconf_errors.OmegaConfBaseException) as error:
         reason = getattr(error, "problem", None) or _first_line(error)
         raise UserError("--config", "valid YAML", f"{file}: {reason}", "Correct the file.") from error
     if not isinstance(node, DictConfig):

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_opd import load_config
 from lit_opd.config import PACKAGE_FOLDER
+from lit_opd.tracking import begin_run
 
+QUICKSTART = Path(__file__).parents[2] / "conf" / "quickstart.yaml"
 TAGS = {"estimator", "family", "student", "teacher", "teacher_quantization", "seed", "dataset_sha256"}
 YARDSTICKS = ("reverse_kl", "forward_kl", "jsd", "teacher_nll", "top1_agreement", "student_entropy", "teacher_entropy",
               "accuracy", "pass_at_2")  # fmt: skip
@@ -231,6 +233,14 @@ def test_fit_records_completions_before_during_and_after(finished):
         assert row["reward"] in (0.0, 1.0)
         assert "".join(token for token, _ in tokens) == row["completion"]
         assert row["mean_log_ratio"] == pytest.approx(sum(ratio for _, ratio in tokens) / len(tokens))
+
+
+def test_a_run_has_not_finished_when_lightning_has_but_its_results_are_not_written(workspace):
+    config = load_config([QUICKSTART], [f"tracking.uri={workspace.uri}", "tracking.experiment=tests"])
+    logger = begin_run(config, {"student": "s", "teacher": "t", "estimator": "token"})
+    for status, recorded in (("success", "RUNNING"), ("failed", "FAILED")):
+        logger.finalize(status)
+        assert logger.experiment.get_run(logger.run_id).info.status == recorded
 
 
 def test_killed_run_resumes_bit_for_bit(finished, make_workspace, student_with_dropout):
