@@ -39,8 +39,8 @@ class Row:
         letters: it is not distinguishable from variants with which it shares one.
         by_seed: the mean of each of its runs, by seed.
         standing: `best`, `worse`, `not distinguishable` (from the best), `better on common seeds` (than the best, where
-            runs failed), `not tested` (one value of each, the same difference in every seed, or no common seed); empty where
-            no direction is good.
+            runs failed), `not tested` (one value of each, the same difference in every seed, or no common seed); empty
+            where no direction is good.
     """
 
     variant: str

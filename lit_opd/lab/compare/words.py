@@ -13,12 +13,13 @@ Differences are paired: at the same seed, which means the same training prompts 
 validation prompt.
 """
 UNITS = """
-Every validation prompt counts once. Curves, and values at equal cost, count every token once, so that both may differ a
-little.
+Every validation prompt counts once. Curves, and values at equal cost, count every token once, so that both may differ
+where long completions differ from short ones.
 """
 CROSSED = """
 Intervals and p speak of other seeds and other prompts: Student's t for both, joined so that they rather cover too much,
-and never narrower than for other prompts alone. `these runs` is the bootstrap over prompts alone: how these very students differ.
+and never narrower than for other prompts alone. `these runs` is the bootstrap over prompts alone: how these very
+students differ.
 """
 ONE_SEED = "Where a pair shares one seed only, its interval is of prompts only: it says nothing about other seeds."
 CORRECTED = """
