@@ -45,8 +45,8 @@ class Comparison:
     Attributes:
         base: files of the configuration that all runs share, as `--config` takes them.
         overrides: dotted overrides of it, for all runs.
-        variants: label -> the dotted overrides that make it; or a list of names of estimators. A `${key}` in an override
-            is one of the comparison; after a backslash, one of the run.
+        variants: label -> the dotted overrides that make it; or a list of names of estimators. A `${key}` in an
+            override is one of the comparison; after a backslash, one of the run.
         seeds: of the runs; every variant runs with each.
         parallel: how many runs at once, which share the processor's cores.
         output_dir: where runs and report are written.
