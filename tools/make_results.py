@@ -99,7 +99,7 @@ def curves_only(report: Mapping[str, Any]) -> Report:
     """As much of a report as its learning curves are drawn from."""
     curves = [Curve(**curve | {"points": [Point(**point) for point in curve["points"]]}) for curve in report["curves"]]
     told = (report["title"], report["budget"], report["confidence"], report["variants"], report["seeds"])
-    return Report(*told, report["prompts"], [], [], [], [], [], curves)
+    return Report(*told, report["prompts"], report["differing"], [], [], [], [], [], curves)
 
 
 def stored_numbers(docs: Path) -> dict[str, Stored]:

@@ -199,12 +199,12 @@ def test_exact_local_return_has_less_variance_than_sampled_and_than_centred_retu
 
 def test_the_exact_kl_is_not_the_baseline_of_least_variance():
     pair = TabularPair.random(3, 5, seed=2, stop=True)
-    assert trace_variance(pair, build("vopd")) > 2 * trace_variance(pair, build("token"))
+    assert trace_variance(pair, build("vopd")) > 3 * trace_variance(pair, build("token"))
 
 
-def test_one_other_completion_can_double_the_variance():
+def test_one_other_completion_can_quadruple_the_variance():
     pair = TabularPair.random(3, 5, seed=2, stop=True)
-    assert trace_variance(pair, build("leave_one_out")) > 2 * trace_variance(pair, build("sequence"))
+    assert trace_variance(pair, build("leave_one_out")) > 4 * trace_variance(pair, build("sequence"))
 
 
 def test_topk_baselines_reach_the_exact_one_as_the_support_grows():

@@ -327,6 +327,12 @@ def test_the_text_of_the_heads_compares_every_size(bench):
     assert "- V=64, N=16: time, dense / ours: 3.00 (pair by pair: 3.00)" in text
     assert "- V=64, N=32: time, dense / ours: no pair came to an end" in text
     assert "| 64 | 32 | dense | 1 | failed: not run |" in text
+    assert "N is the number of positions, V the size of the vocabulary. Only the head is timed" in text
+
+
+def test_the_published_text_of_the_heads_is_that_of_its_numbers(bench):
+    results = json.loads((ROOT / "docs/benchmark_w3.json").read_text())
+    assert (ROOT / "docs/benchmark_w3.md").read_text() == bench.head_cases.to_text(results)
 
 
 # --- growth

@@ -13,6 +13,9 @@ SIZES = [(positions, vocabulary) for vocabulary in (32768, 49152, 151936) for po
 QUICK_SIZES = [(128, 4096)]
 WIDTHS = {"width": 576, "teacher_width": 960}
 LIMIT_GIB = 20
+WHAT = """N is the number of positions, V the size of the vocabulary. Only the head is timed: hidden states of student
+and teacher go in, the loss and its gradients come out; no body of a model runs.
+"""
 DENSE_COPIES = 5  # fp32 tensors [N, V] that live at once at the peak of the dense backward: 4.5 were measured
 
 
@@ -57,6 +60,6 @@ def to_text(results: dict[str, Any]) -> str:
         for side in dict.fromkeys(row["side"] for row in case if row["side"] != "ours"):
             ratios = report.describe_ratios(report.pair_ratios(case, side, "ours", "seconds"))
             lines.append(f"- V={size[0]}, N={size[1]}: time, {side} / ours: {ratios}\n")
-    head = [f"# {results['what'].upper()}\n", report.describe_machine(results["machine"])]
+    head = [f"# {results['what'].upper()}\n", WHAT, report.describe_machine(results["machine"])]
     table = report.table(rows, ["V", "N", "side", "round"], report.HEAD_COLUMNS)
     return "\n".join([*head, table, "".join(lines)])
