@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
                      "phases and a chrome trace, in output_dir/profile and in MLflow")  # fmt: skip
     for name, what in (("validate", "measure the student on the validation prompts"),
                        ("test", "the same, reported as test results")):  # fmt: skip
-        _command(commands, name, _evaluate, what).add_argument("--checkpoint", metavar="FILE")
+        _command(commands, name, _evaluate, what).add_argument(
+            "--checkpoint", metavar="FILE", help="default: the student as configured, untrained"
+        )
     export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", metavar="FILE", help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", help="default: output_dir/student")
@@ -137,7 +139,7 @@ def _export(parsed: argparse.Namespace) -> None:
 
     quiet_libraries()
     folder = RunFolder(Path(config.output_dir))
-    checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else folder.last_checkpoint
+    checkpoint = folder.find_checkpoint(parsed.checkpoint)
     print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))
 
 

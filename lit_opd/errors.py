@@ -13,7 +13,8 @@ class UserError(Exception):
 
     def __init__(self, key: str, expected: str, found: object, remedy: str) -> None:
         self.key, self.expected, self.found, self.remedy = key, expected, found, remedy
-        text = f"{key}: expected {expected}, found {found}. {remedy}"
+        told = str(found).rstrip(".")  # words of another library may bring a full stop of their own
+        text = f"{key}: expected {expected}, found {told}. {remedy}"
         super().__init__(" ".join(text.split()))
 
 

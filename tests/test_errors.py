@@ -9,6 +9,14 @@ def test_user_error_is_one_line_with_its_four_parts():
     assert (error.key, error.expected, error.remedy) == ("optim.lr", "a\nnumber", "Set   it.")
 
 
+@pytest.mark.parametrize("found", ["no connection", "no connection.", "no connection.."])
+def test_what_another_library_says_ends_with_one_full_stop(found):
+    assert (
+        str(UserError("path", "a model", found, "Check it."))
+        == "path: expected a model, found no connection. Check it."
+    )
+
+
 def test_run_error_is_not_a_mistake_of_the_user():
     assert issubclass(RunError, RuntimeError)
     assert not issubclass(RunError, UserError)

@@ -45,6 +45,10 @@ for (const card of document.querySelectorAll('[data-testid=experiment-view-compa
     charts[card.querySelector('h4').title] = Object.fromEntries(lines.map(line => [line.uuid, [line.x, line.y]]));
 }
 return charts"""
+# Beside a file's name MLflow tells its path on the machine that serves it: no reader of a picture has that machine.
+HIDE_PATH = """for (const line of document.querySelectorAll('div[title]')) {
+    if (line.innerText.startsWith('Path: ')) { line.parentElement.style.visibility = 'hidden' }
+}"""
 CELLS = """return [...document.querySelectorAll('[role=row]')].map(
     row => [...row.querySelectorAll('[role=columnheader], [role=cell]')].map(cell => cell.innerText))"""
 
@@ -162,8 +166,9 @@ class Pages:
         return self.run("return document.body.innerText")
 
     def photograph(self, path: Path) -> None:
-        """Write what shows to a PNG file."""
+        """Write what shows to a PNG file, but for paths of this machine."""
         self.run("document.activeElement.blur()")
+        self.run(HIDE_PATH)
         self.chrome.save_screenshot(str(path))
 
     def _open(self, page: str) -> None:

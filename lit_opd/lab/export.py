@@ -42,9 +42,9 @@ def export_checkpoint(config: StudentConfig, checkpoint: Path, folder: Path) -> 
     Raises:
         UserError: no such checkpoint, a damaged one, or one of another student; a folder that cannot be written to.
     """
-    read_checkpoint(checkpoint)
+    read_checkpoint("--checkpoint", checkpoint)
     check_writable("--out", folder)
     check_weight_files(config, "student")
     student = load_student(config)
-    load_weights(student.model, checkpoint)
+    load_weights("--checkpoint", student.model, checkpoint)
     return export_student(student, folder)

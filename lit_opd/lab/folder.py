@@ -83,7 +83,7 @@ class RunFolder:
         if checkpoint == self.last_checkpoint and not checkpoint.is_file() and resume == "auto":
             checkpoint = None
         if checkpoint is not None:
-            read_training_state(checkpoint)
+            read_training_state("--resume", checkpoint)
         continued = resume == "auto" or (checkpoint and checkpoint.resolve().parent == self.checkpoints.resolve())
         # Only the first process looks: it may have begun the run before the others come here.
         if self.config.exists() and not continued and _get_rank() in (None, 0):
@@ -91,6 +91,17 @@ class RunFolder:
             raise UserError("output_dir", "a new folder", f"{str(self.path)!r}, which holds another run", remedy)
         check_writable("output_dir", self.path)
         return checkpoint
+
+    def find_checkpoint(self, given: str | None) -> Path:
+        """The checkpoint that `--checkpoint` names, or the newest of the run in this folder.
+
+        Raises:
+            UserError: none is named, and there is no run here.
+        """
+        if given is None and not self.last_checkpoint.is_file():
+            remedy = "Set output_dir to a run's folder, or give --checkpoint."
+            raise UserError("output_dir", "the folder of a run", f"no file {str(self.last_checkpoint)!r}", remedy)
+        return Path(given) if given is not None else self.last_checkpoint
 
     def make(self) -> None:
         """Make the folder.
@@ -127,47 +138,51 @@ def check_writable(key: str, folder: Path) -> None:
                         "Choose another folder.")  # fmt: skip
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
     """A checkpoint's contents, as plain tensors and values only; tensors are read when they are used.
+
+    Args:
+        key: what named it, for messages: `--resume` or `--checkpoint`.
+        path: of the file.
 
     Raises:
         UserError: there is no such file, or it is damaged.
     """
     if not path.is_file():
-        raise UserError("checkpoint", "a checkpoint file", f"no file {str(path)!r}", "Check the path.")
+        raise UserError(key, "a checkpoint file", f"no file {str(path)!r}", "Check the path.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # there is no end to what a damaged file makes the reader raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "It is damaged or no checkpoint of lit_opd: choose another one."
-        raise UserError("checkpoint", "a readable checkpoint", f"{str(path)!r}: {reason[:120]}", remedy) from error
+        raise UserError(key, "a readable checkpoint", f"{str(path)!r}: {reason[:120]}", remedy) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         found = f"{str(path)!r}, without weights"
-        raise UserError("checkpoint", "a checkpoint of lit_opd", found, "Choose another file.")
+        raise UserError(key, "a checkpoint of lit_opd", found, "Choose another file.")
     return checkpoint
 
 
-def read_training_state(path: Path) -> dict[str, Any]:
-    """A checkpoint that training can go on from.
+def read_training_state(key: str, path: Path) -> dict[str, Any]:
+    """A checkpoint that training can go on from; arguments as for `read_checkpoint`.
 
     Raises:
         UserError: no such file, a damaged one, or one that holds no more than weights.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(key, path)
     for name in TRAINING_STATE:
         if name not in checkpoint:
             found = f"{str(path)!r}, without {name!r}"
-            raise UserError("checkpoint", "a checkpoint that fit wrote", found, "Choose another file.")
+            raise UserError(key, "a checkpoint that fit wrote", found, "Choose another file.")
     return checkpoint
 
 
-def check_weights(model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, when they are a model's own.
+def check_weights(key: str, model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, when they are a model's own; arguments as for `read_checkpoint`.
 
     Raises:
         UserError: a damaged checkpoint, or one of another model.
     """
-    held = read_checkpoint(path)["state_dict"]
+    held = read_checkpoint(key, path)["state_dict"]
     weights = {name.removeprefix("model."): value for name, value in held.items() if name.startswith("model.")}
     own, frozen = model.state_dict(), frozen_names(model)
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)} - frozen
@@ -175,14 +190,16 @@ def check_weights(model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]
     differing += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
     if differing:
         found = f"{str(path)!r}, which differs at {differing[0]!r}"
-        raise UserError("checkpoint", "weights of this student", found, "Set student.path, or student.lora.")
+        raise UserError(key, "weights of this student", found, "Set student.path, or student.lora.")
     return weights
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(key: str, model: torch.nn.Module, path: Path) -> None:
     """Put a checkpoint's student weights into a model; weights that training never changed stay.
+
+    Arguments are those of `check_weights`.
 
     Raises:
         UserError: a damaged checkpoint, or one of another model.
     """
-    model.load_state_dict(check_weights(model, path), strict=False)
+    model.load_state_dict(check_weights(key, model, path), strict=False)

@@ -43,6 +43,8 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
+    # A hub that does not answer is told once, in the end; not at every attempt.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     _tell_findings()

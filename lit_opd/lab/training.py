@@ -63,7 +63,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
     trainer = build_trainer(config, folder, profile)
     module, data = build(config)
     if checkpoint is not None:
-        check_weights(module.model, checkpoint)
+        check_weights("--resume", module.model, checkpoint)
     folder.make()
     known = folder.read_notes().get("mlflow_run_id") if resume else None
     trainer.logger = logger = begin_run(config, tags_of(config, module, data), known)
@@ -148,11 +148,11 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
         UserError: whatever cannot work.
     """
     if checkpoint is not None:
-        read_checkpoint(Path(checkpoint))
+        read_checkpoint("--checkpoint", Path(checkpoint))
     trainer = build_evaluation_trainer(config)
     module, data = build(config)
     if checkpoint is not None:
-        load_weights(module.model, Path(checkpoint))
+        load_weights("--checkpoint", module.model, Path(checkpoint))
     loop = trainer.validate if stage == "validate" else trainer.test
     loop(module, data, verbose=False)
     return module.results["val" if stage == "validate" else "test"]

@@ -1,6 +1,7 @@
 """Every mistake a user can make: one line, exit code 2, before any weights load and before anything is written."""
 
 import json
+import logging
 import pickle
 import shutil
 
@@ -139,8 +140,8 @@ MISTAKES = [
     ("optim.scheduler=ReduceLROnPlateau", "optim", "ReduceLROnPlateau"),
     ("optim.scheduler_kwargs.T_mx=3", "optim.scheduler_kwargs", "T_mx"),
     ("optim.scheduler_kwargs.T_max=${{trainer.steps}}", "optim.scheduler_kwargs.T_max", "trainer.steps"),
-    ("--resume {bad}/missing.ckpt", "checkpoint", "no file"),
-    *((f"--resume {{bad}}/{name}.ckpt", "checkpoint", name)
+    ("--resume {bad}/missing.ckpt", "--resume", "no file"),
+    *((f"--resume {{bad}}/{name}.ckpt", "--resume", name)
       for name in ("empty", "truncated", "random", "pickle", "harmful", "list", "weights_only")),
 ]  # fmt: skip
 
@@ -184,7 +185,7 @@ def test_mistake_is_told_in_one_line_before_anything_happens(
 @pytest.mark.parametrize("name", ["missing", "truncated", "random", "pickle", "list"])
 def test_damaged_checkpoint_is_told_before_weights_load(workspace, bad, no_weights, capsys, command, name):
     assert main(workspace.arguments(command, "--checkpoint", f"{bad}/{name}.ckpt")) == 2
-    one_line(capsys.readouterr().err, "checkpoint", name)
+    one_line(capsys.readouterr().err, "--checkpoint", name)
     assert not workspace.output.exists()
 
 
@@ -200,12 +201,38 @@ def test_checkpoint_of_another_student_is_refused(workspace, capsys):
     weights = {"model.lm_head.weight": torch.zeros(17, 8)}
     torch.save({"state_dict": weights}, "other.ckpt")
     assert main(workspace.arguments("validate", "--checkpoint", "other.ckpt")) == 2
-    one_line(capsys.readouterr().err, "checkpoint", "other.ckpt")
+    one_line(capsys.readouterr().err, "--checkpoint", "other.ckpt")
     state = dict.fromkeys(("global_step", "loops", "optimizer_states", "torch_rng_state", "pytorch-lightning_version"))
     torch.save({"state_dict": weights, **state}, "other.ckpt")
     assert main(workspace.arguments("fit", "--resume", "other.ckpt")) == 2
-    one_line(capsys.readouterr().err, "checkpoint", "other.ckpt")
+    one_line(capsys.readouterr().err, "--resume", "other.ckpt")
     assert not workspace.output.exists()
+
+
+def test_export_without_a_run_says_how_to_name_one(workspace, no_weights, capsys):
+    assert main(workspace.arguments("export")) == 2
+    err = capsys.readouterr().err
+    one_line(err, "output_dir", "last.ckpt")
+    assert "Set output_dir to a run's folder, or give --checkpoint." in err
+    assert not workspace.output.exists()
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_help_says_what_is_measured_without_a_checkpoint(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "default: the student as configured, untrained" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_hub_that_does_not_answer_is_told_once(workspace, capsys, monkeypatch):
+    def attempt(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no such name in the cached files.\nA second line.")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", attempt)
+    assert main(workspace.arguments("fit", "student.path=some/student")) == 2
+    err = capsys.readouterr().err
+    one_line(err, "student.path", "'some/student': no such name in the cached files. Check the path")
 
 
 def test_export_to_where_nothing_can_be_written(workspace, bad, no_weights, capsys):

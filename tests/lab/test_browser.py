@@ -129,7 +129,10 @@ def test_a_run_shows_its_completions_as_a_table(pages, served, photograph):
     assert header == logged["columns"]
     place = header.index("completion")
     assert [row[place] for row in rows] == [row[place] for row in logged["data"]]
+    place_on_disk = f"{run.run_id}/artifacts/completions.json"
+    assert place_on_disk in pages.text()
     photograph("mlflow_completions.png")
+    assert place_on_disk not in pages.text()
 
 
 def test_models_are_named_after_what_made_them(pages, served):

@@ -60,7 +60,7 @@ def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
 
 def _build(entry: Any) -> tuple[str, BoundEstimator]:
     if isinstance(entry, str):
-        return entry, estimators.build(entry)
+        return entry, _named(entry)
     if not isinstance(entry, Mapping) or "name" not in entry:
         raise UserError(
             "measure.estimators", "names, or mappings with `name`", repr(entry), "Write e.g. [token, vopd]."
@@ -70,7 +70,16 @@ def _build(entry: Any) -> tuple[str, BoundEstimator]:
             raise UserError(f"measure.estimators.{key}", "a known key", "an unknown one", suggest(str(key), _KEYS))
     keywords = dict(entry.get("kwargs") or {})
     label = " ".join([entry["name"], *(f"{name}={value}" for name, value in keywords.items())])
-    return entry.get("label") or label, estimators.build(entry["name"], **keywords)
+    return entry.get("label") or label, _named(entry["name"], **keywords)
+
+
+def _named(name: str, **keywords: Any) -> BoundEstimator:
+    """The estimator; what is wrong with it is told of the key that names it here."""
+    try:
+        return estimators.build(name, **keywords)
+    except UserError as error:
+        key = error.key.replace("estimator.name", "measure.estimators").replace("estimator.", "measure.estimators.")
+        raise UserError(key, error.expected, error.found, error.remedy) from error
 
 
 def _missing(config: Config, estimator: BoundEstimator) -> UserError | None:

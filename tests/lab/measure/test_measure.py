@@ -128,6 +128,15 @@ def test_a_chosen_estimator_that_is_a_target_is_looked_at_once_and_held_against_
     [
         (("measure.estimators=[3]",), "measure.estimators: expected names, or mappings with `name`, found 3."),
         (("measure.estimators=[{name: token, kwarg: {}}]",), "measure.estimators.kwarg: expected a known key"),
+        (
+            ("measure.estimators=[tokn]",),
+            "measure.estimators: expected a registered estimator or file.py:function, found",
+        ),
+        (("measure.estimators=[{name: tokn}]",), "found 'tokn'. Did you mean 'token'?"),
+        (
+            ("measure.estimators=[{name: teacher_topk, kwargs: {kk: 3}}]",),
+            "measure.estimators.kwargs.kk: expected a keyword of teacher_topk, found an unknown one.",
+        ),
         (("measure.estimators=[token,token]",), "expected labels that differ, found 'token' twice."),
         (("measure.estimators=[outcome]", "data.verifier=null"), "data.verifier: expected one: 'outcome' learns"),
         (("measure.estimators=[leave_one_out]", "rollout.num_completions=1"), "rollout.num_completions: expected at"),
