@@ -7,9 +7,10 @@ import torch
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.findings import FAIL, PASS, WARN, Finding
 
-__all__ = ["stop_tokens", "teacher_at_ends"]
+__all__ = ["TOO_EARLY", "equivalence", "stop_tokens", "teacher_at_ends"]
 
 _LITTLE, _NOTHING = 0.1, 1e-3
+TOO_EARLY = "The student stops where the teacher goes on, which training unlearns."
 
 
 def stop_tokens(evidence: Evidence) -> Finding:
@@ -30,28 +31,32 @@ def stop_tokens(evidence: Evidence) -> Finding:
 def teacher_at_ends(evidence: Evidence) -> Finding:
     """Whether the teacher, where the student ended, gives mass to any of the student's stop tokens."""
     positions, student = evidence.positions, evidence.student
-    end_N = torch.isin(positions.ids_N, torch.tensor(student.stop_ids))
+    stops = torch.tensor(student.stop_ids, dtype=torch.long)
+    end_N = torch.isin(positions.ids_N, stops)
     count, rows = int(end_N.sum()), len(evidence.rollout)
     if not count:
         return Finding("teacher at ends", WARN, f"none of {rows} completions ended",
                        "Raise rollout.max_new_tokens, or train the student to stop first.")  # fmt: skip
     mass = float(positions.stop_logps_N[end_N].median().exp())
-    favourite = int(positions.top_ids_N[end_N].mode().values)
-    agreed = float((positions.top_ids_N[end_N] == favourite).float().mean())
     found = (
         f"at {count} ends of {rows} completions the teacher gives the student's stop tokens a median mass of {mass:.2g}"
     )
     numbers = {"ends": count, "median_stop_mass": mass}
     if mass >= _LITTLE:
         return Finding("teacher at ends", PASS, found, numbers=numbers)
+    # An end that the models share says nothing of how the teacher ends where it ends otherwise.
+    others_M = positions.top_ids_N[end_N & ~torch.isin(positions.top_ids_N, stops)]
+    if not len(others_M):
+        return Finding("teacher at ends", WARN, found, TOO_EARLY, numbers)
+    favourite = int(others_M.mode().values)
+    agreed = int((others_M == favourite).sum()) / count
     found += f", and at {agreed:.0%} of them expects {evidence.token(favourite)}"
     if favourite in evidence.teacher.stop_ids:
         verdict = FAIL if mass < _NOTHING else WARN
         return Finding("teacher at ends", verdict, found, equivalence(evidence, [favourite]), numbers)
-    fix = "If that token ends the teacher's completions, " + _decapitalised(equivalence(evidence, [favourite]))
-    return Finding(
-        "teacher at ends", WARN, found, f"{fix} Else the student stops too early, which it will unlearn.", numbers
-    )
+    fix = (f"{TOO_EARLY} Should {evidence.token(favourite)} end the teacher's completions, name it as eos_token_id in "
+           "the teacher's generation_config.json.")  # fmt: skip
+    return Finding("teacher at ends", WARN, found, fix, numbers)
 
 
 def equivalence(evidence: Evidence, ids: list[int]) -> str:
@@ -65,7 +70,3 @@ def equivalence(evidence: Evidence, ids: list[int]) -> str:
     every = [*evidence.student.stop_ids, *ids]
     return (f"Let either ending stop the student: add {named} to eos_token_id in its generation_config.json, as "
             f"{every}. Do not mask a stop token: nothing would teach it to stop.")  # fmt: skip
-
-
-def _decapitalised(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:]

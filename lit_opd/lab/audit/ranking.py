@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lit_opd.lab.audit.endings import equivalence
+from lit_opd.lab.audit.endings import TOO_EARLY, equivalence
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.findings import PASS, WARN, Finding
 
@@ -106,9 +106,13 @@ def log_ratios(evidence: Evidence, rows: list[TokenRow] | None = None) -> Findin
 
 def _remedy(evidence: Evidence, huge: list[TokenRow]) -> str:
     sentences = []
-    ends = sorted({row.expected_id for row in huge if row.stops} - set(evidence.student.stop_ids))
+    stops = [row for row in huge if row.stops]
+    foreign = set(evidence.teacher.stop_ids) - set(evidence.student.stop_ids)
+    ends = sorted({row.expected_id for row in stops} & foreign)
     if ends:
         sentences.append(equivalence(evidence, ends))
+    if any(row.expected_id not in foreign for row in stops):
+        sentences.append(TOO_EARLY)
     own = [row for row in huge if not row.stops]
     if own:
         keep = [*map(str, evidence.config.estimator.masked_tokens), *(str(row.id) for row in own)]
@@ -116,7 +120,7 @@ def _remedy(evidence: Evidence, huge: list[TokenRow]) -> str:
         sentences.append("As a stop-gap, in a short run or where the student's spelling must stay, set "
                          f"estimator.masked_tokens=[{','.join(keep)}] so that {names} do not count: "
                          f"{_MEASURED}")  # fmt: skip
-    return " ".join(sentences) or "Train the student to stop before distilling it."
+    return " ".join(sentences)
 
 
 def _masked(evidence: Evidence) -> str:

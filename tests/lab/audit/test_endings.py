@@ -47,10 +47,38 @@ def test_the_median_mass_at_ends_decides(by_hand):
     assert FIX in found.fix
 
 
-def test_an_end_that_the_teacher_does_not_declare_is_no_failure(by_hand):
-    found = ends(by_hand, 1e-4, 3, teacher_stops=(2,))
+def test_where_the_teacher_goes_on_the_student_stops_too_early_and_nothing_is_to_be_added(by_hand):
+    found = ends(by_hand, 1e-4, 5, teacher_stops=(2,))
     assert found.verdict == "warn"
-    assert found.fix.startswith("If that token ends the teacher's completions, let either ending stop the student")
+    assert found.found.endswith("at 100% of them expects '1'")
+    assert found.fix == (
+        "The student stops where the teacher goes on, which training unlearns. Should '1' end the teacher's "
+        "completions, name it as eos_token_id in the teacher's generation_config.json."
+    )
+
+
+def at_mixed_ends(by_hand, expected, teacher_stops=(2,)):
+    logps = torch.tensor([1e-4 if i != 2 else 0.9 for i in expected]).log()
+    rows = [(2, 0.0, i, True) for i in expected]
+    return teacher_at_ends(by_hand(rows, teacher_stops=teacher_stops, stop_logps_N=logps))
+
+
+def test_an_end_that_the_models_share_is_never_what_is_missing(by_hand):
+    early = at_mixed_ends(by_hand, [2, 2, 2, 5, 5, 6, 7])
+    assert early.verdict == "warn"
+    assert early.found.endswith("at 29% of them expects '1'")
+    assert "eos_token_id in its" not in early.fix
+    foreign = at_mixed_ends(by_hand, [2, 2, 2, 3, 3, 6, 7], teacher_stops=(2, 3))
+    assert foreign.verdict == "fail"
+    assert FIX in foreign.fix
+
+
+def test_a_flat_teacher_whose_first_choice_is_the_students_end_is_told_without_a_token(by_hand):
+    found = ends(by_hand, 0.05, 2, teacher_stops=(2,))
+    assert (found.verdict, found.fix) == (
+        "warn", "The student stops where the teacher goes on, which training unlearns."
+    )  # fmt: skip
+    assert "expects" not in found.found
 
 
 def test_completions_that_never_end_are_told(by_hand):

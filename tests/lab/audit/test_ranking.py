@@ -62,7 +62,7 @@ def test_what_is_no_habit_is_not_flagged(by_hand, rows):
 
 
 def test_a_stop_token_is_never_to_be_masked_but_made_equivalent(by_hand):
-    found = log_ratios(by_hand(STOP + PLAIN))
+    found = log_ratios(by_hand(STOP + PLAIN, teacher_stops=[3]))
     assert found.verdict == "warn"
     assert "estimator.masked_tokens" not in found.fix
     assert "add 3 ('<unk>') to eos_token_id in its generation_config.json, as [2, 3]" in found.fix
@@ -73,7 +73,7 @@ def test_ends_that_are_equivalent_already_pass(by_hand):
 
 
 def test_both_remedies_are_proposed_where_both_are_needed(by_hand):
-    found = log_ratios(by_hand(STOP + TAG + PLAIN))
+    found = log_ratios(by_hand(STOP + TAG + PLAIN, teacher_stops=[3]))
     assert found.found.startswith("2 of 4 ids carry 98% of the sum")
     assert found.fix.index("as [2, 3]") < found.fix.index("As a stop-gap") < found.fix.index("masked_tokens=[16]")
 
@@ -93,9 +93,12 @@ def test_what_a_mask_was_worth_is_told_as_it_was_measured(by_hand):
     assert all(sentence in fix for sentence in told), told
 
 
-def test_a_stop_token_where_the_teacher_goes_on_is_not_made_equivalent_to_what_stops_already(by_hand):
-    found = log_ratios(by_hand([(END, 9.0, END, True)] * 3 + PLAIN))
-    assert (found.verdict, found.fix) == ("warn", "Train the student to stop before distilling it.")
+@pytest.mark.parametrize("expected", [END, 14], ids=["its own end", "an ordinary token"])
+def test_a_stop_token_where_the_teacher_goes_on_is_neither_made_equivalent_nor_masked(by_hand, expected):
+    found = log_ratios(by_hand([(END, 9.0, expected, True)] * 3 + PLAIN))
+    assert (found.verdict, found.fix) == (
+        "warn", "The student stops where the teacher goes on, which training unlearns."
+    )  # fmt: skip
 
 
 def test_what_does_not_count_is_left_out_and_told(by_hand):
