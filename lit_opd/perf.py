@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -75,8 +76,12 @@ def step_report(
         rollout: totals over sequences, from `rollout_sums`.
         watch: seconds of each phase.
         device: whose memory is reported.
+
+    Returns:
+        By name. What is a mean over nothing, in a step whose completions are all demonstrations, is not a number: a
+        key that were left out would keep the value of the step before in Lightning's records.
     """
-    tokens, rows = max(update["own"], 1.0), max(rollout["rows"], 1.0)
+    tokens, rows = update["own"] or math.nan, rollout["rows"] or math.nan
     return {
         "train/loss": update["loss"],
         "train/reverse_kl": update["kl"] / tokens,

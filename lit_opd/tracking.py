@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 import sys
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,11 @@ def _check_database(file: Path) -> None:
 
 class RunLogger(MLFlowLogger):
     """Lightning's MLflow logger, which also tells a run that was interrupted (KILLED) from one that failed."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log what is a number; a mean over nothing is no point of a curve."""
+        super().log_metrics({name: value for name, value in metrics.items() if not math.isnan(value)}, step)
 
     @rank_zero_only
     def begin(self) -> None:

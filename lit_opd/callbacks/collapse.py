@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import deque
 from statistics import fmean
@@ -64,8 +65,9 @@ SIGNS = {
 class WatchCollapse(L.Callback):
     """Warns, or stops after the step, when a sign that was on its good side has crossed its limit.
 
-    Each is the mean of the last steps. What begins on the wrong side is how the run is made and no collapse, so a sign
-    counts from the first time it is good; it is told once, and the MLflow run gets the tag `collapse`.
+    Each is the mean of the last steps in which the student wrote something to read it from. What begins on the wrong
+    side is how the run is made and no collapse, so a sign counts from the first time it is good; it is told once, and
+    the MLflow run gets the tag `collapse`.
 
     Args:
         config: limits, window and action.
@@ -84,8 +86,9 @@ class WatchCollapse(L.Callback):
         logged = trainer.callback_metrics
         values = {name: float(logged[name]) for name in SIGNS if name in logged} | _support_mass(pl_module)
         for name, value in values.items():
-            self._recent[name].append(value)
-            self._judge(trainer, name)
+            if math.isfinite(value):
+                self._recent[name].append(value)
+                self._judge(trainer, name)
 
     def _judge(self, trainer: L.Trainer, name: str) -> None:
         sign, recent = SIGNS[name], self._recent[name]

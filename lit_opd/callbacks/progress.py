@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -51,7 +52,8 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Advance to the present step."""
         metrics = trainer.callback_metrics
-        shown = {label: f"{float(metrics[name]):.3g}" for name, label in SHOWN.items() if name in metrics}
+        known = {label: float(metrics[name]) for name, label in SHOWN.items() if name in metrics}
+        shown = {label: f"{value:.3g}" for label, value in known.items() if not math.isnan(value)}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 

@@ -80,6 +80,37 @@ def test_a_resumed_run_goes_on_with_what_was_seen():
     assert sum(counts) == 3
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_step_without_a_number_is_no_sign(value):
+    unread = dict.fromkeys(GOOD, value)
+    told, _ = watch([GOOD, unread, GOOD, unread, GOOD] + [unread] * 9)
+    assert not any(told)
+    told, _ = watch([GOOD, unread, GOOD, GOOD, unread, BAD, unread, BAD, BAD])
+    assert sum(map(len, told)) == 3, "what lies between is not in the mean"
+
+
+def test_steps_of_demonstrations_alone_are_no_collapse_and_no_points_of_a_curve(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    words = ["rollout.student_share=0.5", "data.batch_size=1", "rollout.max_new_tokens=2", "optim.lr=1e-6",
+             "trainer.max_steps=16", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false",
+             "data.train_size=40", "data.validation_size=2", "evaluation.teacher=false", f"tracking.uri={uri}",
+             "tracking.system_metrics=false", f"output_dir={tmp_path / 'run'}", "collapse.action=stop",
+             "collapse.window=3", "collapse.max_truncated=1", "diagnostics.figures=false"]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CollapseWarning)
+        assert main(["fit", "--config", QUICKSTART, *words]) == 0
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
+    losses, entropies, lengths = (
+        [point.value for point in client.get_metric_history(run.info.run_id, name)]
+        for name in ("train/loss", "train/entropy", "rollout/length")
+    )
+    assert len(losses) == 16
+    assert 0 < len(entropies) == len(lengths) < 16
+    assert all(value >= 0 for value in entropies)
+    assert all(value > 0 for value in lengths)
+
+
 def test_a_real_run_with_a_huge_learning_rate_is_stopped(tmp_path, monkeypatch):
     """The shipped pair at thirty times its learning rate: completions stop ending, and the run is told so and ends."""
     uri = f"sqlite:///{tmp_path / 'runs.db'}"

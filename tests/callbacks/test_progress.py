@@ -29,6 +29,18 @@ def test_bar_shows_steps_and_the_numbers_to_watch(trainer, capsys):
     assert "loss=" not in shown
 
 
+def test_a_mean_over_nothing_is_not_shown(trainer, capsys):
+    trainer.callback_metrics["train/reverse_kl"] = torch.tensor(float("nan"))
+    bar = StepProgress()
+    bar.on_train_start(trainer, MODULE)
+    trainer.global_step = 1
+    bar.on_train_batch_end(trainer, MODULE, None, None, 0)
+    bar.on_train_end(trainer, MODULE)
+    shown = capsys.readouterr().err
+    assert "reverse KL" not in shown
+    assert "length=12" in shown
+
+
 def test_resumed_bar_begins_where_the_run_was(trainer, capsys):
     trainer.global_step = 7
     bar = StepProgress()
