@@ -71,3 +71,36 @@ def test_where_every_token_has_its_end_forbidden_nothing_is_compared(make_eviden
     evidence = make_evidence()
     rollout = replace(evidence.rollout, law=SamplingLaw(min_new_tokens=99))
     assert sampler_gap(replace(evidence, rollout=rollout)).verdict == "pass"
+
+
+@pytest.mark.parametrize(("count", "verdict"), [(0, "pass"), (1, "pass"), (12, "warn"), (90, "fail")])
+def test_tokens_that_the_trainers_law_excludes_are_graded_by_their_share(make_evidence, with_positions, count, verdict):
+    evidence = make_evidence(law=SamplingLaw(top_p=0.9))
+    law_logps_N = evidence.positions.law_logps_N.clone()
+    law_logps_N[:count] = -torch.inf
+    found = sampler_gap(with_positions(evidence, law_logps_N=law_logps_N))
+    assert found.verdict == verdict
+    assert found.numbers["excluded"] == pytest.approx(count / len(law_logps_N))
+    assert found.numbers["max_abs"] < 1e-4, "of the tokens that both laws allow"
+    assert ("none that the trainer's law allows" in found.found) == (count > 0)
+    assert found.fix.startswith("Sample from the whole distribution (rollout.temperature above 0, top_p=1, "
+                                "top_k=0, min_p=0)") == (verdict != "pass")  # fmt: skip
+    # An excluded completion has no weight, and all others have one.
+    kept = 1 - len(evidence.positions.row_N[:count].unique()) / len(evidence.rollout)
+    assert found.numbers["ess"] == pytest.approx(kept, abs=1e-3)
+
+
+def test_laws_without_a_token_in_common_fail(make_evidence, with_positions):
+    evidence = make_evidence()
+    nothing_N = torch.full_like(evidence.positions.law_logps_N, -torch.inf)
+    found = sampler_gap(with_positions(evidence, law_logps_N=nothing_N))
+    assert found.verdict == "fail"
+    assert (found.numbers["excluded"], found.numbers["ess"]) == (1, 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_what_the_engine_cannot_have_sampled_fails(make_evidence, with_positions, value):
+    evidence = make_evidence()
+    sampler_logps_N = evidence.positions.sampler_logps_N.clone()
+    sampler_logps_N[3] = value
+    assert sampler_gap(with_positions(evidence, sampler_logps_N=sampler_logps_N)).verdict == "fail"
