@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ __all__ = ["divergence_on_probe", "sign_test"]
 _MET = 1e-5  # nats: student and teacher are the same as far as fp32 can tell
 _SHORT = 1 / 16
 _CLEAR = 3.0  # standard errors
+_STUCK = 0.9  # share of weights
 
 
 def sign_test(evidence: Evidence) -> Finding:
@@ -48,6 +50,12 @@ def sign_test(evidence: Evidence) -> Finding:
     numbers = {"before": before, "after": after, "cosine": alike}
     if after < before:
         return Finding("sign test", PASS, found, numbers=numbers)
+    held = _held(trial.parameters, start)
+    if held > _STUCK:
+        dtype = str(trial.parameters[0].dtype).removeprefix("torch.")
+        found += f"; {held:.1%} of the weights are the same after it, for the step is below the rounding of {dtype}"
+        fix = "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), or raise optim.lr."
+        return Finding("sign test", WARN, found, fix, numbers | {"held": held})
     if target is None:
         return Finding("sign test", PASS, f"{found}; the estimator aims elsewhere", numbers=numbers)
     with torch.no_grad():
@@ -120,6 +128,17 @@ def _step(trial: Evidence) -> None:
     optimizer = build_optimizer(optim, trial.student.model.parameters())
     build_scheduler(optim, optimizer)
     optimizer.step()
+
+
+def _held(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> float:
+    """The share of the weights with a gradient that a step left as they were, bit for bit."""
+    held, pushed = 0, 0
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            here = parameter.grad != 0
+            pushed += int(here.sum())
+            held += int((here & (parameter == origin)).sum())
+    return held / pushed if pushed else 0.0
 
 
 def _along(evidence: Evidence, exact: Evidence) -> float:

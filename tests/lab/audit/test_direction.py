@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_opd.config import OptimConfig
-from lit_opd.lab.audit.direction import divergence_on_probe, sign_test
+from lit_opd.lab.audit.direction import _held, divergence_on_probe, sign_test
 from lit_opd.types import Estimate
 
 
@@ -82,6 +82,29 @@ def test_a_step_that_is_too_long_is_told_from_a_wrong_direction(make_evidence, l
     assert found.numbers["after"] > found.numbers["before"]
     assert (found.numbers["shorter"] < found.numbers["before"]) == (lr < 1)
     assert found.fix == "The step is too long: lower optim.lr, or set optim.warmup_steps."
+
+
+def coarse(models):
+    return copy.deepcopy(models[0]).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("optim", [sgd(1e-9), OptimConfig(lr=1e-9)], ids=["SGD", "AdamW"])
+def test_a_step_below_the_rounding_of_the_weights_is_told_from_one_that_is_too_long(make_evidence, models, optim):
+    found = sign_test(make_evidence(coarse(models), optim=optim))
+    assert found.verdict == "warn"
+    assert found.numbers["held"] > 0.99
+    assert "of the weights are the same after it, for the step is below the rounding of bfloat16" in found.found
+    assert found.fix == (
+        "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), or raise optim.lr."
+    )
+
+
+def test_weights_that_no_gradient_pushes_are_not_held_by_rounding():
+    weight, idle = (torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0])) for _ in range(2))
+    weight.grad = torch.tensor([0.0, 0.0, 0.5, -0.5])
+    start = [torch.tensor([1.0, 2.0, 3.0, 9.0]), idle.detach().clone()]
+    assert _held([weight, idle], start) == 0.5
+    assert _held([idle], start[1:]) == 0
 
 
 def test_warm_up_shortens_the_step(make_evidence):
