@@ -15,9 +15,10 @@ __all__ = ["Sketch"]
 class Sketch:
     """A linear map to fewer dimensions that keeps inner products, in expectation over its random signs.
 
-    Coordinates get a random sign and are summed `size` apart: with a and b of unit length, the inner product of their
-    sketches is that of a and b, give or take sqrt(2 / size). Gradients that are short enough stay as they are. Source:
-    the count sketch (Charikar, Chen and Farach-Colton, 2002) with places in turn instead of hashed ones.
+    Coordinates, counted through all parameters, get a random sign and are summed `size` apart: with a and b of unit
+    length, the inner product of their sketches is that of a and b, give or take sqrt(2 / size). Gradients that are
+    short enough stay as they are. Source: the count sketch (Charikar, Chen and Farach-Colton, 2002) with places in turn
+    instead of hashed ones.
 
     Args:
         parameters: whose gradients are sketched.
@@ -41,8 +42,11 @@ class Sketch:
         flat = [upcast(gradient).flatten() for gradient in gradients]
         if self._signs is None:
             return torch.cat(flat).cpu()
-        total = flat[0].new_zeros(self.size)
+        total, place = flat[0].new_zeros(self.size), 0
         for values, signs in zip(flat, self._signs, strict=True):
-            for part in (values * signs).split(self.size):
+            signed, room = values * signs, self.size - place
+            total[place : place + len(signed)] += signed[:room]
+            for part in signed[room:].split(self.size):
                 total[: len(part)] += part
+            place = (place + len(signed)) % self.size
         return total.cpu()
