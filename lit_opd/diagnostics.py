@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_opd.types import FinishReason, Rollout
 
-__all__ = ["Seen", "gradient_noise", "observed_tokens", "token_numbers", "token_sums"]
+__all__ = ["Seen", "gradient_noise", "observed_tokens", "quantiles", "token_numbers", "token_sums"]
 
 # A micro-batch, and the per-position values [N] of `models.student_loss` at its counted tokens.
 Seen = tuple[Rollout, Mapping[str, Tensor]]
@@ -120,7 +120,7 @@ def token_numbers(tokens: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _advantages(values: Tensor) -> dict[str, Tensor]:
-    ends = torch.quantile(values, values.new_tensor((0.0, *QUANTILES, 1.0)))
+    ends = quantiles(values, (0.0, *QUANTILES, 1.0))
     names = ("min", *(f"q{round(100 * q):02d}" for q in QUANTILES), "max")
     centred, sizes = values - values.mean(), values.abs()
     deviation = centred.square().mean().sqrt()
@@ -133,6 +133,22 @@ def _advantages(values: Tensor) -> dict[str, Tensor]:
         "top1_share": largest / sizes.sum().clamp(min=tiny),
     }
     return {f"advantage/{name}": value for name, value in (shape | dict(zip(names, ends, strict=True))).items()}
+
+
+def quantiles(values_N: Tensor, shares: Sequence[float]) -> Tensor:
+    """Quantiles of any number of values, interpolated as `torch.quantile` does, which refuses more than 2^24.
+
+    Args:
+        values_N: [N] at least one.
+        shares: S of them, from 0 to 1.
+
+    Returns:
+        [S] in the dtype of the values.
+    """
+    ranked_N = values_N.sort().values
+    ranks_S = torch.tensor(shares, dtype=torch.float64, device=values_N.device) * (len(values_N) - 1)
+    below_S, above_S = ranks_S.floor(), ranks_S.ceil()
+    return ranked_N[below_S.long()].lerp(ranked_N[above_S.long()], (ranks_S - below_S).to(values_N.dtype))
 
 
 def _by_quarter(name: str, values: Tensor, quarter: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_opd.diagnostics import gradient_noise, observed_tokens, token_numbers, token_sums
+from lit_opd.diagnostics import gradient_noise, observed_tokens, quantiles, token_numbers, token_sums
 from lit_opd.types import FinishReason, Rollout, SamplingLaw
 
 values = st.floats(-30, 30, allow_subnormal=False).map(lambda x: round(x, 3))
@@ -112,6 +112,31 @@ def test_numbers_are_those_of_numpy_and_scipy(advantages, seed):
     assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
     if a.std() > 1e-3:
         assert skew == pytest.approx(scipy.stats.skew(a), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_quantiles_are_torchs(count, dtype):
+    values_N = torch.randn(count, generator=torch.Generator().manual_seed(count), dtype=dtype)
+    shares = (0.0, 0.01, 0.3, 0.5, 0.99, 1.0)
+    found = quantiles(values_N, shares)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.quantile(values_N, torch.tensor(shares, dtype=dtype)))
+
+
+def test_quantiles_of_more_values_than_torch_takes():
+    count = 2**24 + 1
+    values_N = torch.arange(count, dtype=torch.float32).flip(0)
+    assert quantiles(values_N, (0.0, 0.25, 1.0)).tolist() == [0, 2**22, 2**24]
+
+
+def test_a_step_of_more_tokens_than_torch_takes_has_its_numbers(monkeypatch):
+    def refused(*_):
+        raise RuntimeError("quantile() input tensor is too large")
+
+    monkeypatch.setattr(torch, "quantile", refused)
+    rollout, stats = make_seen(0)
+    assert "advantage/q50" in token_numbers(observed_tokens([(rollout, stats)], horizon=8))
 
 
 def test_nothing_counted_gives_no_numbers():

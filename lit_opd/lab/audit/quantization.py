@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
+from lit_opd.diagnostics import quantiles
 from lit_opd.errors import UserError
 from lit_opd.functional import log_softmax
 from lit_opd.functional.head import Stats
@@ -88,7 +88,7 @@ def _compare(evidence: Evidence, full: LanguageModel, quantised: LanguageModel) 
     counted_N = evidence.positions.counted_N
     return {
         "logp_error": float(stats["errors"].mean()),
-        "logp_error_99": float(torch.quantile(stats["errors"].float(), 0.99)),
+        "logp_error_99": float(quantiles(stats["errors"].float(), (0.99,))),
         "log_ratio": float(evidence.positions.log_ratio_N[counted_N].abs().mean()),
         "jaccard": float(stats["jaccard"].float().mean()),
         "k": float(k),
