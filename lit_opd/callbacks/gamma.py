@@ -70,7 +70,8 @@ class ChooseGamma(L.Callback):
             return
         self.next_at = pl_module.global_step + self.every_n_steps
         candidates = [_with_gamma(pl_module.estimator, gamma) for gamma in self.gammas]
-        gradients_MPF = _prompt_gradients(pl_module, batch, candidates)
+        with trainer.precision_plugin.train_step_context():  # Lightning opens it for the step alone
+            gradients_MPF = _prompt_gradients(pl_module, batch, candidates)
         bias_M, variance_M = squared_bias_and_variance(gradients_MPF, unbiased=len(self.gammas) - 1)
         world = trainer.world_size
         # Each process estimates the bias of the same thing, and the variance of a mean over its own part.

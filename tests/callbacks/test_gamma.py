@@ -1,6 +1,7 @@
 """The discount that is chosen from measured bias and variance."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import lightning as L
@@ -83,7 +84,8 @@ def test_two_processes_share_the_bias_and_halve_the_variance(monkeypatch):
     module = SimpleNamespace(global_step=0, estimator=estimators.build("hybrid"), at_step=dict,
                              log_dict=lambda *_, **__: None)  # fmt: skip
     chooser = ChooseGamma(every_n_steps=2, gammas=GAMMAS)
-    chooser.on_train_batch_start(SimpleNamespace(world_size=2), module, None, 0)
+    trainer = SimpleNamespace(world_size=2, precision_plugin=SimpleNamespace(train_step_context=nullcontext))
+    chooser.on_train_batch_start(trainer, module, None, 0)
     bias_M, variance_M = squared_bias_and_variance(half_MPF, unbiased=2)
     torch.testing.assert_close(chooser.squared_bias, bias_M)
     torch.testing.assert_close(chooser.variance, variance_M / 2)
@@ -119,6 +121,21 @@ def test_choosing_does_not_change_what_is_sampled(make_module, make_model, fit):
     _, _, record = run(make_module, make_model, fit, steps=1)
     judged, stepped = record.rollouts
     assert torch.equal(judged.completion_ids_BT, stepped.completion_ids_BT)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", None), ("bf16-mixed", torch.bfloat16)])
+def test_it_judges_in_the_arithmetic_of_the_step(make_module, make_model, fit, monkeypatch, precision, dtype):
+    from lit_opd.callbacks import gamma as room
+
+    seen, inner = [], room._prompt_gradients
+
+    def spy(*arguments):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return inner(*arguments)
+
+    monkeypatch.setattr(room, "_prompt_gradients", spy)
+    run(make_module, make_model, fit, steps=1, precision=precision)
+    assert seen == [dtype]
 
 
 def test_a_resumed_run_goes_on_with_what_was_measured(make_module, make_model, fit, tmp_path):
