@@ -10,6 +10,7 @@ from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models import support_size_of
+from lit_opd.rollout import training_law
 
 __all__ = ["DEFAULT", "TARGETS", "check_supports", "chosen_estimators"]
 
@@ -42,7 +43,8 @@ def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
 
     Raises:
         UserError: an entry that is neither a name nor a mapping, an unknown key, a label that comes twice, an estimator
-            that learns from rewards without a verifier, or one that compares completions where a prompt has one.
+            that learns from rewards without a verifier, one that compares completions where a prompt has one, or one
+            that learns from what it samples under greedy sampling.
     """
     given, chosen = list(config.measure.estimators), {}
     for entry in given or DEFAULT:
@@ -90,6 +92,10 @@ def _missing(config: Config, estimator: BoundEstimator) -> UserError | None:
     if "groups" in estimator.needs and config.rollout.num_completions < 2:
         return UserError("rollout.num_completions", f"at least 2: {name!r} compares the completions of a prompt",
                          config.rollout.num_completions, "Raise it.")  # fmt: skip
+    try:
+        training_law(config.rollout, estimator)
+    except UserError as error:
+        return error
     return None
 
 

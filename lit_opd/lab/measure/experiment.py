@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -24,11 +24,11 @@ from lit_opd.functional import chunk_rows
 from lit_opd.lab.checks import prepare_data
 from lit_opd.lab.measure.choice import TARGETS, check_supports, chosen_estimators
 from lit_opd.lab.measure.gradients import Specimen, allocated_mb, unit_gradient
-from lit_opd.lab.measure.moments import compare, inner_product, trace_variance
+from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product, trace_variance
 from lit_opd.lab.measure.result import Measurement, Row
 from lit_opd.lab.sketch import Sketch
 from lit_opd.rollout import TrainingSampler, build_engine, training_law
-from lit_opd.types import Rollout
+from lit_opd.types import Rollout, SamplingLaw
 
 __all__ = ["measure"]
 
@@ -54,7 +54,10 @@ def measure(config: Config) -> Measurement:
             "rollout.student_share", "1: only the student's own completions are measured", share, "Drop it."
         )
     chosen = chosen_estimators(config)
-    targets = {key: estimators.build(name, **keywords) for key, (name, keywords) in TARGETS.items()}
+    law = training_law(config.rollout, next(iter(chosen.values())))
+    # Of another law's prefixes the local target is exact, and nothing here is the gradient of the student's sequences.
+    known = {key: TARGETS[key] for key in TARGETS if key == "local" or law.is_student}
+    targets = {key: estimators.build(name, **keywords) for key, (name, keywords) in known.items()}
     labels = _labels(targets, chosen)
     looked_at = chosen | {labels[key]: estimator for key, estimator in targets.items() if labels[key] not in chosen}
     data = prepare_data(_of_units(config))
@@ -64,8 +67,10 @@ def measure(config: Config) -> Measurement:
     pair, reference = _pair(config, chosen)
     specimen = _specimen(config, pair, reference, fabric.device)
     sketch = Sketch(list(specimen.parameters.values()), config.measure.sketch, config.seed)
+    units = _units(config, specimen, data, law, any("rewards" in e.needs for e in looked_at.values()))
+    shown = track(units, "units of prompts", total=config.measure.units, transient=True)
     with fabric.autocast():
-        seen = _look(config, specimen, data, looked_at, sketch)
+        seen = _look(shown, specimen, looked_at, sketch)
     exact = {key: torch.stack(seen[label].sketches).double() for key, label in labels.items()}
     return Measurement(
         rows=[_row(label, e, seen[label], exact, config.measure.prompts_per_unit) for label, e in chosen.items()],
@@ -77,6 +82,7 @@ def measure(config: Config) -> Measurement:
         coordinates=sketch.coordinates,
         sketch=sketch.size,
         models=pair.names(),
+        on_policy=law.is_student,
     )
 
 
@@ -134,18 +140,15 @@ class _Seen:
 
 
 def _look(
-    config: Config,
+    units: Iterable[tuple[Rollout, Tensor | None]],
     specimen: Specimen,
-    data: PromptDataModule,
     looked_at: Mapping[str, BoundEstimator],
     sketch: Sketch,
 ) -> dict[str, _Seen]:
     """The gradients of every unit under every estimator, one unit after the other."""
     seen = {label: _Seen() for label in looked_at}
-    units = _units(config, specimen, data, any("rewards" in e.needs for e in looked_at.values()))
-    shown = track(units, "units of prompts", total=config.measure.units, transient=True)
     try:
-        for number, (rollout, rewards_B) in enumerate(shown):
+        for number, (rollout, rewards_B) in enumerate(units):
             for label, estimator in looked_at.items():
                 if number == 0:
                     again = partial(unit_gradient, specimen, estimator, rollout, rewards_B)
@@ -164,11 +167,10 @@ def _look(
 
 
 def _units(
-    config: Config, specimen: Specimen, data: PromptDataModule, judged: bool
+    config: Config, specimen: Specimen, data: PromptDataModule, law: SamplingLaw, judged: bool
 ) -> Iterator[tuple[Rollout, Tensor | None]]:
     """The completions of one batch of prompts after the other, with their rewards."""
     masked = models.token_ids(specimen.student.tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
-    law = training_law(config.rollout, estimators.build(config.estimator.name, **config.estimator.kwargs))
     sampler, engine = TrainingSampler(config.rollout, law, config.seed), build_engine(config.rollout)
     for given in itertools.islice(data.train_dataloader(), config.measure.units):
         batch = data.transfer_batch_to_device(given, specimen.student.device, 0)
@@ -193,7 +195,7 @@ def _row(label: str, estimator: BoundEstimator, seen: _Seen, exact: Mapping[str,
         name=estimator.spec.name,
         family=estimator.spec.family,
         target=estimator.contract.target,
-        against={key: compare(gradients_nP, target_nP) for key, target_nP in exact.items()},
+        against={key: compare(gradients_nP, exact[key]) if key in exact else UNKNOWN for key in TARGETS},
         trace_variance=noise.positive(),
         signal_to_noise=signal.map(torch.div, noise).positive(),
         top_share=(largest.sum() / norms_N.sum()).item(),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lit_opd.metrics import Interval
 
-__all__ = ["Estimate", "Moments", "compare", "inner_product", "trace_variance"]
+__all__ = ["UNKNOWN", "Estimate", "Moments", "compare", "inner_product", "trace_variance"]
 
 FEWEST = 4  # units: a trace variance without one unit needs three
 
@@ -106,6 +106,10 @@ class Moments:
         return Interval(*(math.sqrt(max(value, 0.0)) if value == value else math.nan for value in self.squared_bias))
 
 
+# Against a target that nothing is known of.
+UNKNOWN = Moments(*[Interval(math.nan, math.nan, math.nan)] * 2)
+
+
 def compare(a_nP: Tensor, target_nP: Tensor) -> Moments:
     """Bias and direction of an estimator against a target, from gradients of the same units.
 
@@ -118,13 +122,13 @@ def compare(a_nP: Tensor, target_nP: Tensor) -> Moments:
     if len(a_nP) < FEWEST:
         raise ValueError(f"moments need at least {FEWEST} units, found {len(a_nP)}")
     a_nP, target_nP = a_nP.double(), target_nP.double()
-    target, unknown = inner_product(target_nP, target_nP), Interval(math.nan, math.nan, math.nan)
+    target = inner_product(target_nP, target_nP)
     if target.interval().low <= 0:
-        return Moments(unknown, unknown)
+        return UNKNOWN
     difference = inner_product(a_nP - target_nP, a_nP - target_nP)
     own, bias = inner_product(a_nP, a_nP), difference.map(torch.div, target).positive()
     if own.interval().low <= 0:
-        return Moments(bias, unknown)
+        return Moments(bias, UNKNOWN.cosine)
     apart = inner_product(a_nP, target_nP).map(lambda ab, aa, bb: 1 - ab / (aa * bb).sqrt(), own, target)
     mean, low, high = apart.positive()
     return Moments(bias, Interval(*(min(1.0, max(-1.0, 1 - value)) for value in (mean, high, low))))

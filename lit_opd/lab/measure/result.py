@@ -66,6 +66,7 @@ class Measurement:
         coordinates: of the gradient that was looked at.
         sketch: dimensions that were kept of them.
         models: names of student and teacher, and the teacher's quantisation.
+        on_policy: whether the student's own law sampled; under another the sequence's target is not known.
     """
 
     rows: list[Row]
@@ -77,6 +78,7 @@ class Measurement:
     coordinates: int
     sketch: int
     models: dict[str, str]
+    on_policy: bool = True
 
     @property
     def interrupted(self) -> bool:

@@ -53,6 +53,13 @@ NOTES = (
 )
 
 
+OFF_POLICY = (
+    "Not sampled by the student's own law (rollout.temperature, top_p, top_k, min_p, min_new_tokens): `local` is at "
+    "the sampler's prefixes, and `sequence` is not known\n"
+)
+SKETCHED = "intervals are those of the units: the sketch's own error is not in them"
+
+
 def print_measurement(measurement: Measurement) -> None:
     """The table, with 95% intervals and what its columns mean."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
@@ -66,8 +73,10 @@ def print_measurement(measurement: Measurement) -> None:
     print(f"Gradients of the same rollouts: {measurement.units} units of {measurement.prompts_per_unit} "
           f"prompts x {measurement.completions} completions, "
           f"{measurement.tokens} tokens; {measurement.coordinates} coordinates{kept}; 95% intervals\n")  # fmt: skip
+    if not measurement.on_policy:
+        print(OFF_POLICY)
     Console(width=Console(width=1000).measure(table).maximum).print(table)
-    print("\n" + "\n".join(NOTES))
+    print("\n" + "\n".join((*NOTES, SKETCHED) if kept else NOTES))
 
 
 def record(config: Config, measurement: Measurement) -> str:

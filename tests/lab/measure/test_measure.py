@@ -1,6 +1,7 @@
 """The command on the pair that comes with the package, and what it refuses."""
 
 import json
+import math
 import os
 import signal
 from collections import Counter
@@ -15,7 +16,8 @@ from lit_opd.errors import UserError
 from lit_opd.lab.measure import experiment, measure
 from lit_opd.lab.measure.choice import chosen_estimators
 from lit_opd.lab.measure.gradients import unit_gradient
-from lit_opd.lab.measure.moments import compare, inner_product
+from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product
+from lit_opd.lab.measure.show import print_measurement
 
 SMALL = ("measure.units=12", "measure.prompts_per_unit=2", "rollout.num_completions=2", "data.train_size=60",
          "data.validation_size=8",
@@ -147,6 +149,7 @@ def test_a_chosen_estimator_that_is_a_target_is_looked_at_once_and_held_against_
         (("measure.parameters=nothing",), "measure.parameters: expected a pattern that trainable parameters match"),
         (("measure.prompts_per_unit=20", "measure.units=4"), "measure.units: expected at most the units of"),
         (("rollout.student_share=0.5",), "rollout.student_share: expected 1"),
+        (("rollout.temperature=0",), "rollout.temperature: expected above 0 for 'token', which learns from what"),
     ],
 )
 def test_what_cannot_work_is_refused(workspace, words, message):
@@ -154,6 +157,57 @@ def test_what_cannot_work_is_refused(workspace, words, message):
     with pytest.raises(UserError) as caught:
         measure(config)
     assert message in str(caught.value)
+
+
+PAIR = "measure.estimators=[full_vocab,token]"
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """What is known of the student at every gradient that is taken, and which estimator took it."""
+    seen = []
+
+    def spy(specimen, estimator, *rest):
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen.append((estimator.spec.name, {p.dtype for p in specimen.parameters.values()}, autocast))
+        return unit_gradient(specimen, estimator, *rest)
+
+    monkeypatch.setattr(experiment, "unit_gradient", spy)
+    return seen
+
+
+@pytest.mark.parametrize("word", ["top_p=0.9", "top_k=4", "min_p=0.1", "temperature=0.7", "min_new_tokens=2"])
+def test_under_another_law_the_sequences_target_is_not_known(workspace, looked_at, capsys, monkeypatch, word):
+    equal = []
+    monkeypatch.setattr(experiment, "compare", lambda own, target: equal.append(own.equal(target)) or UNKNOWN)
+    found = measure(configured(workspace, *SMALL, PAIR, "measure.units=4", f"rollout.{word}"))
+    assert {name for name, *_ in looked_at} == {"full_vocab", "token"}
+    assert not found.on_policy
+    full, token = found.rows
+    assert equal == [True, False], "each row against the local target alone"
+    assert all(math.isnan(value) for row in (full, token) for value in row.against["sequence"].squared_bias)
+    assert all(math.isnan(value) for row in (full, token) for value in row.against["sequence"].cosine)
+    written = found.as_json()
+    assert (written["on_policy"], written["estimators"][0]["bias_sequence"]) == (False, None)
+    print_measurement(found)
+    assert "`local` is at the sampler's prefixes, and `sequence` is not known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "told"), [(64, True), (10**9, False)])
+def test_that_intervals_leave_out_a_sketchs_error_is_told_where_there_is_one(workspace, capsys, size, told):
+    found = measure(configured(workspace, *SMALL, PAIR, "measure.units=4", f"measure.sketch={size}"))
+    print_measurement(found)
+    out = capsys.readouterr().out
+    assert ("the sketch's own error is not in them" in out) == told
+    assert found.on_policy
+    assert "is not known" not in out
+
+
+def test_greedy_sampling_leaves_those_that_do_not_learn_from_samples(workspace):
+    greedy = chosen_estimators(configured(workspace, "rollout.temperature=0"))
+    whole = chosen_estimators(configured(workspace))
+    assert {label for label, e in whole.items() if not any(t.estimator.spec.on_policy for t in e.terms)} == set(greedy)
+    assert 0 < len(greedy) < len(whole)
 
 
 def test_without_a_choice_all_that_the_configuration_allows_is_looked_at(workspace):
