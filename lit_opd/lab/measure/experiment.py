@@ -27,6 +27,7 @@ from lit_opd.lab.measure.gradients import Specimen, allocated_mb, unit_gradient
 from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product, trace_variance
 from lit_opd.lab.measure.result import Measurement, Row
 from lit_opd.lab.sketch import Sketch
+from lit_opd.lab.trainer import build_evaluation_trainer
 from lit_opd.rollout import TrainingSampler, build_engine, training_law
 from lit_opd.types import Rollout, SamplingLaw
 
@@ -62,14 +63,14 @@ def measure(config: Config) -> Measurement:
     looked_at = chosen | {labels[key]: estimator for key, estimator in targets.items() if labels[key] not in chosen}
     data = prepare_data(_of_units(config))
     _check_prompts(config, data)
-    accelerator, precision = config.trainer.get("accelerator", "auto"), config.trainer.get("precision", "32-true")
-    fabric = L.Fabric(accelerator=accelerator, devices=1, precision=precision)
+    trainer = build_evaluation_trainer(config)
     pair, reference = _pair(config, chosen)
-    specimen = _specimen(config, pair, reference, fabric.device)
+    trainer.precision_plugin.convert_module(pair.student.model)
+    specimen = _specimen(config, pair, reference, trainer.strategy.root_device)
     sketch = Sketch(list(specimen.parameters.values()), config.measure.sketch, config.seed)
     units = _units(config, specimen, data, law, any("rewards" in e.needs for e in looked_at.values()))
     shown = track(units, "units of prompts", total=config.measure.units, transient=True)
-    with fabric.autocast():
+    with trainer.precision_plugin.forward_context():
         seen = _look(shown, specimen, looked_at, sketch)
     exact = {key: torch.stack(seen[label].sketches).double() for key, label in labels.items()}
     return Measurement(

@@ -203,6 +203,20 @@ def test_that_intervals_leave_out_a_sketchs_error_is_told_where_there_is_one(wor
     assert "is not known" not in out
 
 
+@pytest.mark.parametrize(
+    ("precision", "weights", "autocast"),
+    [
+        ("32-true", torch.float32, None),
+        ("bf16-mixed", torch.float32, torch.bfloat16),
+        ("bf16-true", torch.bfloat16, None),
+    ],
+)
+def test_gradients_are_taken_in_the_arithmetic_of_training(workspace, looked_at, precision, weights, autocast):
+    found = measure(configured(workspace, *SMALL, PAIR, "measure.units=4", f"trainer.precision={precision}"))
+    assert {(tuple(dtypes), inside) for _, dtypes, inside in looked_at} == {((weights,), autocast)}
+    assert all(math.isfinite(row.trace_variance.mean) for row in found.rows)
+
+
 def test_greedy_sampling_leaves_those_that_do_not_learn_from_samples(workspace):
     greedy = chosen_estimators(configured(workspace, "rollout.temperature=0"))
     whole = chosen_estimators(configured(workspace))
