@@ -31,13 +31,13 @@ def draw(measurement: Measurement, file: Path) -> Path:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure = _compose(measurement.rows)
+    figure = _compose(measurement.rows, measurement.on_policy)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
     return file
 
 
-def _compose(rows: Sequence[Row]) -> Any:
+def _compose(rows: Sequence[Row], on_policy: bool = True) -> Any:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), sharex=True, layout="constrained")
@@ -49,7 +49,7 @@ def _compose(rows: Sequence[Row]) -> Any:
         labels |= {row.label: _point(axis, row, key, number, far) for number, row in drawn.items()}
         missing |= dict.fromkeys(row.label for number, row in enumerate(rows) if drawn and number not in drawn)
         if not drawn:
-            axis.text(0.5, 0.5, _why_empty(rows, key), ha="center", transform=axis.transAxes)
+            axis.text(0.5, 0.5, _why_empty(rows, key, on_policy), ha="center", transform=axis.transAxes)
         axis.set_title(f"against the {key} reverse KL")
         axis.set_xlabel("noise / signal: prompts until they are equal")
         axis.set_xscale("log")
@@ -69,7 +69,9 @@ def _can_be_drawn(row: Row, key: str) -> bool:
     return all(map(math.isfinite, (_inverse(row.signal_to_noise).mean, *row.against[key].relative_bias)))
 
 
-def _why_empty(rows: Sequence[Row], key: str) -> str:
+def _why_empty(rows: Sequence[Row], key: str, on_policy: bool) -> str:
+    if key == "sequence" and not on_policy:
+        return "the student's own law did not sample:\nthe sequence reverse KL's gradient is not known"
     told = any(math.isfinite(row.against[key].relative_bias.mean) for row in rows)
     what = "no estimator's gradient\ncan be told" if told else f"the {key} reverse KL's gradient\ncannot be told"
     return f"{what} from zero: measure more units"

@@ -22,7 +22,7 @@ def row(label, signal=(0.01, 0.005, 0.02), local=BIAS, sequence=BIAS):
 
 @pytest.fixture
 def compose():
-    yield lambda *rows: _compose(rows)
+    yield lambda *rows, **keywords: _compose(rows, **keywords)
     pyplot.close("all")
 
 
@@ -57,6 +57,9 @@ def test_an_empty_panel_says_why(compose):
     figure = compose(row("one", signal=(0.0, -0.1, 0.1)))
     assert texts(figure) == ["no estimator's gradient\ncan be told from zero: measure more units"] * 2
     assert figure.get_supxlabel() == ""
+    assert texts(compose(row("one", sequence=UNKNOWN), on_policy=False)) == [
+        "the student's own law did not sample:\nthe sequence reverse KL's gradient is not known"
+    ]
 
 
 def test_noise_without_an_upper_end_is_an_arrow_and_with_one_a_cap(compose):
