@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 
-from lit_opd import DistillationModule
+from lit_opd import DistillationModule, estimators
 from lit_opd.config import TeacherConfig
-from lit_opd.models import LanguageModel
+from lit_opd.lab.audit.positions import compare_positions
+from lit_opd.models import LanguageModel, measure_yardsticks, score_teacher
+from lit_opd.types import SamplingLaw
 
 SMALL = {"rollout": {"max_new_tokens": 6, "student_share": 0.5}, "optim": {"micro_batch_tokens": 30, "lr": 0.1}}
 
@@ -58,3 +60,38 @@ def test_while_it_is_away_only_the_output_layer_stays(make_model, tiny_tokenizer
     assert moves == ["cpu", "cpu", "cpu"]
     assert model._place.head is not None
     assert torch.equal(model.untempered().head.weight_VH, whole)
+
+
+def teacher_scores(student, teacher, rollout):
+    return score_teacher(teacher, rollout, estimators.build("teacher_topk", k=3), 4).support_logps_NK
+
+
+def yardsticks(student, teacher, rollout):
+    return torch.stack(list(measure_yardsticks(student, teacher, rollout, 4).values()))
+
+
+def both_at_positions(student, teacher, rollout):
+    return compare_positions(student, teacher, rollout, 4, lambda own, other, part: {"gap": own - other})["gap"]
+
+
+@pytest.mark.parametrize("measure", [teacher_scores, yardsticks, both_at_positions])
+def test_whoever_measures_it_uses_no_weight_that_is_away(measure, make_model, tiny_tokenizer, make_batch, sample):
+    """Away, its weights are NaN here, where on an accelerator they would be on another device."""
+    models = make_model(1), make_model(2)
+    rollout = sample(models[0], make_batch(), SamplingLaw())
+    student, near = (LanguageModel(m, tiny_tokenizer, "student", own_precision=True) for m in models)
+    expected = measure(student, near, rollout)
+    teacher = LanguageModel(copy.deepcopy(models[1]), tiny_tokenizer, "teacher", own_precision=True, offload=True)
+    teacher.freeze()
+    weights = [p.data for p in teacher.model.parameters()]
+
+    def move(device):
+        comes = teacher._place.head is None
+        for parameter, data in zip(teacher.model.parameters(), weights, strict=True):
+            parameter.data = data if comes else torch.full_like(data, torch.nan)
+
+    teacher.model.to = move
+    teacher.to(torch.device("cpu"))
+    assert all(p.isnan().all() for p in teacher.model.parameters())
+    assert torch.equal(measure(student, teacher, rollout), expected)
+    assert all(p.isnan().all() for p in teacher.model.parameters())
