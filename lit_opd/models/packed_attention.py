@@ -22,6 +22,8 @@ __all__ = ["attend", "packed_layers", "unsupported"]
 NAME = "lit_opd_packed"
 # Under this size plain products beat the fused kernel on a CPU, whose backward pass is slow there.
 _PLAIN_BYTES = 64 * 2**20
+# Where the fused kernel takes a mask and keys that heads share. On CUDA only the one that makes all weights does.
+_SHARING = {"cpu"}
 # Keywords of layers that say nothing about which token sees which, and how.
 _HARMLESS = {"cache_position", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits",
              "past_key_values", "position_embeddings", "position_ids", "return_dict", "use_cache"}  # fmt: skip
@@ -53,15 +55,22 @@ def attend(
         gather_rows(values, index).transpose(1, 2)
         for values, index in ((query_NHD, layout.queries_SL), (key_NGD, layout.keys_SM), (value_NGD, layout.keys_SM))
     )
-    (segments, heads, length, size), groups = query.shape, key.shape[1]
+    segments, heads, length, _ = query.shape
     if query.device.type == "cpu" and segments * heads * length * key.shape[2] * 4 <= _PLAIN_BYTES:
         mixed = _plain(query, key, value, bias_SLM, scale, dropped)
     else:
-        mixed = scaled_dot_product_attention(
-            query, key, value, seen_SLM[:, None], dropped, scale=scale, enable_gqa=groups < heads
-        )
-    mixed_SLHD = mixed.view(segments, heads, length, size).transpose(1, 2)
-    return mixed_SLHD.reshape(-1, heads, size)[layout.place_N]
+        mixed = _fused(query, key, value, seen_SLM, scale, dropped)
+    mixed_SLHD = mixed.view(segments, heads, length, query.shape[-1]).transpose(1, 2)
+    return mixed_SLHD.reshape(-1, heads, query.shape[-1])[layout.place_N]
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, seen_SLM: Tensor, scale: float, dropped: float) -> Tensor:
+    """Attention in PyTorch's kernels: [S, H, L, D] by [S, G, M, D] twice to [S, H, L, D]."""
+    repeats = query.shape[1] // key.shape[1]
+    shared = repeats > 1 and query.device.type in _SHARING
+    if repeats > 1 and not shared:
+        key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    return scaled_dot_product_attention(query, key, value, seen_SLM[:, None], dropped, scale=scale, enable_gqa=shared)
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, bias_SLM: Tensor, scale: float, dropped: float) -> Tensor:

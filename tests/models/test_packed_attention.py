@@ -1,4 +1,4 @@
-"""Attention over a packed layout against a loop over tokens, on both routes."""
+"""Attention over a packed layout against a loop over tokens, on all routes."""
 
 import contextlib
 import logging
@@ -19,16 +19,26 @@ SEQUENCES = [[*SHARED, 1, 2, 3, 4], [*SHARED, 1, 2, 5], [*SHARED[:7], 6], [8, 9,
 SIZE, SCALE = 6, 0.7
 
 
-@pytest.fixture(params=["plain", "fused"])
+@pytest.fixture(params=["plain", "fused", "expanded"])
 def route(request, monkeypatch):
-    """Which of the two implementations runs; says so if it is the other."""
-    if request.param == "fused":
+    """Which of the implementations runs; says so if it is another. The last is the one of accelerators."""
+    unused, kernel = "scaled_dot_product_attention", routes.scaled_dot_product_attention
+    if request.param != "plain":
         monkeypatch.setattr(routes, "_PLAIN_BYTES", 0)
-    unused = "scaled_dot_product_attention" if request.param == "plain" else "_plain"
+        unused = "_plain"
+    if request.param == "expanded":
+        monkeypatch.setattr(routes, "_SHARING", set())
 
     def refuse(*args, **kwargs):
         raise AssertionError(f"{unused} was called")
 
+    def fused(query, key, *others, enable_gqa=False, **kwargs):
+        own_keys = query.shape[1] == key.shape[1]
+        assert own_keys or request.param == "fused"
+        assert enable_gqa == (not own_keys)
+        return kernel(query, key, *others, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(routes, "scaled_dot_product_attention", fused)
     monkeypatch.setattr(routes, unused, refuse)
     return request.param
 
