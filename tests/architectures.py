@@ -24,7 +24,7 @@ ATTENTION = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8},
     "gpt_oss": SLIDING | EXPERTS | {"head_dim": 8},
     "deepseek_v3": {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
-                    "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                    "qk_nope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
                     "n_group": 1, "topk_group": 1, "moe_intermediate_size": 12, "first_k_dense_replace": 1},
     "granite": {"logits_scaling": 0.5, "residual_multiplier": 0.5, "embedding_multiplier": 2.0,
                 "attention_multiplier": 0.3},

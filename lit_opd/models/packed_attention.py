@@ -31,7 +31,7 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def attend(
-    query_NHD: Tensor, key_NGD: Tensor, value_NGD: Tensor, layout: Layout, scale: float, window: int | None = None,
+    query_NHD: Tensor, key_NGD: Tensor, value_NGE: Tensor, layout: Layout, scale: float, window: int | None = None,
     dropped: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Causal attention of every token of a layout to what leads to it.
@@ -39,33 +39,33 @@ def attend(
     Args:
         query_NHD: [N, H, D].
         key_NGD: [N, G, D], with G a divisor of H.
-        value_NGD: [N, G, D].
+        value_NGE: [N, G, E]; in a few architectures E is not D.
         layout: which tokens see which.
         scale: factor on the products.
         window: a query sees at most this many keys, itself included; None for all.
         dropped: probability of dropout on the weights.
 
     Returns:
-        [N, H, D] in the dtype of the inputs.
+        [N, H, E] in the dtype of the inputs.
     """
     seen_SLM = layout.seen_SLM if window is None else layout.seen_SLM & (layout.distances_SLM < window)
     bias_SLM = layout.bias(query_NHD.dtype) if window is None else as_bias(seen_SLM, query_NHD.dtype)
     # As [segment, head, place, D]: all queries of a key's group together, so that a key is read once for them.
     query, key, value = (
         gather_rows(values, index).transpose(1, 2)
-        for values, index in ((query_NHD, layout.queries_SL), (key_NGD, layout.keys_SM), (value_NGD, layout.keys_SM))
+        for values, index in ((query_NHD, layout.queries_SL), (key_NGD, layout.keys_SM), (value_NGE, layout.keys_SM))
     )
     segments, heads, length, _ = query.shape
     if query.device.type == "cpu" and segments * heads * length * key.shape[2] * 4 <= _PLAIN_BYTES:
         mixed = _plain(query, key, value, bias_SLM, scale, dropped)
     else:
         mixed = _fused(query, key, value, seen_SLM, scale, dropped)
-    mixed_SLHD = mixed.view(segments, heads, length, query.shape[-1]).transpose(1, 2)
-    return mixed_SLHD.reshape(-1, heads, query.shape[-1])[layout.place_N]
+    mixed_SLHE = mixed.view(segments, heads, length, value.shape[-1]).transpose(1, 2)
+    return mixed_SLHE.reshape(-1, heads, value.shape[-1])[layout.place_N]
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, seen_SLM: Tensor, scale: float, dropped: float) -> Tensor:
-    """Attention in PyTorch's kernels: [S, H, L, D] by [S, G, M, D] twice to [S, H, L, D]."""
+    """Attention in PyTorch's kernels: [S, H, L, D] by [S, G, M, D] and [S, G, M, E] to [S, H, L, E]."""
     repeats = query.shape[1] // key.shape[1]
     shared = repeats > 1 and query.device.type in _SHARING
     if repeats > 1 and not shared:
@@ -74,7 +74,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, seen_SLM: Tensor, scale: f
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, bias_SLM: Tensor, scale: float, dropped: float) -> Tensor:
-    """Attention in plain products: [S, H, L, D] by [S, G, M, D] twice to [S, G, H / G x L, D]."""
+    """Attention in plain products: [S, H, L, D] by [S, G, M, D] and [S, G, M, E] to [S, G, H / G x L, E]."""
     if dropped:  # what is random cannot be computed again
         return dropout(_weights(query, key, bias_SLM, scale), dropped).to(value.dtype) @ value
     return _PlainAttention.apply(query, key, value, bias_SLM, scale)
@@ -116,7 +116,7 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, layout: Layout,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """`attend` with the signature that Hugging Face layers call: [1, H, N, D] in, [1, N, H, D] out."""
+    """`attend` with the signature that Hugging Face layers call: [1, H, N, D] in, [1, N, H, E] out."""
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
     if unknown:
         raise NotImplementedError(f"its attention has {', '.join(unknown)}")

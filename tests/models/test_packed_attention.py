@@ -16,7 +16,7 @@ from lit_opd.types import SamplingLaw
 
 SHARED = [3] * 20
 SEQUENCES = [[*SHARED, 1, 2, 3, 4], [*SHARED, 1, 2, 5], [*SHARED[:7], 6], [8, 9, 8], [*SHARED, 1, 2, 3, 4]]
-SIZE, SCALE = 6, 0.7
+SIZE, VALUE_SIZE, SCALE = 6, 4, 0.7
 
 
 @pytest.fixture(params=["plain", "fused", "expanded"])
@@ -46,7 +46,8 @@ def route(request, monkeypatch):
 def inputs(heads, groups, dtype=torch.float64, seed=0):
     layout, paths = pack(SEQUENCES, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(len(layout.ids_N), n, SIZE) for n in (heads, groups, groups)]
+    widths = (heads, SIZE), (groups, SIZE), (groups, VALUE_SIZE)
+    shapes = [(len(layout.ids_N), *width) for width in widths]
     tensors = [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     return layout, paths, [x.requires_grad_() for x in tensors]
 
@@ -81,7 +82,8 @@ def test_attention_and_its_gradients_are_those_of_a_loop(route, heads, groups, w
 def test_attention_passes_gradcheck(route):
     layout, _ = pack([[1, 2, 3], [1, 2, 4]], torch.device("cpu"))
     generator = torch.Generator().manual_seed(2)
-    tensors = [torch.randn(4, n, 4, generator=generator, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
+    widths = (4, 4), (2, 4), (2, 3)
+    tensors = [torch.randn(4, *w, generator=generator, dtype=torch.float64, requires_grad=True) for w in widths]
     assert torch.autograd.gradcheck(lambda *qkv: attend(*qkv, layout, SCALE), tensors)
 
 
@@ -104,7 +106,7 @@ def test_the_mean_over_many_dropouts_is_attention_without(route, dropped):
 def test_dropped_weights_have_the_gradient_of_what_was_drawn(route):
     """Attention is linear in the values: their gradient and the output must tell of the same draw."""
     layout, _, (query, key, value) = inputs(4, 2)
-    upstream = torch.randn(len(query), 4, SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    upstream = torch.randn(len(query), 4, VALUE_SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     torch.manual_seed(0)
     found = attend(query, key, value, layout, SCALE, dropped=0.5)
     (to_value,) = torch.autograd.grad(found, value, upstream)
