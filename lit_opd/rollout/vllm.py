@@ -173,9 +173,10 @@ class VllmEngine:
         # One request for a row: a request of several prompts would draw them all with one seed.
         with ThreadPoolExecutor(min(rows, CONNECTIONS)) as pool:
             written = list(pool.map(self._request, bodies))
-        ids_BT = _padded([ids for ids, _ in written], policy.pad_id).to(device)
-        logps_BT = _padded([logps for _, logps in written], 0.0).to(device, torch.float32)
-        mask_BT = _padded([[True] * len(ids) for ids, _ in written], False).to(device)
+        ids_BT = _padded([ids for ids, _ in written], policy.pad_id, torch.long).to(device)
+        # The dtype said: under bf16-true torch's default is bf16.
+        logps_BT = _padded([logps for _, logps in written], 0.0, torch.float32).to(device)
+        mask_BT = _padded([[True] * len(ids) for ids, _ in written], False, torch.bool).to(device)
         stopped_B = torch.tensor([ids[-1] in policy.stop_ids for ids, _ in written], device=device)
         rows_B = torch.arange(len(prompts), device=device).repeat_interleave(num_completions)
         return Rollout(
@@ -234,8 +235,8 @@ def _rows(policy: LanguageModel) -> int:
     return len(policy.causal_lm.get_output_embeddings().weight)
 
 
-def _padded(rows: list[list[Any]], filler: float) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
+def _padded(rows: list[list[Any]], filler: float, dtype: torch.dtype) -> Tensor:
+    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=filler)
 
 
 def _message(error: HTTPError) -> str:

@@ -13,6 +13,7 @@ import peft
 import pytest
 import scipy.stats
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from rollout.vllm_servers import VLLM, StandIn, free_port, vllm_serving
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -202,6 +203,24 @@ def test_adapters_are_merged_for_the_server_and_stay_as_they_are(url, model, mak
     assert error_of(rollout, adapted)[0] < BOUND
     assert error_of(rollout, model)[1] > 0.05
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+
+
+def test_log_probabilities_stay_fp32_where_training_is_bf16(model, make_batch, tiny_tokenizer, monkeypatch):
+    """As Lightning trains under bf16-true: bf16 is torch's default dtype then."""
+    engine, policy, batch = (
+        VllmEngine("http://127.0.0.1"),
+        LanguageModel(model, tiny_tokenizer, "student"),
+        make_batch(),
+    )
+    written = iter([([5, 2], [-5.1234567, -0.0123456]), *[([5], [-11.4321])] * (len(batch.rows) - 1)])
+    monkeypatch.setattr(engine, "_request", lambda body: next(written))
+    with HalfPrecision("bf16-true").train_step_context():
+        numbers = uniforms((0, 0), batch.draws, 1, 1)
+        rollout = engine._complete(policy, batch, SamplingLaw(), 1, numbers)
+    assert rollout.sampler_logps_BT.dtype == torch.float32
+    found = sorted(rollout.sampler_logps_BT[rollout.mask_BT].tolist())
+    assert found == pytest.approx([*[-11.4321] * (len(batch.rows) - 1), -5.1234567, -0.0123456], abs=1e-6)
+    assert rollout.completion_ids_BT.dtype == torch.long
 
 
 def test_tokens_outside_the_shared_vocabulary_are_never_sampled(url, model, make_batch, tiny_tokenizer, error_of):
