@@ -197,7 +197,12 @@ def _run_chunks(
     hidden, fixed = hidden_NH.detach().to(dtype), head.detach()
     sources = (hidden_NH, head.weight_VH, head.bias_V)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in sources]
-    gradients = [torch.zeros_like(x) if w and x is not None else None for x, w in zip(sources, wanted, strict=True)]
+    # Sums over chunks are wide: a bf16 sum of many small chunks loses most of what each adds.
+    widths = (hidden_NH.dtype, *(None if x is None else upcast(x[:0]).dtype for x in sources[1:]))
+    gradients = [
+        torch.zeros_like(x, dtype=width) if w and x is not None else None
+        for x, w, width in zip(sources, wanted, widths, strict=True)
+    ]
     block = min(rows, block_rows(len(fixed.weight_VH), hidden.device) or rows)
     total = torch.zeros((), dtype=upcast(hidden[:0]).dtype, device=hidden.device)
     collected: Stats = {}
@@ -218,7 +223,8 @@ def _run_chunks(
                 logits_cV[inner] = torch.autograd.grad(loss, projected)[0] if loss.requires_grad else 0.0
         if any(wanted):
             _accumulate(gradients, logits_cV, hidden[part], fixed.weight_VH, part)
-    return total, gradients, collected
+    narrow = [g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, sources, strict=True)]
+    return total, narrow, collected
 
 
 def _accumulate(

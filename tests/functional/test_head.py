@@ -251,6 +251,16 @@ def test_a_bf16_model_gets_bf16_gradients():
     assert {gradient.dtype for gradient in gradients(loss, hidden, head)} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("rows", [1, 7, 600])
+def test_a_bf16_sum_over_chunks_is_as_exact_as_one_product(rows):
+    hidden, head, chunk_loss = problem(600, dtype=torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head.weight_VH, head.bias_V)]
+    found = gradients(position_losses(hidden, head, chunk_loss, rows)[0], hidden, head)
+    wanted = torch.autograd.grad(dense(exact[0], Head(*exact[1:]), chunk_loss)[0], exact)
+    for gradient, reference in zip(found, wanted, strict=True):
+        assert (gradient - reference).norm() < 0.005 * reference.norm()
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_head_logits_are_those_of_the_dense_head(shape):
     hidden, head, _ = problem(4, **SHAPES[shape])
