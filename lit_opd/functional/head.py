@@ -195,6 +195,8 @@ def _run_chunks(
     hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor | None], Stats]:
     hidden, fixed = hidden_NH.detach().to(dtype), head.detach()
+    if len(list(_slabs(len(fixed.weight_VH), hidden.device))) == 1:
+        fixed = fixed.to(dtype)  # cast once, not at every chunk
     sources = (hidden_NH, head.weight_VH, head.bias_V)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in sources]
     # Sums over chunks are wide: a bf16 sum of many small chunks loses most of what each adds.
@@ -235,7 +237,9 @@ def _accumulate(
     for slab in _slabs(len(weight), weight.device):
         if grad_hidden is not None:
             to_hidden_cH += grad_cV[:, slab] @ weight[slab].to(grad_cV.dtype)
-        if grad_weight is not None:
+        if grad_weight is not None and grad_weight.dtype == grad_cV.dtype:  # no product as large as the slab
+            grad_weight[slab].addmm_(grad_cV[:, slab].T, hidden_cH)
+        elif grad_weight is not None:
             grad_weight[slab] += grad_cV[:, slab].T @ hidden_cH
     if grad_hidden is not None:
         grad_hidden[part] = to_hidden_cH.to(grad_hidden.dtype)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_opd.functional import Head, chunk_rows, chunks, head_logits, position_losses
 from lit_opd.functional import head as head_module
@@ -170,6 +171,43 @@ def test_no_copy_of_the_whole_head_is_made(slab, monkeypatch):
     assert {dtype for dtype, _ in seen} == {torch.bfloat16}
     assert max(rows for _, rows in seen) == slab
     assert sum(rows for _, rows in seen) == 3 * VOCABULARY
+
+
+def test_a_head_that_is_read_whole_is_cast_once(monkeypatch):
+    hidden, head, chunk_loss = problem(6, dtype=torch.float32)
+    seen = []
+    monkeypatch.setattr(head_module, "linear", lambda *args: (seen.append(args[1:]), linear(*args))[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        position_losses(hidden, head, chunk_loss, 2)
+    assert len(seen) == 3
+    assert {tensor.dtype for pair in seen for tensor in pair} == {torch.bfloat16}
+    assert len({(weight.data_ptr(), bias.data_ptr()) for weight, bias in seen}) == 1
+
+
+class Made(TorchDispatchMode):
+    """Counts results of the shape of the head that have memory of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.shape == (VOCABULARY, HIDDEN):
+            self.count += result.untyped_storage().data_ptr() not in given
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_as_large_as_the_head_is_made_at_every_chunk(dtype):
+    hidden, head, chunk_loss = problem(6, dtype=dtype)
+    counts = []
+    for rows in (6, 1):
+        with Made() as made:
+            position_losses(hidden, head, chunk_loss, rows)
+        counts.append(made.count)
+    assert counts[0] == counts[1] == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
