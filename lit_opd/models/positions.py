@@ -91,9 +91,16 @@ class Chunk:
     part: slice
 
     def tokens(self, estimator: BoundEstimator) -> TokenBatch:
-        """The fields an estimator asks for; the others stay None."""
+        """The fields an estimator asks for; the others stay None.
+
+        One that is right only on the student's own tokens finds the models equal at those of demonstrations: its loss
+        there, which counts zero times, is finite however improbable they are to the student.
+        """
         needs = estimator.spec.needs.split("+")
         batch = replace(self.sampled, **self.summaries(needs))
+        if batch.student_wrote_BT is not None and estimator.spec.on_policy:
+            seen_c = torch.where(batch.student_wrote_BT, batch.student_logps_BT, batch.teacher_logps_BT)
+            batch = replace(batch, student_logps_BT=seen_c)
         if "full" in needs:
             batch = replace(batch, student_full_logps_BTV=self.student_cV, teacher_full_logps_BTV=self.teacher_cV)
         return self._with_support(batch, estimator) if "support" in needs else batch

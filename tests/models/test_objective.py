@@ -184,3 +184,31 @@ def test_a_micro_batch_without_counted_tokens_logs_the_same_names(name, scene):
     empty = stats_of(estimator, policies, rollout.uncount(rollout.mask_BT), rewards_B=rewards_B)
     assert "clipped" in full
     assert {key: (value.dtype, 0) for key, value in full.items()} == {k: (v.dtype, len(v)) for k, v in empty.items()}
+
+
+@pytest.mark.parametrize(("name", "keywords"), [("k3_loss", {}), ("importance_k3", {}), ("token", {}),
+                                                ("position_decay", {"base": "k3_loss"})])  # fmt: skip
+def test_demonstrations_change_nothing_however_improbable(
+    name, keywords, make_model, tiny_tokenizer, make_batch, sample
+):
+    """exp(88) overflows fp32: the k3 value of a demonstration that the student would never write is infinite."""
+    models = make_model(1), make_model(2)
+    models[0].config.logit_scale = 60.0
+    rollout = sample(models[0], make_batch(), SamplingLaw(), num_completions=2)
+    ids_BT = torch.where(rollout.prompt_index_B[:, None] % 2 == 0, rollout.completion_ids_BT, 5)
+    rollout = replace(rollout, completion_ids_BT=ids_BT, student_wrote_B=rollout.prompt_index_B % 2 == 0)
+    student, teacher = (
+        LanguageModel(m, tiny_tokenizer, k, own_precision=True) for m, k in zip(models, KEYS[:2], strict=True)
+    )
+    estimator, weights_BT = estimators.build(name, **keywords), rollout.mask_BT / 10
+    found = []
+    for counted in (rollout, rollout.uncount(~rollout.own_mask_BT)):
+        micro = ScoredRollout(counted, score(teacher, None, counted, estimator, 3))
+        loss, stats = student_loss(student, micro, teacher.head, estimator, weights_BT, 3)
+        gradients = torch.autograd.grad(loss, list(models[0].parameters()))
+        found.append(torch.cat([loss[None], *(g.flatten() for g in gradients)]).detach())
+        if counted is rollout:
+            assert (stats["student_logps"] - stats["teacher_logps"]).min() < -100
+    assert found[1].isfinite().all()
+    assert found[1].any()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * found[1].abs().max().item())
