@@ -42,12 +42,13 @@ def squared_bias_and_variance(gradients_MSF: Tensor, unbiased: int) -> tuple[Ten
 def gradient_sketch(hidden_NH: Tensor, errors_NR: Tensor, projection_HR: Tensor) -> Tensor:
     """Random features of each position's contribution to the gradient of the head, for one unit of credit.
 
-    The gradient of log p(y) by the head's weight is (onehot(y) - p) h^T. With random projections of both factors, inner
-    products of sums of these features are unbiased estimates of those of the gradients.
+    The gradient of log p(y) by the head's weight is (s (onehot(y) - p)) h^T, with s the derivative of each logit by its
+    projection: 1 where nothing scales or caps them. With random projections of both factors, inner products of sums of
+    these features are unbiased estimates of those of the gradients.
 
     Args:
         hidden_NH: [N, H] last hidden states.
-        errors_NR: [N, R] projections of onehot(y) - p.
+        errors_NR: [N, R] random projections of s (onehot(y) - p).
         projection_HR: [H, R] independent random signs over sqrt(R).
 
     Returns:

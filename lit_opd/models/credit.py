@@ -49,16 +49,18 @@ def credit_sketches(
     mask_BT = micro.rollout.mask_BT
     hidden_NH = student.counted_hidden(micro.rollout)
     positions = counted_positions(micro, teacher_head, rows)
-    project_VR, project_HR = (_signs(n, size, seed + i, hidden_NH) for i, n in enumerate(student.head.weight_VH.shape))
+    head = student.head
+    project_VR, project_HR = (_signs(n, size, seed + i, hidden_NH) for i, n in enumerate(head.weight_VH.shape))
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-        probs_cV = torch.softmax(logits_cV, dim=-1)
-        errors_cR = project_VR[positions.ids_N[part]] - probs_cV @ project_VR[: probs_cV.shape[1]]
-        return logits_cV.new_zeros(()), {"errors": errors_cR}
+        errors_cV = torch.softmax(logits_cV, dim=-1).neg_()
+        taken_c1 = positions.ids_N[part, None]
+        errors_cV.scatter_add_(1, taken_c1, torch.ones_like(taken_c1, dtype=errors_cV.dtype))
+        return logits_cV.new_zeros(()), {"errors": (errors_cV * head.slope(logits_cV)) @ project_VR}
 
-    _, stats = position_losses(hidden_NH, student.head, read, rows)
+    _, stats = position_losses(hidden_NH, head, read, rows)
     features_NF = gradient_sketch(hidden_NH, stats["errors"], project_HR)
-    tokens = sequence_tokens(candidates[0], micro, positions, hidden_NH, student.head, rows)
+    tokens = sequence_tokens(candidates[0], micro, positions, hidden_NH, head, rows)
     row_of_N = torch.nonzero(mask_BT)[:, 0]
     sketches = []
     for candidate in candidates:

@@ -19,11 +19,13 @@ from lit_opd.types import SamplingLaw, ScoredRollout
 GAMMAS = (0.0, 0.5, 1.0)
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1.7, None), (1.0, 2.0), (1.7, 2.0)])
 def test_sketches_are_projections_of_the_gradient_of_the_head(
-    make_model, tiny_tokenizer, make_batch, sample, full_logits
+    scale, softcap, make_model, tiny_tokenizer, make_batch, sample, full_logits
 ):
     """Every completion's gradient by autograd through dense logits, projected afterwards."""
     student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
+    student.config.logit_scale, student.config.final_logit_softcapping = scale, softcap
     policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
     rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
     rollout = rollout.uncount(rollout.completion_ids_BT == 7)
@@ -33,8 +35,10 @@ def test_sketches_are_projections_of_the_gradient_of_the_head(
     weights_BT = token_weights(rollout.mask_BT, "sequence_mean", tokens, sequences)
     found = models.credit_sketches(policies[0], micro, policies[1].head, candidates, weights_BT, rows=3, size=4, seed=5)
 
-    logps, taught = (full_logits(m, rollout).log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])[..., 0]
-                     for m in (student, teacher))  # fmt: skip
+    logits = scale * full_logits(student, rollout), full_logits(teacher, rollout)
+    capped = logits[0] if softcap is None else softcap * torch.tanh(logits[0] / softcap)
+    logps, taught = (x.log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])[..., 0]
+                     for x in (capped, logits[1]))  # fmt: skip
     weight_VH = student.lm_head.weight
     left, right = _signs(17, 4, 5, weight_VH), _signs(16, 4, 6, weight_VH)
     for m, gamma in enumerate(GAMMAS):
