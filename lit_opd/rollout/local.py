@@ -93,7 +93,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token ids, log-probabilities and mask [B, T], and which rows met a stop token [B]."""
     (rows, length), device = uniforms_BT.shape, uniforms_BT.device
-    stop_ids = torch.tensor(policy.stop_ids, device=device)
+    stop_ids = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
     ids_BT = torch.full((rows, length), policy.pad_id, device=device)
     # The dtype said, here as elsewhere: under bf16-true torch's default is bf16.
     logps_BT = torch.zeros((rows, length), dtype=torch.float32, device=device)

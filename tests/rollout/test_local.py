@@ -111,6 +111,15 @@ def test_no_stop_token_before_min_new_tokens_and_none_forbidden_after(model, mak
     assert lengths.min() == 4
 
 
+@pytest.mark.parametrize("law", [LAWS["plain"], LAWS["min_new_tokens"]], ids=["plain", "min_new_tokens"])
+def test_without_stop_tokens_every_completion_has_the_full_length(law, model, make_batch, sample, monkeypatch):
+    monkeypatch.setattr(LanguageModel, "stop_ids", [])
+    rollout = sample(model, make_batch(), law)
+    assert rollout.mask_BT.shape[1] == 10
+    assert rollout.mask_BT.all()
+    assert (rollout.finish_B == FinishReason.LENGTH).all()
+
+
 @pytest.mark.parametrize("law", [LAWS["plain"], LAWS["all"]], ids=["plain", "truncated"])
 def test_padding_and_neighbours_change_nothing(law, model, make_batch, sample):
     batch = make_batch()
