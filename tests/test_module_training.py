@@ -120,6 +120,17 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_too(pair, make_module, fi
     assert all(torch.equal(before[name], value) for name, value in pair[0].state_dict().items())
 
 
+@pytest.mark.parametrize("law", [{}, {"temperature": 0.7, "top_k": 5}], ids=["plain", "truncated"])
+def test_a_student_whose_logits_are_not_finite_is_told_by_the_step_that_it_wrote(law, pair, make_module, fit):
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if pl_module.global_step == 1:
+                pair[0].lm_head.weight.data[3] = torch.nan
+
+    with pytest.raises(NonFiniteStepError, match=r"loss nan.* at optimizer step 1, rollout batch 1"):
+        fit(make_module(*pair, rollout=law), steps=3, callbacks=[Spoil()])
+
+
 # Masked tokens
 
 

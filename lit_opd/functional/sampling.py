@@ -119,10 +119,13 @@ def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     upto_BK = blocks_BKC.sum(-1).double().cumsum(-1)
     total_B = upto_BK[:, -1]
     target_B1 = uniforms_B[:, None] * total_B[:, None]
-    block_B1 = _first_above(upto_BK, target_B1)
+    # Where a logit is not finite no sum is passed. Some token is named all the same: an index beyond the last would end
+    # a CUDA process before anybody could tell what is wrong, as the NaN of its log-probability does.
+    block_B1 = _first_above(upto_BK, target_B1).clamp(max=upto_BK.shape[1] - 1)
     before_B1 = torch.where(block_B1 > 0, upto_BK.gather(-1, (block_B1 - 1).clamp(min=0)), 0.0)
     inner_BC = blocks_BKC.gather(1, block_B1[..., None].expand(-1, 1, _BLOCK)).squeeze(1).double().cumsum(-1)
-    return (block_B1 * _BLOCK + _first_above(inner_BC, target_B1 - before_B1)).squeeze(1), total_B
+    ids_B1 = block_B1 * _BLOCK + _first_above(inner_BC, target_B1 - before_B1)
+    return ids_B1.squeeze(1).clamp(max=weights_BV.shape[1] - 1), total_B
 
 
 def _first_above(sums_BK: Tensor, target_B1: Tensor) -> Tensor:

@@ -158,6 +158,20 @@ def test_rows_do_not_depend_on_their_batch_mates(law):
     assert together.tolist() == alone
 
 
+@either_law
+@pytest.mark.parametrize("vocabulary", [5, 128, 300])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", [0, -1, slice(None)])
+def test_what_is_not_finite_is_told_by_the_log_probability(where, value, vocabulary, law):
+    scores = logits(12, rows=3, vocabulary=vocabulary)
+    clean, uniforms = scores.clone(), torch.tensor([0.3, ALMOST_ONE, 0.3], dtype=torch.float64)
+    scores[:2, where] = value
+    ids, logps = sample_tokens(scores, law, uniforms)
+    assert ((ids >= 0) & (ids < vocabulary)).all()
+    assert logps.isnan().tolist() == [True, True, False]
+    assert ids[2] == sample_tokens(clean, law, uniforms)[0][2]
+
+
 vocabularies = st.sampled_from([1, 5, 127, 128, 129, 1000])
 every_law = st.one_of(st.just(SamplingLaw()), st.just(SamplingLaw(temperature=0.0)), laws,
                       st.builds(SamplingLaw, temperature=st.floats(0.2, 3)))  # fmt: skip
