@@ -167,7 +167,7 @@ class LanguageModel:
             cache_casts: keep low-precision copies of fp32 weights until the context ends, so that many forward passes
                 over unchanged weights cast them once. Only right where no gradient is taken and no weight changes.
         """
-        device = self.device.type
+        device = self.head.weight_VH.device.type  # where it works, also while it is away
         enabled = torch.is_autocast_enabled(device) and not self.own_precision
         dtype = torch.get_autocast_dtype(device)
         try:

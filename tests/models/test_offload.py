@@ -1,6 +1,7 @@
 """A teacher that is on the accelerator only while it scores or samples."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -45,6 +46,17 @@ def test_it_comes_to_score_and_goes_before_the_student_runs(make_model, teacher_
     assert evaluating is LanguageModel.evaluating
     # Once when it is loaded; then once for all micro-batches of a step.
     assert events == ["goes", *["goes", "estimate, True", "step"] * 2]
+
+
+def test_while_it_is_away_its_arithmetic_is_that_of_where_its_head_is(make_model, tiny_tokenizer, monkeypatch):
+    model = LanguageModel(make_model(2), tiny_tokenizer, "reference", offload=True).freeze()
+    model._place.head = (torch.empty(1, 1, device="meta"), None)
+    asked = []
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: bool(asked.append(device)))
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: asked.append(device))
+    monkeypatch.setattr(torch, "autocast", lambda device, **_: nullcontext(asked.append(device)))
+    with model.precision():
+        assert asked == ["meta"] * 3
 
 
 def test_while_it_is_away_only_the_output_layer_stays(make_model, tiny_tokenizer):
