@@ -170,12 +170,11 @@ class RunRecord(L.Callback):
         self._described = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin, or begin again: the evaluations around training belong to the same run."""
+        """Describe the run once, and measure its system while a loop of Lightning is under way."""
         logger = logger_of(trainer)
         if logger is None:
             return
         run_id = logger.run_id
-        logger.experiment.update_run(run_id, status="RUNNING")
         if not self._described:
             logger.experiment.log_artifact(run_id, str(self.config_file))
             # MLflow refuses another value for a parameter it has: after resuming, config.yaml tells what changed.

@@ -82,6 +82,8 @@ class LanguageModel:
         """The output layer, cut to the tokens that all models share."""
         layer, size = self._output_layer(), self.vocabulary
         weight, bias = self._place.head or (layer.weight, getattr(layer, "bias", None))
+        if self._place.offload:  # who holds on to it must not see it leave with the layer
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         if size < len(weight):
             weight, bias = weight[:size], None if bias is None else bias[:size]
         scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)

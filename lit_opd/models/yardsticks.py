@@ -55,9 +55,7 @@ def measure_yardsticks(
     taken_N1 = rollout.completion_ids_BT[mask_BT][:, None]
     stop_ids = torch.tensor(policy.stop_ids, dtype=torch.long, device=mask_BT.device)
     with teacher.evaluating():
-        hidden_NH = teacher.counted_hidden(rollout)
-    # The head that is there now: an offloaded teacher took the one of before away.
-    teacher_logits = SlicedLogits(hidden_NH, teacher.head, rows)
+        teacher_logits = SlicedLogits(teacher.counted_hidden(rollout), teacher.head, rows)
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         student = log_softmax(logits_cV)

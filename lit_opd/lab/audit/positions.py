@@ -76,9 +76,7 @@ def compare_positions(
         The values, of leading shape [N].
     """
     with teacher.evaluating():
-        hidden_NH = teacher.counted_hidden(rollout)
-    # The head that is there now: an offloaded teacher took the one of before away.
-    teacher_logits = SlicedLogits(hidden_NH, teacher.head, rows)
+        teacher_logits = SlicedLogits(teacher.counted_hidden(rollout), teacher.head, rows)
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         return logits_cV.new_zeros(()), compare(logits_cV, log_softmax(teacher_logits[part]), part)
