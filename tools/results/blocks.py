@@ -9,7 +9,7 @@ from lit_opd.lab.compare.accounting import COSTS
 from lit_opd.lab.compare.blocks import Block, Details, Table, Text, markdown_page
 from lit_opd.lab.compare.statistics import Mean
 from lit_opd.lab.compare.words import amount, interval, probability
-from lit_opd.lab.compare.yardsticks import describe
+from lit_opd.measures.table import describe
 
 VERSUS, OF = " vs ", " of "
 FIGURES = ("curves_accuracy", "curves_reverse_kl", "curves_student_entropy", "pareto_accuracy")

@@ -8,7 +8,7 @@ import numpy as np
 
 from lit_opd.lab.compare.ranking import Values
 from lit_opd.lab.compare.records import Point
-from lit_opd.lab.compare.yardsticks import Better
+from lit_opd.measures.table import Better
 
 __all__ = ["COSTS", "Curves", "at_equal_cost", "common_budget", "pareto_front", "value_at"]
 

@@ -14,7 +14,7 @@ from lit_opd.lab.compare.ranking import Pair, Ranking
 from lit_opd.lab.compare.report import EqualCost, Report, to_json
 from lit_opd.lab.compare.statistics import OTHER_PROMPTS, OTHER_RUNS, Difference, Mean
 from lit_opd.lab.compare.words import CROSSED, EXPLANATIONS, ONE_SEED, amount, interval, probability
-from lit_opd.lab.compare.yardsticks import describe
+from lit_opd.measures.table import describe
 
 __all__ = ["document", "to_html", "to_markdown", "to_summary", "write_report"]
 

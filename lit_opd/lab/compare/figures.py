@@ -18,7 +18,7 @@ from lit_opd.lab.compare.accounting import COSTS
 from lit_opd.lab.compare.ranking import NOT_DISTINGUISHABLE, Ranking, Row
 from lit_opd.lab.compare.records import Point
 from lit_opd.lab.compare.report import Report
-from lit_opd.lab.compare.yardsticks import describe
+from lit_opd.measures.table import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

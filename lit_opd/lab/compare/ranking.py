@@ -10,7 +10,7 @@ import numpy as np
 
 from lit_opd.lab.compare.pairs import holm, letters
 from lit_opd.lab.compare.statistics import Array, Difference, Mean, mean_over_runs, paired_difference
-from lit_opd.lab.compare.yardsticks import Better, describe
+from lit_opd.measures.table import Better, describe
 
 __all__ = ["NOT_DISTINGUISHABLE", "NOT_TESTED", "Pair", "Ranking", "Row", "Values", "rank"]
 

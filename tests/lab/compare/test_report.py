@@ -17,7 +17,7 @@ from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.report import LeftOut, make_report, to_json
 from lit_opd.lab.compare.statistics import Mean
 from lit_opd.lab.compare.words import amount, interval, probability
-from lit_opd.lab.compare.yardsticks import describe, in_order
+from lit_opd.measures.table import describe, in_order
 
 PROMPTS = tuple(f"{i:04x}" for i in range(40))
 LEVELS = {"token": 0.40, "full reverse_kl": 0.30, "hybrid gamma=0.5": 0.302, "slow": 0.25}
