@@ -69,7 +69,7 @@ def _tokens_of(rollout: Rollout, stats: Mapping[str, Tensor], horizon: int) -> d
     mask_BT = rollout.mask_BT
     own_N = rollout.own_mask_BT[mask_BT]
     row_N, position_N = torch.nonzero(mask_BT).unbind(1)
-    last_B = rollout.completion_mask_BT.sum(1) - 1
+    last_B = rollout.real_BT.sum(1) - 1
     stopped_B = rollout.finish_B == FinishReason.STOP
     student_N, teacher_N = stats["student_logps"], stats["teacher_logps"]
     values = {

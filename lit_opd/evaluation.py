@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
 from lit_opd.curves import Profile, TokenProfile
 from lit_opd.metrics import Interval, PerPrompt, Yardsticks
 from lit_opd.models import YARDSTICKS, LanguageModel, measure_yardsticks
-from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, uniforms
+from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, judge, uniforms
+from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
-__all__ = ["Evaluation", "Example", "Verifier", "judge"]
-
-Verifier = Callable[[str, Mapping[str, Any]], float]
+__all__ = ["Evaluation", "Example"]
 
 
 @dataclass(frozen=True)
@@ -30,20 +27,6 @@ class Example:
     reward: float | None
     tokens: list[str]
     log_ratios: list[float]
-
-
-def judge(policy: LanguageModel, batch: PromptBatch, rollout: Rollout, verifier: Verifier) -> Tensor:
-    """Rewards [B] of the completions' texts, special tokens left out."""
-    texts = completion_texts(policy, rollout)
-    rows = [batch.rows[i] for i in rollout.prompt_index_B.tolist()]
-    rewards = [float(verifier(text, row)) for text, row in zip(texts, rows, strict=True)]
-    return torch.tensor(rewards, dtype=torch.float32, device=rollout.mask_BT.device)
-
-
-def completion_texts(policy: LanguageModel, rollout: Rollout) -> list[str]:
-    """The completions as text, without special tokens."""
-    rows = zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)
-    return policy.tokenizer.batch_decode([ids[mask].tolist() for ids, mask in rows], skip_special_tokens=True)
 
 
 class Evaluation(nn.Module):
@@ -70,19 +53,14 @@ class Evaluation(nn.Module):
         self.profile: Profile | None = None
 
     def add(
-        self,
-        policy: LanguageModel,
-        teacher: LanguageModel,
-        batch: PromptBatch,
-        engine: RolloutEngine,
-        verifier: Verifier | None,
-        rows: int,
-    ) -> None:
+        self, policy: LanguageModel, teacher: Scorer, batch: PromptBatch, engine: RolloutEngine,
+        verifier: Verifier | None, rows: int,
+    ) -> None:  # fmt: skip
         """Sample and measure one batch of prompts.
 
         Args:
             policy: whose completions are measured: the student, or the teacher itself.
-            teacher: the frozen model.
+            teacher: scores them, at temperature 1.
             batch: prompts.
             engine: samples.
             verifier: judges completions, or None.
@@ -90,10 +68,12 @@ class Evaluation(nn.Module):
         """
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
-        rollout = engine.sample(policy, batch, SamplingLaw(), count, numbers_BT.to(batch.prompt_ids_BP.device))
-        values = measure_yardsticks(policy, teacher, rollout, rows, self.support_size)
-        rewards_B = None if verifier is None else judge(policy, batch, rollout, verifier)
-        self.yardsticks.update(values, rollout, rewards_B, [number for _, number in batch.draws])
+        device = batch.prompts.ids_BP.device
+        rollout = engine.sample(policy, batch, SamplingLaw(), count, numbers_BT.to(device))
+        scores = teacher.score(rollout, Wanted(full=FULL in teacher.gives))
+        values = measure_yardsticks(policy, scores, rollout, rows, self.support_size)
+        rewards_B = None if verifier is None else judge(policy.tokenizer, batch, rollout, verifier)
+        self.yardsticks.update(values, rollout, rewards_B, batch.places)
         self.tokens.update(values, rollout)
         self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
 
@@ -116,9 +96,9 @@ class Evaluation(nn.Module):
     ) -> None:
         tokenizer = policy.tokenizer
         for row in range(min(len(rollout), self.config.num_examples - len(self.examples))):
-            prompt_ids = rollout.prompt_ids_BP[row][rollout.prompt_mask_BP[row]].tolist()
-            mask_T = rollout.completion_mask_BT[row]
-            ids = rollout.completion_ids_BT[row][mask_T].tolist()
+            prompt_ids = rollout.prompts.ids_BP[row][rollout.prompts.mask_BP[row]].tolist()
+            mask_T = rollout.real_BT[row]
+            ids = rollout.ids_BT[row][mask_T].tolist()
             example = Example(
                 prompt=tokenizer.decode(prompt_ids),
                 completion=tokenizer.decode(ids),

@@ -23,23 +23,25 @@ from lit_opd.config import (
     as_section,
 )
 from lit_opd.diagnostics import Seen, token_sums
+from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
-from lit_opd.evaluation import Evaluation, Example, judge
-from lit_opd.functional import chunk_rows, token_weights, upcast
+from lit_opd.evaluation import Evaluation, Example
+from lit_opd.functional import chunk_rows, upcast
 from lit_opd.metrics import Interval
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
 from lit_opd.perf import Stopwatch, phase, step_report
 from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import (
     RolloutEngine,
-    TrainingSampler,
+    Verifier,
     build_engine,
-    micro_batches,
+    build_source,
     rollout_sums,
     split_updates,
     training_law,
 )
-from lit_opd.types import PromptBatch, Rollout, ScoredRollout
+from lit_opd.teachers import LocalScorer
+from lit_opd.types import PromptBatch, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
@@ -104,19 +106,17 @@ class DistillationModule(AcrossProcesses):
                         rollout=self.rollout_config, evaluation=settings, lint=as_section(LintConfig, lint, "lint"),
                         diagnostics=as_section(DiagnosticsConfig, diagnostics, "diagnostics"),
                         estimator=EstimatorConfig(aggregation=aggregation, masked_tokens=[*masked_tokens]))  # fmt: skip
-        self.sampler = TrainingSampler(self.rollout_config, training_law(self.rollout_config, self.estimator), seed)
+        self.law = training_law(self.rollout_config, self.estimator)
         linter.check(config, self.estimator, student, teacher, tokenizer)
         self.pair = models.Pair(student, teacher, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student = self.pair.student
         self.model = self.student.model
         self.teacher: Any = None
-        self.reference: Any = None
-        self.whole_prompts = "groups" in self.estimator.needs
+        self.distiller: Any = None
         self.engine = engine or build_engine(self.rollout_config)
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
         self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, config.diagnostics.support_size)
-        self.head_rows = 1
         self.results: dict[str, dict[str, Interval]] = {}
         self.examples: list[Example] = []
         self.seen: list[Seen] = []
@@ -146,10 +146,26 @@ class DistillationModule(AcrossProcesses):
         if stage == "fit" and "rewards" in self.estimator.needs and self.verifier is None:
             raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
                             "Set data.verifier=package.module:function.")  # fmt: skip
-        self.head_rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib, self.device)
+        self.distiller = self.assemble(self.verifier, with_reference=stage == "fit")
+
+    def assemble(self, verifier: Verifier | None, with_reference: bool = True) -> Distiller:
+        """Load the frozen models, now that the device is known, and put the parts of a step together.
+
+        Args:
+            verifier: judges completions; None where nothing does.
+            with_reference: load the reference too, where the estimator asks for one.
+        """
+        rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib, self.device)
         self.teacher = self.pair.load("teacher", self.device)
-        if stage == "fit" and "reference" in self.estimator.needs:
-            self.reference = self.pair.load("reference", self.device)
+        scorers = {"teacher": LocalScorer(self.teacher, rows)}
+        if with_reference and "reference" in self.estimator.needs:
+            scorers["reference"] = LocalScorer(self.pair.load("reference", self.device), rows, "reference")
+        source = build_source(self.rollout_config, self.law, self.seed, self.engine, self.student, self.teacher,
+                              self.demonstrations)  # fmt: skip
+        return Distiller(
+            self.student, self.estimator, source, scorers, rows, self.optim_config.micro_batch_tokens,
+            self.aggregation, self.masked_ids, verifier,
+        )  # fmt: skip
 
     def on_train_start(self) -> None:
         """Forget, in Lightning's count of batches, one that was begun and never made.
@@ -165,9 +181,9 @@ class DistillationModule(AcrossProcesses):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample, score, estimate, step."""
         watch = Stopwatch(self.device)
-        rollout, rewards_B = self.sample(batch)
+        rollout = self.distiller.sample(batch)
         watch.lap("rollout_s")
-        updates = [self.score(rollout, rows, rewards_B) for rows in self.split(batch)]
+        updates = [self.distiller.score(rollout, rows, self.progress) for rows in self.split(batch)]
         watch.lap("teacher_s")
         for update in updates:
             totals = self.estimate(update)
@@ -176,33 +192,11 @@ class DistillationModule(AcrossProcesses):
         sums = self.total(rollout_sums(rollout))
         self.log_dict(self.at_step(step_report(totals, sums, watch, self.device)), batch_size=1)
 
-    @phase("rollout")
-    def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor | None]:
-        """Completions of every prompt, and their rewards where the estimator wants them."""
-        rollout = self.sampler.complete(self.engine, batch, self.student, self.teacher, self.demonstrations)
-        masked_BT = torch.isin(rollout.completion_ids_BT, rollout.completion_ids_BT.new_tensor(self.masked_ids))
-        wanted = "rewards" in self.estimator.needs
-        return rollout.uncount(masked_BT), judge(self.student, batch, rollout, self.verifier) if wanted else None
-
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Which rows of the rollout each optimizer update is made of."""
-        prompts = int(self.total({"prompts": len(batch.draws)})["prompts"])
+        prompts = int(self.total({"prompts": len(batch.rows)})["prompts"])
         completions, updates = self.rollout_config.num_completions, self.optim_config.updates_per_rollout
-        return split_updates(batch.draws, completions, updates, prompts, self.whole_prompts)
-
-    @phase("teacher")
-    def score(self, rollout: Rollout, rows: Tensor, rewards_B: Tensor | None) -> list[ScoredRollout]:
-        """Micro-batches of the chosen rows, scored by the teacher before any student activation exists."""
-        if not len(rows):  # the other processes wait for this one: it takes part with a row that does not count
-            rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
-        scored = []
-        with self.teacher.evaluating():  # brings an offloaded teacher once for all of them
-            for index in micro_batches(rollout, rows, self.optim_config.micro_batch_tokens, self.whole_prompts):
-                micro = rollout.rows(index)
-                scores = models.score(self.teacher, self.reference, micro, self.estimator, self.head_rows)
-                rewards = None if rewards_B is None else rewards_B[index]
-                scored.append(ScoredRollout(micro, scores, rewards, self.progress))
-        return scored
+        return split_updates(batch.places, completions, updates, prompts, self.distiller.whole_prompts)
 
     @property
     def progress(self) -> float:
@@ -223,15 +217,13 @@ class DistillationModule(AcrossProcesses):
         total = zero.clone()
         for number, micro in enumerate(update, start=1):
             mask_BT = micro.rollout.mask_BT
-            weights_BT = token_weights(mask_BT, self.aggregation, tokens, sequences)
+            weights_BT = self.distiller.weights(mask_BT, tokens, sequences)
             with self.gradients_kept_local(number < len(update)):
-                loss, stats = models.student_loss(
-                    self.student, micro, self.teacher.head, self.estimator, weights_BT, self.head_rows
-                )
+                loss = self.distiller.estimate(micro, weights_BT)
                 # DistributedDataParallel averages over processes; this loss is already a share of the global count.
-                self.manual_backward(loss * self.trainer.world_size)
-            self.seen.append((micro.rollout, stats))
-            total += loss.detach()
+                self.manual_backward(loss.value * self.trainer.world_size)
+            self.seen.append((micro.rollout, loss.stats))
+            total += loss.value.detach()
         return self.total({"loss": total} | token_sums(self.seen)) | counts
 
     @phase("optimizer")
@@ -247,8 +239,8 @@ class DistillationModule(AcrossProcesses):
         totals["grad_norm"] = float(norm)
         if not (norm.isfinite() and math.isfinite(totals["loss"])):
             optimizer.zero_grad()
-            prompt = self.tokenizer.decode(batch.prompt_ids_BP[0][batch.prompt_mask_BP[0]])
-            raise NonFiniteStepError(totals["loss"], totals["grad_norm"], self.global_step, batch.draws[0][0], prompt)
+            prompt = self.tokenizer.decode(batch.prompts.ids_BP[0][batch.prompts.mask_BP[0]])
+            raise NonFiniteStepError(totals["loss"], totals["grad_norm"], self.global_step, batch.batch, prompt)
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
@@ -258,7 +250,8 @@ class DistillationModule(AcrossProcesses):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
         policy = self.student if self.judged == "student" else self.teacher.untempered()
-        self.evaluation.add(policy, self.teacher, batch, self.engine, self.verifier, self.head_rows)
+        scorer = self.distiller.scorers["teacher"].untempered()
+        self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
 
     test_step = validation_step
 

@@ -1,5 +1,8 @@
 """The values that flow through one training step, and the shape legend.
 
+Every room hands these to the next one: data makes a `PromptBatch`, rollout a `Rollout`, teachers `Scores`, objective
+the `TokenBatch` that an estimator turns into an `Estimate`.
+
 Shape legend, used as name suffixes on floors 0 to 3:
 
     B  sequences (one completion of one prompt each)
@@ -15,33 +18,78 @@ Every log-probability is in nats. In every mask True means counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = [
-    "Estimate", "FinishReason", "PromptBatch", "Rollout", "SamplingLaw", "ScoredRollout", "TeacherScores", "TokenBatch",
+    "Author", "Distributions", "Estimate", "FinishReason", "PromptBatch", "Prompts", "Rollout", "SamplingLaw",
+    "ScoredRollout", "Scores", "TokenBatch",
 ]  # fmt: skip
+
+
+class Author(IntEnum):
+    """The writer of a token."""
+
+    STUDENT = 0
+    TEACHER = 1
+    DATA = 2
+    ENVIRONMENT = 3
+
+
+class Prompts(NamedTuple):
+    """Prompt tokens, padded on the left.
+
+    Attributes:
+        ids_BP: the tokens.
+        mask_BP: True at real tokens.
+    """
+
+    ids_BP: Tensor
+    mask_BP: Tensor
+
+    def rows(self, index: Tensor) -> Prompts:
+        """Choose prompts, without the padding that none of them needs."""
+        ids_BP, mask_BP = self.ids_BP[index], self.mask_BP[index]
+        start = mask_BP.shape[1] - (int(mask_BP.sum(1).amax()) if len(mask_BP) else 0)
+        return Prompts(ids_BP[:, start:], mask_BP[:, start:])
 
 
 class PromptBatch(NamedTuple):
     """Prompts to complete.
 
     Attributes:
-        prompt_ids_BP: prompt tokens, padded on the left.
-        prompt_mask_BP: True at real prompt tokens.
+        prompts: what the student reads.
         rows: the data set's row of each prompt (its answer and whatever a verifier wants).
-        draws: two integers that name each row's random draws, so that what is sampled for it depends neither on
-            its neighbours in the batch nor on the number of processes.
+        batch: number of the batch in the whole run.
+        places: place of each prompt in the batch of all processes. Batch and place name a prompt's random draws, so
+            that what is sampled for it depends neither on its neighbours nor on the number of processes.
+        shown: by the name of a scorer, the prompts that it reads instead.
     """
 
-    prompt_ids_BP: Tensor
-    prompt_mask_BP: Tensor
+    prompts: Prompts
     rows: list[Mapping[str, Any]]
-    draws: list[tuple[int, int]]
+    batch: int
+    places: list[int]
+    shown: Mapping[str, Prompts] = {}
+
+    @property
+    def draws(self) -> list[tuple[int, int]]:
+        """The two integers that name the random draws of each prompt."""
+        return [(self.batch, place) for place in self.places]
+
+    def take(self, index: Tensor) -> PromptBatch:
+        """Choose prompts, padded as they are."""
+        chosen = index.tolist()
+        prompts, *shown = (Prompts(p.ids_BP[index], p.mask_BP[index]) for p in (self.prompts, *self.shown.values()))
+        return self._replace(prompts=prompts, rows=[self.rows[i] for i in chosen],
+                             places=[self.places[i] for i in chosen],
+                             shown=dict(zip(self.shown, shown, strict=True)))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,93 +121,178 @@ class FinishReason(IntEnum):
     LENGTH = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rollout:
-    """Completions, and the law that sampled them.
+    """Completions, who wrote them, and the law that sampled them.
 
     Attributes:
-        prompt_ids_BP: prompt tokens, padded on the left.
-        prompt_mask_BP: True at real prompt tokens.
-        completion_ids_BT: sampled tokens, padded on the right.
-        completion_mask_BT: True at real completion tokens; the stop token is one of them.
-        mask_BT: True at counted tokens. Tokens that the student did not write are in the sequence and out of this mask.
+        prompts: the prompt of each row.
+        ids_BT: completion tokens, padded on the right.
+        real_BT: True at real completion tokens; the stop token is one of them.
+        mask_BT: True at counted tokens. Tokens that are not to be learnt from are in the sequence and out of this mask.
+        author_BT: `Author` of each token.
         sampler_logps_BT: log-probability of each token *under the law that sampled it* (nats, fp32), 0 elsewhere.
         finish_B: `FinishReason` of each row.
         law: the sampling law.
         prompt_index_B: which prompt of the batch each row completes.
-        student_wrote_B: True at rows that the student sampled, False at demonstrations; None where it sampled all.
+        rewards_B: the verifier's, where one was asked.
+        shown: by the name of a scorer, the prompts that it reads instead.
     """
 
-    prompt_ids_BP: Tensor
-    prompt_mask_BP: Tensor
-    completion_ids_BT: Tensor
-    completion_mask_BT: Tensor
+    prompts: Prompts
+    ids_BT: Tensor
+    real_BT: Tensor
     mask_BT: Tensor
+    author_BT: Tensor
     sampler_logps_BT: Tensor
     finish_B: Tensor
     law: SamplingLaw
     prompt_index_B: Tensor
-    student_wrote_B: Tensor | None = None
+    rewards_B: Tensor | None = None
+    shown: Mapping[str, Prompts] = field(default_factory=dict)
+
+    @classmethod
+    def completed(
+        cls, batch: PromptBatch, count: int, ids_BT: Tensor, real_BT: Tensor, logps_BT: Tensor, stopped_B: Tensor,
+        law: SamplingLaw, author: Author = Author.STUDENT,
+    ) -> Rollout:  # fmt: skip
+        """Make a rollout of completions that stand in the order of their prompts, `count` for each.
+
+        Args:
+            batch: the prompts.
+            count: completions a prompt.
+            ids_BT: tokens, padded on the right.
+            real_BT: True at real tokens; all of them count.
+            logps_BT: under the sampling law, 0 elsewhere.
+            stopped_B: True where a stop token ended the row.
+            law: the sampling law.
+            author: who wrote all of it.
+        """
+        rows_B = torch.arange(len(batch.rows), device=ids_BT.device).repeat_interleave(count)
+        prompts, *shown = (Prompts(p.ids_BP[rows_B], p.mask_BP[rows_B]) for p in (batch.prompts, *batch.shown.values()))
+        return cls(
+            prompts, ids_BT, real_BT, mask_BT=real_BT,
+            author_BT=torch.full_like(ids_BT, author, dtype=torch.int8),
+            sampler_logps_BT=logps_BT,
+            finish_B=torch.where(stopped_B, FinishReason.STOP, FinishReason.LENGTH),
+            law=law, prompt_index_B=rows_B, shown=dict(zip(batch.shown, shown, strict=True)),
+        )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self.completion_ids_BT)
+        return len(self.ids_BT)
+
+    @property
+    def student_wrote_BT(self) -> Tensor:
+        """True at tokens that the student sampled."""
+        return self.author_BT == Author.STUDENT
 
     @property
     def own_mask_BT(self) -> Tensor:
         """True at counted tokens that the student sampled."""
-        return self.mask_BT if self.student_wrote_B is None else self.mask_BT & self.student_wrote_B[:, None]
+        return self.mask_BT & self.student_wrote_BT
 
     def uncount(self, positions_BT: Tensor) -> Rollout:
-        """The same tokens with the chosen positions left out of the count."""
+        """Leave the chosen positions out of the count."""
         return replace(self, mask_BT=self.mask_BT & ~positions_BT)
 
+    def seen_by(self, scorer: str) -> Rollout:
+        """Put the same completions after the prompts that a scorer reads."""
+        return replace(self, prompts=self.shown[scorer]) if scorer in self.shown else self
+
     def rows(self, index: Tensor) -> Rollout:
-        """The chosen rows, with padding that no chosen row needs trimmed from both ends."""
+        """Choose rows, without the padding that none of them needs."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         picked: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
-        first = int(picked["prompt_mask_BP"].sum(1).amax()) if len(index) else 0
-        last = int(picked["completion_mask_BT"].sum(1).amax()) if len(index) else 0
-        start = picked["prompt_ids_BP"].shape[1] - first
-        for name in ("prompt_ids_BP", "prompt_mask_BP"):
-            picked[name] = picked[name][:, start:]
-        for name in ("completion_ids_BT", "completion_mask_BT", "mask_BT", "sampler_logps_BT"):
-            picked[name] = picked[name][:, :last]
-        return replace(self, **picked)
+        last = int(picked["real_BT"].sum(1).amax()) if len(index) else 0
+        picked |= {name: value[:, :last] for name, value in picked.items() if name.endswith("_BT")}
+        shown = {name: prompts.rows(index) for name, prompts in self.shown.items()}
+        return replace(self, prompts=self.prompts.rows(index), shown=shown, **picked)
+
+    @staticmethod
+    def joined(parts: Sequence[Rollout], order: Tensor) -> Rollout:
+        """Put the rows of several rollouts of one batch together, under the law of the first.
+
+        Args:
+            parts: rollouts whose prompts are padded alike and whose `prompt_index_B` count through all of them.
+            order: of the rows, as they come one part after the other.
+        """
+        width = max(part.ids_BT.shape[1] for part in parts)
+
+        def join(name: str) -> Tensor:
+            values = [getattr(part, name) for part in parts]
+            if name.endswith("_BT"):
+                values = [pad(value, (0, width - value.shape[1])) for value in values]
+            return torch.cat(values)[order]
+
+        first = parts[0]
+        tensors: dict[str, Any] = {f.name: join(f.name) for f in fields(first)
+                                   if isinstance(getattr(first, f.name), Tensor)}  # fmt: skip
+        prompts, *shown = (
+            Prompts(*(torch.cat(columns)[order] for columns in zip(*versions, strict=True)))
+            for versions in zip(*((part.prompts, *part.shown.values()) for part in parts), strict=True)
+        )
+        return replace(first, prompts=prompts, shown=dict(zip(first.shown, shown, strict=True)), **tensors)
+
+
+class Distributions(Protocol):
+    """Next-token distributions of a frozen model at N positions, made a few at a time."""
+
+    def __len__(self) -> int:
+        """Count the positions, N."""
+        ...
+
+    def __getitem__(self, index: Tensor | slice) -> Distributions:
+        """Choose positions."""
+        ...
+
+    def logps(self, part: slice) -> Tensor:
+        """Make log-probabilities [c, V], nats in fp32, of a slice of positions."""
+        ...
 
 
 @dataclass(frozen=True)
-class TeacherScores:
-    """What the teacher says about the counted tokens of a rollout: log-probabilities, or hidden states to make them.
+class Scores:
+    """A scorer's answer about the N counted tokens of a rollout; what was not asked for is None.
 
     Attributes:
         logps_N: log-probabilities of the sampled tokens.
-        support_ids_NK: the teacher's K most probable tokens at each position.
+        support_ids_NK: the scorer's K most probable tokens at each position, the most probable first.
         support_logps_NK: their log-probabilities under the full softmax.
-        hidden_NH: last hidden states, from which full-vocabulary log-probabilities are rebuilt a chunk at a time.
-        reference_logps_N: log-probabilities of the sampled tokens under the reference model, where one is asked for.
+        full: distributions over the whole vocabulary.
     """
 
     logps_N: Tensor | None = None
     support_ids_NK: Tensor | None = None
     support_logps_NK: Tensor | None = None
-    hidden_NH: Tensor | None = None
-    reference_logps_N: Tensor | None = None
+    full: Distributions | None = None
+
+    def __getitem__(self, index: Tensor | slice) -> Scores:
+        """Choose positions."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Scores(**{name: None if value is None else value[index] for name, value in values.items()})
 
 
 class ScoredRollout(NamedTuple):
-    """A rollout, or a micro-batch of one, with what the teacher and the verifier say of it.
+    """A rollout, or a micro-batch of one, with what scorers say of its counted tokens.
 
     Attributes:
         rollout: the completions.
-        scores: the teacher's.
-        rewards_B: the verifier's, where the estimator wants them.
+        scores: by the name of the scorer: `teacher`, and `reference` where one is asked.
         progress: the share of training that is done, 0 to 1.
     """
 
     rollout: Rollout
-    scores: TeacherScores
-    rewards_B: Tensor | None = None
+    scores: Mapping[str, Scores]
     progress: float = 0.0
+
+    def rows(self, index: Tensor) -> ScoredRollout:
+        """Choose rows of the rollout and of all scores."""
+        mask_BT = self.rollout.mask_BT
+        number_BT = torch.zeros(mask_BT.shape, dtype=torch.long, device=mask_BT.device)
+        number_BT[mask_BT] = torch.arange(int(mask_BT.sum()), device=mask_BT.device)
+        chosen_N = number_BT[index][mask_BT[index]]
+        scores = {name: scores[chosen_N] for name, scores in self.scores.items()}
+        return self._replace(rollout=self.rollout.rows(index), scores=scores)
 
 
 @dataclass(frozen=True)

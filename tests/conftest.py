@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lit_opd import DistillationModule, PromptDataModule, estimators
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
-from lit_opd.types import Estimate, PromptBatch
+from lit_opd.types import Estimate, PromptBatch, Prompts
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+=-"
@@ -86,8 +86,8 @@ def make_batch(tiny_tokenizer):
         width = max(map(len, ids)) + extra_padding
         padded = torch.tensor([[0] * (width - len(row)) + row for row in ids])
         mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ids])
-        draws = [(0, PROMPTS.index(p) if p in PROMPTS else 99) for p in prompts]
-        return PromptBatch(padded, mask, [{"prompt": p, "answer": "1"} for p in prompts], draws)
+        places = [PROMPTS.index(p) if p in PROMPTS else 99 for p in prompts]
+        return PromptBatch(Prompts(padded, mask), [{"prompt": p, "answer": "1"} for p in prompts], 0, places)
 
     return make
 
@@ -109,11 +109,11 @@ def full_logits():
     """The model's own logits at every completion position, by one plain forward pass: [B, T, V]."""
 
     def run(model, rollout):
-        ids = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BT], dim=1)
-        mask = torch.cat([rollout.prompt_mask_BP, rollout.completion_mask_BT], dim=1).long()
+        ids = torch.cat([rollout.prompts.ids_BP, rollout.ids_BT], dim=1)
+        mask = torch.cat([rollout.prompts.mask_BP, rollout.real_BT], dim=1).long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-        return logits[:, rollout.prompt_ids_BP.shape[1] - 1 : -1]
+        return logits[:, rollout.prompts.ids_BP.shape[1] - 1 : -1]
 
     return run
 

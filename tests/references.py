@@ -1,12 +1,15 @@
 """Plain-Python references that the tests of estimators share, and the models and estimators these are asked about."""
 
 import math
+from dataclasses import replace
 
 import torch
 
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.oracle import TabularPair
-from lit_opd.types import Estimate
+from lit_opd.models.forward import PaddedForward
+from lit_opd.teachers import LocalScorer, Wanted, wanted_by
+from lit_opd.types import Author, Estimate, Prompts, Rollout, ScoredRollout
 
 PAIRS = {
     "fixed-length": TabularPair.random(5, 3, seed=11),
@@ -65,3 +68,33 @@ def log_ratio(tokens):
 
 def score_function(tokens):
     return Estimate(log_ratio(tokens) * tokens.student_logps_BT, log_ratio(tokens))
+
+
+def rollout_from(
+    prompt_ids_BP, prompt_mask_BP, ids_BT, real_BT, mask_BT, logps_BT, finish_B, law, index_B, wrote_B=None
+):
+    """A rollout from plain tensors; the student wrote the rows where `wrote_B` is True, by default all of them."""
+    author_BT = torch.full(ids_BT.shape, Author.STUDENT, dtype=torch.int8)
+    made = Rollout(
+        Prompts(prompt_ids_BP, prompt_mask_BP), ids_BT, real_BT, mask_BT, author_BT, logps_BT, finish_B, law, index_B
+    )
+    return made if wrote_B is None else written_by(made, wrote_B)
+
+
+def written_by(rollout, wrote_B):
+    """The same tokens; the student wrote the rows where `wrote_B` is True, the data the rest."""
+    author_B1 = torch.where(wrote_B, Author.STUDENT, Author.DATA).to(torch.int8)[:, None]
+    return replace(rollout, author_BT=author_B1.expand(rollout.ids_BT.shape))
+
+
+def padded(policy, rollout):
+    """The hidden states that predict counted tokens, with every row padded and nothing shared."""
+    return PaddedForward("asked for").hidden(policy, rollout)[0]
+
+
+def scored(rollout, estimator, teacher, reference=None, rows=3, progress=0.0):
+    """A micro-batch with what frozen models say of it, as a training step has it scored."""
+    scores = {"teacher": LocalScorer(teacher, rows).score(rollout, wanted_by(estimator))}
+    if reference is not None:
+        scores["reference"] = LocalScorer(reference, rows, "reference").score(rollout, Wanted())
+    return ScoredRollout(rollout, scores, progress)

@@ -1,16 +1,16 @@
 """Curves and histogram of an evaluation against plain numpy over all tokens at once."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from references import rollout_from, written_by
 
 from lit_opd.curves import POSITION_VALUES, SUPPORT_VALUES, LogRatioHistogram, PositionMeans, TokenProfile
 from lit_opd.metrics import PromptMean
-from lit_opd.types import FinishReason, Rollout, SamplingLaw
+from lit_opd.types import FinishReason, SamplingLaw
 
 LENGTH = 7
 
@@ -18,7 +18,7 @@ LENGTH = 7
 def make_rollout(mask_BT, prompts):
     rows, length = mask_BT.shape
     none = torch.zeros(rows, length)
-    return Rollout(none[:, :1].long(), none[:, :1].bool(), none.long(), mask_BT, mask_BT, none,
+    return rollout_from(none[:, :1].long(), none[:, :1].bool(), none.long(), mask_BT, mask_BT, none,
                    torch.full((rows,), FinishReason.STOP), SamplingLaw(), prompts)  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def test_only_own_tokens_are_in_the_histogram(tokens):
     wrote = torch.arange(len(mask)) % 2 == 0
     profile = TokenProfile(LENGTH)
     named = {name: torch.tensor(table) for name, table in zip(POSITION_VALUES, values, strict=True)}
-    profile.update(named, replace(rollout, student_wrote_B=wrote))
+    profile.update(named, written_by(rollout, wrote))
     found = profile.compute()
     assert found.log_ratios.counts.sum() == mask[::2].sum()
     assert found.curves.counts.sum() == mask.sum()

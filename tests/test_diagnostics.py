@@ -6,9 +6,10 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from references import rollout_from
 
 from lit_opd.diagnostics import gradient_noise, observed_tokens, quantiles, token_numbers, token_sums
-from lit_opd.types import FinishReason, Rollout, SamplingLaw
+from lit_opd.types import FinishReason, SamplingLaw
 
 values = st.floats(-30, 30, allow_subnormal=False).map(lambda x: round(x, 3))
 
@@ -23,7 +24,7 @@ def make_seen(seed, rows=5, length=8, demonstrations=False):
     finish_B = torch.randint(0, 2, (rows,), generator=g)
     wrote_B = torch.rand(rows, generator=g) < 0.6 if demonstrations else None
     ids_BT = torch.randint(3, 9, (rows, length), generator=g)
-    rollout = Rollout(
+    rollout = rollout_from(
         ids_BT[:, :2], real_BT[:, :2], ids_BT, real_BT, mask_BT, sampler_BT, finish_B, SamplingLaw(),
         torch.arange(rows), wrote_B,
     )  # fmt: skip
@@ -41,7 +42,7 @@ def own_positions(rollout):
         for position in range(rollout.mask_BT.shape[1]):
             if not rollout.mask_BT[row, position]:
                 continue
-            if rollout.student_wrote_B is None or rollout.student_wrote_B[row]:
+            if rollout.student_wrote_BT[row, position]:
                 yield row, position, place
             place += 1
 
@@ -53,7 +54,7 @@ def test_tokens_are_those_that_count_and_that_the_student_wrote(demonstrations):
     for rollout, stats in seen:
         for row, position, n in own_positions(rollout):
             student, teacher = stats["student_logps"][n].item(), stats["teacher_logps"][n].item()
-            last = int(rollout.completion_mask_BT[row].sum()) - 1
+            last = int(rollout.real_BT[row].sum()) - 1
             stops = rollout.finish_B[row] == FinishReason.STOP and position == last
             wanted.append({
                 "advantage": teacher - student, "student_nll": -student, "teacher_nll": -teacher,

@@ -9,9 +9,10 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import rollout_from
 
 from lit_opd.metrics import AvgAtK, Interval, PassAtK, PerPrompt, PromptMean, Yardsticks
-from lit_opd.types import FinishReason, Rollout, SamplingLaw
+from lit_opd.types import FinishReason, SamplingLaw
 
 fast = settings(max_examples=60, deadline=None)
 
@@ -136,7 +137,7 @@ def batch():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
     finish = torch.tensor([FinishReason.STOP, FinishReason.LENGTH, FinishReason.STOP, FinishReason.STOP])
     prompts = torch.ones(4, 1, dtype=torch.long)
-    rollout = Rollout(prompts, prompts.bool(), mask.long(), mask, mask, mask.float(), finish, SamplingLaw(),
+    rollout = rollout_from(prompts, prompts.bool(), mask.long(), mask, mask, mask.float(), finish, SamplingLaw(),
                       torch.tensor([0, 0, 1, 1]))  # fmt: skip
     values = torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0], [6.0, 0.0, 0.0], [7.0, 8.0, 0.0]])
     return {"kl": values}, rollout, torch.tensor([1.0, 0.0, 0.0, 0.5])

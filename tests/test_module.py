@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import written_by
 
 from lit_opd import DistillationModule, estimators
 from lit_opd.rollout import LocalEngine
@@ -67,7 +68,7 @@ def dense_support(student_BTV, teacher_BTV, k, source):
 
 def rewards_of(rollout, tokenizer):
     texts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
-             for ids, mask in zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)]  # fmt: skip
+             for ids, mask in zip(rollout.ids_BT, rollout.real_BT, strict=True)]  # fmt: skip
     return torch.tensor([float(len(text) > 3) for text in texts])
 
 
@@ -81,7 +82,7 @@ class Dense:
         self.reference_BTV = full_logits(reference, rollout).log_softmax(-1).detach()
 
     def tokens(self, estimator):
-        p, q, ids_BT1 = self.student_BTV, self.teacher_BTV, self.rollout.completion_ids_BT[..., None]
+        p, q, ids_BT1 = self.student_BTV, self.teacher_BTV, self.rollout.ids_BT[..., None]
         k, fixed = estimator.support_size, p.detach()
         support, member = dense_support(fixed, q, k, estimator.support) if k else (None, None)
         return TokenBatch(
@@ -90,7 +91,7 @@ class Dense:
             sampler_logps_BT=self.rollout.sampler_logps_BT,
             mask_BT=self.rollout.mask_BT,
             completion_ids_BT=ids_BT1[..., 0],
-            student_wrote_BT=self.rollout.student_wrote_B[:, None].expand(ids_BT1.shape[:2]),
+            student_wrote_BT=self.rollout.student_wrote_BT,
             support_ids_BTK=support,
             support_mask_BTK=member,
             student_support_logps_BTK=p.gather(-1, support) if k else None,
@@ -112,7 +113,7 @@ class Dense:
         What is right only over the student's own samples sees no demonstrations, and no KL is logged of them.
         """
         mask_BT, loss_BT, kl_BT, share = self.rollout.mask_BT, 0.0, 0.0, 0.0
-        own_BT = mask_BT & self.rollout.student_wrote_B[:, None]
+        own_BT = mask_BT & self.rollout.student_wrote_BT
         for term in estimator.terms:
             seen_BT = own_BT if term.estimator.spec.on_policy else mask_BT
             estimate = term(replace(self.tokens(term.estimator), mask_BT=seen_BT))
@@ -129,7 +130,7 @@ def with_demonstrations(engine):
 
     def sample(*args):
         rollout = inner(*args)
-        return replace(rollout, student_wrote_B=rollout.prompt_index_B % 2 == 0)
+        return written_by(rollout, rollout.prompt_index_B % 2 == 0)
 
     engine.sample = sample
     return engine
@@ -148,7 +149,7 @@ def gradients_of(model):
 
 
 def uncounted(rollout, token_id):
-    return rollout.uncount(rollout.completion_ids_BT == token_id)
+    return rollout.uncount(rollout.ids_BT == token_id)
 
 
 def assert_close(found, expected, tolerance):
@@ -189,7 +190,7 @@ def test_loss_and_gradients_are_those_of_the_dense_reference(
                          engine=with_demonstrations(LocalEngine()))  # fmt: skip
     record = fit(module, precision="64-true")
     rollout = uncounted(record.rollouts[0], tiny_tokenizer.convert_tokens_to_ids("7"))
-    assert not torch.equal(rollout.mask_BT, rollout.completion_mask_BT), "no masked token was sampled"
+    assert not torch.equal(rollout.mask_BT, rollout.real_BT), "no masked token was sampled"
     dense = Dense(student, teacher, reference, rollout, full_logits, tiny_tokenizer)
     loss, kl = dense.step(module.estimator, aggregation)
     assert_close(record.gradients[0], gradients_of(student), 1e-10)
@@ -275,13 +276,13 @@ def test_the_logged_numbers_of_a_step(make_model, make_module, fit, full_logits)
     mask = rollout.mask_BT
     p, q = (full_logits(m, rollout).log_softmax(-1)[mask].detach() for m in (student, teacher))
     assert logged["train/reverse_kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
-    taken = p.gather(-1, rollout.completion_ids_BT[mask][:, None])
+    taken = p.gather(-1, rollout.ids_BT[mask][:, None])
     assert logged["train/entropy"] == pytest.approx(-taken.mean().item(), rel=1e-5)
     norms = torch.stack([g.norm() for g in record.gradients[0].values()])
     assert logged["train/grad_norm"] == pytest.approx(norms.norm().item(), rel=1e-5)
     assert logged["rollout/sampler_gap"] == pytest.approx(0, abs=1e-6)
     lengths = mask.sum(1)
-    stopped = (rollout.completion_ids_BT == 2).any(1)
+    stopped = (rollout.ids_BT == 2).any(1)
     assert logged["rollout/length"] == pytest.approx(lengths.double().mean().item())
     assert logged["rollout/eos_frac"] == pytest.approx(stopped.double().mean().item())
     assert logged["rollout/truncated_frac"] == pytest.approx(1 - stopped.double().mean().item())

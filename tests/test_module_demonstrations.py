@@ -1,11 +1,13 @@
 """Training on completions of which the student wrote only a share."""
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from lit_opd import PromptDataModule
+from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5=", "80-1=", "3=", "4-1="]
@@ -25,10 +27,10 @@ def make_rows(tiny_tokenizer):
 def run(make_module, fit, data, student, teacher, **kwargs):
     """One step; returns what happened, and the whole rollout, demonstrations included."""
     module = make_module(student, teacher, optim={"micro_batch_tokens": 40}, **kwargs)
-    kept, sample = [], module.sample
-    module.sample = lambda batch: kept.append(sample(batch)) or kept[-1]
-    record = fit(module, data=data, precision="64-true")
-    return record, kept[0][0]
+    kept, sample = [], Distiller.sample
+    with patch.object(Distiller, "sample", lambda self, batch: kept.append(sample(self, batch)) or kept[-1]):
+        record = fit(module, data=data, precision="64-true")
+    return record, kept[0]
 
 
 def test_every_term_sees_what_it_may(make_model, make_module, fit, full_logits, make_rows):
@@ -36,9 +38,9 @@ def test_every_term_sees_what_it_may(make_model, make_module, fit, full_logits, 
     student, teacher = make_model(1, torch.float64), make_model(2, torch.float64)
     record, rollout = run(make_module, fit, make_rows(), copy.deepcopy(student), teacher, estimator="mix",
                           estimator_kwargs={"terms": TERMS}, rollout={"student_share": 0.5})  # fmt: skip
-    wrote = rollout.student_wrote_B
+    wrote = rollout.student_wrote_BT[:, 0]
     assert 0 < wrote.sum() < len(wrote)
-    ids_BT1, loss = rollout.completion_ids_BT[..., None], 0
+    ids_BT1, loss = rollout.ids_BT[..., None], 0
     p_BTV, q_BTV = full_logits(student, rollout).log_softmax(-1), full_logits(teacher, rollout).detach().log_softmax(-1)
     p_BT, q_BT = p_BTV.gather(-1, ids_BT1)[..., 0], q_BTV.gather(-1, ids_BT1)[..., 0]
     for b in range(len(rollout)):
@@ -65,7 +67,7 @@ def test_the_teacher_writes_what_it_would_write(make_model, make_module, fit, ma
     student, teacher = make_model(1, torch.float64), make_model(2, torch.float64)
     record, rollout = run(make_module, fit, make_rows(), student, teacher, estimator="token",
                           rollout={"student_share": 0.0, "temperature": 0.5})  # fmt: skip
-    assert not rollout.student_wrote_B.any()
+    assert not rollout.student_wrote_BT.any()
     assert rollout.law.is_student  # the teacher's distribution as it is
     assert not any(gradient.any() for gradient in record.gradients[0].values())
     unread = ("train/reverse_kl", "train/entropy", "rollout/sampler_gap", "rollout/length", "rollout/eos_frac")
@@ -75,7 +77,7 @@ def test_the_teacher_writes_what_it_would_write(make_model, make_module, fit, ma
 def test_the_data_may_write(make_model, make_module, fit, make_rows, tiny_tokenizer):
     _, rollout = run(make_module, fit, make_rows(), make_model(1, torch.float64), make_model(2, torch.float64),
                      estimator="supervised", rollout={"student_share": 0.0, "demonstrations": "data"})  # fmt: skip
-    for ids, mask, prompt in zip(rollout.completion_ids_BT, rollout.mask_BT, rollout.prompt_ids_BP, strict=True):
+    for ids, mask, prompt in zip(rollout.ids_BT, rollout.mask_BT, rollout.prompts.ids_BP, strict=True):
         text = tiny_tokenizer.decode(prompt, skip_special_tokens=True)
         assert tiny_tokenizer.decode(ids[mask]) == text[:1] * 3 + "<eos>"
 
@@ -89,8 +91,9 @@ def test_data_without_answers_is_told(make_model, make_module, make_trainer, fit
     module, data = make_module(make_model(1), make_model(2), rollout=wanted), make_rows()
     data.setup("fit")
     module.trainer = make_trainer()
+    module.setup("fit")
     with pytest.raises(UserError, match="rollout.demonstrations: expected prompts of a PromptDataModule"):
-        module.sample(next(iter(data.train_dataloader())))
+        module.distiller.sample(next(iter(data.train_dataloader())))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
@@ -98,6 +101,5 @@ def test_the_students_completions_are_the_same_whoever_else_writes(make_model, m
     student, teacher = make_model(1, torch.float64), make_model(2, torch.float64)
     _, whole = run(make_module, fit, make_rows(), copy.deepcopy(student), teacher)
     _, mixed = run(make_module, fit, make_rows(), copy.deepcopy(student), teacher, rollout={"student_share": share})
-    wrote = torch.ones(len(mixed), dtype=torch.bool) if mixed.student_wrote_B is None else mixed.student_wrote_B
-    for b in torch.nonzero(wrote).flatten():
-        assert torch.equal(whole.completion_ids_BT[b][whole.mask_BT[b]], mixed.completion_ids_BT[b][mixed.mask_BT[b]])
+    for b in torch.nonzero(mixed.student_wrote_BT[:, 0]).flatten():
+        assert torch.equal(whole.ids_BT[b][whole.mask_BT[b]], mixed.ids_BT[b][mixed.mask_BT[b]])

@@ -154,6 +154,6 @@ def test_every_update_under_autocast_uses_the_weights_it_starts_from(make_model,
             assert stale > 2 * right
     for step, rollout in ((0, record.rollouts[0]), (2, record.rollouts[1])):
         student.load_state_dict(record.weights[step])
-        logps = full_logits(student, rollout).log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])[..., 0]
+        logps = full_logits(student, rollout).log_softmax(-1).gather(-1, rollout.ids_BT[..., None])[..., 0]
         gap = (logps - rollout.sampler_logps_BT)[rollout.mask_BT].abs().mean()
         assert gap < 0.1

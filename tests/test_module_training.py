@@ -32,7 +32,7 @@ def test_training_has_dropout_and_sampling_has_none(make_model, make_module, fit
     assert torch.equal(first.sampler_logps_BT, sample(student, make_batch(), SamplingLaw()).sampler_logps_BT)
     assert all(part.training for part in student.modules()), "sampling did not restore train mode"
     policy = LanguageModel(student, module.tokenizer, "student")
-    assert not torch.equal(policy.counted_hidden(first), policy.counted_hidden(first))
+    assert not torch.equal(policy.hidden(first)[0], policy.hidden(first)[0])
     seen = []
     student.model.register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), student.training)))
     fit(module, limit_val_batches=1)
@@ -134,14 +134,14 @@ def test_a_student_whose_logits_are_not_finite_is_told_by_the_step_that_it_wrote
 # Masked tokens
 
 
-def test_masked_tokens_are_sampled_and_not_counted(pair, make_module, make_batch, make_trainer, make_data):
+def test_masked_tokens_are_sampled_and_not_counted(pair, make_module, make_batch):
     module = make_module(*pair, masked_tokens=["7", 5, "<eos>"])
     assert module.masked_ids == [11, 5, 2]
-    rollout, rewards = module.sample(make_batch())
-    hidden = torch.isin(rollout.completion_ids_BT, torch.tensor([11, 5, 2]))
-    assert (hidden & rollout.completion_mask_BT).any()
-    assert torch.equal(rollout.mask_BT, rollout.completion_mask_BT & ~hidden)
-    assert rewards is None
+    rollout = module.assemble(verifier=None).sample(make_batch())
+    hidden = torch.isin(rollout.ids_BT, torch.tensor([11, 5, 2]))
+    assert (hidden & rollout.real_BT).any()
+    assert torch.equal(rollout.mask_BT, rollout.real_BT & ~hidden)
+    assert rollout.rewards_B is None
 
 
 @pytest.mark.parametrize("token", ["no such token", 17, -1])

@@ -105,7 +105,7 @@ class Trajectory(L.Callback):
             self.columns.setdefault(name, []).append(value)
 
     def read(self, rollout):
-        mask, ids = rollout.completion_mask_BT, rollout.completion_ids_BT
+        mask, ids = rollout.real_BT, rollout.ids_BT
         # Padding after the last token may be of any width: every token is named by its row and its place.
         places = (7 * torch.arange(1, len(mask) + 1)[:, None] + torch.arange(1, mask.shape[1] + 1)) * mask
         logps = rollout.sampler_logps_BT.double().sum() / mask.sum()

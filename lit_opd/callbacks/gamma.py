@@ -8,13 +8,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_opd import estimators, models
+from lit_opd import estimators
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import token_weights
 from lit_opd.functional.tradeoff import squared_bias_and_variance
 from lit_opd.module import DistillationModule
-from lit_opd.types import PromptBatch, ScoredRollout
+from lit_opd.objective.credit import credit_sketches
+from lit_opd.types import PromptBatch
 
 __all__ = ["ChooseGamma", "check_gamma"]
 
@@ -60,7 +60,7 @@ class ChooseGamma(L.Callback):
         """Take up the discount of the run that is resumed."""
         check_gamma(pl_module.estimator)
         if self.chosen is not None:
-            pl_module.estimator = _with_gamma(pl_module.estimator, self.chosen)
+            _use(pl_module, self.chosen)
 
     def on_train_batch_start(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: DistillationModule, batch: PromptBatch, batch_idx: int
@@ -79,7 +79,7 @@ class ChooseGamma(L.Callback):
         self.variance = _DECAY * self.variance + _over_processes(pl_module, variance_M) / world**2
         error_M = self.squared_bias.clamp(min=0) + self.variance
         self.chosen = self.gammas[int(error_M.argmin())]
-        pl_module.estimator = _with_gamma(pl_module.estimator, self.chosen)
+        _use(pl_module, self.chosen)
         pl_module.log_dict(pl_module.at_step({"train/gamma": self.chosen}), batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,6 +92,11 @@ class ChooseGamma(L.Callback):
             setattr(self, name, state_dict[name])
 
 
+def _use(module: DistillationModule, gamma: float) -> None:
+    module.estimator = _with_gamma(module.estimator, gamma)
+    module.distiller = module.distiller.with_estimator(module.estimator)
+
+
 def _with_gamma(estimator: BoundEstimator, gamma: float) -> BoundEstimator:
     return estimators.build(estimator.spec.name, **{**estimator.kwargs, "gamma": gamma})
 
@@ -102,16 +107,13 @@ def _prompt_gradients(module: DistillationModule, batch: PromptBatch, candidates
 
     Prompts, not completions: those of one prompt have it in common, and may be compared with each other.
     """
-    rollout, rewards_B = module.sample(batch)
-    prompts = len(batch.rows)
-    everything = torch.arange(len(rollout), device=rollout.mask_BT.device)
-    micros: list[ScoredRollout] = module.score(rollout, everything, rewards_B)
+    distiller, prompts = module.distiller, len(batch.rows)
+    rollout = distiller.sample(batch)
     tokens, sequences = rollout.mask_BT.sum(), rollout.mask_BT.any(1).sum()
     pieces, owners = [], []
-    for micro in micros:
-        weights_BT = token_weights(micro.rollout.mask_BT, module.aggregation, tokens.float(), sequences.float())
-        pieces.append(models.credit_sketches(module.student, micro, module.teacher.head, candidates,
-                                             weights_BT * prompts, module.head_rows))  # fmt: skip
+    for micro in distiller.score(rollout):
+        weights_BT = distiller.weights(micro.rollout.mask_BT, tokens.float(), sequences.float())
+        pieces.append(credit_sketches(module.student, micro, candidates, weights_BT * prompts, distiller.head_rows))
         owners.append(micro.rollout.prompt_index_B)
     gradients_MBF = torch.cat(pieces, dim=1)
     blank_MPF = gradients_MBF.new_zeros(len(candidates), prompts, gradients_MBF.shape[-1])

@@ -19,7 +19,7 @@ from lit_opd.data.sources import Row, check_rows, load_rows
 from lit_opd.data.stream import Pick, PromptLoader, PromptStream
 from lit_opd.data.verifiers import Verifier, build_verifier
 from lit_opd.errors import UserError, suggest
-from lit_opd.types import PromptBatch
+from lit_opd.types import PromptBatch, Prompts
 
 __all__ = ["PromptDataModule"]
 
@@ -121,9 +121,8 @@ class PromptDataModule(L.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         """Move the tensors and leave the rows alone, which may hold anything."""
-        return batch._replace(
-            prompt_ids_BP=batch.prompt_ids_BP.to(device), prompt_mask_BP=batch.prompt_mask_BP.to(device)
-        )
+        prompts, *shown = (Prompts(*(x.to(device) for x in p)) for p in (batch.prompts, *batch.shown.values()))
+        return batch._replace(prompts=prompts, shown=dict(zip(batch.shown, shown, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches were trained on, and what they were taken from."""

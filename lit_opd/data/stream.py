@@ -10,7 +10,7 @@ import torch
 
 from lit_opd.data.prompts import EncodedPrompts, pad_left
 from lit_opd.errors import UserError
-from lit_opd.types import PromptBatch
+from lit_opd.types import PromptBatch, Prompts
 
 __all__ = ["Pick", "PromptLoader", "PromptStream"]
 
@@ -90,7 +90,8 @@ class PromptLoader:
         for picks in self.picks:
             ids_BP, mask_BP = pad_left([self.prompts.ids[row] for row, _ in picks], self.pad_id)
             rows: list[Mapping[str, Any]] = [self.prompts.rows[row] for row, _ in picks]
-            yield PromptBatch(ids_BP, mask_BP, rows, [draws for _, draws in picks])
+            places = [place for _, (_, place) in picks]
+            yield PromptBatch(Prompts(ids_BP, mask_BP), rows, picks[0][1][0], places)
 
     # These two only tell Lightning that training can be resumed within an epoch. The position is not theirs to keep:
     # Lightning does not hand it back after an epoch's end, and a batch given is not yet a batch trained on.

@@ -157,6 +157,11 @@ class BoundEstimator:
         """K, by convention its keyword `k`; 0 for an estimator that compares no support."""
         return int(self.keywords["k"]) if self.spec.needs.startswith("support") else 0
 
+    @property
+    def largest_support(self) -> int:
+        """The largest K among the terms that compare a support; 0 where none does."""
+        return max(term.estimator.support_size for term in self.terms)
+
 
 class Term(NamedTuple):
     """A part of a sum.

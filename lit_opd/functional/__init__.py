@@ -12,7 +12,15 @@ from lit_opd.functional.divergences import (
     skew_reverse_kl,
     tvd,
 )
-from lit_opd.functional.head import Head, chunk_rows, chunks, head_logits, position_losses
+from lit_opd.functional.head import (
+    Head,
+    HiddenDistributions,
+    chunk_rows,
+    chunks,
+    compute_dtype,
+    head_logits,
+    position_losses,
+)
 from lit_opd.functional.precision import log_softmax, upcast
 from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
 from lit_opd.functional.reductions import masked_mean, token_weights
@@ -28,11 +36,13 @@ __all__ = [
     "SUPPORT_DIVERGENCES",
     "WEIGHTINGS",
     "Head",
+    "HiddenDistributions",
     "adaptive_kl",
     "banded_ratio",
     "choose_support",
     "chunk_rows",
     "chunks",
+    "compute_dtype",
     "draw",
     "entropy",
     "forward_kl",

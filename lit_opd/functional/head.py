@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lit_opd.functional.precision import upcast
+from lit_opd.functional.precision import log_softmax, upcast
 
 __all__ = [
     "Head",
-    "SlicedLogits",
+    "HiddenDistributions",
     "block_rows",
     "chunk_rows",
     "chunks",
@@ -146,8 +146,11 @@ def chunks(positions: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, positions))
 
 
-class SlicedLogits:
-    """Logits of a frozen model, projected many positions at a time and handed out a few at a time.
+class HiddenDistributions:
+    """The distributions of a frozen model at N positions: its last hidden states together with their head.
+
+    Logits are projected many positions at a time, for a product of many rows reads the head once, and handed out a few
+    at a time. No gradient reaches the model.
 
     Args:
         hidden_NH: [N, H] last hidden states.
@@ -156,18 +159,32 @@ class SlicedLogits:
     """
 
     def __init__(self, hidden_NH: Tensor, head: Head, rows: int) -> None:
-        self.hidden_NH, self.head, self.rows = hidden_NH, head, rows
+        self.hidden_NH, self.head, self.rows = hidden_NH.detach(), head.detach(), rows
         self._start, self._projected_cV = -1, hidden_NH[:0]
 
-    def __getitem__(self, part: slice) -> Tensor:
-        """[c, V] fp32 (float64 stays), for a slice that lies within one projection."""
+    def __len__(self) -> int:
+        return len(self.hidden_NH)
+
+    def __getitem__(self, index: Tensor | slice) -> HiddenDistributions:
+        """Choose positions."""
+        return HiddenDistributions(self.hidden_NH[index], self.head, self.rows)
+
+    def logits(self, part: slice) -> Tensor:
+        """Make logits [c, V] in fp32 (float64 stays), from memory where a slice lies within one projection."""
         start = part.start // self.rows * self.rows
         if part.stop > start + self.rows:
             return head_logits(self.hidden_NH[part], self.head)
         if start != self._start:
             self._projected_cV = _project(self.hidden_NH[start : start + self.rows], self.head)
             self._start = start
-        return self.head.shape_logits(upcast(self._projected_cV[part.start - start : part.stop - start]))
+        logits = self.head.shape_logits(upcast(self._projected_cV[part.start - start : part.stop - start]))
+        if part.stop >= len(self):  # scores outlive the pass that reads them; a projection is as large as a chunk
+            self._start, self._projected_cV = -1, self.hidden_NH[:0]
+        return logits
+
+    def logps(self, part: slice) -> Tensor:
+        """Make log-probabilities [c, V], nats in fp32 (float64 stays), of a slice of positions."""
+        return log_softmax(self.logits(part))
 
 
 @torch.profiler.record_function("head")

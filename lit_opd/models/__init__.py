@@ -1,11 +1,8 @@
 """Students and teachers: loading, vocabulary check, scoring."""
 
-from lit_opd.models.credit import credit_sketches
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
-from lit_opd.models.objective import student_loss
 from lit_opd.models.pair import Pair, Reference, Student, Teacher
-from lit_opd.models.scoring import score, score_reference, score_teacher, support_size_of
 from lit_opd.models.vocabulary import shared_vocabulary, token_ids
 from lit_opd.models.yardsticks import YARDSTICKS, measure_yardsticks
 
@@ -16,18 +13,12 @@ __all__ = [
     "Reference",
     "Student",
     "Teacher",
-    "credit_sketches",
     "frozen_names",
     "load_frozen",
     "load_student",
     "load_tokenizer",
     "measure_yardsticks",
     "read_model_config",
-    "score",
-    "score_reference",
-    "score_teacher",
-    "support_size_of",
     "shared_vocabulary",
-    "student_loss",
     "token_ids",
 ]

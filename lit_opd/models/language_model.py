@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,16 +14,11 @@ from torch import Tensor, nn
 
 from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
-from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
-from lit_opd.models.llama import is_tied, llama_hidden, tied_embedding, unlike_llama
-from lit_opd.models.packed_attention import packed_layers, unsupported
-from lit_opd.models.packing import Layout, gather_rows, pack, pack_rollout
+from lit_opd.models.forward import Forward, PaddedForward, choose_forward, circumstances
 from lit_opd.types import Rollout
 
 __all__ = ["LanguageModel"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,7 +42,7 @@ class LanguageModel:
         key: `student`, `teacher` or `reference`, for messages.
         own_precision: run the body in the dtype of its weights, whatever autocast is in force.
         temperature: divides the logits wherever the model is asked for a distribution.
-        offload: keep the weights in main memory, but for the output layer, except while the model is `evaluating`.
+        offload: keep the weights in main memory, but for the output layer, except while the model is `present`.
 
     Raises:
         UserError: the model's logits cannot be rebuilt from its last hidden states.
@@ -63,24 +56,23 @@ class LanguageModel:
         self.temperature = temperature
         # Shared by the copies of this object, as the weights are.
         self._place = _Place(offload)
-        # Only a comparison of hidden states, which `why_padded` makes, can take this back.
-        self.like_llama = True
+        self._forwards: dict[Hashable, Forward] = {}
         causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.causal_lm = causal_lm
         self.body: Any = causal_lm.base_model
         self.config: Any = causal_lm.config
-        self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
-        self.vocabulary = self._output_layer().weight.shape[0]
+        self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+        self.vocabulary = self.output_layer.weight.shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._output_layer().weight.device
+        return self.output_layer.weight.device
 
     @property
     def head(self) -> Head:
         """The output layer, cut to the tokens that all models share."""
-        layer, size = self._output_layer(), self.vocabulary
+        layer, size = self.output_layer, self.vocabulary
         weight, bias = self._place.head or (layer.weight, getattr(layer, "bias", None))
         if self._place.offload:  # who holds on to it must not see it leave with the layer
             weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -104,7 +96,7 @@ class LanguageModel:
     def to(self, device: torch.device) -> LanguageModel:
         """Move the weights, except quantised ones, which stay where they were loaded; returns itself.
 
-        Of an offloaded model only the output layer moves, until it is `evaluating`.
+        Of an offloaded model only the output layer moves, until it is `present`.
         """
         if self._place.offload:
             self._place.device = device
@@ -114,7 +106,7 @@ class LanguageModel:
         return self
 
     def _park(self) -> None:
-        layer, device = self._output_layer(), self._place.device
+        layer, device = self.output_layer, self._place.device
         bias = getattr(layer, "bias", None)
         self._place.head = (layer.weight.detach().to(device), None if bias is None else bias.detach().to(device))
         self.model.to("cpu")
@@ -134,7 +126,13 @@ class LanguageModel:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.stop_ids or [0])[0]
 
-    def _output_layer(self) -> Any:
+    @property
+    def output_layer(self) -> Any:
+        """The module whose weight projects hidden states to logits.
+
+        Raises:
+            UserError: there is none, or it has an adapter.
+        """
         layer = self.causal_lm.get_output_embeddings()
         if layer is None or not hasattr(layer, "weight"):
             raise UserError(f"{self.key}.path", "a causal language model with an output layer",
@@ -145,10 +143,8 @@ class LanguageModel:
         return layer
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Eval mode inside: no dropout. Modes, and the place of an offloaded model, are afterwards as they were."""
-        modes = [(part, part.training) for part in self.model.modules()]
-        self.model.eval()
+    def present(self) -> Iterator[None]:
+        """Keep the weights of an offloaded model where it works; afterwards they go back to main memory."""
         comes = self._place.head is not None
         if comes:
             self._place.head = None
@@ -156,10 +152,20 @@ class LanguageModel:
         try:
             yield
         finally:
-            for part, training in modes:
-                part.training = training
             if comes:
                 self._park()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Keep the weights present and dropout off; afterwards every module is in the mode it was in."""
+        modes = [(part, part.training) for part in self.model.modules()]
+        self.model.eval()
+        try:
+            with self.present():
+                yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
     @contextmanager
     def precision(self, cache_casts: bool = False) -> Iterator[None]:
@@ -192,98 +198,33 @@ class LanguageModel:
             use_cache: whether to return a cache.
         """
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL.long(), "use_cache": use_cache}
-        if self._takes_positions:
+        if self.takes_positions:
             positions_BL = (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions_BL[:, -ids_BL.shape[1] :]
         if cache is not None:
             inputs["past_key_values"] = cache
         return self.body(**inputs)
 
-    def counted_hidden(self, rollout: Rollout) -> Tensor:
-        """Hidden states that predict each counted token: packed where the architecture allows, else padded.
+    @property
+    def forward(self) -> Forward:
+        """The way this model's body runs, chosen again where hooks, shards or checkpointing came later."""
+        found = circumstances(self.body)
+        if found not in self._forwards:
+            self._forwards[found] = choose_forward(self)
+        return self._forwards[found]
+
+    def hidden(self, rollout: Rollout) -> tuple[Tensor, Head]:
+        """Read prompts and completions.
 
         Args:
-            rollout: prompts and completions.
+            rollout: prompts, completions, and which of their tokens count.
 
         Returns:
-            [N, H], row by row, in the dtype the body ran in.
+            [N, H] hidden states that predict each counted token, row by row, in the dtype the body ran in; and the
+            head to use with them, which is not `head` where weights are tied, so that their gradients meet.
         """
-        return self.hidden_and_head(rollout)[0]
-
-    def hidden_and_head(self, rollout: Rollout) -> tuple[Tensor, Head]:
-        """`counted_hidden`, and the head to use with it: where weights are tied, so that their gradients meet."""
-        if not rollout.mask_BT.any() or self._recomputes or self.why_padded:
-            return self.padded_hidden(rollout), self.head
-        (layout, predictors_N), head, table = pack_rollout(rollout), self.head, self._output_layer().weight
-        embedded_NH = None
-        if self._like_llama and is_tied(self.body.embed_tokens, table) and table.requires_grad:
-            embedded_NH, table = tied_embedding(layout.ids_N, self.body.embed_tokens)
-            head = replace(head, weight_VH=table[: self.vocabulary])
-        return gather_rows(self.packed_hidden(layout, embedded_NH), predictors_N), head
-
-    @property
-    def _like_llama(self) -> bool:
-        return self.like_llama and unlike_llama(self.body) is None
-
-    def packed_hidden(self, layout: Layout, embedded_NH: Tensor | None = None) -> Tensor:
-        """Hidden states [N, H] of the tokens of a layout."""
-        with self.precision():
-            if self._like_llama:
-                return llama_hidden(self.body, layout, compute_dtype(self._output_layer().weight[:0]), embedded_NH)
-            with packed_layers(self.body):
-                inputs = {"input_ids": layout.ids_N[None], "position_ids": layout.positions_N[None], "layout": layout}
-                return self.body(**inputs, use_cache=False).last_hidden_state[0]
-
-    def padded_hidden(self, rollout: Rollout) -> Tensor:
-        """What `counted_hidden` returns, with every row padded to the longest and nothing shared."""
-        ids_BL = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BT], dim=1)[:, :-1]
-        mask_BL = torch.cat([rollout.prompt_mask_BP, rollout.completion_mask_BT], dim=1)[:, :-1]
-        with self.precision():
-            hidden_BLH = self.run_body(ids_BL, mask_BL).last_hidden_state
-        return hidden_BLH[:, rollout.prompt_ids_BP.shape[1] - 1 :][rollout.mask_BT]
-
-    @property
-    def _recomputes(self) -> bool:
-        # Layers that run again in the backward pass would find their own attention put back.
-        return any(getattr(part, "gradient_checkpointing", False) for part in self.body.modules())
-
-    @cached_property
-    def why_padded(self) -> str | None:
-        """Why this model's rows must be padded: its attention cannot be replaced by one that knows packed rows.
-
-        None where they need not be, shown on a few tokens: packed and padded rows have the same hidden states.
-        """
-        self.like_llama = unlike_llama(self.body) is None
-        if self.like_llama:
-            self.like_llama = self._try_packing() is None
-        reason = unsupported(self.body) if self._takes_positions else "it takes no positions"
-        reason = None if self.like_llama else reason or self._try_packing()
-        if reason:
-            _log.warning(
-                "The %s (%s) runs padded, and shares no prompts: %s.", self.key, type(self.body).__name__, reason
-            )
-        return reason
-
-    @torch.no_grad()
-    def _try_packing(self) -> str | None:
-        # Rows that share a beginning, of unequal lengths, longer than the window that a small model may have.
-        ids = [i % self.vocabulary for i in range(24)]
-        rows = [ids, ids[:20] + ids[:2], ids[3:9]]
-        with self.evaluating(), torch.autocast(self.device.type, enabled=False):
-            layout, paths = pack(rows, self.device)
-            try:
-                packed_NH = upcast(self.packed_hidden(layout))
-            except (NotImplementedError, TypeError) as error:
-                return str(error)
-            for row, path in zip(rows, paths, strict=True):
-                row_1L = torch.tensor([row], device=self.device)
-                own_LH = upcast(self.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool)).last_hidden_state[0])
-                off = ((packed_NH[path] - own_LH).norm() / own_LH.norm()).item()
-                # The same sums in another order. Many layers of bf16 may grow that to several per cent; a token that
-                # sees what it should not, or not what it should, is off by as much as it has.
-                if not off < (1e-3 if packed_NH.dtype == self._output_layer().weight.dtype else 0.25):
-                    return f"its packed hidden states are off by {off:.2g}"
-        return None
+        forward = self.forward if rollout.mask_BT.any() else PaddedForward("nothing is counted")
+        return forward.hidden(self, rollout)
 
     @torch.no_grad()
     def check_head(self) -> None:

@@ -8,16 +8,18 @@ the rows form a tree, and each of its nodes is one token. No padding enters the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count, takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from lit_opd.types import Rollout
 
-__all__ = ["Layout", "as_bias", "gather_rows", "pack", "pack_rollout"]
+__all__ = ["Layout", "as_bias", "gather_rows", "layout_of", "pack"]
 
 # A shared beginning of fewer tokens is not worth a segment of its own, for segments are padded to one length.
 _WORTH_SPLITTING = 16
@@ -32,7 +34,7 @@ class Layout:
         positions_N: place of each token in its sequence, from 0.
         queries_SL: the tokens of each segment; 0 where there is none.
         keys_SM: the tokens that lead to the end of each segment, from the first of the sequence; 0 where there is none.
-        seen_SLM: True where a query may look at a key; queries that do not exist look at the first.
+        last_seen_SL: the last of its segment's keys that each query may look at, counted from 0.
         place_N: where each token stands in `queries_SL`, flattened.
     """
 
@@ -40,12 +42,17 @@ class Layout:
     positions_N: Tensor
     queries_SL: Tensor
     keys_SM: Tensor
-    seen_SLM: Tensor
+    last_seen_SL: Tensor
     place_N: Tensor
-    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def seen_SLM(self) -> Tensor:
+        """True where a query may look at a key; queries that do not exist look at the first."""
+        return torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device) <= self.last_seen_SL[:, :, None]
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """`seen_SLM` as what is added to attention scores; made once for all layers."""
+        """Make what is added to attention scores, 0 where seen, once for all layers of a pass."""
         if dtype not in self._biases:
             self._biases[dtype] = as_bias(self.seen_SLM, dtype)
         return self._biases[dtype]
@@ -56,6 +63,9 @@ class Layout:
         return self.positions_N[self.queries_SL][:, :, None] - torch.arange(
             self.keys_SM.shape[1], device=self.keys_SM.device
         )
+
+
+_LAYOUTS: WeakKeyDictionary[Rollout, tuple[Layout, Tensor]] = WeakKeyDictionary()
 
 
 def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,12 +132,12 @@ def _layout(ids: list[int], segments: list[tuple[list[int], int]], device: torch
     starts, stops = ([[pair] for pair in column] for column in zip(*((s, len(p)) for p, s in segments), strict=True))
     last_seen_SL = torch.tensor(starts) + torch.arange(longest_query)
     exists_SL = last_seen_SL < torch.tensor(stops)
-    seen_SLM = torch.arange(longest_key) <= torch.where(exists_SL, last_seen_SL, 0)[:, :, None]
+    last_seen_SL = torch.where(exists_SL, last_seen_SL, 0)
     filler = [0] * (_rounded(len(ids), 64) - len(ids))
     ids, positions, places = ids + filler, positions + filler, places + filler
     lists = (torch.tensor(values, device=device) for values in (ids, positions, queries, keys, places))
     ids_N, positions_N, queries_SL, keys_SM, place_N = lists
-    return Layout(ids_N, positions_N, queries_SL, keys_SM, seen_SLM.to(device), place_N)
+    return Layout(ids_N, positions_N, queries_SL, keys_SM, last_seen_SL.to(device), place_N)
 
 
 def _rounded(length: int, unit: int) -> int:
@@ -135,14 +145,22 @@ def _rounded(length: int, unit: int) -> int:
     return length if length < 8 * unit else -(-length // unit) * unit
 
 
-def pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
-    """Lay out prompts and completions.
+def layout_of(rollout: Rollout) -> tuple[Layout, Tensor]:
+    """Lay out prompts and completions, once a rollout: every model that reads it finds the layout made.
 
     Returns:
-        The layout, and for each of the counted tokens, row by row, the token of the layout that predicts it.
+        The layout, and for each of the counted tokens, row by row, the token of the layout that predicts it. Masks of
+        the layout are made for each reader anew, for they are much larger than the rest.
     """
-    prompts = _rows(rollout.prompt_ids_BP, rollout.prompt_mask_BP)
-    completions = _rows(rollout.completion_ids_BT, rollout.completion_mask_BT)
+    if rollout not in _LAYOUTS:
+        _LAYOUTS[rollout] = _pack_rollout(rollout)
+    layout, predictors_N = _LAYOUTS[rollout]
+    return replace(layout), predictors_N
+
+
+def _pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
+    prompts = _rows(*rollout.prompts)
+    completions = _rows(rollout.ids_BT, rollout.real_BT)
     # What nothing counted follows is not computed; a row without a counted token keeps its prompt.
     counted = [[t for t, yes in zip(count(), row) if yes] for row in rollout.mask_BT.tolist()]
     sequences = [

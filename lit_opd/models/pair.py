@@ -13,7 +13,6 @@ from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config
-from lit_opd.models.scoring import support_size_of
 from lit_opd.models.vocabulary import shared_vocabulary
 
 __all__ = ["Pair"]
@@ -62,7 +61,7 @@ class Pair:
             shared_vocabulary(tokenizer, other, rows, _vocabulary_rows(model, key), key)
             for key, (model, other) in self._frozen.items()
         )
-        size = support_size_of(estimator)
+        size = estimator.largest_support
         if size > self.vocabulary:
             raise UserError("estimator.kwargs.k", f"at most the vocabulary ({self.vocabulary})", size, "Lower it.")
         self.student = _as_student(student, tokenizer)

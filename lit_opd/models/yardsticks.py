@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_opd.functional import entropy, forward_kl, jsd, log_softmax, position_losses, reverse_kl
-from lit_opd.functional.head import SlicedLogits, Stats
+from lit_opd.functional import entropy, forward_kl, jsd, log_softmax, position_losses, reverse_kl, upcast
+from lit_opd.functional.head import Stats
 from lit_opd.functional.support import support_mass
 from lit_opd.functional.topk import choose_support
 from lit_opd.models.language_model import LanguageModel
-from lit_opd.types import Rollout
+from lit_opd.types import Rollout, Scores
 
 __all__ = ["YARDSTICKS", "measure_yardsticks"]
 
@@ -31,13 +31,13 @@ YARDSTICKS = (
 
 @torch.no_grad()
 def measure_yardsticks(
-    policy: LanguageModel, teacher: LanguageModel, rollout: Rollout, rows: int, support_size: int = 16
+    policy: LanguageModel, teacher: Scores, rollout: Rollout, rows: int, support_size: int = 16
 ) -> Stats:
     """Compare a policy with the teacher, both at temperature 1, at every token of the policy's own completions.
 
     Args:
         policy: the model that wrote the completions.
-        teacher: the frozen model.
+        teacher: what the teacher says of their counted tokens: whole distributions, or of the sampled tokens only.
         rollout: completions.
         rows: positions a chunk of the head.
         support_size: K, how many of each model's most probable tokens are compared; at most the vocabulary.
@@ -50,39 +50,46 @@ def measure_yardsticks(
           entropies, and of the log-probabilities of stopping here; the last is NaN where no token stops.
         - `overlap`: the share of the two models' K most probable tokens that they have in common.
         - `student_mass`, `teacher_mass`: each model's probability of the teacher's K most probable tokens.
+
+        Of a teacher that gives no whole distributions, only `teacher_nll`, `log_ratio` and `student_entropy`.
     """
-    policy, teacher, mask_BT = policy.untempered(), teacher.untempered(), rollout.mask_BT
-    taken_N1 = rollout.completion_ids_BT[mask_BT][:, None]
+    policy, mask_BT = policy.untempered(), rollout.mask_BT
+    taken_N1 = rollout.ids_BT[mask_BT][:, None]
     stop_ids = torch.tensor(policy.stop_ids, dtype=torch.long, device=mask_BT.device)
-    with teacher.evaluating():
-        teacher_logits = SlicedLogits(teacher.counted_hidden(rollout), teacher.head, rows)
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-        student = log_softmax(logits_cV)
-        other = log_softmax(teacher_logits[part])
-        teacher_logps = other.gather(-1, taken_N1[part]).squeeze(-1)
-        own_entropy, other_entropy = entropy(student), entropy(other)
-        stops = [logps[:, stop_ids].logsumexp(-1) for logps in (student, other)]
-        stats = {
-            "reverse_kl": reverse_kl(student, other),
-            "forward_kl": forward_kl(student, other),
-            "jsd": jsd(student, other, teacher_weight=0.5) / 4,
-            "teacher_nll": -teacher_logps,
-            "top1_agreement": (student.argmax(-1) == other.argmax(-1)).float(),
-            "student_entropy": own_entropy,
-            "teacher_entropy": other_entropy,
-            "log_ratio": student.gather(-1, taken_N1[part]).squeeze(-1) - teacher_logps,
-            "entropy_gap": own_entropy - other_entropy,
-            "stop_log_ratio": stops[0] - stops[1],
-            **_supports(student, other, support_size),
-        }
+        student, taken_c1 = log_softmax(logits_cV), taken_N1[part]
+        stats = {"student_entropy": entropy(student)}
+        if teacher.full is None:
+            assert teacher.logps_N is not None
+            teacher_logps = upcast(teacher.logps_N[part])
+        else:
+            other = teacher.full.logps(part)
+            teacher_logps = other.gather(-1, taken_c1).squeeze(-1)
+            stats |= _of_distributions(student, other, stop_ids) | _supports(student, other, support_size)
+        stats |= {"teacher_nll": -teacher_logps, "log_ratio": student.gather(-1, taken_c1).squeeze(-1) - teacher_logps}
         return logits_cV.new_zeros(()), stats
 
     # The head too in the policy's own precision, or a teacher would differ from itself.
     with policy.evaluating(), policy.precision():
-        _, stats = position_losses(policy.counted_hidden(rollout), policy.head, read, rows)
+        _, stats = position_losses(*policy.hidden(rollout), read, rows)
     blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
     return {name: blank_BT.masked_scatter(mask_BT, values.float()) for name, values in stats.items()}
+
+
+def _of_distributions(student_cV: Tensor, teacher_cV: Tensor, stop_ids: Tensor) -> Stats:
+    """Compare two whole distributions."""
+    teacher_entropy = entropy(teacher_cV)
+    stops = [logps[:, stop_ids].logsumexp(-1) for logps in (student_cV, teacher_cV)]
+    return {
+        "reverse_kl": reverse_kl(student_cV, teacher_cV),
+        "forward_kl": forward_kl(student_cV, teacher_cV),
+        "jsd": jsd(student_cV, teacher_cV, teacher_weight=0.5) / 4,
+        "top1_agreement": (student_cV.argmax(-1) == teacher_cV.argmax(-1)).float(),
+        "teacher_entropy": teacher_entropy,
+        "entropy_gap": entropy(student_cV) - teacher_entropy,
+        "stop_log_ratio": stops[0] - stops[1],
+    }
 
 
 def _supports(student_cV: Tensor, teacher_cV: Tensor, size: int) -> Stats:

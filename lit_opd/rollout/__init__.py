@@ -2,20 +2,28 @@
 
 from lit_opd.rollout.batching import EVALUATION_STREAM, TRAINING_STREAM, micro_batches, split_updates, uniforms
 from lit_opd.rollout.engine import RolloutEngine, build_engine
+from lit_opd.rollout.judging import Verifier, completion_texts, judge
 from lit_opd.rollout.law import training_law
 from lit_opd.rollout.local import LocalEngine
+from lit_opd.rollout.sources import Mixed, RolloutSource, Sampled, Written, build_source
 from lit_opd.rollout.statistics import rollout_sums
-from lit_opd.rollout.training import TrainingSampler
 from lit_opd.rollout.vllm import VllmEngine
 
 __all__ = [
     "EVALUATION_STREAM",
     "TRAINING_STREAM",
     "LocalEngine",
+    "Mixed",
     "RolloutEngine",
-    "TrainingSampler",
+    "RolloutSource",
+    "Sampled",
+    "Verifier",
     "VllmEngine",
+    "Written",
     "build_engine",
+    "build_source",
+    "completion_texts",
+    "judge",
     "micro_batches",
     "rollout_sums",
     "split_updates",

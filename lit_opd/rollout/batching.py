@@ -37,7 +37,7 @@ def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completi
 
 
 def split_updates(
-    draws: Sequence[tuple[int, int]], num_completions: int, updates: int, prompts: int, whole_prompts: bool = False
+    places: Sequence[int], num_completions: int, updates: int, prompts: int, whole_prompts: bool = False
 ) -> list[Tensor]:
     """Row indices of each optimizer update: the rollout batch of all processes, cut into equal parts in order.
 
@@ -45,7 +45,7 @@ def split_updates(
     processes.
 
     Args:
-        draws: of this process's prompts; the second number is the prompt's place in the whole batch.
+        places: of this process's prompts in the whole batch.
         num_completions: completions a prompt.
         updates: optimizer updates a rollout.
         prompts: prompts of the whole batch.
@@ -54,9 +54,9 @@ def split_updates(
     Returns:
         `updates` index tensors, some perhaps empty; together they hold every row of this process once.
     """
-    places = [place * num_completions + completion for _, place in draws for completion in range(num_completions)]
+    numbers = [place * num_completions + completion for place in places for completion in range(num_completions)]
     unit = num_completions if whole_prompts else 1
-    update_B = torch.tensor(places) // unit * updates // (prompts * num_completions // unit)
+    update_B = torch.tensor(numbers) // unit * updates // (prompts * num_completions // unit)
     return [torch.nonzero(update_B == update).flatten() for update in range(updates)]
 
 
@@ -73,7 +73,7 @@ def micro_batches(rollout: Rollout, index: Tensor, budget: int, whole_prompts: b
     Returns:
         Index tensors, shortest rows first; together they hold every chosen row once.
     """
-    prompts_B, completions_B = rollout.prompt_mask_BP.sum(1).cpu(), rollout.completion_mask_BT.sum(1).cpu()
+    prompts_B, completions_B = rollout.prompts.mask_BP.sum(1).cpu(), rollout.real_BT.sum(1).cpu()
     lengths_B = prompts_B + completions_B
     units: dict[int, list[int]] = {}
     for row in index.tolist():

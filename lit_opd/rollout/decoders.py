@@ -54,9 +54,9 @@ class CacheDecoder:
 
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """See `Decoder.prefill`."""
-        output = self.policy.run_body(batch.prompt_ids_BP, batch.prompt_mask_BP, use_cache=True)
+        output = self.policy.run_body(*batch.prompts, use_cache=True)
         hidden_BH, self._cache = output.last_hidden_state[:, -1], output.past_key_values
-        self._seen_BL = batch.prompt_mask_BP.repeat_interleave(num_completions, dim=0)
+        self._seen_BL = batch.prompts.mask_BP.repeat_interleave(num_completions, dim=0)
         if num_completions == 1:
             return hidden_BH
         self._cache.batch_repeat_interleave(num_completions)

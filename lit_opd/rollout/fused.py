@@ -97,8 +97,8 @@ class FusedDecoder:
     @torch.no_grad()
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """See `Decoder.prefill`."""
-        rows = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, strict=True)]
-        layout, paths = pack(rows, batch.prompt_ids_BP.device)
+        rows = [ids[mask].tolist() for ids, mask in zip(*batch.prompts, strict=True)]
+        layout, paths = pack(rows, batch.prompts.ids_BP.device)
         width = max(map(len, paths))
         columns_BP = torch.tensor([[0] * (width - len(path)) + path for path in paths], device=layout.ids_N.device)
         self._place_B = torch.tensor([len(path) for path in paths], device=layout.ids_N.device)

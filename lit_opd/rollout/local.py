@@ -15,7 +15,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.rollout.decoders import CacheDecoder, Decoder
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
 from lit_opd.rollout.products import make_product
-from lit_opd.types import FinishReason, PromptBatch, Rollout, SamplingLaw
+from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw
 
 __all__ = ["LocalEngine"]
 
@@ -42,18 +42,7 @@ class LocalEngine:
         with policy.evaluating(), policy.precision(cache_casts=True):
             decoder = self.decoder(policy, len(uniforms_BT))
             ids_BT, logps_BT, mask_BT, stopped_B = _decode(policy, decoder, batch, law, num_completions, uniforms_BT)
-        rows_B = torch.arange(len(batch.prompt_ids_BP), device=ids_BT.device).repeat_interleave(num_completions)
-        return Rollout(
-            prompt_ids_BP=batch.prompt_ids_BP[rows_B],
-            prompt_mask_BP=batch.prompt_mask_BP[rows_B],
-            completion_ids_BT=ids_BT,
-            completion_mask_BT=mask_BT,
-            mask_BT=mask_BT,
-            sampler_logps_BT=logps_BT,
-            finish_B=torch.where(stopped_B, FinishReason.STOP, FinishReason.LENGTH),
-            law=law,
-            prompt_index_B=rows_B,
-        )
+        return Rollout.completed(batch, num_completions, ids_BT, mask_BT, logps_BT, stopped_B, law)
 
     def decoder(self, policy: LanguageModel, rows: int) -> Decoder:
         """The fastest decoder of `rows` rows that the model allows."""
@@ -71,7 +60,7 @@ def _disagreement(policy: LanguageModel) -> str | None:
     """What tells the two decoders apart on a few tokens; None where nothing does."""
     ids = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
     mask = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
-    batch = PromptBatch(ids, mask, rows=[{}, {}], draws=[(0, 0), (0, 1)])
+    batch = PromptBatch(Prompts(ids, mask), rows=[{}, {}], batch=0, places=[0, 1])
     with torch.autocast(policy.device.type, enabled=False):
         fused, cached = FusedDecoder(policy, 4), CacheDecoder(policy)
         pairs = [(fused.prefill(batch, 2, 1), cached.prefill(batch, 2, 1))]

@@ -35,13 +35,15 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
 
     Demonstrations, which the student did not write, are left out.
     """
-    if rollout.student_wrote_B is not None:
-        rollout = rollout.rows(torch.nonzero(rollout.student_wrote_B).flatten())
+    # Of the row as a whole: its first token says who wrote it.
+    own_B = rollout.student_wrote_BT[:, 0]
+    if not own_B.all():
+        rollout = rollout.rows(torch.nonzero(own_B).flatten())
     stopped_B = rollout.finish_B == FinishReason.STOP
     return {
         "rows": torch.tensor(len(rollout), device=stopped_B.device),
-        "length": rollout.completion_mask_BT.sum(),
+        "length": rollout.real_BT.sum(),
         "truncated_frac": (~stopped_B).sum(),
         "eos_frac": stopped_B.sum(),
-        "repetition_frac": repetition(rollout.completion_ids_BT, rollout.completion_mask_BT).sum(),
+        "repetition_frac": repetition(rollout.ids_BT, rollout.real_BT).sum(),
     }

@@ -49,9 +49,8 @@ from torch.nn.utils.rnn import pad_sequence
 from lit_opd.errors import UserError
 from lit_opd.functional import law_logps
 from lit_opd.models import LanguageModel
-from lit_opd.rollout.demonstrations import take_prompts
 from lit_opd.rollout.local import LocalEngine
-from lit_opd.types import FinishReason, PromptBatch, Rollout, SamplingLaw
+from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["VllmEngine"]
 
@@ -148,8 +147,8 @@ class VllmEngine:
 
     def _check_law(self, policy: LanguageModel, batch: PromptBatch, uniforms_BT: Tensor) -> None:
         """Compare log-probabilities of a few tokens with the policy's own."""
-        prompts = len(batch.prompt_ids_BP)
-        part = take_prompts(batch, torch.arange(min(prompts, PROBE_ROWS), device=uniforms_BT.device))
+        prompts = len(batch.rows)
+        part = batch.take(torch.arange(min(prompts, PROBE_ROWS), device=uniforms_BT.device))
         seeds_BT = uniforms_BT[:: len(uniforms_BT) // prompts][:PROBE_ROWS, :PROBE_TOKENS]
         rollout = self._complete(policy, part, PROBE, 1, seeds_BT)
         found_N = rollout.sampler_logps_BT[rollout.mask_BT]
@@ -167,7 +166,7 @@ class VllmEngine:
     ) -> Rollout:
         (rows, length), device = uniforms_BT.shape, uniforms_BT.device
         settings = _settings(policy, law, length)
-        prompts = [ids[mask].tolist() for ids, mask in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, strict=True)]
+        prompts = [ids[mask].tolist() for ids, mask in zip(*batch.prompts, strict=True)]
         seeds_B = (uniforms_BT[:, 0] * 2**53).long().tolist()
         bodies = [settings | {"prompt": prompts[i // num_completions], "seed": seed} for i, seed in enumerate(seeds_B)]
         # One request for a row: a request of several prompts would draw them all with one seed.
@@ -178,18 +177,8 @@ class VllmEngine:
         logps_BT = _padded([logps for _, logps in written], 0.0, torch.float32).to(device)
         mask_BT = _padded([[True] * len(ids) for ids, _ in written], False, torch.bool).to(device)
         stopped_B = torch.tensor([ids[-1] in policy.stop_ids for ids, _ in written], device=device)
-        rows_B = torch.arange(len(prompts), device=device).repeat_interleave(num_completions)
-        return Rollout(
-            prompt_ids_BP=batch.prompt_ids_BP[rows_B],
-            prompt_mask_BP=batch.prompt_mask_BP[rows_B],
-            completion_ids_BT=ids_BT,
-            completion_mask_BT=mask_BT,
-            mask_BT=mask_BT,
-            sampler_logps_BT=logps_BT if law.temperature > 0 else torch.zeros_like(logps_BT),
-            finish_B=torch.where(stopped_B, FinishReason.STOP, FinishReason.LENGTH),
-            law=law,
-            prompt_index_B=rows_B,
-        )
+        kept_BT = logps_BT if law.temperature > 0 else torch.zeros_like(logps_BT)
+        return Rollout.completed(batch, num_completions, ids_BT, mask_BT, kept_BT, stopped_B, law)
 
     def _request(self, body: dict[str, Any]) -> tuple[list[int], list[float]]:
         """Token ids and log-probabilities of one completion, whole or ended by a stop token."""
@@ -253,9 +242,9 @@ def _own_logps(policy: LanguageModel, rollout: Rollout, law: SamplingLaw) -> Ten
     with policy.evaluating():
         for row in range(len(rollout)):
             one = rollout.rows(torch.tensor([row], device=rollout.mask_BT.device))
-            ids_L, width = torch.cat([one.prompt_ids_BP[0], one.completion_ids_BT[0]]), one.prompt_ids_BP.shape[1]
+            ids_L, width = torch.cat([one.prompts.ids_BP[0], one.ids_BT[0]]), one.prompts.ids_BP.shape[1]
             logits_TV = policy.causal_lm(input_ids=ids_L[None]).logits[0, width - 1 : -1, : policy.vocabulary]
-            logps.append(law_logps(logits_TV, law).gather(-1, one.completion_ids_BT[0, :, None])[:, 0])
+            logps.append(law_logps(logits_TV, law).gather(-1, one.ids_BT[0, :, None])[:, 0])
     return torch.cat(logps)
 
 

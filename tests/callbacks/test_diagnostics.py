@@ -46,7 +46,7 @@ def test_numbers_are_of_the_rollout_of_the_step(diagnose, full_logits, make_mode
     rollout, student, teacher = record.rollouts[1], make_model(1), make_model(2)
     student.load_state_dict(record.weights[1])
     logps, taught = (
-        full_logits(m, rollout).log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])[..., 0]
+        full_logits(m, rollout).log_softmax(-1).gather(-1, rollout.ids_BT[..., None])[..., 0]
         for m in (student, teacher)
     )
     advantage = (taught - logps)[rollout.mask_BT]

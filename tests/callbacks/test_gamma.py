@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from references import scored
 
-from lit_opd import estimators, models
+from lit_opd import estimators
 from lit_opd.callbacks import ChooseGamma, check_gamma
 from lit_opd.errors import UserError
 from lit_opd.functional import token_weights
-from lit_opd.models import LanguageModel, score_teacher
-from lit_opd.models.credit import _signs
-from lit_opd.types import SamplingLaw, ScoredRollout
+from lit_opd.models import LanguageModel
+from lit_opd.objective.credit import _signs, credit_sketches
+from lit_opd.types import SamplingLaw
 
 GAMMAS = (0.0, 0.5, 1.0)
 
@@ -28,16 +29,16 @@ def test_sketches_are_projections_of_the_gradient_of_the_head(
     student.config.logit_scale, student.config.final_logit_softcapping = scale, softcap
     policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
     rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
-    rollout = rollout.uncount(rollout.completion_ids_BT == 7)
+    rollout = rollout.uncount(rollout.ids_BT == 7)
     candidates = [estimators.build("hybrid", gamma=gamma) for gamma in GAMMAS]
-    micro = ScoredRollout(rollout, score_teacher(policies[1], rollout, candidates[0], 3))
+    micro = scored(rollout, candidates[0], policies[1])
     tokens, sequences = rollout.mask_BT.sum().double(), rollout.mask_BT.any(1).sum().double()
     weights_BT = token_weights(rollout.mask_BT, "sequence_mean", tokens, sequences)
-    found = models.credit_sketches(policies[0], micro, policies[1].head, candidates, weights_BT, rows=3, size=4, seed=5)
+    found = credit_sketches(policies[0], micro, candidates, weights_BT, rows=3, size=4, seed=5)
 
     logits = scale * full_logits(student, rollout), full_logits(teacher, rollout)
     capped = logits[0] if softcap is None else softcap * torch.tanh(logits[0] / softcap)
-    logps, taught = (x.log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])[..., 0]
+    logps, taught = (x.log_softmax(-1).gather(-1, rollout.ids_BT[..., None])[..., 0]
                      for x in (capped, logits[1]))  # fmt: skip
     weight_VH = student.lm_head.weight
     left, right = _signs(17, 4, 5, weight_VH), _signs(16, 4, 6, weight_VH)
@@ -124,7 +125,7 @@ def test_choosing_does_not_change_what_is_sampled(make_module, make_model, fit):
     """The rollout that is judged is the very one the step then samples."""
     _, _, record = run(make_module, make_model, fit, steps=1)
     judged, stepped = record.rollouts
-    assert torch.equal(judged.completion_ids_BT, stepped.completion_ids_BT)
+    assert torch.equal(judged.ids_BT, stepped.ids_BT)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", None), ("bf16-mixed", torch.bfloat16)])

@@ -202,9 +202,9 @@ def test_batches(tokenizer):
     module = data(tokenizer=tokenizer, batch_size=3, train_rows=["a", "bcd", "ef"])
     (batch,) = module.train_dataloader()
     assert len(module.train_dataloader()) == 1
-    for ids_P, mask_P, row in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, batch.rows, strict=True):
+    for ids_P, mask_P, row in zip(batch.prompts.ids_BP, batch.prompts.mask_BP, batch.rows, strict=True):
         assert tokenizer.decode(ids_P[mask_P]) == row["prompt"]
-    assert batch.prompt_ids_BP.shape == (3, 3)
+    assert batch.prompts.ids_BP.shape == (3, 3)
 
 
 def test_validation_comes_in_order_and_in_full(tokenizer):

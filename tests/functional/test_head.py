@@ -1,6 +1,7 @@
 """The chunked head against a dense reference that makes all logits at once."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_opd.functional import Head, chunk_rows, chunks, head_logits, position_losses
 from lit_opd.functional import head as head_module
-from lit_opd.functional.head import SlicedLogits, block_rows
+from lit_opd.functional.head import HiddenDistributions, block_rows
 
 HIDDEN, VOCABULARY = 5, 7
 SHAPES = {
@@ -249,15 +250,22 @@ def test_a_block_without_gradient_adds_none(monkeypatch):
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.sampled_from(sorted(SHAPES)))
-def test_sliced_logits_are_the_dense_ones_and_each_chunk_is_projected_once(rows, block, shape):
+def test_distributions_are_the_dense_ones_and_each_chunk_is_projected_once(rows, block, shape):
     hidden, head, _ = problem(11, **SHAPES[shape])
-    logits = SlicedLogits(hidden, head, rows)
-    for chunk in chunks(11, rows):
-        inner = [slice(chunk.start + p.start, chunk.start + p.stop) for p in chunks(chunk.stop - chunk.start, block)]
-        projections = {logits[part].detach() is not None and logits._projected_cV.data_ptr() for part in inner}
-        assert len(projections) == 1
-        close(torch.cat([logits[part] for part in inner]), head_logits(hidden[chunk], head))
-    close(logits[slice(0, 11)], head_logits(hidden, head))
+    made, dense = HiddenDistributions(hidden, head, rows), head_logits(hidden, head).detach()
+    with patch.object(head_module, "_project", wraps=head_module._project) as project:
+        for chunk in chunks(11, rows):
+            inner = [
+                slice(chunk.start + p.start, chunk.start + p.stop) for p in chunks(chunk.stop - chunk.start, block)
+            ]
+            close(torch.cat([made.logits(part) for part in inner]), dense[chunk])
+        assert project.call_count == len(list(chunks(11, rows)))
+    assert len(made._projected_cV) == 0, "a projection outlived the pass that made it"
+    close(made.logits(slice(0, 11)), dense)
+    close(made.logps(slice(0, 11)), dense.log_softmax(-1))
+    chosen = torch.tensor([7, 2, 10])
+    close(made[chosen].logits(slice(0, 3)), dense[chosen])
+    assert not made.logps(slice(0, 1)).requires_grad
 
 
 def test_under_autocast_the_projection_is_bf16_and_the_loss_fp32():

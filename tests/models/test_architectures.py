@@ -3,9 +3,11 @@
 import pytest
 import torch
 from architectures import ATTENTION, RECURRENT, build
+from references import padded, rollout_from
 
 from lit_opd.models import LanguageModel
-from lit_opd.types import Rollout, SamplingLaw
+from lit_opd.models.forward import PaddedForward
+from lit_opd.types import SamplingLaw
 
 PADDED = {"gemma2", "gpt_oss", "bloom", "falcon", *RECURRENT}
 
@@ -18,7 +20,7 @@ def make_rollout():
     completions = torch.randint(3, 17, (6, 7), generator=generator)
     written = torch.arange(7) < stops[:, None]
     counted = written & (torch.rand(6, 7, generator=generator) < 0.8)
-    return Rollout(
+    return rollout_from(
         prompts, torch.arange(9) >= starts[:, None], completions, written, counted, torch.zeros(6, 7), torch.zeros(6),
         SamplingLaw(), torch.arange(3).repeat_interleave(2),
     )  # fmt: skip
@@ -27,8 +29,8 @@ def make_rollout():
 @pytest.mark.parametrize("name", [*ATTENTION, *RECURRENT])
 def test_counted_hidden_states_and_their_gradients_are_the_padded_ones(name, tiny_tokenizer):
     policy, rollout = LanguageModel(build(name, 0), tiny_tokenizer, "student"), make_rollout()
-    found, expected = policy.counted_hidden(rollout), policy.padded_hidden(rollout)
-    assert (policy.why_padded is not None) == (name in PADDED)
+    found, expected = policy.hidden(rollout)[0], padded(policy, rollout)
+    assert isinstance(policy.forward, PaddedForward) == (name in PADDED)
     assert (found - expected).norm() < 1e-5 * expected.norm()
     along = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     weights = [p for p in policy.model.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from references import padded
 from transformers import LlamaForCausalLM
 
 from lit_opd.config import StudentConfig
@@ -64,13 +65,11 @@ def test_logits_are_rebuilt_from_hidden_states(
     policy.check_head()
     rollout = sample(model, make_batch(), SamplingLaw(), num_completions=2)
     mask = rollout.mask_BT
-    found, expected = head_logits(policy.padded_hidden(rollout), policy.head), full_logits(model, rollout)[mask]
+    found, expected = head_logits(padded(policy, rollout), policy.head), full_logits(model, rollout)[mask]
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
-    torch.testing.assert_close(
-        head_logits(policy.counted_hidden(rollout), policy.head), expected, rtol=0, atol=tolerance
-    )
-    taken = found.log_softmax(-1).gather(-1, rollout.completion_ids_BT[mask][:, None])[:, 0]
+    torch.testing.assert_close(head_logits(policy.hidden(rollout)[0], policy.head), expected, rtol=0, atol=tolerance)
+    taken = found.log_softmax(-1).gather(-1, rollout.ids_BT[mask][:, None])[:, 0]
     torch.testing.assert_close(rollout.sampler_logps_BT[mask], taken.float(), rtol=0, atol=1e-4)
 
 
@@ -89,7 +88,7 @@ def test_a_temperature_divides_the_model_s_own_logits(name, make_architecture, t
     plain, warm = (LanguageModel(model, tiny_tokenizer, "teacher", temperature=t) for t in (1.0, 1.7))
     warm.vocabulary = 16
     warm.check_head()
-    hidden = plain.padded_hidden(sample(model, make_batch(), SamplingLaw()))
+    hidden = padded(plain, sample(model, make_batch(), SamplingLaw()))
     expected = head_logits(hidden, plain.head)[..., :16]
     torch.testing.assert_close(head_logits(hidden, warm.head), expected / 1.7, rtol=1e-6, atol=1e-6)
     assert torch.equal(head_logits(hidden, warm.untempered().head), expected)

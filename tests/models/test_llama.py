@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 import wide_norm
+from references import padded, rollout_from
 from transformers.models.granite.modeling_granite import GraniteRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -16,9 +17,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lit_opd.models import LanguageModel
 from lit_opd.models import llama as under_test
+from lit_opd.models.forward import LlamaForward, PaddedForward
 from lit_opd.models.llama import LayerProducts, llama_hidden, rms_norm, unlike_llama
 from lit_opd.models.packing import pack
-from lit_opd.types import Rollout, SamplingLaw
+from lit_opd.types import SamplingLaw
 
 DOUBLE = torch.float64
 SIZES = {"vocab_size": 17, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -217,7 +219,7 @@ def test_a_body_with_a_hook_runs_itself(part, kind):
     policy = LanguageModel(body_of(body), None, "student")
     assert unlike_llama(body) == "it has hooks"
     layout, paths = pack(ROWS, torch.device("cpu"))
-    found = policy.packed_hidden(layout)
+    found = policy.forward.packed(policy, layout)
     assert heard, "the hook was never called"
     for one, two in zip([found[path] for path in paths], row_by_row(body, ROWS), strict=True):
         close(one, two, 1e-6)  # Hugging Face's own attention
@@ -258,7 +260,7 @@ def make_rollout(holes=True):
     counted = mask.clone()
     counted[0, 1] = not holes
     zeros, index = torch.zeros(mask.shape), torch.tensor([0, 0, 1])
-    return Rollout(prompts, prompt_mask, ids, mask, counted, zeros, torch.zeros_like(index), SamplingLaw(), index)
+    return rollout_from(prompts, prompt_mask, ids, mask, counted, zeros, torch.zeros_like(index), SamplingLaw(), index)
 
 
 def test_a_lora_student_trains_its_adapters_through_packed_rows():
@@ -269,10 +271,10 @@ def test_a_lora_student_trains_its_adapters_through_packed_rows():
             if "lora_B" in name:  # zero at first, which would hide lora_A
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     policy = LanguageModel(model, Duck, "student")
-    assert policy.why_padded is None
-    assert policy.like_llama
+    assert not isinstance(policy.forward, PaddedForward)
+    assert isinstance(policy.forward, LlamaForward)
     rollout = make_rollout()
-    found, expected = policy.counted_hidden(rollout), policy.padded_hidden(rollout)
+    found, expected = policy.hidden(rollout)[0], padded(policy, rollout)
     close(found, expected, 1e-9)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 2
@@ -295,10 +297,10 @@ def test_a_body_built_like_llama_that_scales_is_found_by_comparison(multiplier):
         rollout = make_rollout()
         # Scaling attention alone, by `scaling`, is what Llama's layers do, too.
         like = like or multiplier == "attention_multiplier"
-        found = policy.counted_hidden(rollout)
-        assert policy.like_llama == like
-        assert policy.why_padded is None, "its attention can be replaced whatever it scales"
-        close(found, policy.padded_hidden(rollout), 1e-9)
+        found = policy.hidden(rollout)[0]
+        assert isinstance(policy.forward, LlamaForward) == like
+        assert not isinstance(policy.forward, PaddedForward), "its attention can be replaced whatever it scales"
+        close(found, padded(policy, rollout), 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +310,8 @@ def test_a_body_built_like_llama_that_scales_is_found_by_comparison(multiplier):
 def test_in_bf16_where_rounding_hides_what_it_does_only_what_is_known_counts_as_llama(name, config):
     policy, rollout = LanguageModel(make(name, torch.bfloat16, **config), Duck, "teacher"), make_rollout()
     assert unlike_llama(policy.body) == "its weights are too coarse to compare it with Llama"
-    found, expected = policy.counted_hidden(rollout), policy.padded_hidden(rollout)
-    assert not policy.like_llama
+    found, expected = policy.hidden(rollout)[0], padded(policy, rollout)
+    assert not isinstance(policy.forward, LlamaForward)
     assert (found - expected).norm() < 0.05 * expected.norm()
     assert unlike_llama(LanguageModel(make("Llama", torch.bfloat16), Duck, "teacher").body) is None
 
@@ -324,15 +326,15 @@ def padded_models():
 def test_hybrids_run_padded_say_so_once_and_are_right(name, config, reason, caplog):
     model = make(name, torch.float32, **config)
     policy, rollout = LanguageModel(model, Duck, "teacher"), make_rollout()
-    with caplog.at_level(logging.WARNING, "lit_opd.models.language_model"):
-        found = policy.counted_hidden(rollout)
-        policy.counted_hidden(rollout)
-    assert policy.why_padded == reason
+    with caplog.at_level(logging.WARNING, "lit_opd.models.forward"):
+        found = policy.hidden(rollout)[0]
+        policy.hidden(rollout)[0]
+    assert policy.forward.reason == reason
     expected = f"The teacher ({name}Model) runs padded, and shares no prompts: {reason}."
     assert [record.getMessage() for record in caplog.records if record.name.startswith("lit_opd")] == [expected]
     for row in range(3):  # each alone, without padding
-        prompt = rollout.prompt_ids_BP[row][rollout.prompt_mask_BP[row]]
-        ids = rollout.completion_ids_BT[row][rollout.completion_mask_BT[row]]
+        prompt = rollout.prompts.ids_BP[row][rollout.prompts.mask_BP[row]]
+        ids = rollout.ids_BT[row][rollout.real_BT[row]]
         own = model.base_model(input_ids=torch.cat([prompt, ids])[None], use_cache=False).last_hidden_state[0]
         start = int(rollout.mask_BT[:row].sum())
         mine = found[start : start + int(rollout.mask_BT[row].sum())]
@@ -341,28 +343,28 @@ def test_hybrids_run_padded_say_so_once_and_are_right(name, config, reason, capl
 
 def test_llama_says_nothing(caplog):
     policy = LanguageModel(make("Llama"), Duck, "student")
-    with caplog.at_level(logging.WARNING, "lit_opd.models.language_model"):
-        assert policy.why_padded is None
+    with caplog.at_level(logging.WARNING, "lit_opd.models.forward"):
+        assert not isinstance(policy.forward, PaddedForward)
     assert not caplog.records
 
 
 def spy_on_paths(policy, monkeypatch):
     taken = []
-    for path in ("packed_hidden", "padded_hidden"):
-        own = getattr(policy, path)
-        monkeypatch.setattr(policy, path, lambda *args, own=own, path=path: taken.append(path) or own(*args))
+    for path in (LlamaForward, PaddedForward):
+        own = path.hidden
+        monkeypatch.setattr(path, "hidden", lambda *args, own=own, path=path: taken.append(path) or own(*args))
     return taken
 
 
 def test_gradient_checkpointing_takes_the_padded_path(monkeypatch):
     model = make("Llama").train()
     policy, rollout = LanguageModel(model, Duck, "student"), make_rollout()
-    assert policy.why_padded is None
+    assert not isinstance(policy.forward, PaddedForward)
     taken = spy_on_paths(policy, monkeypatch)
-    packed = policy.counted_hidden(rollout)
+    packed = policy.hidden(rollout)[0]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    recomputed = policy.counted_hidden(rollout)
-    assert taken == ["packed_hidden", "padded_hidden"]
+    recomputed = policy.hidden(rollout)[0]
+    assert taken == [LlamaForward, PaddedForward]
     close(packed, recomputed, 1e-9)
     for one, two in zip(gradients(model.model, [packed]), gradients(model.model, [recomputed]), strict=True):
         close(one, two, 1e-9 * max(1, two.abs().max().item()))
@@ -371,18 +373,18 @@ def test_gradient_checkpointing_takes_the_padded_path(monkeypatch):
 def test_a_rollout_without_a_counted_token_is_not_packed(monkeypatch):
     policy, rollout = LanguageModel(make("Llama"), Duck, "student"), make_rollout()
     taken = spy_on_paths(policy, monkeypatch)
-    found = policy.counted_hidden(rollout.uncount(torch.ones_like(rollout.mask_BT)))
+    found, _ = policy.hidden(rollout.uncount(torch.ones_like(rollout.mask_BT)))
     assert found.shape == (0, 16)
     assert found.requires_grad
-    assert taken == ["padded_hidden"]
+    assert taken == [PaddedForward]
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])
 def test_under_bf16_autocast_packed_and_padded_differ_by_rounding_only(name):
     policy, rollout = LanguageModel(make(name, torch.float32), Duck, "student"), make_rollout()
-    exact = policy.padded_hidden(rollout)
+    exact = padded(policy, rollout)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, padded = policy.counted_hidden(rollout), policy.padded_hidden(rollout)
-    assert found.dtype == padded.dtype
-    mine, theirs = ((x - exact).norm() / exact.norm() for x in (found, padded))
+        found, other = policy.hidden(rollout)[0], padded(policy, rollout)
+    assert found.dtype == other.dtype
+    mine, theirs = ((x - exact).norm() / exact.norm() for x in (found, other))
     assert mine < max(1.5 * theirs.item(), 0.01)

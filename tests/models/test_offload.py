@@ -6,10 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lit_opd import DistillationModule, estimators
+from lit_opd import DistillationModule
 from lit_opd.config import TeacherConfig
 from lit_opd.lab.audit.positions import compare_positions
-from lit_opd.models import LanguageModel, measure_yardsticks, score_teacher
+from lit_opd.models import LanguageModel, measure_yardsticks
+from lit_opd.teachers import LocalScorer, Wanted
 from lit_opd.types import SamplingLaw
 
 SMALL = {"rollout": {"max_new_tokens": 6, "student_share": 0.5}, "optim": {"micro_batch_tokens": 30, "lr": 0.1}}
@@ -75,11 +76,12 @@ def test_while_it_is_away_only_the_output_layer_stays(make_model, tiny_tokenizer
 
 
 def teacher_scores(student, teacher, rollout):
-    return score_teacher(teacher, rollout, estimators.build("teacher_topk", k=3), 4).support_logps_NK
+    return LocalScorer(teacher, 4).score(rollout, Wanted(support=3)).support_logps_NK
 
 
 def yardsticks(student, teacher, rollout):
-    return torch.stack(list(measure_yardsticks(student, teacher, rollout, 4).values()))
+    scores = LocalScorer(teacher, 4).untempered().score(rollout, Wanted(full=True))
+    return torch.stack(list(measure_yardsticks(student, scores, rollout, 4).values()))
 
 
 def both_at_positions(student, teacher, rollout):

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 import transformers
+from references import padded
 
 from lit_opd.models import LanguageModel
 from lit_opd.models import packed_attention as routes
+from lit_opd.models.forward import PackedForward
 from lit_opd.models.packed_attention import attend, packed_layers, unsupported
 from lit_opd.models.packing import pack
 from lit_opd.types import SamplingLaw
@@ -152,21 +154,20 @@ def test_softcaps_and_sinks_are_refused_and_those_models_padded(
     rollout = sample(model, make_batch(), SamplingLaw())
     caplog.clear()
     with caplog.at_level(logging.WARNING, "lit_opd.models.language_model"):
-        hidden = policy.counted_hidden(rollout)
-        policy.counted_hidden(rollout)
-    assert policy.why_padded == f"its attention has {keyword}"
+        hidden = policy.hidden(rollout)[0]
+        policy.hidden(rollout)[0]
+    assert policy.forward.reason == f"its attention has {keyword}"
     expected = f"The teacher ({name}Model) runs padded, and shares no prompts: its attention has {keyword}."
     assert [record.getMessage() for record in caplog.records] == [expected]
-    assert torch.equal(hidden, policy.padded_hidden(rollout))
+    assert torch.equal(hidden, padded(policy, rollout))
 
 
 def test_windows_of_a_hugging_face_body_are_seen(tiny_tokenizer, make_batch, sample):
     model = tiny("Mistral", sliding_window=3).double()
     policy = LanguageModel(model, tiny_tokenizer, "student")
     rollout = sample(model, make_batch(), SamplingLaw(), num_completions=2)
-    assert policy.why_padded is None
-    assert not policy.like_llama
-    torch.testing.assert_close(policy.counted_hidden(rollout), policy.padded_hidden(rollout), rtol=0, atol=1e-6)
+    assert isinstance(policy.forward, PackedForward)
+    torch.testing.assert_close(policy.hidden(rollout)[0], padded(policy, rollout), rtol=0, atol=1e-6)
 
 
 def test_a_body_gets_its_own_attention_back(make_model):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from references import rollout_from
 
-from lit_opd.models.packing import as_bias, gather_rows, pack, pack_rollout
-from lit_opd.types import Rollout, SamplingLaw
+from lit_opd.models.packing import as_bias, gather_rows, layout_of, pack
+from lit_opd.types import SamplingLaw
 
 fast = settings(max_examples=80, deadline=None)
 CPU = torch.device("cpu")
@@ -129,7 +130,9 @@ def make_rollout(prompts, completions, counted, extra=0):
     counted = torch.tensor([row + [False] * (length - len(row)) for row in counted])
     prompt_mask = torch.tensor([[i >= width - len(p) for i in range(width)] for p in prompts])
     zeros, index = torch.zeros(mask.shape), torch.arange(len(prompts))
-    return Rollout(prompt_ids, prompt_mask, ids, mask, counted, zeros, torch.zeros_like(index), SamplingLaw(), index)
+    return rollout_from(
+        prompt_ids, prompt_mask, ids, mask, counted, zeros, torch.zeros_like(index), SamplingLaw(), index
+    )
 
 
 @st.composite
@@ -144,7 +147,7 @@ def test_each_counted_token_is_predicted_by_all_that_stands_before_it(rows, extr
     """Masks with holes, rows without a counted token, prompts padded by more than they need."""
     prompts, completions, counted = zip(*rows, strict=True)
     rollout = make_rollout(prompts, completions, counted, extra)
-    layout, predictors = pack_rollout(rollout)
+    layout, predictors = layout_of(rollout)
     before = {}
     for row, mask in zip(layout.keys_SM.tolist(), layout.seen_SLM, strict=True):
         for seen in mask:
@@ -158,13 +161,13 @@ def test_each_counted_token_is_predicted_by_all_that_stands_before_it(rows, extr
 @fast
 @given(st.lists(rollout_rows(), min_size=1, max_size=6))
 def test_what_no_counted_token_follows_is_not_computed(rows):
-    layout, _ = pack_rollout(make_rollout(*zip(*rows, strict=True)))
+    layout, _ = layout_of(make_rollout(*zip(*rows, strict=True)))
     needed = [p + c[: max([t for t in range(len(c)) if m[t]], default=0)] for p, c, m in rows]
     assert len(layout.ids_N) == len(prefixes(needed))
 
 
 def test_a_rollout_of_one_row_without_a_counted_token_has_no_predictors():
-    layout, predictors = pack_rollout(make_rollout([[1, 2]], [[3, 4]], [[False, False]]))
+    layout, predictors = layout_of(make_rollout([[1, 2]], [[3, 4]], [[False, False]]))
     assert predictors.shape == (0,)
     assert predictors.dtype == torch.long
     assert len(layout.ids_N) == 2

@@ -25,7 +25,7 @@ def test_padding_rows_are_cut_to_the_shared_size(make_model, save_model, teacher
                                 optim={"name": "SGD", "lr": 0.1})  # fmt: skip
     assert module.pair.vocabulary == 17
     record = fit(module, limit_val_batches=1)
-    assert record.rollouts[0].completion_ids_BT.max() < 17
+    assert record.rollouts[0].ids_BT.max() < 17
     gradient = record.gradients[0]["lm_head.weight"]
     assert gradient[:17].any()
     assert not gradient[17:].any()

@@ -7,9 +7,10 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import rollout_from
 
 from lit_opd.rollout import micro_batches, split_updates, uniforms
-from lit_opd.types import Rollout, SamplingLaw
+from lit_opd.types import SamplingLaw
 
 fast = settings(max_examples=60, deadline=None)
 lengths = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), min_size=1, max_size=20)
@@ -20,7 +21,7 @@ def rollout_of(sizes, prompts=None):
     widths, completions = torch.tensor(sizes).T
     prompt_mask = torch.arange(widths.max()).flip(0) < widths[:, None]
     mask = torch.arange(completions.max()) < completions[:, None]
-    return Rollout(prompt_mask.long(), prompt_mask, mask.long(), mask, mask, mask.float(), torch.zeros(len(sizes)),
+    return rollout_from(prompt_mask.long(), prompt_mask, mask.long(), mask, mask, mask.float(), torch.zeros(len(sizes)),
                    SamplingLaw(), torch.arange(len(sizes)) if prompts is None else torch.tensor(prompts))  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def test_micro_batches_hold_every_row_once_sorted_and_within_the_budget(sizes, b
     assert totals == sorted(totals)
     for group in groups:
         part = rollout.rows(group)
-        assert torch.cat([part.prompt_ids_BP, part.completion_ids_BT], 1).numel() <= budget or len(group) == 1
+        assert torch.cat([part.prompts.ids_BP, part.ids_BT], 1).numel() <= budget or len(group) == 1
 
 
 @fast
@@ -52,17 +53,17 @@ def test_micro_batches_are_as_few_as_this_order_allows(sizes, budget):
 @fast
 @given(st.integers(1, 20), st.integers(1, 3), st.integers(1, 12), st.integers(1, 4))
 def test_updates_split_the_rows_evenly_and_alike_on_any_number_of_processes(prompts, completions, updates, processes):
-    draws = [(5, place) for place in range(prompts)]
-    whole = split_updates(draws, completions, updates, prompts)
+    places = list(range(prompts))
+    whole = split_updates(places, completions, updates, prompts)
     assert len(whole) == updates
     assert sorted(row for part in whole for row in part.tolist()) == list(range(prompts * completions))
     assert max(map(len, whole)) - min(map(len, whole)) <= 1
     for rank in range(min(processes, prompts)):
         own = list(range(prompts))[rank::processes]
-        parts = split_updates([draws[p] for p in own], completions, updates, prompts)
+        parts = split_updates([places[p] for p in own], completions, updates, prompts)
         for part, expected in zip(parts, whole, strict=True):
-            places = [own[row // completions] * completions + row % completions for row in part.tolist()]
-            assert set(places) == {row for row in expected.tolist() if row // completions in own}
+            numbers = [own[row // completions] * completions + row % completions for row in part.tolist()]
+            assert set(numbers) == {row for row in expected.tolist() if row // completions in own}
 
 
 @st.composite
@@ -76,7 +77,7 @@ def prompts_with_completions(draw):
 
 def tokens_of(rollout, rows):
     part = rollout.rows(torch.as_tensor(rows))
-    return torch.cat([part.prompt_ids_BP, part.completion_ids_BT], 1).numel()
+    return torch.cat([part.prompts.ids_BP, part.ids_BT], 1).numel()
 
 
 @fast
@@ -122,8 +123,8 @@ def test_where_every_prompt_has_one_completion_whole_prompts_change_nothing(size
 @given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 12), st.integers(1, 4))
 def test_whole_prompts_stay_in_one_update(prompts, completions, updates, processes):
     """Evenly, and alike on any number of processes; no update is empty where there is a prompt for each."""
-    draws = [(5, place) for place in range(prompts)]
-    whole = [part.tolist() for part in split_updates(draws, completions, updates, prompts, whole_prompts=True)]
+    places = list(range(prompts))
+    whole = [part.tolist() for part in split_updates(places, completions, updates, prompts, whole_prompts=True)]
     owners = [[row // completions for row in part] for part in whole]
     assert [prompt for part in owners for prompt in part] == [p for p in range(prompts) for _ in range(completions)]
     assert sum(len(set(part)) for part in owners) == prompts
@@ -132,7 +133,7 @@ def test_whole_prompts_stay_in_one_update(prompts, completions, updates, process
     assert min(counts) > 0 or updates > prompts
     for rank in range(min(processes, prompts)):
         own = list(range(prompts))[rank::processes]
-        parts = split_updates([draws[p] for p in own], completions, updates, prompts, whole_prompts=True)
+        parts = split_updates([places[p] for p in own], completions, updates, prompts, whole_prompts=True)
         for part, expected in zip(parts, owners, strict=True):
             assert [own[row // completions] for row in part.tolist()] == [p for p in expected if p in own]
 

@@ -47,7 +47,7 @@ def spread(token, texts):
 
 
 def prompts_of(batch):
-    return [ids[mask] for ids, mask in zip(batch.prompt_ids_BP, batch.prompt_mask_BP, strict=True)]
+    return [ids[mask] for ids, mask in zip(batch.prompts.ids_BP, batch.prompts.mask_BP, strict=True)]
 
 
 def generate(model, prompt):
@@ -61,7 +61,7 @@ def sample(policy, batch, law, count=1, length=LENGTH):
 
 
 def written(rollout):
-    return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)]
+    return [ids[mask].tolist() for ids, mask in zip(rollout.ids_BT, rollout.real_BT, strict=True)]
 
 
 def check_greedy(policy, batch, count):
@@ -158,8 +158,8 @@ def model(make_model):
 def pair_p_value(model, batch, numbers_BT, keywords, tokenizer):
     """How well counts of the first two tokens fit their exact joint law; 0 where something impossible was written."""
     law, policy = SamplingLaw(**keywords), LanguageModel(model, tokenizer, "student")
-    ids_BT = LocalEngine().sample(policy, batch, law, ROWS, numbers_BT).completion_ids_BT
-    prompt = batch.prompt_ids_BP
+    ids_BT = LocalEngine().sample(policy, batch, law, ROWS, numbers_BT).ids_BT
+    prompt = batch.prompts.ids_BP
     with torch.no_grad():
         first = exact_law(model(prompt).logits[0, -1].double().numpy(), **keywords)
         both = model(torch.cat([prompt.expand(17, -1), torch.arange(17)[:, None]], 1)).logits[:, -1].double().numpy()

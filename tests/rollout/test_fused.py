@@ -56,7 +56,7 @@ def make_policy(tiny_tokenizer):
 @torch.no_grad()
 def walk(decoder, batch, completions, kept=(4, 0, 3)):
     """Hidden states of the prompts, of three steps of all rows, and of three of those that were kept, reordered."""
-    rows = len(batch.prompt_ids_BP) * completions
+    rows = len(batch.prompts.ids_BP) * completions
     states = [decoder.prefill(batch, completions, 6)]
     for t in range(3):
         states.append(decoder.step((torch.arange(rows) * 5 + t) % 17))
@@ -212,8 +212,8 @@ def run(engine, policy, batch, completions=4, length=12, law=PLAIN):
 
 
 def same(one, two, atol=1e-6):
-    assert torch.equal(one.completion_ids_BT, two.completion_ids_BT)
-    assert torch.equal(one.completion_mask_BT, two.completion_mask_BT)
+    assert torch.equal(one.ids_BT, two.ids_BT)
+    assert torch.equal(one.real_BT, two.real_BT)
     assert torch.equal(one.finish_B, two.finish_B)
     torch.testing.assert_close(one.sampler_logps_BT, two.sampler_logps_BT, rtol=0, atol=atol)
 
@@ -238,7 +238,7 @@ def test_rows_that_ended_leave_and_the_others_write_what_they_would_have(
     monkeypatch.setattr(local, "_FINISHED_SHARE", share)
     engine = Spying(other)
     same(run(engine, policy, batch), expected)
-    lengths = expected.completion_mask_BT.sum(1)
+    lengths = expected.real_BT.sum(1)
     active = list(range(20))
     for t, rows in enumerate(engine.stepped, start=1):  # before the t-th step every row has written t tokens or ended
         going = [row for row in active if lengths[row] > t]
@@ -251,8 +251,8 @@ def test_rows_that_ended_leave_and_the_others_write_what_they_would_have(
 def test_a_rollout_ends_when_all_have(make_policy, make_batch):
     policy, engine = eager_to_stop(make_policy("Llama")), Spying()
     found = run(engine, policy, make_batch(["7="]), completions=2, length=60)
-    assert len(engine.stepped) + 1 == found.completion_ids_BT.shape[1] < 60
-    assert (found.completion_mask_BT.sum(1).amax() == found.completion_ids_BT.shape[1]).all()
+    assert len(engine.stepped) + 1 == found.ids_BT.shape[1] < 60
+    assert (found.real_BT.sum(1).amax() == found.ids_BT.shape[1]).all()
 
 
 @pytest.mark.parametrize("law", [PLAIN, SamplingLaw(temperature=0.7, top_p=0.9, min_new_tokens=3)])
@@ -275,7 +275,7 @@ def test_a_rollout_after_a_step_of_the_optimizer_uses_the_new_weights(autocast, 
         expected = run(LocalEngine(), fresh, batch)
     same(after, expected, atol=0)
     width = min(x.sampler_logps_BT.shape[1] for x in (before, after))
-    assert not torch.equal(before.completion_ids_BT[:, :width], after.completion_ids_BT[:, :width])
+    assert not torch.equal(before.ids_BT[:, :width], after.ids_BT[:, :width])
 
 
 class Elsewhere(str):

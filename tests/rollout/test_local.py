@@ -8,8 +8,9 @@ import torch
 
 from lit_opd.functional import law_logps
 from lit_opd.models import LanguageModel
+from lit_opd.models.forward import PaddedForward
 from lit_opd.rollout import LocalEngine, uniforms
-from lit_opd.types import FinishReason, SamplingLaw
+from lit_opd.types import FinishReason, Prompts, SamplingLaw
 
 LAWS = {
     "plain": SamplingLaw(),
@@ -31,8 +32,8 @@ def model(make_model):
 
 def same(one, two, rows=slice(None)):
     """Equal completions; log-probabilities, kept in fp32, equal up to rounding."""
-    width = max(one.completion_ids_BT.shape[1], two.completion_ids_BT[rows].shape[1])
-    for name in ("completion_ids_BT", "completion_mask_BT", "sampler_logps_BT"):
+    width = max(one.ids_BT.shape[1], two.ids_BT[rows].shape[1])
+    for name in ("ids_BT", "real_BT", "sampler_logps_BT"):
         a, b = (torch.nn.functional.pad(x.double(), (0, width - x.shape[1]))
                 for x in (getattr(one, name), getattr(two, name)[rows]))  # fmt: skip
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -44,14 +45,14 @@ def test_sampler_logps_are_those_of_the_law_that_sampled(law, model, make_batch,
     rollout = sample(model, make_batch(), law, num_completions=4)
     logits = full_logits(model, rollout).detach()
     assert rollout.law == law
-    for t in range(rollout.completion_ids_BT.shape[1]):
+    for t in range(rollout.ids_BT.shape[1]):
         logps = law_logps(logits[:, t], law, STOP if t < law.min_new_tokens else None)
-        expected = logps.gather(-1, rollout.completion_ids_BT[:, t, None])[:, 0]
+        expected = logps.gather(-1, rollout.ids_BT[:, t, None])[:, 0]
         counted = rollout.mask_BT[:, t]
         torch.testing.assert_close(rollout.sampler_logps_BT[counted, t].double(), expected[counted], rtol=0, atol=1e-5)
     assert not rollout.sampler_logps_BT[~rollout.mask_BT].any()
     assert rollout.sampler_logps_BT.dtype == torch.float32
-    assert (rollout.completion_mask_BT.sum(1) > law.min_new_tokens).all()
+    assert (rollout.real_BT.sum(1) > law.min_new_tokens).all()
 
 
 def test_greedy_decoding_is_that_of_transformers(model, make_batch, sample):
@@ -60,9 +61,9 @@ def test_greedy_decoding_is_that_of_transformers(model, make_batch, sample):
     model.generation_config.eos_token_id = [2, 9]
     batch = make_batch()
     rollout = sample(model, batch, SamplingLaw(temperature=0.0), length=12)
-    generated = model.generate(batch.prompt_ids_BP, attention_mask=batch.prompt_mask_BP.long(), do_sample=False,
-                               max_new_tokens=12, pad_token_id=0)[:, batch.prompt_ids_BP.shape[1] :]  # fmt: skip
-    assert torch.equal(rollout.completion_ids_BT, generated)
+    generated = model.generate(batch.prompts.ids_BP, attention_mask=batch.prompts.mask_BP.long(), do_sample=False,
+                               max_new_tokens=12, pad_token_id=0)[:, batch.prompts.ids_BP.shape[1] :]  # fmt: skip
+    assert torch.equal(rollout.ids_BT, generated)
     assert 0 < (rollout.finish_B == FinishReason.STOP).sum() <= len(batch.rows)
 
 
@@ -70,7 +71,7 @@ def test_first_tokens_follow_the_exact_law(model, make_batch, sample, full_logit
     law, count = SamplingLaw(temperature=1.3, top_p=0.95), 4000
     rollout = sample(model, make_batch(["12-9+3="]), law, num_completions=count, length=1)
     exact = law_logps(full_logits(model, rollout.rows(torch.tensor([0])))[0].detach(), law)[0].exp()
-    counts = torch.bincount(rollout.completion_ids_BT[:, 0], minlength=17)
+    counts = torch.bincount(rollout.ids_BT[:, 0], minlength=17)
     assert not counts[exact == 0].any()
     possible = exact > 0
     assert scipy.stats.chisquare(counts[possible].numpy(), count * exact[possible].numpy()).pvalue > 1e-3
@@ -84,9 +85,9 @@ def test_any_stop_token_ends_a_completion_and_is_counted(model, make_batch, samp
     rollout = sample(model, make_batch(), SamplingLaw(), num_completions=20)
     ended = set()
     for row in range(len(rollout)):
-        mask = rollout.completion_mask_BT[row]
+        mask = rollout.real_BT[row]
         length = int(mask.sum())
-        ids = rollout.completion_ids_BT[row].tolist()
+        ids = rollout.ids_BT[row].tolist()
         assert mask[:length].all()
         assert not stops & set(ids[: length - 1])
         stopped = ids[length - 1] in stops
@@ -95,7 +96,7 @@ def test_any_stop_token_ends_a_completion_and_is_counted(model, make_batch, samp
         assert stopped or length == 10
         assert set(ids[length:]) <= {0}
     assert ended == stops
-    assert torch.equal(rollout.mask_BT, rollout.completion_mask_BT)
+    assert torch.equal(rollout.mask_BT, rollout.real_BT)
 
 
 def test_a_stop_token_outside_the_vocabulary_is_no_stop_token(model, make_batch, sample, tiny_tokenizer):
@@ -107,7 +108,7 @@ def test_a_stop_token_outside_the_vocabulary_is_no_stop_token(model, make_batch,
 
 def test_no_stop_token_before_min_new_tokens_and_none_forbidden_after(model, make_batch, sample):
     rollout = sample(model, make_batch(), SamplingLaw(min_new_tokens=3), num_completions=40)
-    lengths = rollout.completion_mask_BT.sum(1)[rollout.finish_B == FinishReason.STOP]
+    lengths = rollout.real_BT.sum(1)[rollout.finish_B == FinishReason.STOP]
     assert lengths.min() == 4
 
 
@@ -135,11 +136,11 @@ def test_three_completions_of_a_prompt_are_three_prompts_sampled_apart(model, ma
     numbers = uniforms((0, 0), batch.draws, 3, 10)
     shared = LocalEngine().sample(policy, batch, SamplingLaw(), 3, numbers)
     index = torch.arange(5).repeat_interleave(3)
-    repeated = batch._replace(prompt_ids_BP=batch.prompt_ids_BP[index], prompt_mask_BP=batch.prompt_mask_BP[index])
+    repeated = batch._replace(prompts=Prompts(*(x[index] for x in batch.prompts)))
     same(LocalEngine().sample(policy, repeated, SamplingLaw(), 1, numbers), shared)
     assert torch.equal(shared.prompt_index_B, index)
-    assert torch.equal(shared.prompt_ids_BP, repeated.prompt_ids_BP)
-    assert len({tuple(row) for row in shared.completion_ids_BT[:3].tolist()}) == 3
+    assert torch.equal(shared.prompts.ids_BP, repeated.prompts.ids_BP)
+    assert len({tuple(row) for row in shared.ids_BT[:3].tolist()}) == 3
 
 
 def test_padding_rows_of_the_vocabulary_are_never_sampled(make_model, tiny_tokenizer, make_batch):
@@ -149,24 +150,24 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(make_model, tiny_token
         model.lm_head.weight[17:] *= 3
     policy, batch = LanguageModel(model, tiny_tokenizer, "student"), make_batch()
     numbers = uniforms((0, 0), batch.draws, 40, 3)
-    assert LocalEngine().sample(policy, batch, SamplingLaw(), 40, numbers).completion_ids_BT.max() > 16
+    assert LocalEngine().sample(policy, batch, SamplingLaw(), 40, numbers).ids_BT.max() > 16
     policy.vocabulary = 17
-    assert LocalEngine().sample(policy, batch, SamplingLaw(), 40, numbers).completion_ids_BT.max() <= 16
+    assert LocalEngine().sample(policy, batch, SamplingLaw(), 40, numbers).ids_BT.max() <= 16
 
 
-@pytest.mark.parametrize("path", ["counted_hidden", "padded_hidden"])
+@pytest.mark.parametrize("path", [LanguageModel.hidden, PaddedForward("asked for").hidden], ids=["packed", "padded"])
 def test_trimmed_micro_batches_have_the_same_hidden_states(path, model, make_batch, sample, tiny_tokenizer):
-    hidden_of = getattr(LanguageModel(model, tiny_tokenizer, "student"), path)
+    policy = LanguageModel(model, tiny_tokenizer, "student")
     rollout = sample(model, make_batch(extra_padding=2), SamplingLaw(), num_completions=2)
-    flat = hidden_of(rollout)
+    flat, _ = path(policy, rollout)
     whole = flat.new_zeros(*rollout.mask_BT.shape, flat.shape[-1])
     whole[rollout.mask_BT] = flat
     for rows in ([0], [2, 3], [9, 4, 1]):
         part = rollout.rows(torch.tensor(rows))
-        found = hidden_of(part)
-        assert part.prompt_mask_BP.any(0).all()
-        assert part.completion_mask_BT.any(0).all()
-        torch.testing.assert_close(found, whole[rows][rollout.completion_mask_BT[rows]], rtol=0, atol=1e-12)
+        found, _ = path(policy, part)
+        assert part.prompts.mask_BP.any(0).all()
+        assert part.real_BT.any(0).all()
+        torch.testing.assert_close(found, whole[rows][rollout.real_BT[rows]], rtol=0, atol=1e-12)
 
 
 def test_casts_kept_while_sampling_do_not_outlive_it(make_model, make_batch, sample, tiny_tokenizer):
@@ -178,9 +179,9 @@ def test_casts_kept_while_sampling_do_not_outlive_it(make_model, make_batch, sam
             for parameter in model.parameters():
                 parameter.mul_(1.5)
         found = sample(model, batch, SamplingLaw())
-        LanguageModel(model, tiny_tokenizer, "student").counted_hidden(found).sum().backward()
+        LanguageModel(model, tiny_tokenizer, "student").hidden(found)[0].sum().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = sample(copy.deepcopy(model), batch, SamplingLaw())
-    assert torch.equal(found.completion_ids_BT, expected.completion_ids_BT)
+    assert torch.equal(found.ids_BT, expected.ids_BT)
     assert torch.equal(found.sampler_logps_BT, expected.sampler_logps_BT)
     assert all(p.grad.any() for p in model.model.parameters())

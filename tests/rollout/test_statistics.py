@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from references import rollout_from
 
 from lit_opd.rollout import rollout_sums
 from lit_opd.rollout.statistics import repetition
-from lit_opd.types import FinishReason, Rollout, SamplingLaw
+from lit_opd.types import FinishReason, SamplingLaw
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_sums_count_sequences():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
     finish = torch.tensor([FinishReason.STOP, FinishReason.LENGTH, FinishReason.STOP])
     prompts = torch.ones(3, 1, dtype=torch.long)
-    rollout = Rollout(prompts, prompts.bool(), mask.long(), mask, mask, mask.float(), finish, SamplingLaw(),
+    rollout = rollout_from(prompts, prompts.bool(), mask.long(), mask, mask, mask.float(), finish, SamplingLaw(),
                       torch.arange(3))  # fmt: skip
     sums = {name: value.item() for name, value in rollout_sums(rollout).items()}
     assert sums == {"rows": 3, "length": 7, "truncated_frac": 1, "eos_frac": 2, "repetition_frac": 0}

@@ -100,9 +100,9 @@ def error_of(full_logits):
 
     def measure(rollout, model, vocabulary=None):
         logits, law, errors = full_logits(model, rollout).detach()[..., :vocabulary], rollout.law, []
-        for t in range(rollout.completion_ids_BT.shape[1]):
+        for t in range(rollout.ids_BT.shape[1]):
             logps = law_logps(logits[:, t], law, STOP if t < law.min_new_tokens else None)
-            expected = logps.gather(-1, rollout.completion_ids_BT[:, t, None])[:, 0]
+            expected = logps.gather(-1, rollout.ids_BT[:, t, None])[:, 0]
             errors.append((rollout.sampler_logps_BT[:, t] - expected)[rollout.mask_BT[:, t]].abs())
         return float(torch.cat(errors).max()), float(torch.cat(errors).mean())
 
@@ -125,9 +125,9 @@ def test_greedy_tokens_are_those_of_the_local_engine(url, model, make_batch, run
     greedy = SamplingLaw(temperature=0)
     model.generation_config.eos_token_id = [2, 9]
     found, expected = (run(e, model, make_batch(extra_padding=2), greedy, 2) for e in (VllmEngine(url), LocalEngine()))
-    for name in ("completion_ids_BT", "completion_mask_BT", "mask_BT", "sampler_logps_BT", "finish_B",
-                 "prompt_ids_BP", "prompt_mask_BP", "prompt_index_B"):  # fmt: skip
+    for name in ("ids_BT", "real_BT", "mask_BT", "author_BT", "sampler_logps_BT", "finish_B", "prompt_index_B"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert all(map(torch.equal, found.prompts, expected.prompts))
     assert set(found.finish_B.tolist()) == {FinishReason.STOP, FinishReason.LENGTH}
 
 
@@ -146,7 +146,7 @@ def test_completions_end_at_stop_tokens_and_not_before_min_new_tokens(url, make_
     stop = torch.tensor([2, 5, 6, 7])
     for least in (0, 4):
         rollout = run(VllmEngine(url), model, make_batch(), SamplingLaw(min_new_tokens=least), 8)
-        lengths_B, is_stop_BT = rollout.mask_BT.sum(1), torch.isin(rollout.completion_ids_BT, stop) & rollout.mask_BT
+        lengths_B, is_stop_BT = rollout.mask_BT.sum(1), torch.isin(rollout.ids_BT, stop) & rollout.mask_BT
         stopped_B = rollout.finish_B == FinishReason.STOP
         assert torch.equal(stopped_B, is_stop_BT.any(1))
         assert is_stop_BT[stopped_B, lengths_B[stopped_B] - 1].all()
@@ -160,16 +160,16 @@ def test_completions_end_at_stop_tokens_and_not_before_min_new_tokens(url, make_
 def test_seeds_alone_tell_what_is_drawn(url, model, make_batch, run):
     engine = VllmEngine(url)
     one, same, other = (run(engine, model, make_batch(), num_completions=4, seed=s) for s in (0, 0, 1))
-    assert torch.equal(one.completion_ids_BT, same.completion_ids_BT)
-    assert not torch.equal(one.completion_ids_BT[:, :4], other.completion_ids_BT[:, :4])
-    assert len({tuple(row) for row in one.completion_ids_BT[:4].tolist()}) > 1
+    assert torch.equal(one.ids_BT, same.ids_BT)
+    assert not torch.equal(one.ids_BT[:, :4], other.ids_BT[:, :4])
+    assert len({tuple(row) for row in one.ids_BT[:4].tolist()}) > 1
 
 
 def test_draws_follow_the_law(url, model, make_batch, run, full_logits):
     law, batch = SamplingLaw(temperature=1.5, top_k=8), make_batch(["1+2="])
     rollout = run(VllmEngine(url), model, batch, law, 600, length=1)
     chances = law_logps(full_logits(model, rollout)[:1, 0].detach(), law)[0].exp()
-    counts, possible = torch.bincount(rollout.completion_ids_BT[:, 0], minlength=len(chances)), chances > 0
+    counts, possible = torch.bincount(rollout.ids_BT[:, 0], minlength=len(chances)), chances > 0
     assert not counts[~possible].any()
     assert (
         scipy.stats.chisquare(counts[possible], 600 * chances[possible].double() / chances.double().sum()).pvalue > 1e-3
@@ -220,16 +220,16 @@ def test_log_probabilities_stay_fp32_where_training_is_bf16(model, make_batch, t
     assert rollout.sampler_logps_BT.dtype == torch.float32
     found = sorted(rollout.sampler_logps_BT[rollout.mask_BT].tolist())
     assert found == pytest.approx([*[-11.4321] * (len(batch.rows) - 1), -5.1234567, -0.0123456], abs=1e-6)
-    assert rollout.completion_ids_BT.dtype == torch.long
+    assert rollout.ids_BT.dtype == torch.long
 
 
 def test_tokens_outside_the_shared_vocabulary_are_never_sampled(url, model, make_batch, tiny_tokenizer, error_of):
     policy, batch = LanguageModel(model, tiny_tokenizer, "student"), make_batch()
     numbers = uniforms((0, 0), batch.draws, 10, 3)
-    assert VllmEngine(url).sample(policy, batch, SamplingLaw(), 10, numbers).completion_ids_BT.max() >= 12
+    assert VllmEngine(url).sample(policy, batch, SamplingLaw(), 10, numbers).ids_BT.max() >= 12
     policy.vocabulary = 12
     cut = VllmEngine(url).sample(policy, batch, SamplingLaw(), 10, numbers)
-    assert cut.completion_ids_BT.max() < 12
+    assert cut.ids_BT.max() < 12
     assert error_of(cut, model, vocabulary=12)[0] < BOUND
 
 
@@ -494,7 +494,7 @@ def test_the_teacher_is_sampled_in_this_process(model, make_batch, tiny_tokenize
     numbers = uniforms((0, 0), batch.draws, 2, 5)
     engines = (VllmEngine(f"http://127.0.0.1:{free_port()}"), LocalEngine())
     found, expected = (engine.sample(policy, batch, SamplingLaw(), 2, numbers) for engine in engines)
-    assert torch.equal(found.completion_ids_BT, expected.completion_ids_BT)
+    assert torch.equal(found.ids_BT, expected.ids_BT)
 
 
 def test_sharded_weights_are_refused(stand_in, model, make_batch, run):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,11 +38,11 @@ def sign_test(evidence: Evidence) -> Finding:
     label = name.replace("_", " ")
     if before < _MET:
         return Finding("sign test", PASS, f"nothing to lower: {label} is {before:.1e} nats a token already")
-    trial = replace(evidence, student=_copy(evidence.student))
+    trial = evidence.with_student(_copy(evidence.student))
     start = [p.detach().clone() for p in trial.parameters]
     _step(trial)
     after = divergence_on_probe(trial, name, keywords)
-    exact = replace(evidence, estimator=estimators.build("full_vocab", divergence=name, **keywords))
+    exact = evidence.with_estimator(estimators.build("full_vocab", divergence=name, **keywords))
     alike = cosine(gradient(evidence), gradient(exact))
     found = f"one step takes {label} from {before:.5f} to {after:.5f} nats a token on its batch; cosine with the exact "
     found += f"gradient {alike:.2f}"

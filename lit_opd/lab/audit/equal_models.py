@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 from lit_opd import estimators
 from lit_opd.lab.audit.evidence import Evidence
@@ -24,8 +23,8 @@ def null_test(evidence: Evidence) -> Finding:
 
     What is left is the floor of the arithmetic: a gradient that small in training is rounding.
     """
-    equal = replace(evidence, teacher=_twin(evidence.student))
-    unit = norm(gradient(replace(equal, estimator=estimators.build(sample_score))))
+    equal = evidence.taught_by(_twin(evidence.student))
+    unit = norm(gradient(equal.with_estimator(estimators.build(sample_score))))
     floor = norm(gradient(equal)) / max(unit, 1e-30)
     numbers = {"floor": floor}
     found = f"with the student as its own teacher the gradient is {floor:.1e} times that of one nat a token"

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lit_opd.config import Config
 from lit_opd.data import PromptDataModule
 from lit_opd.data.prompts import pad_token_id
 from lit_opd.data.stream import PromptLoader, PromptStream
+from lit_opd.distiller import Distiller
 from lit_opd.estimators import BoundEstimator
-from lit_opd.evaluation import judge
-from lit_opd.functional import chunk_rows
 from lit_opd.lab.audit.positions import Positions, read_positions
 from lit_opd.lab.trainer import build_evaluation_trainer
 from lit_opd.lab.training import build
 from lit_opd.models import LanguageModel
-from lit_opd.module import DistillationModule
-from lit_opd.rollout import TRAINING_STREAM, LocalEngine, uniforms
-from lit_opd.types import PromptBatch, Rollout, SamplingLaw
+from lit_opd.rollout import LocalEngine, Sampled
+from lit_opd.teachers import LocalScorer
+from lit_opd.types import Author, PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["Evidence", "gather"]
 
@@ -38,27 +36,47 @@ class Evidence:
 
     Attributes:
         config: the run.
-        estimator: what it names, bound.
-        student: with the weights that training begins from.
-        teacher: frozen.
-        reference: where the estimator asks for one.
+        distiller: the step that training would make, with the weights that it begins from.
+        teacher: the frozen model that scores in it.
         rollout: the student's completions under the training law; masked tokens do not count.
         shown: the teacher's own completions of the same prompts.
-        rewards_B: of the student's completions, where the estimator asks for them.
-        rows: positions a chunk of the head.
         arithmetic: the precision that a training step runs in.
     """
 
     config: Config
-    estimator: BoundEstimator
-    student: LanguageModel
+    distiller: Distiller
     teacher: LanguageModel
-    reference: LanguageModel | None
     rollout: Rollout
     shown: Rollout
-    rewards_B: Tensor | None
-    rows: int
     arithmetic: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def estimator(self) -> BoundEstimator:
+        """What the run names, bound."""
+        return self.distiller.estimator
+
+    @property
+    def student(self) -> LanguageModel:
+        """The model that learns."""
+        return self.distiller.student
+
+    @property
+    def rows(self) -> int:
+        """Positions a chunk of the head."""
+        return self.distiller.head_rows
+
+    def taught_by(self, teacher: LanguageModel) -> Evidence:
+        """Make the same evidence with another teacher."""
+        scorers = {**self.distiller.scorers, "teacher": LocalScorer(teacher, self.rows)}
+        return replace(self, teacher=teacher, distiller=replace(self.distiller, scorers=scorers))
+
+    def with_estimator(self, estimator: BoundEstimator) -> Evidence:
+        """Make the same evidence with another estimator."""
+        return replace(self, distiller=self.distiller.with_estimator(estimator))
+
+    def with_student(self, student: LanguageModel) -> Evidence:
+        """Make the same evidence with another student."""
+        return replace(self, distiller=replace(self.distiller, student=student))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -94,23 +112,14 @@ def gather(config: Config) -> Evidence:
     device, arithmetic = trainer.strategy.root_device, trainer.precision_plugin.forward_context
     trainer.precision_plugin.convert_module(module)
     module.to(device)
-    student, teacher = module.student, module.pair.load("teacher", device)
-    wants_reference = "reference" in module.estimator.needs
     batch = data.transfer_batch_to_device(_first_prompts(config, data), device, 0)
+    count, length = config.rollout.num_completions, config.rollout.max_new_tokens
+    # Of the student alone, whatever share of a training batch is its own.
+    own = Sampled(module.engine, module.student, module.law, count, length, config.seed)
+    distiller = replace(module.assemble(data.verifier), source=own)
+    shown = Sampled(LocalEngine(), module.teacher, SamplingLaw(), count, length, config.seed, Author.TEACHER)
     with arithmetic():
-        rollout = _complete(config, module, batch)
-        shown = LocalEngine().sample(teacher, batch, SamplingLaw(), config.rollout.num_completions,
-                                     _numbers(config, batch))  # fmt: skip
-    wants_rewards = data.verifier is not None and "rewards" in module.estimator.needs
-    return Evidence(
-        config, module.estimator, student, teacher,
-        reference=module.pair.load("reference", device) if wants_reference else None,
-        rollout=rollout,
-        shown=shown,
-        rewards_B=judge(student, batch, rollout, data.verifier) if wants_rewards else None,
-        rows=chunk_rows(module.pair.vocabulary, config.optim.head_chunk_mib, device),
-        arithmetic=arithmetic,
-    )  # fmt: skip
+        return Evidence(config, distiller, module.teacher, distiller.sample(batch), shown.complete(batch), arithmetic)
 
 
 def _first_prompts(config: Config, data: PromptDataModule) -> PromptBatch:
@@ -118,15 +127,3 @@ def _first_prompts(config: Config, data: PromptDataModule) -> PromptBatch:
     size, wanted = len(data.train_prompts), -(-_COMPLETIONS // config.rollout.num_completions)
     stream = PromptStream(size, min(size, max(config.data.batch_size, wanted)), config.seed)
     return next(iter(PromptLoader(data.train_prompts, stream, pad_token_id(data.tokenizer))))
-
-
-def _complete(config: Config, module: DistillationModule, batch: PromptBatch) -> Rollout:
-    rollout = module.engine.sample(module.student, batch, module.sampler.law, config.rollout.num_completions,
-                                   _numbers(config, batch))  # fmt: skip
-    masked = rollout.completion_ids_BT.new_tensor(module.masked_ids)
-    return rollout.uncount(torch.isin(rollout.completion_ids_BT, masked))
-
-
-def _numbers(config: Config, batch: PromptBatch) -> Tensor:
-    count, length = config.rollout.num_completions, config.rollout.max_new_tokens
-    return uniforms((config.seed, TRAINING_STREAM), batch.draws, count, length).to(batch.prompt_ids_BP.device)

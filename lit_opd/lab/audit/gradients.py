@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_opd import models
-from lit_opd.functional import token_weights
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.sketch import Sketch
-from lit_opd.rollout import micro_batches
-from lit_opd.types import ScoredRollout
 
 __all__ = ["FlipTest", "cosine", "flip_test", "gradient", "group_gradients", "norm"]
 
@@ -46,22 +43,19 @@ def gradient(evidence: Evidence, index: Tensor | None = None, aggregation: str |
     Returns:
         One tensor for each of `evidence.parameters`.
     """
-    rollout, optim, estimator = evidence.rollout, evidence.config.optim, evidence.estimator
+    rollout, distiller = evidence.rollout, evidence.distiller
+    distiller = replace(distiller, aggregation=aggregation or distiller.aggregation)
     index = torch.arange(len(rollout)) if index is None else index
     counted = rollout.mask_BT[index.to(rollout.mask_BT.device)]
     tokens, sequences = counted.sum().float(), counted.any(1).sum().float()
     sums = [torch.zeros_like(p) for p in evidence.parameters]
-    for rows in micro_batches(rollout, index, optim.micro_batch_tokens, "groups" in estimator.needs):
-        micro = rollout.rows(rows)
-        if not micro.mask_BT.any():
+    for micro in distiller.score(rollout, index):
+        if not micro.rollout.mask_BT.any():
             continue
-        scores = models.score(evidence.teacher, evidence.reference, micro, estimator, evidence.rows)
-        rewards = None if evidence.rewards_B is None else evidence.rewards_B[rows]
-        weights = token_weights(micro.mask_BT, aggregation or evidence.config.estimator.aggregation, tokens, sequences)
-        scored, teacher_head = ScoredRollout(micro, scores, rewards), evidence.teacher.head.detach()
+        weights_BT = distiller.weights(micro.rollout.mask_BT, tokens, sequences)
         with torch.enable_grad(), evidence.student.evaluating():
-            loss, _ = models.student_loss(evidence.student, scored, teacher_head, estimator, weights, evidence.rows)
-            parts = torch.autograd.grad(loss, evidence.parameters, allow_unused=True)
+            loss = distiller.estimate(micro, weights_BT)
+            parts = torch.autograd.grad(loss.value, evidence.parameters, allow_unused=True)
         for total, part in zip(sums, parts, strict=True):
             if part is not None:
                 total += part

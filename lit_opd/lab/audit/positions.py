@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lit_opd.functional import entropy, law_logps, log_softmax, position_losses
-from lit_opd.functional.head import SlicedLogits, Stats
+from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
+from lit_opd.teachers import LocalScorer, Wanted
 from lit_opd.types import Rollout
 
 __all__ = ["Positions", "compare_positions", "read_positions"]
@@ -75,14 +76,15 @@ def compare_positions(
     Returns:
         The values, of leading shape [N].
     """
-    with teacher.evaluating():
-        teacher_logits = SlicedLogits(teacher.counted_hidden(rollout), teacher.head, rows)
+    scores = LocalScorer(teacher, rows).score(rollout, Wanted(full=True))
+    assert scores.full is not None
+    distributions = scores.full
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-        return logits_cV.new_zeros(()), compare(logits_cV, log_softmax(teacher_logits[part]), part)
+        return logits_cV.new_zeros(()), compare(logits_cV, distributions.logps(part), part)
 
     with policy.evaluating(), policy.precision():
-        return position_losses(policy.counted_hidden(rollout), policy.head, read, rows)[1]
+        return position_losses(*policy.hidden(rollout), read, rows)[1]
 
 
 def read_positions(
@@ -97,10 +99,10 @@ def read_positions(
         rows: positions a chunk of the head.
         stop_ids: the tokens that end a completion of the student.
     """
-    mask_BT = rollout.completion_mask_BT
+    mask_BT = rollout.real_BT
     whole = replace(rollout, mask_BT=mask_BT)
     ids_N1, stops = (
-        rollout.completion_ids_BT[mask_BT][:, None],
+        rollout.ids_BT[mask_BT][:, None],
         torch.tensor(stop_ids, dtype=torch.long, device=mask_BT.device),
     )
 

@@ -73,7 +73,7 @@ def _unheard() -> Iterator[None]:
 
 def _compare(evidence: Evidence, full: LanguageModel, quantised: LanguageModel) -> dict[str, float]:
     rollout = evidence.rollout
-    ids_N1 = rollout.completion_ids_BT[rollout.mask_BT][:, None]
+    ids_N1 = rollout.ids_BT[rollout.mask_BT][:, None]
     k = min(_CHOICES, max(1, full.vocabulary // 2))
 
     def compare(logits_cV: Tensor, quantised_cV: Tensor, part: slice) -> Stats:
@@ -84,7 +84,7 @@ def _compare(evidence: Evidence, full: LanguageModel, quantised: LanguageModel) 
         return {"errors": errors_c, "jaccard": shared_c / (2 * k - shared_c)}
 
     stats = compare_positions(full, quantised, rollout, evidence.rows, compare)
-    gradients = [gradient(replace(evidence, teacher=teacher)) for teacher in (full, quantised)]
+    gradients = [gradient(evidence.taught_by(teacher)) for teacher in (full, quantised)]
     counted_N = evidence.positions.counted_N
     return {
         "logp_error": float(stats["errors"].mean()),

@@ -34,9 +34,8 @@ def sample_score(tokens: TokenBatch) -> Estimate:
 def sampling_law(evidence: Evidence) -> Finding:
     """Whether E[grad log p] is zero over the student's rollouts, as every score function takes for granted."""
     rollout = evidence.rollout
-    scores = replace(
-        evidence, estimator=estimators.build(sample_score), rollout=replace(rollout, mask_BT=rollout.completion_mask_BT)
-    )
+    everything = replace(evidence, rollout=replace(rollout, mask_BT=rollout.real_BT))
+    scores = everything.with_estimator(estimators.build(sample_score))
     test = flip_test(group_gradients(scores))
     found = f"E[grad log p]: {test.ratio:.2f} times as long as noise (p = {test.p_value:.2g})"
     numbers = {"noise_ratio": test.ratio, "p_value": test.p_value}

@@ -80,7 +80,7 @@ def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
 def segmentation(evidence: Evidence) -> Finding:
     """Whether both tokenizers spell the texts of the student's completions alike."""
     student, teacher, rollout = evidence.student.tokenizer, evidence.teacher.tokenizer, evidence.rollout
-    rows = zip(rollout.completion_ids_BT, rollout.completion_mask_BT, strict=True)
+    rows = zip(rollout.ids_BT, rollout.real_BT, strict=True)
     texts = [student.decode(ids[mask].tolist()) for ids, mask in rows]
     pairs = [(_encoded(student, text), _encoded(teacher, text)) for text in texts]
     unlike = [pair for pair in pairs if pair[0] != pair[1]]

@@ -9,7 +9,6 @@ from lit_opd import estimators
 from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
 from lit_opd.estimators import BoundEstimator
-from lit_opd.models import support_size_of
 from lit_opd.rollout import training_law
 
 __all__ = ["DEFAULT", "TARGETS", "check_supports", "chosen_estimators"]
@@ -106,6 +105,6 @@ def check_supports(chosen: Mapping[str, BoundEstimator], vocabulary: int) -> Non
         UserError: one that does not.
     """
     for label, estimator in chosen.items():
-        if support_size_of(estimator) > vocabulary:
+        if estimator.largest_support > vocabulary:
             raise UserError("measure.estimators", f"supports of at most the vocabulary ({vocabulary})",
-                            f"{label!r} with {support_size_of(estimator)}", "Give it kwargs: {k: ...}.")  # fmt: skip
+                            f"{label!r} with {estimator.largest_support}", "Give it kwargs: {k: ...}.")  # fmt: skip

@@ -17,9 +17,9 @@ from torch import Tensor
 from lit_opd import estimators, models
 from lit_opd.config import Config
 from lit_opd.data import PromptDataModule
+from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
-from lit_opd.evaluation import judge
 from lit_opd.functional import chunk_rows
 from lit_opd.lab.checks import prepare_data
 from lit_opd.lab.measure.choice import TARGETS, check_supports, chosen_estimators
@@ -28,7 +28,8 @@ from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product, trace_v
 from lit_opd.lab.measure.result import Measurement, Row
 from lit_opd.lab.sketch import Sketch
 from lit_opd.lab.trainer import build_evaluation_trainer
-from lit_opd.rollout import TrainingSampler, build_engine, training_law
+from lit_opd.rollout import build_engine, build_source, training_law
+from lit_opd.teachers import LocalScorer
 from lit_opd.types import Rollout, SamplingLaw
 
 __all__ = ["measure"]
@@ -66,9 +67,9 @@ def measure(config: Config) -> Measurement:
     trainer = build_evaluation_trainer(config)
     pair, reference = _pair(config, chosen)
     trainer.precision_plugin.convert_module(pair.student.model)
-    specimen = _specimen(config, pair, reference, trainer.strategy.root_device)
+    specimen = _specimen(config, pair, data, law, reference, trainer.strategy.root_device)
     sketch = Sketch(list(specimen.parameters.values()), config.measure.sketch, config.seed)
-    units = _units(config, specimen, data, law, any("rewards" in e.needs for e in looked_at.values()))
+    units = _units(config, specimen, data, any("rewards" in e.needs for e in looked_at.values()))
     shown = track(units, "units of prompts", total=config.measure.units, transient=True)
     with trainer.precision_plugin.forward_context():
         seen = _look(shown, specimen, looked_at, sketch)
@@ -114,7 +115,9 @@ def _pair(config: Config, chosen: Mapping[str, BoundEstimator]) -> tuple[models.
     return pair, bool(asking)
 
 
-def _specimen(config: Config, pair: models.Pair, reference: bool, device: torch.device) -> Specimen:
+def _specimen(
+    config: Config, pair: models.Pair, data: PromptDataModule, law: SamplingLaw, reference: bool, device: torch.device
+) -> Specimen:
     student = pair.student.to(device)
     pattern = re.compile(config.measure.parameters)
     parameters = {n: p for n, p in student.model.named_parameters() if p.requires_grad and pattern.search(n)}
@@ -122,8 +125,19 @@ def _specimen(config: Config, pair: models.Pair, reference: bool, device: torch.
         raise UserError("measure.parameters", "a pattern that trainable parameters match", repr(pattern.pattern),
                         "Write a regular expression for names such as model.layers.0.mlp.up_proj.weight.")  # fmt: skip
     rows = chunk_rows(pair.vocabulary, config.optim.head_chunk_mib, device)
-    other = pair.load("reference", device) if reference else None
-    return Specimen(student, pair.load("teacher", device), other, parameters, rows, config.optim.micro_batch_tokens)
+    teacher = pair.load("teacher", device)
+    scorers = {"teacher": LocalScorer(teacher, rows)}
+    if reference:
+        scorers["reference"] = LocalScorer(pair.load("reference", device), rows, "reference")
+    source = build_source(
+        config.rollout, law, config.seed, build_engine(config.rollout), student, teacher, data.demonstrations
+    )
+    masked = models.token_ids(student.tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
+    distiller = Distiller(
+        student, estimators.build("full_vocab"), source, scorers, rows, config.optim.micro_batch_tokens,
+        masked_ids=masked, verifier=data.verifier,
+    )  # fmt: skip
+    return Specimen(distiller, parameters)
 
 
 @dataclass
@@ -141,7 +155,7 @@ class _Seen:
 
 
 def _look(
-    units: Iterable[tuple[Rollout, Tensor | None]],
+    units: Iterable[Rollout],
     specimen: Specimen,
     looked_at: Mapping[str, BoundEstimator],
     sketch: Sketch,
@@ -149,12 +163,12 @@ def _look(
     """The gradients of every unit under every estimator, one unit after the other."""
     seen = {label: _Seen() for label in looked_at}
     try:
-        for number, (rollout, rewards_B) in enumerate(units):
+        for number, rollout in enumerate(units):
             for label, estimator in looked_at.items():
                 if number == 0:
-                    again = partial(unit_gradient, specimen, estimator, rollout, rewards_B)
-                    seen[label].memory_mb = allocated_mb(again, specimen.student.device)
-                unit = unit_gradient(specimen, estimator, rollout, rewards_B)
+                    again = partial(unit_gradient, specimen, estimator, rollout)
+                    seen[label].memory_mb = allocated_mb(again, specimen.distiller.student.device)
+                unit = unit_gradient(specimen, estimator, rollout)
                 seen[label].sketches.append(sketch(unit.gradients))
                 seen[label].norms.append(unit.token_norms_N)
                 seen[label].seconds.append(unit.seconds)
@@ -167,17 +181,13 @@ def _look(
     return seen
 
 
-def _units(
-    config: Config, specimen: Specimen, data: PromptDataModule, law: SamplingLaw, judged: bool
-) -> Iterator[tuple[Rollout, Tensor | None]]:
-    """The completions of one batch of prompts after the other, with their rewards."""
-    masked = models.token_ids(specimen.student.tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
-    sampler, engine = TrainingSampler(config.rollout, law, config.seed), build_engine(config.rollout)
+def _units(config: Config, specimen: Specimen, data: PromptDataModule, judged: bool) -> Iterator[Rollout]:
+    """Complete one batch of prompts after the other, with rewards where some estimator asks for them."""
+    distiller = specimen.distiller
     for given in itertools.islice(data.train_dataloader(), config.measure.units):
-        batch = data.transfer_batch_to_device(given, specimen.student.device, 0)
-        rollout = sampler.complete(engine, batch, specimen.student, specimen.teacher, data.demonstrations)
-        rollout = rollout.uncount(torch.isin(rollout.completion_ids_BT, rollout.completion_ids_BT.new_tensor(masked)))
-        yield rollout, judge(specimen.student, batch, rollout, data.verifier) if judged and data.verifier else None
+        batch = data.transfer_batch_to_device(given, distiller.student.device, 0)
+        rollout = distiller.sample(batch)
+        yield distiller.judged(batch, rollout) if judged and data.verifier else rollout
 
 
 def _of_units(config: Config) -> Config:

@@ -10,10 +10,12 @@ import torch
 
 from lit_opd import estimators
 from lit_opd.config import Config, EstimatorConfig, OptimConfig, StudentConfig, TeacherConfig
+from lit_opd.distiller import Distiller
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.positions import Positions
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
+from lit_opd.teachers import LocalScorer
 from lit_opd.types import Estimate, SamplingLaw
 
 EOS = 2
@@ -56,15 +58,16 @@ def make_evidence(models, tiny_tokenizer, make_batch):
         other = LanguageModel(copy.deepcopy(teacher), tiny_tokenizer, "teacher", own_precision=True).freeze()
         sampler = LanguageModel(sampler or student, tiny_tokenizer, "student")
         batch = make_batch(tuple(f"{i}+{i + 1}=" for i in range(16)))
-        batch = batch._replace(draws=[(0, i) for i in range(16)])
+        batch = batch._replace(places=list(range(16)))
         numbers = uniforms((0, 0), batch.draws, 4, 8)
         rollout = LocalEngine().sample(sampler, batch, law or SamplingLaw(), 4, numbers)
         shown = LocalEngine().sample(other, batch, SamplingLaw(), 4, numbers)
-        rollout = rollout.uncount(torch.isin(rollout.completion_ids_BT, torch.tensor(masked, dtype=torch.long)))
+        rollout = rollout.uncount(torch.isin(rollout.ids_BT, torch.tensor(masked, dtype=torch.long)))
         config = Config(student=StudentConfig(path="."), teacher=TeacherConfig(path="."), optim=optim,
                         estimator=EstimatorConfig(masked_tokens=list(masked)))  # fmt: skip
-        return Evidence(config, estimators.build(estimator, **kwargs), own, other, None, rollout, shown, None, 64,
-                        nullcontext)  # fmt: skip
+        distiller = Distiller(own, estimators.build(estimator, **kwargs), None, {"teacher": LocalScorer(other, 64)}, 64,
+                              optim.micro_batch_tokens, config.estimator.aggregation)  # fmt: skip
+        return Evidence(config, distiller, other, rollout, shown, nullcontext)
 
     return make
 

@@ -99,12 +99,12 @@ def test_numbers_that_are_none_are_null_in_json(tmp_path):
 def test_the_student_is_looked_at_as_training_would_begin(tmp_path):
     evidence = gather(configured("estimator.masked_tokens=[';']", "seed=3"))
     again = gather(configured("estimator.masked_tokens=[';']", "seed=3"))
-    assert torch.equal(evidence.rollout.completion_ids_BT, again.rollout.completion_ids_BT)
+    assert torch.equal(evidence.rollout.ids_BT, again.rollout.ids_BT)
     semicolon = evidence.student.tokenizer.convert_tokens_to_ids(";")
-    ids, rollout = evidence.rollout.completion_ids_BT, evidence.rollout
-    assert torch.equal(rollout.mask_BT, rollout.completion_mask_BT & (ids != semicolon))
+    ids, rollout = evidence.rollout.ids_BT, evidence.rollout
+    assert torch.equal(rollout.mask_BT, rollout.real_BT & (ids != semicolon))
     other = gather(configured("seed=4"))
-    assert not torch.equal(other.rollout.prompt_ids_BP, rollout.prompt_ids_BP)
+    assert not torch.equal(other.rollout.prompts.ids_BP, rollout.prompts.ids_BP)
 
 
 def test_a_small_training_batch_is_enlarged_and_a_small_data_set_is_taken_whole():

@@ -60,7 +60,7 @@ def test_the_error_and_the_first_choices_are_those_of_plain_forward_passes(again
         rough.lm_head.weight += 0.06 * torch.randn_like(rough.lm_head.weight)
     rollout = make_evidence().rollout
     full, other = (full_logits(model, rollout).log_softmax(-1)[rollout.mask_BT] for model in (models[1], rough))
-    ids = rollout.completion_ids_BT[rollout.mask_BT][:, None]
+    ids = rollout.ids_BT[rollout.mask_BT][:, None]
     assert found["logp_error"] == pytest.approx((full - other).gather(-1, ids).abs().mean().item(), rel=1e-3)
     sets = [[set(row) for row in logps.topk(8).indices.tolist()] for logps in (full, other)]
     jaccard = sum(len(a & b) / len(a | b) for a, b in zip(*sets, strict=True)) / len(sets[0])

@@ -97,8 +97,8 @@ def test_completions_that_both_tokenizers_spell_alike_pass(make_evidence):
 def test_completions_that_the_teachers_tokenizer_spells_otherwise_are_shown(make_evidence, spelling):
     evidence = make_evidence()
     rollout = evidence.rollout
-    rollout.completion_ids_BT[:, 0], rollout.completion_ids_BT[:, 1] = 5, 6  # "1", "2"
-    rollout.completion_mask_BT[:, :2] = True
+    rollout.ids_BT[:, 0], rollout.ids_BT[:, 1] = 5, 6  # "1", "2"
+    rollout.real_BT[:, :2] = True
     evidence.student.tokenizer, evidence.teacher.tokenizer = spelling(False), spelling(True)
     found = segmentation(evidence)
     assert (found.verdict, found.numbers) == ("warn", {"share": 1.0})

@@ -4,11 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from references import rollout_from
 
 from lit_opd import estimators, models
 from lit_opd.config import StudentConfig, TeacherConfig, load_config
+from lit_opd.distiller import Distiller
 from lit_opd.lab.measure.gradients import Specimen, allocated_mb, unit_gradient
-from lit_opd.types import FinishReason, Rollout, SamplingLaw
+from lit_opd.models import LanguageModel
+from lit_opd.teachers import LocalScorer
+from lit_opd.types import FinishReason, SamplingLaw
 
 TINY = load_config([], ["student.path=${lit_opd:tiny/student}", "teacher.path=${lit_opd:tiny/teacher}"])
 
@@ -19,9 +23,9 @@ def specimen():
     sections = StudentConfig(path=TINY.student.path), TeacherConfig(path=TINY.teacher.path, dtype="float32")
     pair = models.Pair(*sections, estimator)
     student = pair.student.to(torch.device("cpu"))
-    return Specimen(
-        student, pair.load("teacher", torch.device("cpu")), None, dict(student.model.named_parameters()), 64, 10_000
-    )
+    scorers = {"teacher": LocalScorer(pair.load("teacher", torch.device("cpu")), 64)}
+    distiller = Distiller(student, estimator, None, scorers, head_rows=64, micro_batch_tokens=10_000)
+    return Specimen(distiller, dict(student.model.named_parameters()))
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +34,17 @@ def rollout():
     prompt = torch.randint(3, 12, (1, 5), generator=generator).expand(3, 5)
     ids, mask = torch.randint(3, 12, (3, 6), generator=generator), torch.ones(3, 6, dtype=torch.bool)
     mask[1, 4:] = False
-    return Rollout(prompt, torch.ones(3, 5, dtype=torch.bool), ids, mask, mask, torch.zeros(3, 6),
+    return rollout_from(prompt, torch.ones(3, 5, dtype=torch.bool), ids, mask, mask, torch.zeros(3, 6),
                    torch.full((3,), FinishReason.LENGTH), SamplingLaw(), torch.zeros(3, dtype=torch.long))  # fmt: skip
 
 
 def test_a_unit_is_the_mean_over_completions_of_their_summed_losses(specimen, rollout):
     """Against all logits at once, and autograd."""
-    found = unit_gradient(specimen, estimators.build("full_vocab", divergence="reverse_kl"), rollout, None)
-    ids = torch.cat([rollout.prompt_ids_BP, rollout.completion_ids_BT], dim=1)
-    logps = specimen.student.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
+    found = unit_gradient(specimen, estimators.build("full_vocab", divergence="reverse_kl"), rollout)
+    ids = torch.cat([rollout.prompts.ids_BP, rollout.ids_BT], dim=1)
+    logps = specimen.distiller.student.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
     with torch.no_grad():
-        teacher = specimen.teacher.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
+        teacher = specimen.distiller.scorers["teacher"].model.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
     kl_BT = (logps.exp() * (logps - teacher)).sum(-1)
     loss = (kl_BT * rollout.mask_BT).sum(1).mean()
     expected = torch.autograd.grad(loss, list(specimen.parameters.values()))
@@ -54,7 +58,7 @@ def test_a_unit_is_the_mean_over_completions_of_their_summed_losses(specimen, ro
 def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero(specimen, rollout):
     extra = torch.nn.Parameter(torch.ones(3))
     with_extra = replace(specimen, parameters={"x": extra})
-    (gradient,) = unit_gradient(with_extra, estimators.build("token"), rollout, None).gradients
+    (gradient,) = unit_gradient(with_extra, estimators.build("token"), rollout).gradients
     assert (gradient == 0).all()
 
 
@@ -65,7 +69,7 @@ def unit(lengths, seed=0):
     ids = torch.randint(3, 12, (rows, longest), generator=generator)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     counted = mask & (torch.arange(rows) != 1)[:, None]
-    return Rollout(prompts, torch.ones(rows, 5, dtype=torch.bool), ids, mask, counted, torch.full(ids.shape, -1.5),
+    return rollout_from(prompts, torch.ones(rows, 5, dtype=torch.bool), ids, mask, counted, torch.full(ids.shape, -1.5),
                    torch.full((rows,), FinishReason.LENGTH), SamplingLaw(), torch.arange(rows) // 2)  # fmt: skip
 
 
@@ -75,23 +79,24 @@ def unit(lengths, seed=0):
 )
 def test_micro_batches_within_the_budget_add_up_to_the_unit(specimen, name, budget, whole_prompts, monkeypatch):
     rollout, seen = unit([3, 9, 12, 2, 7, 7]), []
-    rewards_B, estimator = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]), estimators.build(name)
-    hidden_and_head = type(specimen.student).hidden_and_head
+    rollout = replace(rollout, rewards_B=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]))
+    estimator, hidden = estimators.build(name), LanguageModel.hidden
 
     def spy(model, rollout):
-        if model is specimen.student:
+        if model is specimen.distiller.student:
             seen.append(rollout)
-        return hidden_and_head(model, rollout)
+        return hidden(model, rollout)
 
-    monkeypatch.setattr(type(specimen.student), "hidden_and_head", spy)
-    whole = unit_gradient(specimen, estimator, rollout, rewards_B)
+    monkeypatch.setattr(LanguageModel, "hidden", spy)
+    whole = unit_gradient(specimen, estimator, rollout)
     assert len(seen) == 1
     seen.clear()
-    found = unit_gradient(replace(specimen, micro_batch_tokens=budget), estimator, rollout, rewards_B)
+    small = replace(specimen, distiller=replace(specimen.distiller, micro_batch_tokens=budget))
+    found = unit_gradient(small, estimator, rollout)
     alone = 2 if whole_prompts else 1
     assert len(seen) > 1
     for micro in seen:
-        width = micro.prompt_ids_BP.shape[1] + micro.completion_ids_BT.shape[1]
+        width = micro.prompts.ids_BP.shape[1] + micro.ids_BT.shape[1]
         assert len(micro) == alone or len(micro) * width <= budget
         assert not whole_prompts or (micro.prompt_index_B.bincount() % 2 == 0).all()
     scale = max(gradient.abs().max() for gradient in whole.gradients)

@@ -1,15 +1,42 @@
 """Rollouts of which the student wrote only a share."""
 
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_opd.models import LanguageModel
-from lit_opd.rollout.demonstrations import join, student_writes, take_prompts, written
-from lit_opd.types import FinishReason, SamplingLaw
+from lit_opd.rollout import Written
+from lit_opd.rollout import sources as under_test
+from lit_opd.rollout.sources import Mixed, student_writes
+from lit_opd.types import Author, FinishReason, SamplingLaw
 
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5="]
+
+
+@dataclass
+class Source:
+    """Completions of a bare model, of at most so many tokens."""
+
+    sample: Any
+    model: Any
+    count: int
+    length: int
+    author: Author = Author.STUDENT
+
+    def complete(self, batch):
+        rollout = self.sample(self.model, batch, SamplingLaw(), self.count, length=self.length)
+        return replace(rollout, author_BT=torch.full_like(rollout.author_BT, self.author))
+
+
+def mix(wrote, own, others, batch):
+    """Completions of a mixed source whose draws are given."""
+    with patch.object(under_test, "student_writes", lambda *_: wrote):
+        return Mixed(own, others, share=0.5, seed=0).complete(batch)
 
 
 def test_the_share_is_the_share():
@@ -33,38 +60,38 @@ def test_joined_rollouts_hold_every_row_in_the_order_of_the_batch(
 ):
     batch, wrote = make_batch(PROMPTS), torch.tensor(wrote)
     student, teacher = make_model(1), make_model(2)
-    first, second = (take_prompts(batch, torch.nonzero(chosen).flatten()) for chosen in (wrote, ~wrote))
-    own = sample(student, first, SamplingLaw(), count, length=10)
-    demonstrated = sample(teacher, second, SamplingLaw(), count, length=5)
-    found = join(own, demonstrated, wrote)
+    found = mix(wrote, Source(sample, student, count, 10), Source(sample, teacher, count, 5, Author.TEACHER), batch)
     alone = {True: sample(student, batch, SamplingLaw(), count, length=10),
              False: sample(teacher, batch, SamplingLaw(), count, length=5)}  # fmt: skip
     assert found.prompt_index_B.tolist() == [i for i in range(4) for _ in range(count)]
-    assert torch.equal(found.student_wrote_B, wrote.repeat_interleave(count))
+    assert torch.equal(found.student_wrote_BT[:, 0], wrote.repeat_interleave(count))
+    assert set(found.author_BT.unique().tolist()) == {Author.STUDENT, Author.TEACHER}
     for row in range(4 * count):
         expected = alone[bool(wrote[row // count])]
-        for name in ("completion_ids_BT", "sampler_logps_BT", "mask_BT"):
+        for name in ("ids_BT", "sampler_logps_BT", "mask_BT"):
             kept = found.mask_BT[row]
             assert torch.allclose(getattr(found, name)[row][kept].float(),
                                   getattr(expected, name)[row][expected.mask_BT[row]].float(), atol=1e-5)  # fmt: skip
-        assert torch.equal(found.prompt_ids_BP[row], batch.prompt_ids_BP[row // count])
+        assert torch.equal(found.prompts.ids_BP[row], batch.prompts.ids_BP[row // count])
 
 
 def test_own_mask_leaves_demonstrations_out(make_model, make_batch, sample):
     batch, wrote = make_batch(PROMPTS), torch.tensor([True, False, True, True])
-    own, other = (sample(make_model(1), take_prompts(batch, torch.nonzero(w).flatten()), SamplingLaw())
-                  for w in (wrote, ~wrote))  # fmt: skip
-    rollout = join(own, other, wrote)
+    own, other = (Source(sample, make_model(1), 1, 10, author) for author in (Author.STUDENT, Author.TEACHER))
+    rollout = mix(wrote, own, other, batch)
     assert torch.equal(rollout.own_mask_BT.any(1), wrote)
-    assert torch.equal(own.own_mask_BT, own.mask_BT)
+    alone = own.complete(batch)
+    assert torch.equal(alone.own_mask_BT, alone.mask_BT)
     picked = rollout.rows(torch.tensor([1, 0]))
-    assert picked.student_wrote_B.tolist() == [False, True]
+    assert picked.student_wrote_BT[:, 0].tolist() == [False, True]
 
 
 def test_written_texts_become_tokens_that_end(make_model, make_batch, tiny_tokenizer):
     policy = LanguageModel(make_model(1), tiny_tokenizer, "student")
-    rollout = written(policy, make_batch(PROMPTS), ["3", "7", "123456", ""], num_completions=2, length=4)
-    texts = tiny_tokenizer.batch_decode([i[m].tolist() for i, m in zip(rollout.completion_ids_BT, rollout.mask_BT,
+    texts = ["3", "7", "123456", ""]
+    rollout = Written(policy, lambda rows: texts, count=2, length=4).complete(make_batch(PROMPTS))
+    assert (rollout.author_BT == Author.DATA).all()
+    texts = tiny_tokenizer.batch_decode([i[m].tolist() for i, m in zip(rollout.ids_BT, rollout.mask_BT,
                                                                        strict=True)])  # fmt: skip
     assert texts == ["3<eos>", "3<eos>", "7<eos>", "7<eos>", "1234", "1234", "<eos>", "<eos>"]
     stop, cut = FinishReason.STOP, FinishReason.LENGTH

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_opd import estimators
-from lit_opd.functional import Head, chunks
+from lit_opd.functional import Head, HiddenDistributions, chunks
 from lit_opd.functional.topk import SUPPORTS
-from lit_opd.models.positions import CountedPositions
-from lit_opd.types import Estimate, TeacherScores
+from lit_opd.objective import CountedPositions
+from lit_opd.types import Estimate, Scores
 
 POSITIONS, HIDDEN, VOCABULARY = 9, 4, 7
 ALWAYS = {"student_logps_BT", "teacher_logps_BT", "sampler_logps_BT", "mask_BT", "completion_ids_BT", "progress"}
@@ -43,8 +43,10 @@ def scene(seed=0):
 
 
 def positions_of(ids_N, head, **scores):
-    sampler_N = -torch.arange(1.0, POSITIONS + 1)
-    return CountedPositions(ids_N, sampler_N, TeacherScores(**scores), head, progress=0.25)
+    sampler_N, reference_N = -torch.arange(1.0, POSITIONS + 1), scores.pop("reference_logps_N", None)
+    if "hidden_NH" in scores:
+        scores["full"] = HiddenDistributions(scores.pop("hidden_NH"), head, rows=4)
+    return CountedPositions(ids_N, sampler_N, Scores(**scores), reference_N, progress=0.25)
 
 
 def spy(needs, k=2, support="teacher"):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import Head, position_losses
+from lit_opd.functional import position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.functional.tradeoff import gradient_sketch
-from lit_opd.models.language_model import LanguageModel
-from lit_opd.models.objective import counted_positions, sequence_tokens
+from lit_opd.models import LanguageModel
+from lit_opd.objective.loss import sequence_tokens
+from lit_opd.objective.positions import CountedPositions
 from lit_opd.types import ScoredRollout
 
 __all__ = ["credit_sketches"]
@@ -22,7 +23,6 @@ __all__ = ["credit_sketches"]
 def credit_sketches(
     student: LanguageModel,
     micro: ScoredRollout,
-    teacher_head: Head,
     candidates: Sequence[BoundEstimator],
     weights_BT: Tensor,
     rows: int,
@@ -36,7 +36,6 @@ def credit_sketches(
     Args:
         student: the model that learns.
         micro: completions with their scores.
-        teacher_head: the teacher's output layer.
         candidates: M estimators that see whole sequences, with the same needs.
         weights_BT: [B, T] weight of every token in the loss.
         rows: positions a chunk of the head.
@@ -47,9 +46,8 @@ def credit_sketches(
         [M, B, R * R] in fp32 or wider.
     """
     mask_BT = micro.rollout.mask_BT
-    hidden_NH = student.counted_hidden(micro.rollout)
-    positions = counted_positions(micro, teacher_head, rows)
-    head = student.head
+    hidden_NH, head = student.hidden(micro.rollout)
+    positions = CountedPositions.of(micro)
     project_VR, project_HR = (_signs(n, size, seed + i, hidden_NH) for i, n in enumerate(head.weight_VH.shape))
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:

@@ -5,12 +5,12 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from references import support_by_sets
+from references import scored, support_by_sets, written_by
 
 from lit_opd import estimators
-from lit_opd.models import LanguageModel, score
-from lit_opd.models.objective import counted_positions, sequence_tokens, student_loss, support_masses
-from lit_opd.types import Estimate, SamplingLaw, ScoredRollout, TokenBatch
+from lit_opd.models import LanguageModel
+from lit_opd.objective import CountedPositions, sequence_tokens, student_loss, support_masses
+from lit_opd.types import Estimate, SamplingLaw, TokenBatch
 
 KEYS = ("student", "teacher", "reference")
 ALWAYS = {"student_logps_BT", "teacher_logps_BT", "sampler_logps_BT", "mask_BT", "completion_ids_BT", "progress"}
@@ -28,7 +28,7 @@ def scene(make_model, tiny_tokenizer, make_batch, sample, full_logits):
     """Three models, a rollout with holes in its mask and tempered samples, and their dense log-probabilities."""
     models = [make_model(seed, torch.float64, hidden_size=size) for seed, size in ((1, 16), (2, 24), (3, 8))]
     rollout = sample(models[0], make_batch(), SamplingLaw(temperature=0.8), num_completions=2)
-    rollout = rollout.uncount(rollout.completion_ids_BT == 7)
+    rollout = rollout.uncount(rollout.ids_BT == 7)
     policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in zip(models, KEYS, strict=True)]
     return policies, rollout, [full_logits(model, rollout).log_softmax(-1).detach() for model in models]
 
@@ -36,12 +36,9 @@ def scene(make_model, tiny_tokenizer, make_batch, sample, full_logits):
 def tokens_of(needs, policies, rollout, rows=3, rewards_B=None):
     estimators.register_estimator(f"spy {needs}", family="sequence", needs=needs)(spy)
     estimator, (student, teacher, reference) = estimators.build(f"spy {needs}"), policies
-    scores = score(teacher, reference if "reference" in needs else None, rollout, estimator, rows)
-    micro = ScoredRollout(rollout, scores, rewards_B, progress=0.25)
-    hidden_NH = student.counted_hidden(rollout)
-    return sequence_tokens(
-        estimator, micro, counted_positions(micro, teacher.head, rows), hidden_NH, student.head, rows
-    )
+    rollout = replace(rollout, rewards_B=rewards_B)
+    micro = scored(rollout, estimator, teacher, reference if "reference" in needs else None, rows, progress=0.25)
+    return sequence_tokens(estimator, micro, CountedPositions.of(micro), *student.hidden(rollout), rows)
 
 
 def spy(tokens):
@@ -63,9 +60,9 @@ def test_what_is_needed_is_filled_and_no_more(needs, scene):
 def test_every_field_is_the_dense_one_where_counted_and_zero_elsewhere(rows, scene):
     policies, rollout, (p_BTV, q_BTV, r_BTV) = scene
     wrote_B, rewards_B = rollout.prompt_index_B % 2 == 0, torch.arange(len(rollout)).double()
-    rollout = replace(rollout, student_wrote_B=wrote_B)
+    rollout = written_by(rollout, wrote_B)
     tokens = tokens_of("token+kl+entropy+reference+rewards+groups", policies, rollout, rows, rewards_B)
-    taken = rollout.completion_ids_BT[..., None]
+    taken = rollout.ids_BT[..., None]
     expected = {
         "student_logps_BT": p_BTV.gather(-1, taken)[..., 0],
         "teacher_logps_BT": q_BTV.gather(-1, taken)[..., 0],
@@ -79,7 +76,7 @@ def test_every_field_is_the_dense_one_where_counted_and_zero_elsewhere(rows, sce
         torch.testing.assert_close(getattr(tokens, name).detach(), counted_BT, rtol=0, atol=1e-12)
         assert getattr(tokens, name).requires_grad == (name == "student_logps_BT")
     assert torch.equal(tokens.sampler_logps_BT, rollout.sampler_logps_BT)
-    assert torch.equal(tokens.completion_ids_BT, rollout.completion_ids_BT)
+    assert torch.equal(tokens.completion_ids_BT, rollout.ids_BT)
     assert torch.equal(tokens.mask_BT, rollout.mask_BT)
     assert torch.equal(tokens.rewards_B, rewards_B)
     assert tokens.groups_B.tolist() == [row // 2 for row in range(len(rollout))]
@@ -90,10 +87,9 @@ def test_every_field_is_the_dense_one_where_counted_and_zero_elsewhere(rows, sce
 def stats_of(estimator, policies, rollout, rows=3, rewards_B=None):
     """The per-position values of a training step."""
     student, teacher, reference = policies
-    scores = score(teacher, reference if "reference" in estimator.needs else None, rollout, estimator, rows)
-    weights_BT = rollout.mask_BT / 10
-    micro = ScoredRollout(rollout, scores, rewards_B)
-    return student_loss(student, micro, teacher.head, estimator, weights_BT, rows)[1]
+    rollout, weights_BT = replace(rollout, rewards_B=rewards_B), rollout.mask_BT / 10
+    micro = scored(rollout, estimator, teacher, reference if "reference" in estimator.needs else None, rows)
+    return student_loss(student, micro, estimator, weights_BT, rows).stats
 
 
 TWO_SUPPORTS = {"teacher_topk": {"weight": 1.0, "k": 2}, "student_topk": {"weight": 1.0, "k": 5}, "token": 1.0}
@@ -164,9 +160,9 @@ def test_clip_activity_is_that_of_the_terms_at_tokens_they_learn_from(name, keyw
     """A demonstration has no term of an estimator that learns from the student's own tokens."""
     estimators.register_estimator("on sequences", family="sequence")(limited_sequence)
     policies, rollout, (p_BTV, q_BTV, _) = scene
-    rollout = replace(rollout, student_wrote_B=rollout.prompt_index_B % 2 == 0)
+    rollout = written_by(rollout, rollout.prompt_index_B % 2 == 0)
     stats = stats_of(estimators.build(name, **keywords), policies, rollout)
-    taken, mask_BT = rollout.completion_ids_BT[..., None], rollout.mask_BT
+    taken, mask_BT = rollout.ids_BT[..., None], rollout.mask_BT
     ratio_BT = (p_BTV - q_BTV).gather(-1, taken)[..., 0]
     limited_BT = ratio_BT.abs() > 0.5
     assert 0 < limited_BT[rollout.own_mask_BT].sum() < rollout.own_mask_BT.sum()
@@ -195,16 +191,15 @@ def test_demonstrations_change_nothing_however_improbable(
     models = make_model(1), make_model(2)
     models[0].config.logit_scale = 60.0
     rollout = sample(models[0], make_batch(), SamplingLaw(), num_completions=2)
-    ids_BT = torch.where(rollout.prompt_index_B[:, None] % 2 == 0, rollout.completion_ids_BT, 5)
-    rollout = replace(rollout, completion_ids_BT=ids_BT, student_wrote_B=rollout.prompt_index_B % 2 == 0)
+    ids_BT = torch.where(rollout.prompt_index_B[:, None] % 2 == 0, rollout.ids_BT, 5)
+    rollout = written_by(replace(rollout, ids_BT=ids_BT), rollout.prompt_index_B % 2 == 0)
     student, teacher = (
         LanguageModel(m, tiny_tokenizer, k, own_precision=True) for m, k in zip(models, KEYS[:2], strict=True)
     )
     estimator, weights_BT = estimators.build(name, **keywords), rollout.mask_BT / 10
     found = []
     for counted in (rollout, rollout.uncount(~rollout.own_mask_BT)):
-        micro = ScoredRollout(counted, score(teacher, None, counted, estimator, 3))
-        loss, stats = student_loss(student, micro, teacher.head, estimator, weights_BT, 3)
+        loss, stats, _ = student_loss(student, scored(counted, estimator, teacher), estimator, weights_BT, 3)
         gradients = torch.autograd.grad(loss, list(models[0].parameters()))
         found.append(torch.cat([loss[None], *(g.flatten() for g in gradients)]).detach())
         if counted is rollout:

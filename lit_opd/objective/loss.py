@@ -20,40 +20,44 @@ from lit_opd.estimators import BoundEstimator, Term, any_clipped
 from lit_opd.estimators.support import support_logps
 from lit_opd.functional import Head, position_losses, support_mass
 from lit_opd.functional.head import Stats
-from lit_opd.models.language_model import LanguageModel
-from lit_opd.models.positions import CountedPositions
-from lit_opd.types import Rollout, ScoredRollout, TokenBatch
+from lit_opd.models import LanguageModel
+from lit_opd.objective.positions import CountedPositions
+from lit_opd.types import ScoredRollout, TokenBatch
 
-__all__ = ["counted_positions", "sequence_tokens", "student_loss", "support_masses"]
+__all__ = ["Loss", "sequence_tokens", "student_loss", "support_masses"]
+
+
+class Loss(NamedTuple):
+    """The loss of a micro-batch.
+
+    Attributes:
+        value: a scalar to differentiate.
+        stats: per-position detached values [N]: `kl` (the estimator's), `student_logps`, `teacher_logps`; `clipped`, 1
+            where a limit changed a term and else 0, where a term has one; `student_mass` and `teacher_mass`, each
+            model's probability on the support, where a term compares one.
+        hidden_NH: the last hidden states that the loss was read from, for gradients there.
+    """
+
+    value: Tensor
+    stats: Stats
+    hidden_NH: Tensor
 
 
 def student_loss(
-    student: LanguageModel,
-    micro: ScoredRollout,
-    teacher_head: Head,
-    estimator: BoundEstimator,
-    weights_BT: Tensor,
-    rows: int,
-) -> tuple[Tensor, Stats]:
-    """The weighted sum of the estimator's per-token losses over a micro-batch.
+    student: LanguageModel, micro: ScoredRollout, estimator: BoundEstimator, weights_BT: Tensor, rows: int
+) -> Loss:
+    """Sum the estimator's per-token losses over a micro-batch, each times its weight.
 
     Args:
         student: the model that learns.
         micro: completions, of which only counted positions reach the head, with their scores and rewards.
-        teacher_head: the teacher's output layer.
         estimator: one estimator, or a mix.
         weights_BT: [B, T] weight of every token, from `functional.token_weights`.
         rows: positions a chunk of the head.
-
-    Returns:
-        A scalar to differentiate, and per-position detached values [N]: `kl` (the estimator's), `student_logps`,
-        `teacher_logps`; `clipped`, 1 where a limit changed a term and else 0, where a term has one; `student_mass` and
-        `teacher_mass`, each model's probability on the support, where a term compares one.
     """
-    rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
-    hidden_NH, head = student.hidden_and_head(rollout)
-    weights_N = weights_BT[mask_BT]
-    positions = counted_positions(micro, teacher_head, rows)
+    hidden_NH, head = student.hidden(micro.rollout)
+    weights_N = weights_BT[micro.rollout.mask_BT]
+    positions = CountedPositions.of(micro)
     spread = _spread_terms(estimator, micro, positions, hidden_NH, head, weights_BT, rows)
     share = sum(term.weight for term in estimator.terms)
 
@@ -75,7 +79,7 @@ def student_loss(
         return loss, stats | activity | support_masses(seen)
 
     loss, stats = position_losses(hidden_NH, head, chunk_loss, rows)
-    return loss + spread.value, stats
+    return Loss(loss + spread.value, stats, hidden_NH)
 
 
 def support_masses(seen: Sequence[TokenBatch]) -> Stats:
@@ -95,20 +99,6 @@ def support_masses(seen: Sequence[TokenBatch]) -> Stats:
         return {}
     student_K, teacher_K = max(supports, key=lambda support: support[0].shape[-1])
     return {"student_mass": support_mass(student_K.detach()), "teacher_mass": support_mass(teacher_K)}
-
-
-def counted_positions(micro: ScoredRollout, teacher_head: Head, rows: int) -> CountedPositions:
-    """The counted positions of a micro-batch, flattened."""
-    rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
-    ids_N, sampler_logps_N = rollout.completion_ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT]
-    wrote_BT = _student_wrote(rollout)
-    wrote_N = None if wrote_BT is None else wrote_BT[mask_BT]
-    return CountedPositions(ids_N, sampler_logps_N, micro.scores, teacher_head, micro.progress, wrote_N, rows)
-
-
-def _student_wrote(rollout: Rollout) -> Tensor | None:
-    wrote_B = rollout.student_wrote_B
-    return None if wrote_B is None else wrote_B[:, None].expand(rollout.mask_BT.shape)
 
 
 class _Spread(NamedTuple):
@@ -185,15 +175,15 @@ def sequence_tokens(
         return blank_BT.masked_scatter(rollout.mask_BT, values_N)
 
     _, stats = position_losses(hidden_NH, head, read, rows)
-    reference_N = micro.scores.reference_logps_N
+    reference_N = positions.reference_logps_N
     return TokenBatch(
         student_logps_BT=spread(stats.pop("student")).requires_grad_(),
         teacher_logps_BT=spread(stats.pop("teacher")),
         sampler_logps_BT=rollout.sampler_logps_BT,
         mask_BT=rollout.mask_BT,
-        completion_ids_BT=rollout.completion_ids_BT,
-        student_wrote_BT=_student_wrote(rollout),
-        rewards_B=micro.rewards_B,
+        completion_ids_BT=rollout.ids_BT,
+        student_wrote_BT=None if positions.student_wrote_N is None else rollout.student_wrote_BT,
+        rewards_B=rollout.rewards_B,
         groups_B=rollout.prompt_index_B if "groups" in needs else None,
         reference_logps_BT=None if reference_N is None else spread(reference_N),
         progress=micro.progress,

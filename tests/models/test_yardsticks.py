@@ -1,16 +1,13 @@
-"""What the teacher says, and the yardsticks, against dense references."""
+"""The yardsticks against dense references."""
 
 import math
 
 import pytest
 import torch
 
-from lit_opd import estimators
-from lit_opd.functional import head_logits, log_softmax
-from lit_opd.models import LanguageModel, measure_yardsticks, score, score_teacher, support_size_of
+from lit_opd.models import LanguageModel, measure_yardsticks
+from lit_opd.teachers import LocalScorer, Wanted
 from lit_opd.types import SamplingLaw
-
-ROWS = [1, 3, 1000]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +15,7 @@ def scene(make_model, tiny_tokenizer, make_batch, sample, full_logits):
     """Student, teacher, a rollout with holes in its mask, and both models' log-probabilities at counted positions."""
     student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
     rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
-    rollout = rollout.uncount(rollout.completion_ids_BT == 7)
+    rollout = rollout.uncount(rollout.ids_BT == 7)
     logps = [full_logits(m, rollout).detach().log_softmax(-1)[rollout.mask_BT] for m in (student, teacher)]
     policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
     return *policies, rollout, *logps
@@ -28,37 +25,10 @@ def close(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(
-    ("name", "kwargs"), [("token", {}), ("sequence", {}), ("teacher_topk", {"k": 5}), ("full_vocab", {})]
-)
-def test_scores_hold_what_the_estimator_needs_and_no_more(name, kwargs, rows, scene):
-    _, teacher, rollout, _, logps = scene
-    scores = score_teacher(teacher, rollout, estimators.build(name, **kwargs), rows)
-    filled = {name for name, value in vars(scores).items() if value is not None}
-    if name == "full_vocab":
-        assert filled == {"hidden_NH"}
-        return close(head_logits(scores.hidden_NH, teacher.head).log_softmax(-1), logps)
-    close(scores.logps_N, logps.gather(-1, rollout.completion_ids_BT[rollout.mask_BT][:, None])[:, 0])
-    if name == "teacher_topk":
-        assert filled == {"logps_N", "support_ids_NK", "support_logps_NK"}
-        close(scores.support_logps_NK, logps.sort(descending=True).values[:, :5])
-        return close(logps.gather(-1, scores.support_ids_NK), scores.support_logps_NK)
-    return None if filled == {"logps_N"} else pytest.fail(str(filled))
-
-
-@pytest.mark.parametrize("name", ["token", "teacher_topk", "full_vocab"])
-def test_nothing_counted_is_scored_as_nothing(name, scene):
-    _, teacher, rollout, _, _ = scene
-    scores = score_teacher(teacher, rollout.uncount(rollout.mask_BT), estimators.build(name), 4)
-    assert all(len(value) == 0 for value in vars(scores).values() if value is not None)
-
-
-def test_needs_and_support_size_of_a_mix():
-    mix = estimators.build("mix", terms={"sequence": 1, "teacher_topk": {"weight": 1, "k": 5}, "full_vocab": 1})
-    assert mix.needs == {"token", "support", "full"}
-    assert support_size_of(mix) == 5
-    assert support_size_of(estimators.build("token")) == 0
+def measure(policy, teacher, rollout, rows, size=16):
+    """Yardsticks as an evaluation takes them: the teacher at temperature 1."""
+    scores = LocalScorer(teacher, rows).untempered().score(rollout, Wanted(full=True))
+    return measure_yardsticks(policy, scores, rollout, rows, size)
 
 
 def dense_yardsticks(p, q, ids):
@@ -93,8 +63,8 @@ def dense_supports(p, q, size, stop_ids):
 def test_yardsticks_are_the_dense_ones(rows, size, scene, monkeypatch):
     student, teacher, rollout, p, q = scene
     monkeypatch.setattr(student.config, "eos_token_id", [2, 9])
-    found = measure_yardsticks(student, teacher, rollout, rows, size)
-    expected = dense_yardsticks(p, q, rollout.completion_ids_BT[rollout.mask_BT]) | dense_supports(p, q, size, [2, 9])
+    found = measure(student, teacher, rollout, rows, size)
+    expected = dense_yardsticks(p, q, rollout.ids_BT[rollout.mask_BT]) | dense_supports(p, q, size, [2, 9])
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(found[name][rollout.mask_BT].double(), values, rtol=1e-6, atol=1e-6)
@@ -104,35 +74,9 @@ def test_yardsticks_are_the_dense_ones(rows, size, scene, monkeypatch):
 def test_where_no_token_stops_there_is_nothing_to_say_of_stopping(scene, monkeypatch):
     student, teacher, rollout, _, _ = scene
     monkeypatch.setattr(LanguageModel, "stop_ids", [])
-    found = measure_yardsticks(student, teacher, rollout, 3)
+    found = measure(student, teacher, rollout, 3)
     assert found["stop_log_ratio"][rollout.mask_BT].isnan().all()
     assert all(values.isfinite().all() for name, values in found.items() if name != "stop_log_ratio")
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_the_reference_is_scored_at_the_sampled_tokens_only(rows, scene, make_model, tiny_tokenizer, full_logits):
-    _, teacher, rollout, _, _ = scene
-    reference = LanguageModel(make_model(3, torch.float64), tiny_tokenizer, "reference", own_precision=True)
-    logps = full_logits(reference.model, rollout).log_softmax(-1).gather(-1, rollout.completion_ids_BT[..., None])
-    found = score(teacher, reference, rollout, estimators.build("token"), rows)
-    close(found.reference_logps_N, logps[..., 0][rollout.mask_BT])
-    close(found.logps_N, score_teacher(teacher, rollout, estimators.build("token"), rows).logps_N)
-    assert score(teacher, None, rollout, estimators.build("token"), rows).reference_logps_N is None
-    nothing = score(teacher, reference, rollout.uncount(rollout.mask_BT), estimators.build("token"), rows)
-    assert nothing.reference_logps_N.shape == (0,)
-
-
-@pytest.mark.parametrize(("name", "kwargs"), [("token", {}), ("teacher_topk", {"k": 5}), ("full_vocab", {})])
-def test_the_teacher_s_temperature_is_in_every_score(name, kwargs, scene, full_logits, tiny_tokenizer):
-    _, teacher, rollout, _, _ = scene
-    warm = LanguageModel(teacher.model, tiny_tokenizer, "teacher", own_precision=True, temperature=0.3)
-    expected = (full_logits(teacher.model, rollout) / 0.3).log_softmax(-1)[rollout.mask_BT]
-    scores = score_teacher(warm, rollout, estimators.build(name, **kwargs), 4)
-    if name == "full_vocab":
-        return close(log_softmax(head_logits(scores.hidden_NH, warm.head)), expected)
-    if name == "teacher_topk":
-        close(scores.support_logps_NK, expected.gather(-1, scores.support_ids_NK))
-    return close(scores.logps_N, expected.gather(-1, rollout.completion_ids_BT[rollout.mask_BT][:, None])[:, 0])
 
 
 def test_yardsticks_know_no_temperature(scene, tiny_tokenizer):
@@ -140,7 +84,7 @@ def test_yardsticks_know_no_temperature(scene, tiny_tokenizer):
     student, teacher, rollout, _, _ = scene
     warm = LanguageModel(teacher.model, tiny_tokenizer, "teacher", own_precision=True, temperature=0.3)
     for policies, warm_policies in [((student, teacher), (student, warm)), ((teacher, teacher), (warm, warm))]:
-        expected, found = (measure_yardsticks(*p, rollout, 4) for p in (policies, warm_policies))
+        expected, found = (measure(*p, rollout, 4) for p in (policies, warm_policies))
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -149,7 +93,7 @@ def test_a_teacher_does_not_differ_from_itself_under_autocast(make_model, tiny_t
     teacher = LanguageModel(make_model(2), tiny_tokenizer, "teacher", own_precision=True)
     rollout = sample(teacher.model, make_batch(), SamplingLaw())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = measure_yardsticks(teacher, teacher, rollout, 4)
+        found = measure(teacher, teacher, rollout, 4)
     assert found["reverse_kl"].abs().max() < 1e-6
     assert not found["log_ratio"].any()
     assert (found["top1_agreement"][rollout.mask_BT] == 1).all()
@@ -159,6 +103,15 @@ def test_measuring_uses_eval_mode_and_restores_the_mode(make_model, tiny_tokeniz
     student = LanguageModel(make_model(1, attention_dropout=0.5).train(), tiny_tokenizer, "student")
     teacher = LanguageModel(make_model(2, attention_dropout=0.5).train(), tiny_tokenizer, "teacher")
     rollout = sample(student.model, make_batch(), SamplingLaw())
-    one, two = (measure_yardsticks(student, teacher, rollout, 100) for _ in range(2))
+    one, two = (measure(student, teacher, rollout, 100) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert student.model.training
+
+
+def test_a_teacher_that_scores_tokens_only_is_measured_as_far_as_that_goes(scene):
+    student, teacher, rollout, _, _ = scene
+    whole = measure(student, teacher, rollout, 3)
+    found = measure_yardsticks(student, LocalScorer(teacher, 3).score(rollout, Wanted()), rollout, 3)
+    assert found.keys() == {"teacher_nll", "log_ratio", "student_entropy"}
+    for name, values in found.items():
+        torch.testing.assert_close(values, whole[name], rtol=0, atol=1e-6)

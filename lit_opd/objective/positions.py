@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import Head, entropy, log_softmax, reverse_kl
-from lit_opd.functional.head import SlicedLogits
+from lit_opd.functional import entropy, reverse_kl
 from lit_opd.functional.topk import choose_support
-from lit_opd.types import TeacherScores, TokenBatch
+from lit_opd.types import ScoredRollout, Scores, TokenBatch
 
 __all__ = ["Chunk", "CountedPositions"]
 
@@ -26,25 +24,30 @@ class CountedPositions:
     Attributes:
         ids_N: the sampled tokens.
         sampler_logps_N: their log-probabilities under the law that sampled them.
-        scores: the teacher's scores.
-        teacher_head: rebuilds the teacher's logits where the scores are hidden states.
+        teacher: its scores.
+        reference_logps_N: log-probabilities of the sampled tokens under a reference model, where one was asked.
         progress: the share of training that is done.
         student_wrote_N: False at tokens of demonstrations; None where there are none.
-        rows: positions that the teacher's head projects at once.
     """
 
     ids_N: Tensor
     sampler_logps_N: Tensor
-    scores: TeacherScores
-    teacher_head: Head
+    teacher: Scores
+    reference_logps_N: Tensor | None = None
     progress: float = 0.0
     student_wrote_N: Tensor | None = None
-    rows: int = 64
 
-    @cached_property
-    def _teacher_logits(self) -> SlicedLogits | None:
-        hidden_NH = self.scores.hidden_NH
-        return None if hidden_NH is None else SlicedLogits(hidden_NH, self.teacher_head, self.rows)
+    @classmethod
+    def of(cls, micro: ScoredRollout) -> CountedPositions:
+        """Flatten the counted positions of a micro-batch."""
+        rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
+        wrote_N = rollout.student_wrote_BT[mask_BT]
+        return cls(
+            rollout.ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT], micro.scores["teacher"],
+            reference_logps_N=micro.scores["reference"].logps_N if "reference" in micro.scores else None,
+            progress=micro.progress,
+            student_wrote_N=None if wrote_N.all() else wrote_N,
+        )  # fmt: skip
 
     def chunk(self, student_logits_cV: Tensor, part: slice) -> Chunk:
         """Student and teacher at the positions `part`.
@@ -54,11 +57,11 @@ class CountedPositions:
             part: the slice of positions the chunk covers.
         """
         student_cV, ids_c = torch.log_softmax(student_logits_cV, dim=-1), self.ids_N[part]
-        teacher_cV = None if self._teacher_logits is None else log_softmax(self._teacher_logits[part])
-        return Chunk(self._sampled(student_cV, teacher_cV, ids_c, part), student_cV, teacher_cV, self.scores, part)
+        teacher_cV = None if self.teacher.full is None else self.teacher.full.logps(part)
+        return Chunk(self._sampled(student_cV, teacher_cV, ids_c, part), student_cV, teacher_cV, self.teacher, part)
 
     def _sampled(self, student_cV: Tensor, teacher_cV: Tensor | None, ids_c: Tensor, part: slice) -> TokenBatch:
-        known_N, reference_N = self.scores.logps_N, self.scores.reference_logps_N
+        known_N, reference_N = self.teacher.logps_N, self.reference_logps_N
         teacher_c = _at(teacher_cV, ids_c) if known_N is None else known_N[part]
         return TokenBatch(
             student_logps_BT=_at(student_cV, ids_c),
@@ -87,7 +90,7 @@ class Chunk:
     sampled: TokenBatch
     student_cV: Tensor
     teacher_cV: Tensor | None
-    scores: TeacherScores
+    scores: Scores
     part: slice
 
     def tokens(self, estimator: BoundEstimator) -> TokenBatch:

@@ -1,0 +1,116 @@
+"""The step of on-policy distillation without Lightning: sample, score, estimate.
+
+Training (`module`), the measurement of gradients and the audit run the same `Distiller`, so that what is measured is
+what trains. Loops over processes, backward passes and optimizer steps are their callers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lit_opd.estimators import BoundEstimator
+from lit_opd.functional import token_weights
+from lit_opd.models import LanguageModel
+from lit_opd.objective import Loss, student_loss
+from lit_opd.perf import phase
+from lit_opd.rollout import RolloutSource, Verifier, judge, micro_batches
+from lit_opd.teachers import Scorer, Wanted, wanted_by
+from lit_opd.types import PromptBatch, Rollout, ScoredRollout
+
+__all__ = ["Distiller"]
+
+
+@dataclass(frozen=True)
+class Distiller:
+    """A student, its estimator, and the parts that a step needs.
+
+    Attributes:
+        student: the model that learns.
+        estimator: turns what both models say into a gradient.
+        source: completes prompts.
+        scorers: by name; `teacher`, and `reference` where an estimator asks for one.
+        head_rows: positions that the student's head projects at once.
+        micro_batch_tokens: tokens, with padding, whose activations are kept at once.
+        aggregation: `token_mean`, `sequence_mean` or `sequence_sum`.
+        masked_ids: tokens whose positions are not counted.
+        verifier: judges completions; None where nothing does.
+    """
+
+    student: LanguageModel
+    estimator: BoundEstimator
+    source: RolloutSource
+    scorers: Mapping[str, Scorer]
+    head_rows: int
+    micro_batch_tokens: int
+    aggregation: str = "token_mean"
+    masked_ids: Sequence[int] = ()
+    verifier: Verifier | None = None
+
+    def with_estimator(self, estimator: BoundEstimator) -> Distiller:
+        """Make the same distiller with another estimator."""
+        return replace(self, estimator=estimator)
+
+    @property
+    def whole_prompts(self) -> bool:
+        """True where the completions of a prompt must stay together."""
+        return "groups" in self.estimator.needs
+
+    @property
+    def asks(self) -> dict[str, Wanted]:
+        """What the estimator asks of each scorer."""
+        asks = {"teacher": wanted_by(self.estimator)}
+        return asks | ({"reference": Wanted()} if "reference" in self.estimator.needs else {})
+
+    @phase("rollout")
+    def sample(self, batch: PromptBatch) -> Rollout:
+        """Complete every prompt, with rewards where the estimator asks for them."""
+        rollout = self.source.complete(batch)
+        rollout = rollout.uncount(torch.isin(rollout.ids_BT, rollout.ids_BT.new_tensor(self.masked_ids)))
+        return self.judged(batch, rollout) if "rewards" in self.estimator.needs else rollout
+
+    def judged(self, batch: PromptBatch, rollout: Rollout) -> Rollout:
+        """Add the verifier's rewards."""
+        assert self.verifier is not None
+        return replace(rollout, rewards_B=judge(self.student.tokenizer, batch, rollout, self.verifier))
+
+    @phase("teacher")
+    def score(self, rollout: Rollout, rows: Tensor | None = None, progress: float = 0.0) -> list[ScoredRollout]:
+        """Cut a rollout into micro-batches and have them scored, before any student activation exists.
+
+        Args:
+            rollout: completions.
+            rows: those to take; None for all. Without any, one row that does not count stands for them, for other
+                processes wait for this one.
+            progress: the share of training that is done.
+        """
+        rows = torch.arange(len(rollout)) if rows is None else rows
+        if not len(rows):
+            rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
+        parts = micro_batches(rollout, rows, self.micro_batch_tokens, self.whole_prompts)
+        scored = [ScoredRollout(rollout.rows(part), {}, progress) for part in parts]
+        for name, wanted in self.asks.items():
+            scorer = self.scorers[name]
+            with scorer.present():
+                scored = [
+                    micro._replace(scores={**micro.scores, name: scorer.score(micro.rollout, wanted)})
+                    for micro in scored
+                ]
+        return scored
+
+    def weights(self, mask_BT: Tensor, tokens: Tensor, sequences: Tensor) -> Tensor:
+        """Weigh every token of a micro-batch, [B, T], by the counts of the whole optimizer step."""
+        return token_weights(mask_BT, self.aggregation, tokens, sequences)
+
+    def estimate(self, micro: ScoredRollout, weights_BT: Tensor) -> Loss:
+        """Sum the estimator's losses over a micro-batch, to be differentiated.
+
+        Args:
+            micro: completions with their scores.
+            weights_BT: weight of every token, from `weights`.
+        """
+        with self.student.present():
+            return student_loss(self.student, micro, self.estimator, weights_BT, self.head_rows)

@@ -1,0 +1,172 @@
+"""Sources of completions to train on: sampled by a model, written in the data, or a mixture of two sources.
+
+A source hides from the rest of a training step where completions come from. `build_source` makes the one that a
+configuration describes; `Distiller.sample` asks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_opd.config import RolloutConfig
+from lit_opd.models import LanguageModel
+from lit_opd.rollout.batching import TRAINING_STREAM, uniforms
+from lit_opd.rollout.engine import RolloutEngine
+from lit_opd.types import Author, PromptBatch, Rollout, SamplingLaw
+
+__all__ = ["Mixed", "RolloutSource", "Sampled", "TextsOf", "Written", "build_source", "student_writes"]
+
+# Sets the draws of who writes apart from those of the tokens: the last number of a seed.
+_WHO_WRITES = 2
+
+TextsOf = Callable[[Sequence[Mapping[str, Any]]], list[str]]
+
+
+class RolloutSource(Protocol):
+    """A source of completions."""
+
+    def complete(self, batch: PromptBatch) -> Rollout:
+        """Complete every prompt; completions of one prompt are neighbours."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Completions that a model samples.
+
+    Attributes:
+        engine: samples.
+        policy: the model.
+        law: what it samples under.
+        count: completions a prompt.
+        length: the longest completion, in tokens.
+        seed: of the draws.
+        author: the model's role.
+    """
+
+    engine: RolloutEngine
+    policy: LanguageModel
+    law: SamplingLaw
+    count: int
+    length: int
+    seed: int
+    author: Author = Author.STUDENT
+
+    def complete(self, batch: PromptBatch) -> Rollout:
+        """Sample every prompt's completions, by draws that the prompt's place in the run names."""
+        numbers_BT = uniforms((self.seed, TRAINING_STREAM), batch.draws, self.count, self.length)
+        device = batch.prompts.ids_BP.device
+        rollout = self.engine.sample(self.policy, batch, self.law, self.count, numbers_BT.to(device))
+        if self.author == Author.STUDENT:
+            return rollout
+        # An engine calls what its policy samples the student's; what it knows to be somebody else's stays.
+        return replace(rollout, author_BT=rollout.author_BT.masked_fill(rollout.student_wrote_BT, self.author))
+
+
+@dataclass(frozen=True)
+class Written:
+    """Completions that the data holds, each repeated, ended by the policy's stop token and cut to a length.
+
+    Nobody sampled them: their `sampler_logps_BT` are 0.
+
+    Attributes:
+        policy: the model whose tokenizer and stop token are used.
+        texts_of: looks up the completion of each row.
+        count: completions a prompt.
+        length: the longest completion, in tokens.
+    """
+
+    policy: LanguageModel
+    texts_of: TextsOf
+    count: int
+    length: int
+
+    def complete(self, batch: PromptBatch) -> Rollout:
+        """Look up every prompt's completion."""
+        policy, device = self.policy, batch.prompts.ids_BP.device
+        tokens = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts_of(batch.rows)]
+        ids = [[*row, policy.stop_ids[0]][: self.length] for row in tokens]
+        width = max(map(len, ids))
+        padded = torch.tensor([row + [policy.pad_id] * (width - len(row)) for row in ids], device=device)
+        real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids], device=device)
+        stopped = torch.tensor([row[-1] == policy.stop_ids[0] for row in ids], device=device)
+        ids_BT, real_BT, stopped_B = (x.repeat_interleave(self.count, dim=0) for x in (padded, real, stopped))
+        logps_BT = torch.zeros(ids_BT.shape, dtype=torch.float32, device=device)
+        return Rollout.completed(batch, self.count, ids_BT, real_BT, logps_BT, stopped_B, SamplingLaw(), Author.DATA)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A share of the prompts completed by one source, the rest by another.
+
+    Attributes:
+        own: the student's source, whose law the rollout has.
+        others: the source of demonstrations.
+        share: the probability that the student completes a prompt (lambda of GKD, arXiv:2306.13649).
+        seed: of the draws.
+    """
+
+    own: RolloutSource
+    others: RolloutSource
+    share: float
+    seed: int
+
+    def complete(self, batch: PromptBatch) -> Rollout:
+        """Complete every prompt by the source that its draw names."""
+        writes = student_writes(self.seed, batch.draws, self.share)
+        if writes.all():
+            return self.own.complete(batch)
+        if not writes.any():
+            return self.others.complete(batch)
+        parts = []
+        for source, chosen in ((self.own, writes), (self.others, ~writes)):
+            places = torch.nonzero(chosen).flatten()
+            part = source.complete(batch.take(places))
+            index_B = places.to(part.prompt_index_B.device)[part.prompt_index_B]
+            parts.append(replace(part, prompt_index_B=index_B))
+        order = torch.argsort(torch.cat([part.prompt_index_B for part in parts]), stable=True)
+        return Rollout.joined(parts, order)
+
+
+def student_writes(seed: int, draws: Sequence[tuple[int, int]], share: float) -> Tensor:
+    """Draw which prompts the student completes itself, [prompts]; a draw does not depend on its neighbours.
+
+    Args:
+        seed: of the run.
+        draws: of the prompts, from `PromptBatch.draws`.
+        share: the probability of True.
+    """
+    numbers = [np.random.default_rng([seed, _WHO_WRITES, *draw]).random() for draw in draws]
+    return torch.tensor(numbers, dtype=torch.float64) < share
+
+
+def build_source(
+    config: RolloutConfig, law: SamplingLaw, seed: int, engine: RolloutEngine, student: LanguageModel,
+    teacher: LanguageModel | None, texts_of: TextsOf,
+) -> RolloutSource:  # fmt: skip
+    """Make the configured source.
+
+    Args:
+        config: how many completions, how long, which share is the student's, who writes the rest.
+        law: what the student samples under; the teacher samples its own distribution.
+        seed: of everything that is sampled.
+        engine: samples.
+        student: the model that learns.
+        teacher: writes demonstrations where `demonstrations` is `teacher`; None where it cannot sample.
+        texts_of: looks up the completions that the data holds, where `demonstrations` is `data`.
+    """
+    count, length = config.num_completions, config.max_new_tokens
+    own = Sampled(engine, student, law, count, length, seed)
+    if config.student_share == 1:
+        return own
+    if config.demonstrations == "data":
+        return Mixed(own, Written(student, texts_of, count, length), config.student_share, seed)
+    assert teacher is not None
+    shown = Sampled(engine, teacher, SamplingLaw(), count, length, seed, Author.TEACHER)
+    return Mixed(own, shown, config.student_share, seed)

@@ -1,0 +1,77 @@
+"""The protocol of a scorer, and what an estimator asks of one.
+
+A scorer gives log-probabilities of tokens that somebody else wrote. The teacher of a run is one, and so is a reference
+model. `Distiller.score` asks scorers before any student activation exists.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from lit_opd.estimators import BoundEstimator
+from lit_opd.types import Rollout, Scores
+
+__all__ = ["FULL", "SUPPORT", "TOKEN", "Scorer", "Wanted", "wanted_by"]
+
+# What a scorer may give: log-probabilities of sampled tokens, of its most probable tokens, of the whole vocabulary.
+TOKEN, SUPPORT, FULL = "token", "support", "full"
+
+
+class Wanted(NamedTuple):
+    """What a scorer is asked for.
+
+    Attributes:
+        token: log-probabilities of the sampled tokens.
+        support: K, how many of the scorer's most probable tokens; 0 for none.
+        full: distributions over the whole vocabulary, from which the rest can be told.
+    """
+
+    token: bool = True
+    support: int = 0
+    full: bool = False
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What the scorer has to be able to give."""
+        return frozenset({TOKEN} | ({SUPPORT} if self.support else set()) | ({FULL} if self.full else set()))
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores tokens that somebody else wrote.
+
+    Attributes:
+        name: the scorer's role, by which its scores and the prompts it reads are found.
+        gives: what it can give, of `TOKEN`, `SUPPORT` and `FULL`.
+    """
+
+    name: str
+    gives: frozenset[str]
+
+    def score(self, rollout: Rollout, wanted: Wanted) -> Scores:
+        """Score the counted tokens of a rollout.
+
+        Args:
+            rollout: completions after the prompts that the student read; `rollout.seen_by(name)` has the scorer's own.
+            wanted: no more than this is given.
+
+        Returns:
+            Scores of the N counted tokens in row-major order, log-probabilities in fp32 nats.
+        """
+        ...
+
+    def untempered(self) -> Scorer:
+        """Give the scorer at temperature 1, which evaluations compare with."""
+        return self
+
+    def present(self) -> AbstractContextManager[None]:
+        """Hold what scoring needs in place for several calls, as the weights of an offloaded model."""
+        return nullcontext()
+
+
+def wanted_by(estimator: BoundEstimator) -> Wanted:
+    """Tell what an estimator asks of the teacher: whole distributions for what depends on the student's, too."""
+    others = any(t.estimator.support_size and t.estimator.support != "teacher" for t in estimator.terms)
+    full = others or bool(estimator.needs & {"full", "kl", "entropy"})
+    return Wanted(token=True, support=0 if full else estimator.largest_support, full=full)
