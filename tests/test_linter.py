@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 
 from lit_opd import DistillationModule, estimators
 from lit_opd.cli import main
+from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import PACKAGE_FOLDER, Config, LintConfig, StudentConfig, TeacherConfig, load_config
 from lit_opd.errors import UserError
-from lit_opd.lab.quiet import quiet_libraries
 from lit_opd.linter import RULES, Facts, Finding, LintWarning, check, enforce, lint
 from lit_opd.linter.linting import _stop_ids
 from lit_opd.linter.rules import sampler_is_not_student, stale_updates

@@ -19,11 +19,11 @@ from lit_opd.estimators import BoundEstimator
 from lit_opd.evaluation import judge
 from lit_opd.functional import chunk_rows
 from lit_opd.lab.audit.positions import Positions, read_positions
-from lit_opd.lab.trainer import build_evaluation_trainer
-from lit_opd.lab.training import build
 from lit_opd.models import LanguageModel
 from lit_opd.module import DistillationModule
 from lit_opd.rollout import TRAINING_STREAM, LocalEngine, uniforms
+from lit_opd.runs.distillation import build
+from lit_opd.runs.lightning_trainer import build_evaluation_trainer
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["Evidence", "gather"]

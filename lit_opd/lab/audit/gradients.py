@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_opd import models
 from lit_opd.functional import token_weights
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.sketch import Sketch
+from lit_opd.lab.measure.sketch import Sketch
 from lit_opd.rollout import micro_batches
 from lit_opd.types import ScoredRollout
 
