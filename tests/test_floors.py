@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room may import from those on lower floors, and from itself.
 FLOORS = (
     ("errors", "types"),
-    ("allocator", "bounds", "config", "functional", "plugins"),
+    ("allocator", "config", "functional", "plugins"),
     ("curves", "diagnostics", "estimators", "measures", "metrics"),
     ("data", "models", "optim", "perf"),
     ("linter", "objective", "rollout", "teachers"),
@@ -23,7 +23,7 @@ FLOORS = (
     ("__main__", "cli"),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-SAME_FLOOR = {("__main__", "cli"), ("config", "bounds"), ("bounds", "config")}
+SAME_FLOOR = {("__main__", "cli")}
 MOVING_DOWN = ("lit_opd.lab.lineage", "lit_opd.lab.view")
 LIGHTNING_FLOOR = 3
 FILE_LINES, FUNCTION_LINES = 320, 60
