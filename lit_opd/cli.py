@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -110,60 +108,38 @@ def _config(parsed: argparse.Namespace) -> Config:
     return load_config(parsed.config, parsed.overrides)
 
 
+# Each loads its configuration first and imports its command then: a mistake in a file must not wait for torch.
 def _fit(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from lit_opd.lab.quiet import quiet_libraries
-    from lit_opd.lab.summary import print_outcome
-    from lit_opd.lab.training import train
+    from lit_opd.commands.running import fit
 
-    quiet_libraries()
-    print_outcome(config, train(config, parsed.resume, parsed.profile))
+    fit(config, parsed.resume, parsed.profile)
 
 
 def _evaluate(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from lit_opd.lab.quiet import quiet_libraries
-    from lit_opd.lab.summary import print_results
-    from lit_opd.lab.training import evaluate
+    from lit_opd.commands.running import evaluate
 
-    quiet_libraries()
-    title = f"{parsed.stage}: {parsed.checkpoint or config.student.path}"
-    print_results(title, evaluate(config, parsed.checkpoint, parsed.stage))
+    evaluate(config, parsed.checkpoint, parsed.stage)
 
 
 def _export(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from lit_opd.lab.export import export_checkpoint
-    from lit_opd.lab.folder import RunFolder
-    from lit_opd.lab.quiet import quiet_libraries
+    from lit_opd.commands.export import export
 
-    quiet_libraries()
-    folder = RunFolder(Path(config.output_dir))
-    checkpoint = folder.find_checkpoint(parsed.checkpoint)
-    print(export_checkpoint(config.student, checkpoint, Path(parsed.out) if parsed.out else folder.student))
+    export(config, parsed.checkpoint, parsed.out)
 
 
 def _measure(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from lit_opd.lab.measure import measure, print_measurement, record
-    from lit_opd.lab.quiet import quiet_libraries
-    from lit_opd.tracking import check_tracking
+    from lit_opd.commands.experiments import measure
 
-    quiet_libraries()
-    check_tracking(config.tracking.uri)
-    measurement = measure(config)
-    print_measurement(measurement)
-    if parsed.json:
-        Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(parsed.json).write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
-    print(f"MLflow: {record(config, measurement)}")
-    if measurement.interrupted:
-        raise KeyboardInterrupt
+    measure(config, parsed.json)
 
 
 def _ui(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from lit_opd.lab.ui import serve
+    from lit_opd.commands.ui import serve
 
     serve(config, parsed.port)
 
@@ -171,39 +147,32 @@ def _ui(parsed: argparse.Namespace) -> None:
 def _compare(parsed: argparse.Namespace) -> None:
     from lit_opd.lab.compare.grid import Comparison, load_comparison, runs_of
 
-    json_file = Path(parsed.json) if parsed.json else None
     # argparse gives an option all the words that follow it, and overrides may stand anywhere.
     ids = [word for word in parsed.from_runs if "=" not in word]
     overrides = [*parsed.overrides, *(word for word in parsed.from_runs if "=" in word)]
-    comparison = None if parsed.from_runs else load_comparison(parsed.config, overrides)
-    runs = runs_of(comparison) if comparison else []
-    from lit_opd.lab.compare.command import compare, compare_recorded
-    from lit_opd.lab.quiet import quiet_libraries
+    if parsed.from_runs:
+        recorded = load_as(Comparison, parsed.config, overrides)
+        from lit_opd.commands.experiments import compare_recorded
 
-    quiet_libraries()
-    if comparison:
-        compare(comparison, runs, json_file)
+        compare_recorded(recorded, ids, parsed.json)
     else:
-        compare_recorded(load_as(Comparison, parsed.config, overrides), ids, json_file)
+        comparison = load_comparison(parsed.config, overrides)
+        runs = runs_of(comparison)
+        from lit_opd.commands.experiments import compare
+
+        compare(comparison, runs, parsed.json)
 
 
 def _audit(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from lit_opd.lab.audit import audit, check_destination, print_audit, write_json
-    from lit_opd.lab.quiet import quiet_libraries
+    from lit_opd.commands.experiments import audit
 
-    quiet_libraries()
-    check_destination(parsed.json)
-    found = audit(config)
-    print_audit(found)
-    if parsed.json is not None:
-        write_json(found, parsed.json)
-    found.enforce()
+    audit(config, parsed.json)
 
 
 def _check(parsed: argparse.Namespace) -> None:
     keywords = _keywords(parsed.overrides)
-    from lit_opd.lab.check import check
+    from lit_opd.commands.check import check
 
     check(parsed.estimator, keywords)
 
@@ -220,6 +189,6 @@ def _keywords(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _estimators(parsed: argparse.Namespace) -> None:
-    from lit_opd.lab.catalogue import markdown_table, print_table
+    from lit_opd.commands.estimators import markdown_table, print_table
 
     print(markdown_table()) if parsed.markdown else print_table()

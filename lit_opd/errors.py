@@ -1,4 +1,4 @@
-"""Mistakes of the user and failures of a run, and how they are told."""
+"""Tell mistakes of the user and failures of a run in one line each; the command line prints it, without traceback."""
 
 from __future__ import annotations
 
@@ -19,22 +19,29 @@ class UserError(Exception):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, though nobody made a mistake: told in one line, without traceback."""
+    """A run that cannot go on, though nobody made a mistake."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """The remedy for a misspelt word: the nearest known one, or the list of all (a sentence)."""
+    """Write the remedy for a misspelt word, a sentence: the nearest known word, or the list of all."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
-def choose(key: str, value: str, allowed: Iterable[str]) -> None:
+def choose(key: str, value: str, allowed: Iterable[str], otherwise: str = "") -> None:
     """Check that a value is one of the allowed words.
+
+    Args:
+        key: the configuration key, for messages.
+        value: of the key.
+        allowed: words.
+        otherwise: what else the message offers.
 
     Raises:
         UserError: it is not.
     """
     allowed = list(allowed)
     if value not in allowed:
-        raise UserError(key, f"one of {', '.join(allowed)}", repr(value), suggest(value, allowed))
+        words = ", ".join(allowed) + (f", or {otherwise}" if otherwise else "")
+        raise UserError(key, f"one of {words}", repr(value), suggest(value, allowed))

@@ -13,7 +13,6 @@ from torch import Tensor
 from lit_opd import estimators, linter, models
 from lit_opd.config import (
     Config,
-    DataConfig,
     DiagnosticsConfig,
     EstimatorConfig,
     EvaluationConfig,
@@ -101,13 +100,12 @@ class DistillationModule(AcrossProcesses):
         self.rollout_config = as_section(RolloutConfig, rollout, "rollout")
         self.optim_config = as_section(OptimConfig, optim, "optim")
         settings = as_section(EvaluationConfig, evaluation, "evaluation")
-        # How many prompts a batch holds is the data module's to say.
-        config = Config(data=DataConfig(batch_size=self.optim_config.updates_per_rollout), optim=self.optim_config,
-                        rollout=self.rollout_config, evaluation=settings, lint=as_section(LintConfig, lint, "lint"),
-                        diagnostics=as_section(DiagnosticsConfig, diagnostics, "diagnostics"),
-                        estimator=EstimatorConfig(aggregation=aggregation, masked_tokens=[*masked_tokens]))  # fmt: skip
+        support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
+        as_section(EstimatorConfig, {"aggregation": aggregation}, "estimator")
         self.law = training_law(self.rollout_config, self.estimator)
-        linter.check(config, self.estimator, student, teacher, tokenizer)
+        linter.check(self.estimator, self.rollout_config, self.optim_config, student, teacher,
+                     masked_tokens=masked_tokens, tokenizer=tokenizer,
+                     allow=as_section(LintConfig, lint, "lint").allow)  # fmt: skip
         self.pair = models.Pair(student, teacher, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student = self.pair.student
         self.model = self.student.model
@@ -116,7 +114,7 @@ class DistillationModule(AcrossProcesses):
         self.engine = engine or build_engine(self.rollout_config)
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
-        self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, config.diagnostics.support_size)
+        self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, support_size)
         self.results: dict[str, dict[str, Interval]] = {}
         self.examples: list[Example] = []
         self.seen: list[Seen] = []

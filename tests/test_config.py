@@ -1,7 +1,11 @@
+import ast
+import inspect
 import subprocess
 import sys
+import textwrap
 import time
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from typing import get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -18,8 +22,8 @@ from lit_opd.config import (
     StudentConfig,
     TeacherConfig,
     as_section,
-    check_values,
     load_config,
+    loading,
     to_flat,
     to_yaml,
 )  # fmt: skip
@@ -109,7 +113,8 @@ def test_values_of_overrides(override, value):
     (["reference.dtype=int8"], "reference.dtype: expected one of float32"),
     (["reference.temperature=2"], "reference.temperature: expected a known key"),
     (["student.dtype=int8"], "student.dtype: expected one of float32, bfloat16, float16, float64, found 'int8'."),
-    (["rollout.engine=vlm"], "rollout.engine: expected one of local, vllm, found 'vlm'. Did you mean 'vllm'?"),
+    (["rollout.engine=vlm"], "rollout.engine: expected one of local, vllm, or package.module:name or file.py:name, "
+     "found 'vlm'. Did you mean 'vllm'?"),
     (["rollout.engine=vllm"], "rollout.server: expected the address of a vLLM server with rollout.engine=vllm, found "
      "nothing. Set rollout.server=http://127.0.0.1:8000;"),
     ([*SERVED, "rollout.server=localhost:8000"], "rollout.server: expected the address of a vLLM server with "
@@ -174,7 +179,7 @@ def test_the_reference_has_the_keys_of_the_teacher_and_need_not_be_named():
     assert config.reference == FrozenConfig()
     assert config.reference.path is None
     shared, own = ({f.name: f.default for f in fields(c)} for c in (FrozenConfig, TeacherConfig))
-    assert list(own) == [*shared, "temperature"], "TeacherConfig(path, dtype, ...) by position"
+    assert list(own) == [*shared, "temperature", "kind"], "TeacherConfig(path, dtype, ...) by position"
     assert {k: v for k, v in own.items() if k in shared and k != "path"} == {
         k: v for k, v in shared.items() if k != "path"
     }
@@ -191,9 +196,47 @@ def test_as_section():
         as_section(OptimConfig, {"lrr": 2}, "optim")
 
 
-def test_check_values_names_the_key():
+def test_a_section_checks_itself_under_its_name():
     with pytest.raises(UserError, match=r"^data.overlong: expected one of drop, truncate, error"):
-        check_values(Config(data=DataConfig(overlong="skip")))
+        DataConfig(overlong="skip").check("data")
+    with pytest.raises(UserError, match=r"^judge.dtype: expected one of float32"):
+        FrozenConfig(dtype="int8").check("judge")
+    with pytest.raises(UserError, match=r"^optim.lr: expected a value above 0"):
+        as_section(OptimConfig, OptimConfig(lr=0.0), "optim")
+
+
+SECTIONS_OF = [Config, *(hint for hint in get_type_hints(Config).values() if is_dataclass(hint))]
+
+
+@pytest.mark.parametrize("schema", SECTIONS_OF, ids=lambda schema: schema.__name__)
+def test_every_field_says_what_it_means(schema):
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign):
+            told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and after.value.value
+            assert told, f"{schema.__name__}.{field.target.id} has no line of meaning under it"
+            assert "\n" not in told
+            assert told.endswith(".")
+
+
+def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch, write):
+    monkeypatch.setattr(loading, "RENAMED", {"optim.rate": "optim.lr", "sampler": "rollout"})
+    message = r"^optim\.rate: expected its new name optim\.lr, found the old one \(override 'optim\.rate=1'\)\. Write "
+    with pytest.raises(UserError, match=message + r"optim\.lr\.$"):
+        load_config([], [*PATHS, "optim.rate=1"])
+    with pytest.raises(UserError, match=r"^sampler: expected its new name rollout, found the old one \(.*old\.yaml\)"):
+        load_config([write("old.yaml", "sampler: {top_p: 1.0}\n")], PATHS)
+
+
+def test_renamed_keys_are_no_keys_and_their_new_names_are():
+    def known(schema, key):
+        first, _, rest = key.partition(".")
+        hint = get_type_hints(schema).get(first)
+        return hint is not None and (not rest or not is_dataclass(hint) or known(hint, rest))
+
+    for old, new in loading.RENAMED.items():
+        assert not known(Config, old)
+        assert known(Config, new)
 
 
 def test_flat_names_are_those_of_overrides():
@@ -204,7 +247,7 @@ def test_flat_names_are_those_of_overrides():
     assert flat["estimator.kwargs.a.b"] == 1
     assert flat["data.kwargs"] == {}
     assert flat["seed"] == 0
-    known = {f"{f.name}." for f in fields(Config)} | {"seed", "output_dir"}
+    known = {f"{f.name}." for f in fields(Config)} | {"seed", "output_dir", "callbacks"}
     assert all(any(name.startswith(k) for k in known) for name in flat)
 
 

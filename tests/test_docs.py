@@ -54,7 +54,7 @@ def test_the_gate_runs_readmes_own_commands():
 
 
 def test_the_registry_table_is_the_registry():
-    from lit_opd.lab.catalogue import markdown_table
+    from lit_opd.commands.estimators import markdown_table
 
     shown = re.search(r"<!-- estimators -->\n(.*?)\n<!-- /estimators -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert shown is not None

@@ -17,9 +17,17 @@ from safetensors import SafetensorError
 
 from lit_opd import DistillationModule, estimators
 from lit_opd.cli import main
-from lit_opd.config import PACKAGE_FOLDER, Config, LintConfig, StudentConfig, TeacherConfig, load_config
+from lit_opd.commands.quiet import quiet_libraries
+from lit_opd.config import (
+    PACKAGE_FOLDER,
+    LintConfig,
+    OptimConfig,
+    RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
+    load_config,
+)
 from lit_opd.errors import UserError
-from lit_opd.lab.quiet import quiet_libraries
 from lit_opd.linter import RULES, Facts, Finding, LintWarning, check, enforce, lint
 from lit_opd.linter.linting import _stop_ids
 from lit_opd.linter.rules import sampler_is_not_student, stale_updates
@@ -104,10 +112,17 @@ def configured(**keys):
     return load_config([], ["student.path=s", "teacher.path=t", *words])
 
 
-def judged(estimator, masked_ids=(), stop_ids=(), **keys):
-    """The names of the rules that fire, with their severity; `estimator` is one, or a name."""
+def facts_of(config, estimator, masked_ids=(), stop_ids=()):
+    """The facts of a configured run; `estimator` is one, or a name."""
     estimator = estimators.build(estimator) if isinstance(estimator, str) else estimator
-    return {f.rule: f.severity for f in lint(configured(**keys), estimator, masked_ids, stop_ids)}
+    masked_tokens, temperature = config.estimator.masked_tokens, config.teacher.temperature
+    ids = frozenset(masked_ids), frozenset(stop_ids)
+    return Facts(estimator, config.rollout, config.optim, temperature, masked_tokens, *ids)
+
+
+def judged(estimator, masked_ids=(), stop_ids=(), **keys):
+    """The names of the rules that fire, with their severity."""
+    return {f.rule: f.severity for f in lint(facts_of(configured(**keys), estimator, masked_ids, stop_ids))}
 
 
 MASKED = {"estimator__masked_tokens": "[7]"}
@@ -213,7 +228,7 @@ def test_there_is_nothing_against_a_registered_estimator_as_it_comes(name):
 @pytest.mark.parametrize("file", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda path: path.name)
 def test_no_shipped_configuration_has_a_finding(file):
     config = load_config([file], [] if "student" in file.read_text() else ["student.path=s", "teacher.path=t"])
-    assert lint(config, estimators.build(config.estimator.name, **config.estimator.kwargs)) == []
+    assert lint(facts_of(config, estimators.build(config.estimator.name, **config.estimator.kwargs))) == []
 
 
 LAWS = st.builds(
@@ -224,10 +239,8 @@ LAWS = st.builds(
 
 @given(LAWS, st.sampled_from(["token", "sequence", "importance_reverse_kl", "full_vocab", "teacher_topk"]))
 def test_the_sampler_is_the_students_or_something_is_said(law, name):
-    config, estimator = Config(), estimators.build(name)
-    for key, value in vars(law).items():
-        setattr(config.rollout, key, value)
-    finding = sampler_is_not_student(config, estimator, Facts())
+    facts = Facts(estimators.build(name), RolloutConfig(**vars(law)), OptimConfig())
+    finding = sampler_is_not_student(facts)
     truncated = (law.top_p, law.top_k, law.min_p) != (1.0, 0, 0.0)
     if name in ("full_vocab", "teacher_topk") or law.temperature == 0 or law.is_student:
         assert finding is None
@@ -243,7 +256,7 @@ def test_a_term_of_a_mix_is_tried_by_itself(tmp_path):
     """Beside a live term the sum has a gradient, and its dead part is still only noise."""
     file = tmp_path / "mine.py"
     file.write_text("from lit_opd.types import Estimate\n\n" + inspect.getsource(k1))
-    (finding,) = lint(configured(), mix(token=1.0, **{f"{file}:k1": 0.5}))
+    (finding,) = lint(facts_of(configured(), mix(token=1.0, **{f"{file}:k1": 0.5})))
     assert (finding.rule, finding.key) == ("k1_as_loss", "estimator.kwargs")
     assert f"{file}:k1" in finding.found
 
@@ -268,10 +281,9 @@ REFUSALS = {
 @pytest.mark.parametrize("rule", REFUSALS)
 def test_a_refusal_is_one_line_with_key_reason_finding_and_remedy(rule):
     _, _, estimator, keys = next(case for case in FIRES if case[:2] == (rule, "refuse"))
-    estimator = estimators.build(estimator) if isinstance(estimator, str) else estimator
     given_ids = {name: keys[name] for name in ("masked_ids", "stop_ids") if name in keys}
     config = configured(**{key: value for key, value in keys.items() if key not in given_ids})
-    (finding,) = (f for f in lint(config, estimator, **given_ids) if f.rule == rule)
+    (finding,) = (f for f in lint(facts_of(config, estimator, **given_ids)) if f.rule == rule)
     with pytest.raises(UserError) as caught:
         enforce([finding])
     message = str(caught.value)
@@ -440,9 +452,10 @@ def test_a_folder_needs_no_generation_config(make_model, save_model, tiny_tokeni
 
 
 def test_nothing_is_read_where_nothing_is_masked():
-    check(configured(), estimators.build("token"), StudentConfig("no/such/folder"), TeacherConfig("none"))
+    pair = StudentConfig("no/such/folder"), TeacherConfig("none")
+    check(estimators.build("token"), RolloutConfig(), OptimConfig(), *pair)
     with pytest.raises(UserError, match=r"student\.path"):
-        check(configured(**MASKED), estimators.build("token"), StudentConfig("no/such/folder"), TeacherConfig("none"))
+        check(estimators.build("token"), RolloutConfig(), OptimConfig(), *pair, masked_tokens=[7])
 
 
 COMMAND = ["--config", str(QUICKSTART), "output_dir=run", "data.train_size=8", "data.validation_size=4",
@@ -491,5 +504,5 @@ def test_other_warnings_go_where_they_went(capsys):
 
 
 def test_rules_of_the_configuration_need_no_probe():
-    config = replace(Config(), optim=replace(Config().optim, updates_per_rollout=2))
-    assert stale_updates(config, estimators.build("token"), Facts()).severity == "refuse"
+    facts = Facts(estimators.build("token"), RolloutConfig(), OptimConfig(updates_per_rollout=2))
+    assert stale_updates(facts).severity == "refuse"

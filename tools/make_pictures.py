@@ -4,8 +4,8 @@ Usage: ``python tools/make_pictures.py [--uri sqlite:///mlflow.db] [--experiment
 
 Writes ``<experiment>_curves.png``, by matplotlib, and screenshots of the stock MLflow UI by headless Chromium:
 ``mlflow_table.png``, ``mlflow_compare.png`` and, of the best run, ``mlflow_completions.png``. They need
-``pip install selenium`` and Debian's ``chromium`` and ``chromium-driver``; tests/lab/test_browser.py holds what they
-show. The curves show every finished run of the experiment; runs which differ in the seed only share a colour. MLflow
+``pip install selenium`` and Debian's ``chromium`` and ``chromium-driver``; tests/commands/test_browser.py holds what
+they show. The curves show every finished run of it; runs which differ in the seed only share a colour. MLflow
 colours runs by their ids, at times two alike, so the screenshots are of a copy of an SQLite database whose runs have
 the colours of the curves; your own is only read.
 """

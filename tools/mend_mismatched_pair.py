@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config, load_config
 from lit_opd.errors import RunError
 from lit_opd.lab.audit import audit, print_audit
-from lit_opd.lab.quiet import quiet_libraries
-from lit_opd.lab.training import train
+from lit_opd.runs.distillation import train
 
 QUICKSTART = Path(__file__).parents[1] / "conf" / "quickstart.yaml"
 METRICS = ("accuracy", "truncated_frac", "length")

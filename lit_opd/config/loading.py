@@ -1,4 +1,4 @@
-"""Filling the dataclasses from YAML files and dotted overrides, and writing them back."""
+"""Fill the dataclasses from YAML files and dotted overrides, and write them back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
-from lit_opd.bounds import check_values
+from lit_opd.config.limits import Section
 from lit_opd.config.schema import Config
 from lit_opd.errors import UserError, suggest
 
@@ -20,12 +20,15 @@ __all__ = ["as_section", "load_as", "load_config", "to_flat", "to_yaml"]
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 T = TypeVar("T")
+S = TypeVar("S", bound=Section)
 # Keywords belong to what they are given to: whoever names another estimator or optimizer begins with its own defaults.
 KEYWORDS_OF = {
     "estimator.name": "estimator.kwargs",
     "optim.name": "optim.kwargs",
     "optim.scheduler": "optim.scheduler_kwargs",
 }
+RENAMED: dict[str, str] = {}
+"""Dotted keys of earlier versions, and what they are called now: an old one is refused with its new name."""
 
 
 def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -38,12 +41,12 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
         UserError: a missing or malformed file, an unknown key, a wrong type, a value out of its range.
     """
     config = load_as(Config, files, overrides)
-    check_values(config)
+    config.check()
     return config
 
 
 def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> T:
-    """Fill a dataclass: defaults <- YAML files in order <- `key=value` overrides; no value is judged beyond its type.
+    """Fill a dataclass: defaults <- YAML files in order <- `key=value` overrides. Types are checked, ranges are not.
 
     Raises:
         UserError: a missing or malformed file, an unknown key, a wrong type, a value that is missing.
@@ -68,19 +71,19 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
     return filled
 
 
-def as_section(schema: type[T], value: T | Mapping[str, Any] | None, name: str) -> T:
-    """A section of the configuration from itself, from a mapping of its keys, or from nothing (its defaults).
+def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) -> S:
+    """Make a section of itself, of a mapping of its keys, or of nothing (its defaults), and check its values.
 
     Raises:
-        UserError: an unknown key or a wrong type.
+        UserError: an unknown key, a wrong type, a value out of its range.
     """
-    if isinstance(value, schema):
-        return value
-    node = OmegaConf.structured(Config)
-    merged = _merge(Config, node, OmegaConf.create({name: dict(value or {})}), where="keyword")  # type: ignore[arg-type]
-    section = OmegaConf.to_object(merged[name])
-    assert isinstance(section, schema)
-    return section
+    if not isinstance(value, schema):
+        given: Any = {name: dict(value or {})}  # type: ignore[arg-type]
+        merged = _merge(Config, OmegaConf.structured(Config), OmegaConf.create(given), where="keyword")
+        value = OmegaConf.to_object(merged[name])  # type: ignore[assignment]
+    assert isinstance(value, schema)
+    value.check(name)
+    return value
 
 
 def _read(file: Path) -> DictConfig:
@@ -123,6 +126,8 @@ def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
     hints = get_type_hints(schema)
     for key in node:
         name = f"{prefix}{key!s}"
+        if new := RENAMED.get(name):
+            raise UserError(name, f"its new name {new}", f"the old one ({where})", f"Write {new}.")
         if str(key) not in hints:
             raise UserError(name, "a known key", f"an unknown one ({where})", suggest(str(key), hints))
         if not is_dataclass(hints[str(key)]):
@@ -152,7 +157,7 @@ def _first_line(error: Exception) -> str:
 
 
 def to_flat(config: Config) -> dict[str, Any]:
-    """The configuration as dotted key -> value, as overrides are written, for parameter tables."""
+    """Write the configuration as dotted key -> value, as overrides are, for tables of parameters."""
     return dict(_leaves(asdict(config), ""))
 
 
@@ -165,7 +170,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration, or another dataclass, as YAML that `load_config` or `load_as` reads back."""
+    """Write the resolved configuration, or another dataclass, as YAML that `load_config` or `load_as` reads back."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
 
 

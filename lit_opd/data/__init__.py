@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "PromptDataModule": "lit_opd.data.module",
+    "PromptDataModule": "lit_opd.data.datamodule",
     "PromptStream": "lit_opd.data.stream",
     "Verifier": "lit_opd.data.verifiers",
     "build_verifier": "lit_opd.data.verifiers",

@@ -1,4 +1,4 @@
-"""Configurations that cannot do what they say, refused before any weight loads, each with the reason and the fix."""
+"""Refuse configurations that cannot do what they say, before any weight loads, each with the reason and the fix."""
 
 from lit_opd.linter.findings import Facts, Finding, LintWarning
 from lit_opd.linter.linting import check, enforce, lint

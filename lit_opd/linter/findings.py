@@ -1,10 +1,13 @@
-"""What a rule judges by, and what it finds."""
+"""The facts of a run that a rule of the linter judges by, and the finding it makes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from lit_opd.config import OptimConfig, RolloutConfig
 from lit_opd.errors import UserError
+from lit_opd.estimators import BoundEstimator
 from lit_opd.linter.probes import Probe
 
 __all__ = ["Facts", "Finding", "LintWarning"]
@@ -15,21 +18,31 @@ class LintWarning(UserWarning):
 
 
 class Facts(NamedTuple):
-    """What rules judge by, besides the configuration.
+    """A run as the rules see it.
 
     Attributes:
-        probes: one for every term of the estimator.
+        estimator: bound.
+        rollout: the section.
+        optim: the section.
+        teacher_temperature: other than 1, the target is not the teacher that evaluations measure.
+        masked_tokens: as configured.
         masked_ids: the tokens that are not counted.
         stop_ids: the tokens that end a completion; empty where they are not known.
+        probes: one for every term of the estimator.
     """
 
-    probes: tuple[Probe, ...] = ()
+    estimator: BoundEstimator
+    rollout: RolloutConfig
+    optim: OptimConfig
+    teacher_temperature: float = 1.0
+    masked_tokens: Sequence[str | int] = ()
     masked_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
+    probes: tuple[Probe, ...] = ()
 
 
 class Finding(NamedTuple):
-    """What a rule has against a configuration.
+    """The objection of a rule to a configuration.
 
     Attributes:
         rule: its name, as `lint.allow` takes it.

@@ -1,14 +1,16 @@
-"""Lint a run: gather the facts, ask every rule, refuse or warn."""
+"""Lint a run: gather the facts, ask every rule, refuse or warn.
+
+Called by `runs.prepare` and by `DistillationModule`, before weights load.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
-from lit_opd.config import Config, StudentConfig, TeacherConfig, check_values
+from lit_opd.config import OptimConfig, RolloutConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError, suggest
 from lit_opd.estimators import BoundEstimator
 from lit_opd.linter.findings import Facts, Finding, LintWarning
@@ -19,37 +21,42 @@ from lit_opd.models import LanguageModel, load_tokenizer, read_model_config, tok
 __all__ = ["check", "enforce", "lint"]
 
 
-def check(config: Config, estimator: BoundEstimator, student: Any, teacher: Any, tokenizer: Any = None) -> None:
-    """Check every value of a run, lint it, and enforce what is found; reads no weights.
+def check(
+    estimator: BoundEstimator,
+    rollout: RolloutConfig,
+    optim: OptimConfig,
+    student: Any,
+    teacher: Any,
+    *,
+    masked_tokens: Sequence[str | int] = (),
+    tokenizer: Any = None,
+    allow: Collection[str] = (),
+) -> None:
+    """Lint a run and enforce the findings; reads no weights.
 
     Args:
-        config: the run.
-        estimator: what it names, bound.
+        estimator: bound.
+        rollout: the section.
+        optim: the section.
         student: `StudentConfig`, a path, or a model in memory.
         teacher: `TeacherConfig`, a path, or a model in memory.
+        masked_tokens: tokens, as text or ids, whose positions are not counted.
         tokenizer: the student's; by default read from its folder where it is needed.
+        allow: rules whose refusals may pass.
 
     Raises:
-        UserError: a value out of its range, or the first refusal that `lint.allow` does not name.
+        UserError: the first refusal that `allow` does not name.
     """
-    check_values(config)
-    config = replace(config, teacher=teacher) if isinstance(teacher, TeacherConfig) else config
-    enforce(lint(config, estimator, *_student_tokens(config, student, tokenizer)), config.lint.allow)
+    temperature = teacher.temperature if isinstance(teacher, TeacherConfig) else 1.0
+    masked_ids, stop_ids = _student_tokens(student, masked_tokens, tokenizer)
+    facts = Facts(estimator, rollout, optim, temperature, masked_tokens, frozenset(masked_ids), frozenset(stop_ids))
+    enforce(lint(facts), allow)
 
 
-def lint(
-    config: Config, estimator: BoundEstimator, masked_ids: Iterable[int] = (), stop_ids: Iterable[int] = ()
-) -> list[Finding]:
-    """Everything the rules have against a run.
-
-    Args:
-        config: the run.
-        estimator: what it names, bound.
-        masked_ids: the tokens that are not counted.
-        stop_ids: the tokens that end a completion; empty where they are not known.
-    """
-    facts = Facts(tuple(map(probe, estimator.terms)), frozenset(masked_ids), frozenset(stop_ids))
-    return [finding for rule in RULES if (finding := rule(config, estimator, facts)) is not None]
+def lint(facts: Facts) -> list[Finding]:
+    """Collect the objections of all rules to a run, after probing every term of its estimator."""
+    facts = facts._replace(probes=tuple(map(probe, facts.estimator.terms)))
+    return [finding for rule in RULES if (finding := rule(facts)) is not None]
 
 
 def enforce(findings: Sequence[Finding], allow: Collection[str] = ()) -> None:
@@ -75,10 +82,10 @@ def enforce(findings: Sequence[Finding], allow: Collection[str] = ()) -> None:
         warnings.warn(str(finding.as_error(closing)), LintWarning, stacklevel=4)
 
 
-def _student_tokens(config: Config, student: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids of the masked tokens, and of those that end a completion; not looked up where nothing is masked."""
+def _student_tokens(student: Any, masked_tokens: Sequence[str | int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Look up the ids of the masked tokens and of those that end a completion; of none where nothing is masked."""
     student = StudentConfig(path=student) if isinstance(student, str) else student
-    masked_tokens, in_memory = config.estimator.masked_tokens, not isinstance(student, StudentConfig)
+    in_memory = not isinstance(student, StudentConfig)
     if not masked_tokens or (in_memory and tokenizer is None):
         return [], []
     tokenizer = tokenizer or load_tokenizer(student, "student")
@@ -89,7 +96,7 @@ def _student_tokens(config: Config, student: Any, tokenizer: Any) -> tuple[list[
 
 
 def _stop_ids(student: StudentConfig, tokenizer: Any) -> list[int]:
-    """What `LanguageModel.stop_ids` will be once the weights are there."""
+    """Predict `LanguageModel.stop_ids` before the weights are there."""
     from transformers import GenerationConfig
 
     sources = [tokenizer, read_model_config(student, "student")]

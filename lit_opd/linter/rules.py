@@ -1,4 +1,4 @@
-"""The rules: each looks for one way in which a run cannot do what it says.
+"""Look, in one rule each, for the ways in which a run cannot do what it says.
 
 Identities (I1, ...) are numbered as in `tests/estimators/oracle/test_identities.py`.
 """
@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lit_opd.config import Config
-from lit_opd.estimators import BoundEstimator, get, names
+from lit_opd.estimators import get, names
 from lit_opd.linter.findings import Facts, Finding
 from lit_opd.linter.probes import Probe
 
 __all__ = ["RULES"]
 
-Rule = Callable[[Config, BoundEstimator, Facts], Finding | None]
+Rule = Callable[[Facts], Finding | None]
 
 
-def k1_as_loss(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """A loss that averages to no gradient, the same whatever the teacher says: the log-ratio itself is one."""
+def k1_as_loss(facts: Facts) -> Finding | None:
+    """Refuse a loss that averages to no gradient and ignores the teacher, as the log-ratio itself does."""
     if name := _first(facts, lambda p: p.dead and p.ignores_teacher):
         return Finding(
-            "k1_as_loss", "refuse", _key(estimator), f"{name!r}, whose gradient does not depend on the teacher",
+            "k1_as_loss", "refuse", _key(facts), f"{name!r}, whose gradient does not depend on the teacher",
             "a loss whose expected gradient is not zero: a log-ratio that is differentiated leaves E[grad log p] = 0 "
             "over the student's samples (k1 as a loss, identity I1)",
             "Multiply log p by the detached log-ratio, as 'token' does, or take half its square.",
@@ -29,11 +28,11 @@ def k1_as_loss(config: Config, estimator: BoundEstimator, facts: Facts) -> Findi
     return None
 
 
-def action_independent_advantage(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """A score function times something that does not depend on the sampled token."""
+def action_independent_advantage(facts: Facts) -> Finding | None:
+    """Refuse a score function times something that does not depend on the sampled token."""
     if name := _first(facts, lambda p: p.dead and not p.ignores_teacher):
         return Finding(
-            "action_independent_advantage", "refuse", _key(estimator), f"{name!r}, whose expected gradient is zero",
+            "action_independent_advantage", "refuse", _key(facts), f"{name!r}, whose expected gradient is zero",
             "an advantage that depends on the sampled token: any other is a baseline, as E[grad log p] = 0, and "
             "trains nothing (identity I6)",
             "Differentiate the divergence instead of rewarding its value, as 'full_vocab' and 'teacher_topk' do.",
@@ -41,8 +40,8 @@ def action_independent_advantage(config: Config, estimator: BoundEstimator, fact
     return None
 
 
-def renormalised_over_one_token(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """A support of one token that says nothing."""
+def renormalised_over_one_token(facts: Facts) -> Finding | None:
+    """Refuse a renormalised support of one token, on which all distributions are equal."""
     if _first(facts, lambda p: p.silent and p.support_size == 1):
         return Finding(
             "renormalised_over_one_token", "refuse", "estimator.kwargs.k", "1",
@@ -53,23 +52,23 @@ def renormalised_over_one_token(config: Config, estimator: BoundEstimator, facts
     return None
 
 
-def no_gradient(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """An estimator that no sample of small random models gives a gradient."""
+def no_gradient(facts: Facts) -> Finding | None:
+    """Warn of an estimator that no sample of small random models gives a gradient."""
     if name := _first(facts, lambda p: p.silent and p.support_size != 1):
         return Finding(
-            "no_gradient", "warn", _key(estimator), f"none with {name!r}",
+            "no_gradient", "warn", _key(facts), f"none with {name!r}",
             "a gradient from some sample of small random models", "Look for a detached loss or too narrow a limit.",
         )  # fmt: skip
     return None
 
 
-def whitened_advantage(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """Pure distillation whose gradient forgets how far apart the models are."""
-    if "rewards" in estimator.needs:
+def whitened_advantage(facts: Facts) -> Finding | None:
+    """Refuse pure distillation whose gradient forgets how far apart the models are."""
+    if "rewards" in facts.estimator.needs:
         return None
     if name := _first(facts, lambda p: p.whitened):
         return Finding(
-            "whitened_advantage", "refuse", _key(estimator),
+            "whitened_advantage", "refuse", _key(facts),
             f"{name!r}, whose gradient stays the same when every log-ratio doubles",
             "an advantage in nats: brought to unit variance over a batch it loses the KL's level, and steps stay as "
             "large when student and teacher have met (SkyRL rejects it too)",
@@ -78,9 +77,9 @@ def whitened_advantage(config: Config, estimator: BoundEstimator, facts: Facts) 
     return None
 
 
-def sampler_is_not_student(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """Estimators that learn from what is sampled, under another law than the student's."""
-    rollout, sampled, uncorrected = config.rollout, _sampled(estimator), _uncorrected(estimator)
+def sampler_is_not_student(facts: Facts) -> Finding | None:
+    """Refuse another law than the student's where an estimator learns from what is sampled."""
+    rollout, sampled, uncorrected = facts.rollout, _sampled(facts), _uncorrected(facts)
     if not sampled or rollout.temperature == 0:  # greedy is refused with the law, whatever else is set
         return None
     if uncorrected and rollout.temperature != 1:
@@ -111,9 +110,9 @@ def sampler_is_not_student(config: Config, estimator: BoundEstimator, facts: Fac
     return None
 
 
-def teacher_temperature(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """A target that is not the teacher that evaluations measure."""
-    temperature = config.teacher.temperature
+def teacher_temperature(facts: Facts) -> Finding | None:
+    """Warn of a target that is not the teacher that evaluations measure."""
+    temperature = facts.teacher_temperature
     if temperature == 1:
         return None
     return Finding(
@@ -123,9 +122,9 @@ def teacher_temperature(config: Config, estimator: BoundEstimator, facts: Facts)
     )  # fmt: skip
 
 
-def stale_updates(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """Several updates on one rollout, of which only the first is on-policy."""
-    updates, uncorrected = config.optim.updates_per_rollout, _uncorrected(estimator)
+def stale_updates(facts: Facts) -> Finding | None:
+    """Refuse several updates on one rollout where nothing corrects for the later ones, which are off-policy."""
+    updates, uncorrected = facts.optim.updates_per_rollout, _uncorrected(facts)
     if updates == 1 or not uncorrected:
         return None
     return Finding(
@@ -136,8 +135,8 @@ def stale_updates(config: Config, estimator: BoundEstimator, facts: Facts) -> Fi
     )  # fmt: skip
 
 
-def no_stop_signal(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """Masked tokens that leave nothing to learn the end from."""
+def no_stop_signal(facts: Facts) -> Finding | None:
+    """Refuse masked tokens that leave nothing to learn the end of a completion from."""
     if not facts.stop_ids or not facts.stop_ids <= facts.masked_ids:
         return None
     return Finding(
@@ -148,9 +147,9 @@ def no_stop_signal(config: Config, estimator: BoundEstimator, facts: Facts) -> F
     )  # fmt: skip
 
 
-def credit_across_masked_tokens(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """Masked tokens where the credit of one token is made of others'."""
-    masked = config.estimator.masked_tokens
+def credit_across_masked_tokens(facts: Facts) -> Finding | None:
+    """Refuse, or warn of, masked tokens where the advantage of one token depends on other tokens."""
+    masked = list(facts.masked_tokens)
     if not masked:
         return None
     if name := _first(facts, lambda p: p.leaks):
@@ -170,20 +169,20 @@ def credit_across_masked_tokens(config: Config, estimator: BoundEstimator, facts
     return None
 
 
-def one_completion(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """A comparison within a prompt that has nothing to compare."""
-    if "groups" not in estimator.needs or config.rollout.num_completions > 1:
+def one_completion(facts: Facts) -> Finding | None:
+    """Refuse a comparison of the completions of a prompt where there is one."""
+    if "groups" not in facts.estimator.needs or facts.rollout.num_completions > 1:
         return None
     return Finding(
         "one_completion", "refuse", "rollout.num_completions", "1",
-        f"at least 2 for {estimator.spec.name!r}: it compares the completions of one prompt, and a single one is left "
-        "without another", "Set rollout.num_completions=4.",
+        f"at least 2 for {facts.estimator.spec.name!r}: it compares the completions of one prompt, and a single one is "
+        "left without another", "Set rollout.num_completions=4.",
     )  # fmt: skip
 
 
-def no_demonstrations(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """A term that learns from demonstrations where the student writes everything itself."""
-    if config.rollout.student_share < 1:
+def no_demonstrations(facts: Facts) -> Finding | None:
+    """Refuse a term that learns from demonstrations where the student writes everything itself."""
+    if facts.rollout.student_share < 1:
         return None
     if name := _first(facts, lambda p: p.taught):
         return Finding(
@@ -194,12 +193,12 @@ def no_demonstrations(config: Config, estimator: BoundEstimator, facts: Facts) -
     return None
 
 
-def unprobed(config: Config, estimator: BoundEstimator, facts: Facts) -> Finding | None:
-    """A function that fails on small models."""
+def unprobed(facts: Facts) -> Finding | None:
+    """Warn of a function that fails on small models."""
     for tried in facts.probes:
         if tried.error:
             return Finding(
-                "unprobed", "warn", _key(estimator), tried.error,
+                "unprobed", "warn", _key(facts), tried.error,
                 f"{tried.name!r} to run on a made-up batch in float64, so that its gradient can be checked",
                 "Correct it, or know that it was not checked.",
             )  # fmt: skip
@@ -224,28 +223,28 @@ RULES: tuple[Rule, ...] = (
 
 
 def _first(facts: Facts, holds: Callable[[Probe], bool]) -> str | None:
-    """The name of the first term of which something holds."""
+    """Name the first term of which something holds."""
     return next((probe.name for probe in facts.probes if holds(probe)), None)
 
 
-def _key(estimator: BoundEstimator) -> str:
-    return "estimator.name" if estimator.spec.split is None else "estimator.kwargs"
+def _key(facts: Facts) -> str:
+    return "estimator.name" if facts.estimator.spec.split is None else "estimator.kwargs"
 
 
-def _sampled(estimator: BoundEstimator) -> list[str]:
-    """The terms that learn from the chance of what was sampled."""
-    return [term.estimator.spec.name for term in estimator.terms if term.estimator.spec.on_policy]
+def _sampled(facts: Facts) -> list[str]:
+    """Name the terms that learn from the chance of what was sampled."""
+    return [term.estimator.spec.name for term in facts.estimator.terms if term.estimator.spec.on_policy]
 
 
-def _uncorrected(estimator: BoundEstimator) -> list[str]:
-    """Those of them that take the sampler to be the student."""
-    if estimator.spec.corrects:
+def _uncorrected(facts: Facts) -> list[str]:
+    """Name those of them that take the sampler to be the student."""
+    if facts.estimator.spec.corrects:
         return []
-    specs = [term.estimator.spec for term in estimator.terms]
+    specs = [term.estimator.spec for term in facts.estimator.terms]
     return [spec.name for spec in specs if spec.on_policy and not spec.corrects]
 
 
 def _or_corrected() -> str:
-    """The way out that keeps the configured value: registered estimators that weigh by student over sampler."""
+    """Offer the remedy that keeps the configured value: registered estimators that weigh by student over sampler."""
     correcting = [name for name in names() if get(name).corrects and get(name).needs == "token"]
     return f", or use an estimator that weighs by student over sampler ({', '.join(correcting)})" if correcting else ""

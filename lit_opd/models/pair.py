@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_opd.config import Config, FrozenConfig, StudentConfig, TeacherConfig, check_values
+from lit_opd.config import FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models.language_model import LanguageModel
@@ -97,7 +97,9 @@ def _as_reference(reference: Reference, student: StudentConfig | nn.Module) -> T
 
 
 def _check_sections(models: dict[str, Any]) -> None:
-    check_values(Config(**{key: model for key, model in models.items() if not isinstance(model, nn.Module)}))
+    for key, model in models.items():
+        if not isinstance(model, nn.Module):
+            model.check(key)
     given = {key: model for key, model in models.items() if isinstance(model, nn.Module)}
     mine = {id(p) for p in given["student"].parameters()} if "student" in given else set()
     for key, model in given.items():

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 from lit_opd.lab.compare.accounting import at_equal_cost, common_budget
 from lit_opd.lab.compare.ranking import rank
 from lit_opd.lab.compare.records import Point
-from lit_opd.lab.numbers import finite
+from lit_opd.runs.numbers import finite
 
 YARDSTICKS = ("accuracy", "reverse_kl", "forward_kl", "student_entropy")
 TRAINING = ("train/entropy", "rollout/length")

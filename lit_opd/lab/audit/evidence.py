@@ -17,10 +17,10 @@ from lit_opd.data.stream import PromptLoader, PromptStream
 from lit_opd.distiller import Distiller
 from lit_opd.estimators import BoundEstimator
 from lit_opd.lab.audit.positions import Positions, read_positions
-from lit_opd.lab.trainer import build_evaluation_trainer
-from lit_opd.lab.training import build
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, Sampled
+from lit_opd.runs.distillation import build
+from lit_opd.runs.lightning_trainer import build_evaluation_trainer
 from lit_opd.teachers import LocalScorer
 from lit_opd.types import Author, PromptBatch, Rollout, SamplingLaw
 

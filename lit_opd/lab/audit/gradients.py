@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.sketch import Sketch
+from lit_opd.lab.measure.sketch import Sketch
 
 __all__ = ["FlipTest", "cosine", "flip_test", "gradient", "group_gradients", "norm"]
 

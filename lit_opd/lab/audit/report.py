@@ -16,7 +16,7 @@ from rich.text import Text
 from lit_opd.errors import UserError
 from lit_opd.lab.audit.auditing import Audit
 from lit_opd.lab.audit.findings import VERDICTS
-from lit_opd.lab.numbers import finite
+from lit_opd.runs.numbers import finite
 
 __all__ = ["check_destination", "print_audit", "write_json"]
 

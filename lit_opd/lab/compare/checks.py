@@ -10,10 +10,10 @@ from mlflow.tracking import MlflowClient
 from lit_opd.config import load_config, to_flat
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
-from lit_opd.lab.checks import prepare_data
 from lit_opd.lab.compare.grid import Run, within
-from lit_opd.lab.folder import RunFolder
-from lit_opd.lab.trainer import build_trainer
+from lit_opd.runs.folder import RunFolder
+from lit_opd.runs.lightning_trainer import build_trainer
+from lit_opd.runs.prepare import prepare_data
 
 __all__ = ["check_recorded", "check_runs"]
 

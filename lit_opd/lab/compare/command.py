@@ -16,7 +16,7 @@ from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.lab.compare.records import RunResult
 from lit_opd.lab.compare.report import make_report, to_json
 from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
-from lit_opd.lab.folder import check_writable
+from lit_opd.runs.folder import check_writable
 from lit_opd.tracking import check_tracking
 
 __all__ = ["compare", "compare_recorded"]

@@ -13,8 +13,8 @@ from lit_opd.lab.compare.accounting import COSTS, Curves, at_equal_cost, common_
 from lit_opd.lab.compare.ranking import Ranking, Values, rank
 from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.statistics import CONFIDENCE, RESAMPLES
-from lit_opd.lab.numbers import finite
 from lit_opd.measures.table import describe, in_order
+from lit_opd.runs.numbers import finite
 
 __all__ = ["Cost", "Curve", "EqualCost", "Front", "LeftOut", "Report", "make_report", "to_json"]
 

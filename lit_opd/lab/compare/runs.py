@@ -24,7 +24,7 @@ from rich.text import Text
 from lit_opd.config import to_yaml
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import Comparison, Run
-from lit_opd.lab.folder import RunFolder, check_writable
+from lit_opd.runs.folder import RunFolder, check_writable
 from lit_opd.tracking import git_sha
 
 __all__ = ["PARENT", "begin_parent", "claimed", "is_finished", "make_runs", "seconds_left"]

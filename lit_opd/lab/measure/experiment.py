@@ -21,14 +21,14 @@ from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.functional import chunk_rows
-from lit_opd.lab.checks import prepare_data
 from lit_opd.lab.measure.choice import TARGETS, check_supports, chosen_estimators
 from lit_opd.lab.measure.gradients import Specimen, allocated_mb, unit_gradient
 from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product, trace_variance
 from lit_opd.lab.measure.result import Measurement, Row
-from lit_opd.lab.sketch import Sketch
-from lit_opd.lab.trainer import build_evaluation_trainer
+from lit_opd.lab.measure.sketch import Sketch
 from lit_opd.rollout import build_engine, build_source, training_law
+from lit_opd.runs.lightning_trainer import build_evaluation_trainer
+from lit_opd.runs.prepare import prepare_data
 from lit_opd.teachers import LocalScorer
 from lit_opd.types import Rollout, SamplingLaw
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lit_opd.lab.measure.moments import Moments
-from lit_opd.lab.numbers import finite
 from lit_opd.metrics import Interval
+from lit_opd.runs.numbers import finite
 
 __all__ = ["Measurement", "Row"]
 

@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import _get_rank
 
 from lit_opd.errors import UserError
-from lit_opd.models import frozen_names
+from lit_opd.runs.checkpoints import read_training_state
 
-__all__ = ["RunFolder", "check_weights", "check_writable", "load_weights", "read_checkpoint", "read_training_state"]
-
-# What a resumed run cannot do without, beside the weights.
-TRAINING_STATE = ("global_step", "loops", "optimizer_states", "torch_rng_state", "pytorch-lightning_version")
+__all__ = ["RunFolder", "check_writable"]
 
 
 @dataclass(frozen=True)
@@ -136,70 +132,3 @@ def check_writable(key: str, folder: Path) -> None:
         reason = "may not be written to" if place.is_dir() else "is a file"
         raise UserError(key, "a folder that can be written to", f"{str(folder)!r}: {str(place)!r} {reason}",
                         "Choose another folder.")  # fmt: skip
-
-
-def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, as plain tensors and values only; tensors are read when they are used.
-
-    Args:
-        key: what named it, for messages: `--resume` or `--checkpoint`.
-        path: of the file.
-
-    Raises:
-        UserError: there is no such file, or it is damaged.
-    """
-    if not path.is_file():
-        raise UserError(key, "a checkpoint file", f"no file {str(path)!r}", "Check the path.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # there is no end to what a damaged file makes the reader raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = "It is damaged or no checkpoint of lit_opd: choose another one."
-        raise UserError(key, "a readable checkpoint", f"{str(path)!r}: {reason[:120]}", remedy) from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        found = f"{str(path)!r}, without weights"
-        raise UserError(key, "a checkpoint of lit_opd", found, "Choose another file.")
-    return checkpoint
-
-
-def read_training_state(key: str, path: Path) -> dict[str, Any]:
-    """A checkpoint that training can go on from; arguments as for `read_checkpoint`.
-
-    Raises:
-        UserError: no such file, a damaged one, or one that holds no more than weights.
-    """
-    checkpoint = read_checkpoint(key, path)
-    for name in TRAINING_STATE:
-        if name not in checkpoint:
-            found = f"{str(path)!r}, without {name!r}"
-            raise UserError(key, "a checkpoint that fit wrote", found, "Choose another file.")
-    return checkpoint
-
-
-def check_weights(key: str, model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, when they are a model's own; arguments as for `read_checkpoint`.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of another model.
-    """
-    held = read_checkpoint(key, path)["state_dict"]
-    weights = {name.removeprefix("model."): value for name, value in held.items() if name.startswith("model.")}
-    own, frozen = model.state_dict(), frozen_names(model)
-    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)} - frozen
-    differing = sorted((weights.keys() - own.keys()) | (trained - weights.keys()))
-    differing += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
-    if differing:
-        found = f"{str(path)!r}, which differs at {differing[0]!r}"
-        raise UserError(key, "weights of this student", found, "Set student.path, or student.lora.")
-    return weights
-
-
-def load_weights(key: str, model: torch.nn.Module, path: Path) -> None:
-    """Put a checkpoint's student weights into a model; weights that training never changed stay.
-
-    Arguments are those of `check_weights`.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of another model.
-    """
-    model.load_state_dict(check_weights(key, model, path), strict=False)

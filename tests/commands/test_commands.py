@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from lit_opd import estimators
 from lit_opd.cli import main
 from lit_opd.config import load_config
-from lit_opd.lab.training import evaluate, train
+from lit_opd.runs.distillation import evaluate, train
 
 SHORT = ("trainer.max_steps=3", "evaluation.every_n_steps=2", "data.train_size=8", "evaluation.teacher=false")
 

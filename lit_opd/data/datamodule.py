@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_opd.config import Config, DataConfig, check_values
+from lit_opd.config import DataConfig
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
 from lit_opd.data.sources import Row, check_rows, load_rows
 from lit_opd.data.stream import Pick, PromptLoader, PromptStream
@@ -68,7 +68,7 @@ class PromptDataModule(L.LightningDataModule):
         if isinstance(verifier, str):
             data_keys["verifier"], verifier = verifier, None
         self.config = replace(config or DataConfig(), **data_keys)
-        check_values(Config(data=self.config))
+        self.config.check("data")
         self.tokenizer = tokenizer
         self.verifier = verifier or build_verifier(self.config)
         self.seed, self.evaluation_batch_size = seed, evaluation_batch_size

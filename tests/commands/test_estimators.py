@@ -6,7 +6,7 @@ import pytest
 
 from lit_opd import estimators
 from lit_opd.cli import main
-from lit_opd.lab.catalogue import markdown_table
+from lit_opd.commands.estimators import markdown_table
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab.test_ui import ask, free_port
+from commands.test_ui import ask, free_port
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import browser

@@ -25,7 +25,7 @@ from lit_opd.callbacks import (
 )
 from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
-from lit_opd.lab.folder import RunFolder
+from lit_opd.runs.folder import RunFolder
 from lit_opd.tracking import RunRecord
 
 __all__ = ["build_evaluation_trainer", "build_trainer", "check_trainer_keys"]

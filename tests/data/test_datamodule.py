@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 
 from lit_opd.config import DataConfig
-from lit_opd.data.module import PromptDataModule
+from lit_opd.data.datamodule import PromptDataModule
 from lit_opd.data.stream import PromptStream
 from lit_opd.errors import UserError
 

@@ -10,8 +10,8 @@ import urllib.request
 import pytest
 
 from lit_opd import load_config
+from lit_opd.commands.ui import serve
 from lit_opd.errors import UserError
-from lit_opd.lab.ui import serve
 
 
 def free_port():

@@ -8,7 +8,7 @@ import pytest
 
 from lit_opd.config import PACKAGE_FOLDER, load_config
 from lit_opd.errors import UserError
-from lit_opd.lab.checks import prepare_data
+from lit_opd.runs.prepare import prepare_data
 
 QUICKSTART = Path(__file__).parents[2] / "conf" / "quickstart.yaml"
 SMALL = ("data.train_size=8", "data.validation_size=2", "data.batch_size=4")

@@ -1,0 +1,83 @@
+"""Run an experiment of `lab/` and print its report: the commands `measure`, `compare` and `audit`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_opd.commands.quiet import quiet_libraries
+from lit_opd.config import Config
+from lit_opd.lab import audit as audits
+from lit_opd.lab import measure as measurements
+from lit_opd.lab.compare import command as comparisons
+from lit_opd.lab.compare.grid import Comparison, Run
+from lit_opd.tracking import check_tracking
+
+__all__ = ["audit", "compare", "compare_recorded", "measure"]
+
+
+def measure(config: Config, json_file: str | None) -> None:
+    """Compare the gradients of several estimators on the same rollouts.
+
+    Args:
+        config: the run.
+        json_file: where the numbers go too.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the rollouts measured so far have been reported.
+    """
+    quiet_libraries()
+    check_tracking(config.tracking.uri)
+    measurement = measurements.measure(config)
+    measurements.print_measurement(measurement)
+    if json_file:
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_file).write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
+    print(f"MLflow: {measurements.record(config, measurement)}")
+    if measurement.interrupted:
+        raise KeyboardInterrupt
+
+
+def compare(comparison: Comparison, runs: Sequence[Run], json_file: str | None) -> None:
+    """Make the runs of a comparison and say which variant is better.
+
+    Args:
+        comparison: as loaded.
+        runs: of the comparison.
+        json_file: where the numbers go too.
+    """
+    quiet_libraries()
+    comparisons.compare(comparison, runs, _path(json_file))
+
+
+def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: str | None) -> None:
+    """Say which variant is better, of runs that MLflow has.
+
+    Args:
+        comparison: where the runs are recorded, and where the report goes.
+        run_ids: of the runs, or of a comparison.
+        json_file: where the numbers go too.
+    """
+    quiet_libraries()
+    comparisons.compare_recorded(comparison, run_ids, _path(json_file))
+
+
+def audit(config: Config, json_file: str | None) -> None:
+    """Look for mistakes that would spoil a long run, before it starts.
+
+    Args:
+        config: the run.
+        json_file: where the findings go too.
+    """
+    quiet_libraries()
+    audits.check_destination(json_file)
+    found = audits.audit(config)
+    audits.print_audit(found)
+    if json_file is not None:
+        audits.write_json(found, json_file)
+    found.enforce()
+
+
+def _path(name: str | None) -> Path | None:
+    return Path(name) if name else None

@@ -1,0 +1,37 @@
+"""Write the student of a checkpoint as a Hugging Face folder that any program loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_opd.commands.quiet import quiet_libraries
+from lit_opd.config import Config
+from lit_opd.models import load_student
+from lit_opd.runs.checkpoints import export_student, load_weights, read_checkpoint
+from lit_opd.runs.folder import RunFolder, check_writable
+from lit_opd.runs.prepare import check_weight_files
+
+__all__ = ["export"]
+
+
+def export(config: Config, checkpoint: str | None, out: str | None) -> None:
+    """Write the student of a checkpoint and print where.
+
+    Args:
+        config: the run; its student is that which the checkpoint was trained from.
+        checkpoint: a file that `fit` wrote, or None for the newest of the run.
+        out: the folder to write, or None for that of the run.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or one of another student; a folder that cannot be written to.
+    """
+    quiet_libraries()
+    folder = RunFolder(Path(config.output_dir))
+    file = folder.find_checkpoint(checkpoint)
+    read_checkpoint("--checkpoint", file)
+    destination = Path(out) if out else folder.student
+    check_writable("--out", destination)
+    check_weight_files(config.student, "student")
+    student = load_student(config.student)
+    load_weights("--checkpoint", student.model, file)
+    print(export_student(student, destination))

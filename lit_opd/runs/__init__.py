@@ -1,0 +1,8 @@
+"""A run: its checks, its Lightning trainer, its folder, and `train` and `evaluate`, which do the work.
+
+`commands/` calls it for `fit`, `validate`, `test` and `export`, and `lab/` for the runs and checks of its experiments.
+"""
+
+from lit_opd.runs.distillation import Outcome, Results, evaluate, train
+
+__all__ = ["Outcome", "Results", "evaluate", "train"]
