@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
-from lit_opd.curves import Profile, TokenProfile
-from lit_opd.metrics import Interval, PerPrompt, Yardsticks
+from lit_opd.measures.intervals import Interval
+from lit_opd.measures.positions import Profile, TokenProfile
+from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.models import YARDSTICKS, LanguageModel, measure_yardsticks
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, uniforms
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw

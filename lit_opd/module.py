@@ -22,13 +22,13 @@ from lit_opd.config import (
     RolloutConfig,
     as_section,
 )
-from lit_opd.diagnostics import Seen, token_sums
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, Example, judge
 from lit_opd.functional import chunk_rows, token_weights, upcast
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
+from lit_opd.measures.steps import Seen, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
-from lit_opd.perf import Stopwatch, phase, step_report
+from lit_opd.perf import Stopwatch, peak_memory_mb, phase
 from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import (
     RolloutEngine,
@@ -174,7 +174,7 @@ class DistillationModule(AcrossProcesses):
             self.step(totals, batch)
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout))
-        self.log_dict(self.at_step(step_report(totals, sums, watch, self.device)), batch_size=1)
+        self.log_dict(self.at_step(step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))), batch_size=1)
 
     @phase("rollout")
     def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor | None]:

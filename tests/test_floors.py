@@ -10,8 +10,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "types": 0, "allocator": 0, "config": 0, "bounds": 0, "errors": 0, "plugins": 0,
     "functional": 1,
-    "estimators": 2, "metrics": 2, "curves": 2, "measures": 2,
-    "models": 3, "rollout": 3, "data": 3, "optim": 3, "perf": 3, "diagnostics": 3,
+    "estimators": 2, "measures": 2,
+    "models": 3, "rollout": 3, "data": 3, "optim": 3, "perf": 3,
     "module": 4, "processes": 4, "evaluation": 4, "linter": 4,
     "callbacks": 5, "lab": 5, "tracking": 5,
     "cli": 6, "__main__": 6,

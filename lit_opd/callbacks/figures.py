@@ -12,7 +12,8 @@ import lightning as L
 
 from lit_opd.callbacks.drawing import QUANTILES, draw_log_ratios, draw_positions
 from lit_opd.callbacks.page import completions_page
-from lit_opd.curves import Curves, Histogram
+from lit_opd.measures.histogram import Histogram
+from lit_opd.measures.positions import Curves
 from lit_opd.module import DistillationModule
 from lit_opd.tracking import logger_of
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lit_opd.config import Config
 from lit_opd.lab.training import Outcome, Results
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 from lit_opd.tracking import ui_command
 
 __all__ = ["perf_line", "print_outcome", "print_results"]

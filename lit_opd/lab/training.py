@@ -15,12 +15,19 @@ from lit_opd.data import PromptDataModule
 from lit_opd.lab.checks import prepare_data
 from lit_opd.lab.export import export_student
 from lit_opd.lab.folder import RunFolder, check_weights, load_weights, read_checkpoint
-from lit_opd.lab.lineage import log_datasets, log_medians, log_student
 from lit_opd.lab.trainer import build_evaluation_trainer, build_trainer
-from lit_opd.lab.view import offer_view
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 from lit_opd.module import DistillationModule
-from lit_opd.tracking import RunLogger, begin_run, check_tracking, git_sha
+from lit_opd.tracking import (
+    RunLogger,
+    begin_run,
+    check_tracking,
+    git_sha,
+    log_datasets,
+    log_medians,
+    log_student,
+    offer_view,
+)
 
 __all__ = ["Outcome", "Results", "evaluate", "train"]
 

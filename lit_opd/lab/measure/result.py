@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_opd.lab.measure.moments import Moments
 from lit_opd.lab.numbers import finite
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 
 __all__ = ["Measurement", "Row"]
 

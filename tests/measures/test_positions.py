@@ -8,8 +8,9 @@ import pytest
 import scipy.stats
 import torch
 
-from lit_opd.curves import POSITION_VALUES, SUPPORT_VALUES, LogRatioHistogram, PositionMeans, TokenProfile
-from lit_opd.metrics import PromptMean
+from lit_opd.measures.histogram import LogRatioHistogram
+from lit_opd.measures.intervals import PromptMean
+from lit_opd.measures.positions import POSITION_VALUES, SUPPORT_VALUES, PositionMeans, TokenProfile
 from lit_opd.types import FinishReason, Rollout, SamplingLaw
 
 LENGTH = 7

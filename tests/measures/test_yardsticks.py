@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_opd.metrics import AvgAtK, Interval, PassAtK, PerPrompt, PromptMean, Yardsticks
+from lit_opd.measures.intervals import AvgAtK, Interval, PassAtK, PromptMean
+from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.types import FinishReason, Rollout, SamplingLaw
 
 fast = settings(max_examples=60, deadline=None)
