@@ -55,7 +55,7 @@ class EvaluationFigures(L.Callback):
 
 def to_json(curves: Curves, log_ratios: Histogram) -> dict[str, Any]:
     """Everything that the pictures show, point by point; null where there is no number."""
-    tables = {"mean": curves.means, "low": curves.lows, "high": curves.highs, "deviation": curves.deviations}
+    tables = {"mean": curves.means, "low": curves.lows, "high": curves.highs}
     return {
         "confidence": curves.confidence,
         "starts": curves.starts.tolist(),

@@ -129,6 +129,7 @@ class EvaluationConfig:
     seed: int = 0
     num_examples: int = 16
     teacher: bool = True
+    measures: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -1,19 +1,34 @@
-"""Means over prompts with their confidence intervals, as torchmetrics with summable states.
+"""Compute means over prompts with their confidence intervals.
 
-Exact over batches and processes. An evaluation and `measure` report their numbers as an `Interval`.
+Why here: completions of one prompt are not independent, so the unit of every interval is the prompt. An evaluation
+calls `over_prompts` and `wilson_over_prompts` for each of its numbers, and `prompt_moments` and `ratio_interval` for
+its curves. Everything else that reports a mean with an interval uses the type `Interval`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from torchmetrics import Metric
 
-__all__ = ["AvgAtK", "Interval", "PassAtK", "PromptMean"]
+__all__ = [
+    "MOMENTS",
+    "Interval",
+    "over_prompts",
+    "pass_at_k",
+    "prompt_moments",
+    "ratio_interval",
+    "wilson_over_prompts",
+]
+
+CONFIDENCE = 0.95
+# How many sums over prompts a ratio's mean and variance are computed from.
+MOMENTS = 6
 
 
 class Interval(NamedTuple):
@@ -24,113 +39,114 @@ class Interval(NamedTuple):
     high: float
 
 
-class PromptMean(Metric):
-    """A weighted mean whose interval takes the prompt as the unit: completions of one prompt are not independent.
+def prompt_moments(sums: Tensor, weights: Tensor, dim: int = 0) -> Tensor:
+    """Sum over prompts whatever the ratio of all values to all weights needs for its mean and its interval.
 
-    With s_i the sum of values and n_i the sum of weights of prompt i, the mean is sum s_i / sum n_i. Its variance is
-    that of a ratio (delta method; Cochran, Sampling Techniques, 1977, ch. 6): m / (m - 1) x sum (s_i - mean n_i)^2 /
-    (sum n_i)^2 over m prompts. The interval is Student's t with m - 1 degrees of freedom.
+    Moments of several batches or processes add up to those of all prompts.
 
     Args:
+        sums: [..., prompts, ...] the sum of each prompt's values.
+        weights: how many values (tokens, completions) each sum holds; broadcast against `sums`.
+        dim: which dimension of `sums` counts the prompts.
+
+    Returns:
+        [MOMENTS, ...] in float64: weights, squared weights, prompts with a weight, sums, squared sums, sums times
+        weights.
+    """
+    s, n = torch.broadcast_tensors(sums.detach().double(), weights.detach().double())
+    return torch.stack([n, n * n, (n > 0).double(), s, s * s, s * n]).sum(dim + 1 if dim >= 0 else dim)
+
+
+def ratio_interval(moments: np.ndarray, confidence: float = CONFIDENCE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Compute mean, lower and upper end of the ratio of sums to weights, with Student's t over the prompts.
+
+    With s_i and n_i the sum and the weight of prompt i, the mean is sum s_i / sum n_i. Its variance is that of a ratio
+    (delta method; Cochran, Sampling Techniques, 1977, ch. 6): m / (m - 1) x sum (s_i - mean n_i)^2 / (sum n_i)^2 over m
+    prompts. The interval has m - 1 degrees of freedom.
+
+    Args:
+        moments: [MOMENTS, ...] from `prompt_moments`.
+        confidence: level of the interval.
+
+    Returns:
+        Three arrays [...]: NaN where nothing was counted, unbounded with fewer than two prompts.
+    """
+    mean, variance = _ratio(moments)
+    half = stats.t.ppf(0.5 + confidence / 2, np.maximum(moments[2] - 1, 1)) * np.sqrt(variance)
+    return mean, mean - half, mean + half
+
+
+def _ratio(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    n, nn, m, s, ss, sn = moments
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = s / n
+        variance = np.clip(ss - 2 * mean * sn + mean**2 * nn, 0, None) / n**2 * m / (m - 1)
+    # One prompt says nothing of how prompts differ.
+    return mean, np.where((m > 1) | np.isnan(mean), variance, np.inf)
+
+
+def over_prompts(sums: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Compute a weighted mean with the interval of `ratio_interval`.
+
+    Args:
+        sums: the sum of each prompt's values.
+        weights: how many values each sum holds.
+        confidence: level of the interval.
+
+    >>> over_prompts([2.0, 4.0], [4.0, 4.0]).mean
+    0.75
+    """
+    ends = ratio_interval(_moments_of(sums, weights), confidence)
+    return Interval(*map(float, ends))
+
+
+def wilson_over_prompts(sums: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Compute a share with Wilson's interval, which stays inside [0, 1] and is not empty at the ends.
+
+    It is Wilson's on the effective number of prompts, p (1 - p) / variance of the mean p.
+
+    Args:
+        sums: the share of each prompt, times its weight.
+        weights: of the prompts.
         confidence: level of the interval.
     """
-
-    full_state_update = False
-    s: Tensor
-    n: Tensor
-    ss: Tensor
-    sn: Tensor
-    nn: Tensor
-    prompts: Tensor
-
-    def __init__(self, confidence: float = 0.95) -> None:
-        super().__init__()
-        self.confidence = confidence
-        for name in ("s", "n", "ss", "sn", "nn", "prompts"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, sums: Tensor, weights: Tensor) -> None:
-        """Add prompts.
-
-        Args:
-            sums: [prompts] sum of the values of each prompt.
-            weights: [prompts] how many values (tokens, completions) each sum holds.
-        """
-        sums, weights = self.summands(sums, weights)
-        # Not in place: a state made in inference mode may not be changed outside it.
-        self.s = self.s + sums.sum()
-        self.n = self.n + weights.sum()
-        self.ss = self.ss + (sums * sums).sum()
-        self.sn = self.sn + (sums * weights).sum()
-        self.nn = self.nn + (weights * weights).sum()
-        self.prompts = self.prompts + len(sums)
-
-    def summands(self, sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """What each prompt adds to numerator and denominator of the mean, for the arguments of `update`."""
-        return sums.detach().double(), weights.detach().double()
-
-    def compute(self) -> Interval:
-        """Mean and confidence interval: NaN where nothing was counted, unbounded with fewer than two prompts."""
-        if self.n == 0:
-            return Interval(math.nan, math.nan, math.nan)
-        return self._interval((self.s / self.n).item(), self._variance(), int(self.prompts))
-
-    def _variance(self) -> float:
-        mean, m = self.s / self.n, self.prompts
-        squares = (self.ss - 2 * mean * self.sn + mean**2 * self.nn).clamp(min=0)
-        return (squares / self.n**2 * m / (m - 1)).item() if m > 1 else math.inf
-
-    def _interval(self, mean: float, variance: float, prompts: int) -> Interval:
-        if prompts < 2:
-            return Interval(mean, -math.inf, math.inf)
-        half = float(stats.t.ppf(0.5 + self.confidence / 2, prompts - 1)) * math.sqrt(variance)
-        return Interval(mean, mean - half, mean + half)
+    moments = _moments_of(sums, weights)
+    mean, variance, prompts = (*map(float, _ratio(moments)), float(moments[2]))
+    if math.isnan(mean):
+        return Interval(mean, mean, mean)
+    n = mean * (1 - mean) / variance if 0 < mean < 1 and 0 < variance < math.inf else prompts
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
 
 
-class PassAtK(PromptMean):
-    """Unbiased pass@k: the chance that at least one of k completions drawn from a prompt's n is correct.
+def _moments_of(sums: Sequence[float], weights: Sequence[float]) -> np.ndarray:
+    return prompt_moments(torch.tensor(sums, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)).numpy()
 
-    1 - C(n - c, k) / C(n, k) for c correct of n (arXiv:2107.03374, eq. 1), averaged over prompts. The interval is
-    Wilson's on the effective number of prompts p (1 - p) / variance of the mean, so that it stays inside [0, 1] and is
-    not empty at the ends.
+
+def pass_at_k(correct_G: Tensor, completions_G: Tensor, k: int) -> Tensor:
+    """Estimate without bias the chance that at least one of k completions drawn from a prompt's n is correct.
+
+    1 - C(n - c, k) / C(n, k) for c correct of n (arXiv:2107.03374, eq. 1). With k = 1 it is the share c / n.
 
     Args:
+        correct_G: [prompts] how many completions are correct.
+        completions_G: [prompts] how many there are.
         k: completions drawn.
-        confidence: level of the interval.
+
+    Returns:
+        [prompts] in float64.
+
+    Raises:
+        ValueError: fewer completions than k.
+
+    >>> pass_at_k(torch.tensor([1, 0]), torch.tensor([4, 4]), 2)
+    tensor([0.5000, 0.0000], dtype=torch.float64)
     """
-
-    def __init__(self, k: int = 1, confidence: float = 0.95) -> None:
-        super().__init__(confidence)
-        self.k = k
-
-    def summands(self, sums: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Each prompt's pass@k, with weight 1.
-
-        Args:
-            sums: [prompts] how many completions are correct.
-            weights: [prompts] how many there are, at least k.
-
-        Raises:
-            ValueError: fewer completions than k.
-        """
-        if (weights < self.k).any():
-            fewest = int(weights.min())
-            raise ValueError(f"pass@{self.k} needs at least {self.k} completions a prompt, found {fewest}")
-        pairs = zip(sums.tolist(), weights.tolist(), strict=True)
-        passed = [1 - math.comb(int(n) - int(c), self.k) / math.comb(int(n), self.k) for c, n in pairs]
-        values = torch.tensor(passed, dtype=torch.float64, device=self.s.device)
-        return values, torch.ones_like(values)
-
-    def _interval(self, mean: float, variance: float, prompts: int) -> Interval:
-        n = mean * (1 - mean) / variance if 0 < mean < 1 and 0 < variance < math.inf else prompts
-        z = float(stats.norm.ppf(0.5 + self.confidence / 2))
-        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
-
-
-class AvgAtK(PassAtK):
-    """avg@k: the mean accuracy over all k completions of every prompt; it equals pass@1."""
-
-    def __init__(self, confidence: float = 0.95) -> None:
-        super().__init__(1, confidence)
+    if (completions_G < k).any():
+        fewest = int(completions_G.min())
+        raise ValueError(f"pass@{k} needs at least {k} completions a prompt, found {fewest}")
+    pairs = zip(correct_G.tolist(), completions_G.tolist(), strict=True)
+    passed = [1 - math.comb(int(n) - int(c), k) / math.comb(int(n), k) for c, n in pairs]
+    return torch.tensor(passed, dtype=torch.float64, device=correct_G.device)

@@ -1,6 +1,7 @@
-"""An evaluation token by token: curves over completion positions and the histogram of log-ratios, in summable states.
+"""Collect an evaluation token by token: curves over completion positions, in summable states, and the log-ratios.
 
-Like `intervals`, exact over batches and processes.
+Why here: a mean over all tokens hides where in a completion two models part. `lit_opd.evaluation` feeds a
+`TokenProfile` with every batch; the pictures of an evaluation and `position/*` are made from it.
 """
 
 from __future__ import annotations
@@ -11,22 +12,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
 from torchmetrics import Metric
 
 from lit_opd.measures.histogram import Histogram, LogRatioHistogram
+from lit_opd.measures.intervals import CONFIDENCE, MOMENTS, prompt_moments, ratio_interval
+from lit_opd.measures.table import YARDSTICKS, names_of
 from lit_opd.types import Rollout
 
 __all__ = ["POSITION_VALUES", "SUPPORT_VALUES", "Curves", "PositionMeans", "Profile", "TokenProfile"]
 
-SUPPORT_VALUES = ("overlap", "student_mass", "teacher_mass")
-POSITION_VALUES = (
-    "reverse_kl", "log_ratio", "teacher_nll", "student_entropy", "teacher_entropy", "entropy_gap", *SUPPORT_VALUES,
-    "stop_log_ratio",
-)  # fmt: skip
+SUPPORT_VALUES = names_of("support")
+POSITION_VALUES = (*YARDSTICKS, *names_of("position"), *SUPPORT_VALUES)
 QUARTERS = 4
 # A longer completion's positions are put together, so that curves stay legible, and bands those of what is shown.
 MOST_POINTS = 128
@@ -44,7 +43,6 @@ class Curves(NamedTuple):
         means: name -> mean over tokens.
         lows: name -> lower end of the mean's interval, over prompts; minus infinity with fewer than two.
         highs: name -> upper end.
-        deviations: name -> standard deviation of the tokens' values.
         confidence: level of the intervals.
     """
 
@@ -54,8 +52,7 @@ class Curves(NamedTuple):
     means: dict[str, np.ndarray]
     lows: dict[str, np.ndarray]
     highs: dict[str, np.ndarray]
-    deviations: dict[str, np.ndarray]
-    confidence: float = 0.95
+    confidence: float = CONFIDENCE
 
     @property
     def middles(self) -> np.ndarray:
@@ -63,13 +60,13 @@ class Curves(NamedTuple):
         return (self.starts[:-1] + self.starts[1:] + 1) / 2
 
     def mean(self, name: str, chosen: np.ndarray | slice = slice(None)) -> float:
-        """Mean over the tokens at some points; NaN where there are none."""
+        """Average a value over the tokens at some points; NaN where there are none."""
         counts, values = self.counts[chosen], self.means[name][chosen]
         counted = counts > 0
         return float((counts * values)[counted].sum() / counts.sum()) if counted.any() else math.nan
 
     def summary(self) -> dict[str, float]:
-        """Means to log: of every value over each quarter of the positions, of the supports over all of them.
+        """Average what is logged: every value over each quarter of the positions, the supports over all of them.
 
         A point is in the quarter in which it begins.
         """
@@ -85,8 +82,7 @@ class Curves(NamedTuple):
 class PositionMeans(Metric):
     """Means of per-token values over completion positions, with intervals that take the prompt as the unit.
 
-    At each point by itself, the interval is that of `PromptMean`: a ratio's, over the prompts that have a token there
-    (Cochran, Sampling Techniques, 1977, ch. 6), Student's t with one degree of freedom less than prompts.
+    Each point has an interval of its own, over the prompts that have a token there.
 
     Args:
         names: of the values.
@@ -96,68 +92,46 @@ class PositionMeans(Metric):
     """
 
     full_state_update = False
-    sums: Tensor
-    squares: Tensor
-    prompt_squares: Tensor
-    cross: Tensor
-    counts: Tensor
-    count_squares: Tensor
-    prompts: Tensor
+    moments: Tensor
 
-    def __init__(self, names: Sequence[str], length: int, width: int = 1, confidence: float = 0.95) -> None:
+    def __init__(self, names: Sequence[str], length: int, width: int = 1, confidence: float = CONFIDENCE) -> None:
         super().__init__()
         self.names, self.length, self.width, self.confidence = tuple(names), length, width, confidence
         self.points = math.ceil(length / width)
-        for state in ("sums", "squares", "prompt_squares", "cross"):
-            self.add_state(state, torch.zeros(len(self.names), self.points, dtype=torch.float64), dist_reduce_fx="sum")
-        for state in ("counts", "count_squares", "prompts"):
-            self.add_state(state, torch.zeros(self.points, dtype=torch.float64), dist_reduce_fx="sum")
+        blank = torch.zeros(MOMENTS, len(self.names), self.points, dtype=torch.float64)
+        self.add_state("moments", blank, dist_reduce_fx="sum")
 
     def update(self, values: Mapping[str, Tensor], mask_BT: Tensor, group_B: Tensor) -> None:
         """Add whole prompts.
 
         Args:
-            values: name -> [B, T], zero where not counted; T at most `length`.
+            values: name -> [B, T], zero where not counted; T at most `length`. A missing name is not measured.
             mask_BT: True at counted tokens.
             group_B: completions of one prompt have one number.
         """
         # Shapes: Q values, G prompts, C points.
-        values_QBT = torch.stack([values[name] for name in self.names]).double()
-        tokens_QBC, counts_BC = self._at_points(values_QBT), self._at_points(mask_BT.double())
+        unknown_BT = torch.full(mask_BT.shape, math.nan, device=mask_BT.device)
+        tokens_QBC = self._at_points(torch.stack([values.get(name, unknown_BT).double() for name in self.names]))
+        counts_BC = self._at_points(mask_BT.double())
         groups = int(group_B.max()) + 1
         sums_QGC = tokens_QBC.new_zeros(len(self.names), groups, self.points).index_add(1, group_B, tokens_QBC)
         counts_GC = counts_BC.new_zeros(groups, self.points).index_add(0, group_B, counts_BC)
         # Not in place: a state made in inference mode may not be changed outside it.
-        self.sums = self.sums + sums_QGC.sum(1)
-        self.squares = self.squares + self._at_points(values_QBT.square()).sum(1)
-        self.prompt_squares = self.prompt_squares + sums_QGC.square().sum(1)
-        self.cross = self.cross + (sums_QGC * counts_GC).sum(1)
-        self.counts = self.counts + counts_GC.sum(0)
-        self.count_squares = self.count_squares + counts_GC.square().sum(0)
-        self.prompts = self.prompts + (counts_GC > 0).double().sum(0)
+        self.moments = self.moments + prompt_moments(sums_QGC, counts_GC, dim=1)
 
     def _at_points(self, values: Tensor) -> Tensor:
-        """[..., T] summed within points: [..., points]."""
+        """Sum [..., T] within points: [..., points]."""
         whole = pad(values, (0, self.points * self.width - values.shape[-1]))
         return whole.unflatten(-1, (self.points, self.width)).sum(-1)
 
     def compute(self) -> Curves:
-        """Means, intervals and standard deviations at every point."""
-        states = (
-            self.sums, self.prompt_squares, self.cross, self.squares, self.counts, self.count_squares, self.prompts,
-        )  # fmt: skip
-        s, ss, sn, own, n, nn, m = (state.double().cpu().numpy() for state in states)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            mean = s / n
-            variance = np.clip(ss - 2 * mean * sn + mean**2 * nn, 0, None) / n**2
-            # One prompt says nothing of how prompts differ.
-            variance = np.where(m > 1, variance * m / (m - 1), np.inf)
-            half = stats.t.ppf(0.5 + self.confidence / 2, np.maximum(m - 1, 1)) * np.sqrt(variance)
-            deviation = np.sqrt(np.clip(own / n - mean**2, 0, None))
-        tables = (mean, mean - half, mean + half, deviation)
-        means, lows, highs, deviations = (dict(zip(self.names, table, strict=True)) for table in tables)
+        """Means and intervals at every point."""
+        moments = self.moments.double().cpu().numpy()
+        counts, prompts = (moments[number, 0].astype(int) for number in (0, 2))
+        tables = ratio_interval(moments, self.confidence)
+        means, lows, highs = (dict(zip(self.names, table, strict=True)) for table in tables)
         starts = np.minimum(np.arange(self.points + 1) * self.width, self.length)
-        return Curves(starts, n.astype(int), m.astype(int), means, lows, highs, deviations, self.confidence)
+        return Curves(starts, counts, prompts, means, lows, highs, self.confidence)
 
 
 class Profile(NamedTuple):
@@ -172,18 +146,19 @@ class TokenProfile(Module):
 
     Args:
         length: the longest completion.
+        names: of the values that get curves.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, names: Sequence[str] = POSITION_VALUES) -> None:
         super().__init__()
-        self.curves = PositionMeans(POSITION_VALUES, length, width=math.ceil(length / MOST_POINTS))
+        self.curves = PositionMeans(names, length, width=math.ceil(length / MOST_POINTS))
         self.log_ratios = LogRatioHistogram()
 
     def update(self, values: Mapping[str, Tensor], rollout: Rollout) -> None:
         """Add a batch of whole prompts.
 
         Args:
-            values: [B, T] for every name of `POSITION_VALUES`, zero where not counted.
+            values: [B, T] for the names that are measured, `log_ratio` among them, zero where not counted.
             rollout: the completions.
         """
         self.curves.update(values, rollout.mask_BT, rollout.prompt_index_B)

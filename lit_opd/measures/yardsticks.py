@@ -1,4 +1,8 @@
-"""The numbers of an evaluation, as torchmetrics with summable states: exact over batches and processes."""
+"""Collect everything that an evaluation measures, prompt by prompt, exact over batches and processes.
+
+Why here: one table of sums and weights is enough for the means, for their intervals and for `compare`, which pairs
+runs prompt by prompt. `lit_opd.evaluation` feeds it with every batch, and reads it in the end.
+"""
 
 from __future__ import annotations
 
@@ -6,122 +10,101 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from lit_opd.measures.intervals import AvgAtK, Interval, PassAtK, PromptMean
+from lit_opd.measures.intervals import Interval, over_prompts, pass_at_k, wilson_over_prompts
+from lit_opd.measures.table import COMPLETIONS, PROMPTS, describe
 from lit_opd.types import FinishReason, Rollout
 
-__all__ = ["PerPrompt", "PromptTable", "Yardsticks"]
+__all__ = ["PerPrompt", "Yardsticks"]
 
 
 class PerPrompt(NamedTuple):
-    """An evaluation prompt by prompt: every metric is the sum of its sums over the sum of its weights.
+    """An evaluation prompt by prompt: every number is the sum of its sums over the sum of its weights.
 
     Attributes:
         numbers: which prompt each entry is of.
-        sums: metric -> sum of its values of each prompt.
-        weights: metric -> how many values (tokens, completions) each sum holds.
+        sums: name -> sum of its values of each prompt.
+        weights: name -> how many values (tokens, completions) each sum holds.
     """
 
     numbers: list[int]
     sums: dict[str, list[float]]
     weights: dict[str, list[float]]
 
+    def intervals(self) -> dict[str, Interval]:
+        """Compute every mean with its interval over prompts: Wilson's for shares of completions or prompts."""
+        return {
+            name: (wilson_over_prompts if describe(name).unit in (COMPLETIONS, PROMPTS) else over_prompts)(
+                sums, self.weights[name]
+            )
+            for name, sums in self.sums.items()
+        }
 
-class PromptTable(Metric):
-    """The prompts themselves, in the order of their numbers whatever process measured them."""
+
+class Yardsticks(Metric):
+    """The table of an evaluation, fed with per-token values of completions grouped by prompt.
+
+    Args:
+        per_token: names of the per-token values, averaged over tokens.
+        pass_at: the k of every pass@k; `accuracy` is pass@1, the mean over all completions of every prompt.
+    """
 
     full_state_update = False
     numbers: list[Tensor]
     rows: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("numbers", "rows"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-
-    def update(self, numbers: Tensor, rows: Tensor) -> None:
-        """Add prompts.
-
-        Args:
-            numbers: [prompts] which they are; those of one number stay in the order in which they come.
-            rows: [prompts, ...] what is kept of each.
-        """
-        self.numbers.append(numbers)
-        self.rows.append(rows.detach().double())
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Numbers [prompts] and rows [prompts, ...], in order."""
-        numbers, rows = dim_zero_cat(self.numbers), dim_zero_cat(self.rows)
-        order = numbers.argsort(stable=True)
-        return numbers[order], rows[order]
-
-
-class Yardsticks(nn.Module):
-    """All metrics of an evaluation, fed with per-token values of completions grouped by prompt.
-
-    Args:
-        per_token: names of the per-token values, averaged over tokens.
-        pass_at: the k of every pass@k; `accuracy` is avg@k.
-    """
-
     def __init__(self, per_token: Sequence[str], pass_at: Sequence[int]) -> None:
         super().__init__()
-        self._per_token = {name: PromptMean() for name in per_token}
-        # A share of completions, like accuracy, so its interval is Wilson's too.
-        self._per_completion = {"length": PromptMean(), "truncated_frac": AvgAtK()}
-        self._passes: dict[str, PassAtK] = {f"pass_at_{k}": PassAtK(k) for k in pass_at if k > 1}
-        self._passes["accuracy"] = AvgAtK()
-        self._table = PromptTable()
-        # A module of all of them, so that they move with the module to its device.
-        self._modules["metrics"] = nn.ModuleList(self._all().values())
-
-    def _all(self) -> dict[str, PromptMean]:
-        return {**self._per_token, **self._per_completion, **self._passes}
+        self.per_token = tuple(per_token)
+        self.pass_at = {f"pass_at_{k}": k for k in pass_at if k > 1} | {"accuracy": 1}
+        self.columns: list[str] = []
+        for name in ("numbers", "rows"):
+            self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
         self, values: Mapping[str, Tensor], rollout: Rollout, rewards_B: Tensor | None, numbers: Sequence[int] = ()
     ) -> None:
-        """Add a batch.
+        """Add a batch of whole prompts.
 
         Args:
-            values: [B, T] for every per-token name, zero where not counted.
+            values: [B, T] for per-token names, zero where not counted; a name that is missing is not measured.
             rollout: the completions.
             rewards_B: [B] 1 where correct; None where nothing judges them.
             numbers: of the batch's prompts among all; without them prompts keep the order in which they come.
         """
         group_B, tokens_B = rollout.prompt_index_B, rollout.mask_BT.sum(1)
-        blank = torch.zeros(int(group_B.max()) + 1, dtype=torch.float64, device=group_B.device)
+        blank_G = torch.zeros(int(group_B.max()) + 1, dtype=torch.float64, device=group_B.device)
 
         def by_prompt(values_B: Tensor) -> Tensor:
-            return blank.index_add(0, group_B, values_B.double())
+            return blank_G.index_add(0, group_B, values_B.detach().double())
 
-        tokens, completions = by_prompt(tokens_B), by_prompt(torch.ones_like(tokens_B))
-        fed = {name: (by_prompt(values[name].sum(1)), tokens) for name in self._per_token}
-        fed["length"] = (tokens, completions)
-        fed["truncated_frac"] = (by_prompt(rollout.finish_B == FinishReason.LENGTH), completions)
+        tokens_G, completions_G = by_prompt(tokens_B), by_prompt(torch.ones_like(tokens_B))
+        cut_G = by_prompt(rollout.finish_B == FinishReason.LENGTH)
+        pairs = {name: (by_prompt(values[name].sum(1)), tokens_G) for name in self.per_token if name in values}
+        pairs["length"] = tokens_G, completions_G
+        pairs["truncated_frac"] = pass_at_k(cut_G, completions_G, 1), torch.ones_like(blank_G)
         if rewards_B is not None:
-            fed |= dict.fromkeys(self._passes, (by_prompt(rewards_B >= 1), completions))
-        metrics = self._all()
-        for name, pair in fed.items():
-            metrics[name].update(*pair)
-        rows = torch.stack([torch.stack(metrics[name].summands(*pair), dim=1) for name, pair in fed.items()], dim=1)
-        self._table.update(torch.tensor(numbers or [0] * len(blank), device=blank.device), rows)
+            correct_G = by_prompt(rewards_B >= 1)
+            for name, k in self.pass_at.items():
+                pairs[name] = pass_at_k(correct_G, completions_G, k), torch.ones_like(blank_G)
+        self.columns = list(pairs)
+        self.numbers.append(torch.tensor(numbers or [0] * len(blank_G), device=group_B.device))
+        self.rows.append(torch.stack([torch.stack(pair, dim=1) for pair in pairs.values()], dim=1))
 
-    def per_prompt(self) -> PerPrompt:
-        """Every metric that was fed, prompt by prompt; to be asked before `compute`, which resets."""
-        if not self._table.update_called:
+    def compute(self) -> PerPrompt:
+        """Everything that was fed, in the order of the prompts' numbers whatever process measured them."""
+        if not self.columns:
             return PerPrompt([], {}, {})
-        numbers, rows = self._table.compute()
-        names = [name for name, metric in self._all().items() if metric.update_called]
-        sums, weights = ([column.tolist() for column in part.T] for part in rows.unbind(2))
-        return PerPrompt(numbers.tolist(), dict(zip(names, sums, strict=True)), dict(zip(names, weights, strict=True)))
+        numbers, rows = dim_zero_cat(self.numbers), dim_zero_cat(self.rows)
+        order = numbers.argsort(stable=True)
+        sums, weights = ([column.tolist() for column in part.T] for part in rows[order].unbind(2))
+        named = (dict(zip(self.columns, table, strict=True)) for table in (sums, weights))
+        return PerPrompt(numbers[order].tolist(), *named)
 
-    def compute(self) -> dict[str, Interval]:
-        """Every metric that was fed; all are reset."""
-        results = {name: metric.compute() for name, metric in self._all().items() if metric.update_called}
-        for metric in (*self._all().values(), self._table):
-            metric.reset()
-        return results
+    def reset(self) -> None:
+        """Forget everything that was fed."""
+        super().reset()
+        self.columns = []

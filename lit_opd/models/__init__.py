@@ -7,10 +7,9 @@ from lit_opd.models.objective import student_loss
 from lit_opd.models.pair import Pair, Reference, Student, Teacher
 from lit_opd.models.scoring import score, score_reference, score_teacher, support_size_of
 from lit_opd.models.vocabulary import shared_vocabulary, token_ids
-from lit_opd.models.yardsticks import YARDSTICKS, measure_yardsticks
+from lit_opd.models.yardsticks import measure_yardsticks
 
 __all__ = [
-    "YARDSTICKS",
     "LanguageModel",
     "Pair",
     "Reference",
