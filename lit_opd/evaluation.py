@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
-from lit_opd.curves import Profile, TokenProfile
-from lit_opd.metrics import Interval, PerPrompt, Yardsticks
-from lit_opd.models import YARDSTICKS, LanguageModel, measure_yardsticks
+from lit_opd.measures.custom import load_measures
+from lit_opd.measures.intervals import Interval
+from lit_opd.measures.positions import POSITION_VALUES, Profile, TokenProfile
+from lit_opd.measures.table import YARDSTICKS
+from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
+from lit_opd.models import LanguageModel, measure_yardsticks
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, judge, uniforms
 from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
@@ -46,10 +49,11 @@ class Evaluation(nn.Module):
         super().__init__()
         self.config, self.support_size = config, support_size
         self.max_new_tokens = config.max_new_tokens or max_new_tokens
-        self.yardsticks = Yardsticks(YARDSTICKS, config.pass_at)
+        self.measures = load_measures(config.measures)
+        self.yardsticks = Yardsticks([*YARDSTICKS, *self.measures], config.pass_at)
         self.examples: list[Example] = []
         self.per_prompt = PerPrompt([], {}, {})
-        self.tokens = TokenProfile(self.max_new_tokens)
+        self.tokens = TokenProfile(self.max_new_tokens, [*POSITION_VALUES, *self.measures])
         self.profile: Profile | None = None
 
     def add(
@@ -71,7 +75,7 @@ class Evaluation(nn.Module):
         device = batch.prompts.ids_BP.device
         rollout = engine.sample(policy, batch, SamplingLaw(), count, numbers_BT.to(device))
         scores = teacher.score(rollout, Wanted(full=FULL in teacher.gives))
-        values = measure_yardsticks(policy, scores, rollout, rows, self.support_size)
+        values = measure_yardsticks(policy, scores, rollout, rows, self.support_size, self.measures)
         rewards_B = None if verifier is None else judge(policy.tokenizer, batch, rollout, verifier)
         self.yardsticks.update(values, rollout, rewards_B, batch.places)
         self.tokens.update(values, rollout)
@@ -79,9 +83,10 @@ class Evaluation(nn.Module):
 
     def finish(self) -> tuple[dict[str, Interval], list[Example]]:
         """Every metric with its interval, and the examples; all are reset, and what is kept is of this evaluation."""
-        self.per_prompt, self.profile = self.yardsticks.per_prompt(), self.tokens.compute()
+        self.per_prompt, self.profile = self.yardsticks.compute(), self.tokens.compute()
+        self.yardsticks.reset()
         examples, self.examples = self.examples, []
-        return self.yardsticks.compute(), examples
+        return self.per_prompt.intervals(), examples
 
     def to_log(self, prefix: str, results: Mapping[str, Interval]) -> dict[str, float]:
         """What an evaluation logs: means and ends of intervals under a prefix, and of `val` the means by position."""

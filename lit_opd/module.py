@@ -21,14 +21,14 @@ from lit_opd.config import (
     RolloutConfig,
     as_section,
 )
-from lit_opd.diagnostics import Seen, token_sums
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, Example
 from lit_opd.functional import chunk_rows, upcast
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
+from lit_opd.measures.steps import Seen, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
-from lit_opd.perf import Stopwatch, phase, step_report
+from lit_opd.perf import Stopwatch, peak_memory_mb, phase
 from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import (
     RolloutEngine,
@@ -188,7 +188,7 @@ class DistillationModule(AcrossProcesses):
             self.step(totals, batch)
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout))
-        self.log_dict(self.at_step(step_report(totals, sums, watch, self.device)), batch_size=1)
+        self.log_dict(self.at_step(step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))), batch_size=1)
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Which rows of the rollout each optimizer update is made of."""

@@ -1,14 +1,13 @@
-"""What a step logs, and where its time and memory go."""
+"""Where the time and memory of a step go."""
 
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import IO, Any, NamedTuple
@@ -17,7 +16,7 @@ import torch
 
 __all__ = [
     "OTHER", "PHASES", "STEP", "Breakdown", "Part", "Span", "Stopwatch", "break_down", "own_times", "peak_memory_mb",
-    "phase", "read_trace", "step_report",
+    "phase", "read_trace",
 ]  # fmt: skip
 
 # The named ranges of a step, which any profiler of torch records. `head` lies inside of the phase that reads it; its
@@ -63,37 +62,6 @@ def peak_memory_mb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def step_report(
-    update: Mapping[str, float], rollout: Mapping[str, float], watch: Stopwatch, device: torch.device
-) -> dict[str, float]:
-    """The metrics of a step, the same keys whatever the estimator.
-
-    Args:
-        update: totals of the last update: `loss` and `grad_norm`; over the tokens that the student wrote, `kl`,
-            `entropy`, `gap` and their number `own`.
-        rollout: totals over sequences, from `rollout_sums`.
-        watch: seconds of each phase.
-        device: whose memory is reported.
-
-    Returns:
-        By name. What is a mean over nothing, in a step whose completions are all demonstrations, is not a number: a
-        key that were left out would keep the value of the step before in Lightning's records.
-    """
-    tokens, rows = update["own"] or math.nan, rollout["rows"] or math.nan
-    return {
-        "train/loss": update["loss"],
-        "train/reverse_kl": update["kl"] / tokens,
-        "train/entropy": update["entropy"] / tokens,
-        "train/grad_norm": update["grad_norm"],
-        **{f"rollout/{name}": value / rows for name, value in rollout.items() if name != "rows"},
-        "rollout/sampler_gap": update["gap"] / tokens,
-        "perf/tokens_per_s": rollout["length"] / watch.total,
-        **{f"perf/{phase}": seconds for phase, seconds in watch.seconds.items()},
-        "perf/step_s": watch.total,
-        "perf/peak_memory_mb": peak_memory_mb(device),
-    }
 
 
 class Span(NamedTuple):

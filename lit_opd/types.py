@@ -18,14 +18,13 @@ Every log-probability is in nats. In every mask True means counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 __all__ = [
     "Author", "Distributions", "Estimate", "FinishReason", "PromptBatch", "Prompts", "Rollout", "SamplingLaw",
@@ -207,31 +206,6 @@ class Rollout:
         picked |= {name: value[:, :last] for name, value in picked.items() if name.endswith("_BT")}
         shown = {name: prompts.rows(index) for name, prompts in self.shown.items()}
         return replace(self, prompts=self.prompts.rows(index), shown=shown, **picked)
-
-    @staticmethod
-    def joined(parts: Sequence[Rollout], order: Tensor) -> Rollout:
-        """Put the rows of several rollouts of one batch together, under the law of the first.
-
-        Args:
-            parts: rollouts whose prompts are padded alike and whose `prompt_index_B` count through all of them.
-            order: of the rows, as they come one part after the other.
-        """
-        width = max(part.ids_BT.shape[1] for part in parts)
-
-        def join(name: str) -> Tensor:
-            values = [getattr(part, name) for part in parts]
-            if name.endswith("_BT"):
-                values = [pad(value, (0, width - value.shape[1])) for value in values]
-            return torch.cat(values)[order]
-
-        first = parts[0]
-        tensors: dict[str, Any] = {f.name: join(f.name) for f in fields(first)
-                                   if isinstance(getattr(first, f.name), Tensor)}  # fmt: skip
-        prompts, *shown = (
-            Prompts(*(torch.cat(columns)[order] for columns in zip(*versions, strict=True)))
-            for versions in zip(*((part.prompts, *part.shown.values()) for part in parts), strict=True)
-        )
-        return replace(first, prompts=prompts, shown=dict(zip(first.shown, shown, strict=True)), **tensors)
 
 
 class Distributions(Protocol):

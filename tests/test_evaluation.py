@@ -10,7 +10,8 @@ from lit_opd import DistillationModule
 from lit_opd.config import EvaluationConfig
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, judge
-from lit_opd.models import YARDSTICKS, LanguageModel
+from lit_opd.measures.table import YARDSTICKS
+from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine
 from lit_opd.types import SamplingLaw
 

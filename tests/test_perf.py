@@ -2,14 +2,12 @@
 
 import io
 import json
-import math
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_opd.perf import Span, Stopwatch, break_down, own_times, read_trace, step_report
+from lit_opd.perf import Span, break_down, own_times, read_trace
 
 
 @st.composite
@@ -101,28 +99,3 @@ def test_operators_are_ordered_by_their_own_time_inside_of_steps(spans):
 
 def test_one_step_has_nothing_between():
     assert break_down([Span("step", 0, 10, "user_annotation")]).between_s is None
-
-
-UPDATE = {"loss": 0.5, "grad_norm": 2.0, "kl": 6.0, "entropy": 3.0, "gap": 0.75, "own": 3.0}
-ROLLOUT = {"rows": 2.0, "length": 8.0, "truncated_frac": 1.0, "eos_frac": 1.0, "repetition_frac": 0.5}
-
-
-def report(**changed):
-    watch = Stopwatch(torch.device("cpu"))
-    watch.lap("rollout_s")
-    both = ({name: changed.get(name, value) for name, value in part.items()} for part in (UPDATE, ROLLOUT))
-    return step_report(*both, watch, torch.device("cpu"))
-
-
-def test_a_step_is_told_by_the_token_and_by_the_sequence():
-    found = report()
-    wanted = {"train/loss": 0.5, "train/grad_norm": 2, "train/reverse_kl": 2, "train/entropy": 1, "rollout/length": 4,
-              "rollout/sampler_gap": 0.25, "rollout/repetition_frac": 0.25, "rollout/eos_frac": 0.5}  # fmt: skip
-    assert {name: found[name] for name in wanted} == wanted
-
-
-def test_a_mean_over_nothing_is_not_a_number():
-    by_token = {"train/reverse_kl", "train/entropy", "rollout/sampler_gap"}
-    by_row = {f"rollout/{name}" for name in ROLLOUT if name != "rows"}
-    assert {name for name, value in report(own=0.0).items() if math.isnan(value)} == by_token
-    assert {name for name, value in report(rows=0.0).items() if math.isnan(value)} == by_row

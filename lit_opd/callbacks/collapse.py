@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.loggers import MLFlowLogger
 
 from lit_opd.config import CollapseConfig
-from lit_opd.diagnostics import Seen
+from lit_opd.measures.steps import Seen
 from lit_opd.module import DistillationModule
 
 __all__ = ["CollapseWarning", "WatchCollapse"]

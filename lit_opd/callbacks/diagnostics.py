@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lit_opd.diagnostics import gradient_noise, observed_tokens, token_numbers
+from lit_opd.measures.steps import gradient_noise, observed_tokens, token_numbers
 from lit_opd.module import DistillationModule
 
 __all__ = ["StepDiagnostics"]
@@ -18,7 +18,7 @@ __all__ = ["StepDiagnostics"]
 class StepDiagnostics(L.Callback):
     """Logs how advantages are spread, what positions, support, sampler and stop tokens look like, and gradient noise.
 
-    Everything is read from values that the step left behind: see `lit_opd.diagnostics`. The share of steps whose
+    Everything is read from values that the step left behind: see `lit_opd.measures.steps`. The share of steps whose
     gradient was clipped is of all steps since the last look.
 
     Args:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lit_opd.curves import SCALE, Curves, Histogram
+from lit_opd.measures.histogram import SCALE, Histogram
+from lit_opd.measures.positions import Curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,8 @@ import lightning as L
 
 from lit_opd.callbacks.drawing import QUANTILES, draw_log_ratios, draw_positions
 from lit_opd.callbacks.page import completions_page
-from lit_opd.curves import Curves, Histogram
+from lit_opd.measures.histogram import Histogram
+from lit_opd.measures.positions import Curves
 from lit_opd.module import DistillationModule
 from lit_opd.tracking import logger_of
 
@@ -54,7 +55,7 @@ class EvaluationFigures(L.Callback):
 
 def to_json(curves: Curves, log_ratios: Histogram) -> dict[str, Any]:
     """Everything that the pictures show, point by point; null where there is no number."""
-    tables = {"mean": curves.means, "low": curves.lows, "high": curves.highs, "deviation": curves.deviations}
+    tables = {"mean": curves.means, "low": curves.lows, "high": curves.highs}
     return {
         "confidence": curves.confidence,
         "starts": curves.starts.tolist(),

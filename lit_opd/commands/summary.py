@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_opd.config import Config
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 from lit_opd.runs.distillation import Outcome, Results
 from lit_opd.tracking import ui_command
 

@@ -31,6 +31,8 @@ class EvaluationConfig(Section):
     """Completions kept to read, with the log-ratio of every token."""
     teacher: bool = True
     """Measure the teacher's own completions too, before training."""
+    measures: list[str] = field(default_factory=list)
+    """Yardsticks of your own: package.module:function or path/to/file.py:function, made by `register_measure`."""
 
     def check(self, name: str) -> None:
         """See `Section.check`."""

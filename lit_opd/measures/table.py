@@ -1,7 +1,7 @@
-"""The table of everything that is measured: its name, unit, direction and title.
+"""List everything that is measured, once: its name, title, unit, good direction, and what one value belongs to.
 
-Written once, so that the progress bar, the summary, the report of a comparison and every picture call a number by the
-same words. The numbers themselves are made by the other files of this room.
+Why here: the progress bar, the summary, the report of a comparison and every picture read this table, so that a number
+has the same words everywhere. The other files of this room make the numbers; `register_measure` adds a user's own.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-__all__ = ["MEASURES", "Better", "Measure", "describe", "in_order"]
+__all__ = [
+    "COMPLETIONS", "MEASURES", "NATS", "PROMPTS", "YARDSTICKS", "Better", "Measure", "describe", "in_order", "look_up",
+    "names_of",
+]  # fmt: skip
 
 Better = Literal["lower", "higher"]
+Of = Literal["token", "support", "position", "completion", "step"]
 
 
 class Measure(NamedTuple):
@@ -21,11 +25,17 @@ class Measure(NamedTuple):
         title: its name in words.
         unit: of its values.
         better: the good direction, or None where neither is, so that nothing can be ranked by it.
+        of: what it is made of, which decides where it is logged. On held-out prompts: a `token` (`val/NAME` and curves
+            over positions), the `support` at a position (`support/NAME` and curves), a `position` (curves only) or a
+            `completion` (`val/NAME`). In training: a `step`, whose name says all.
+        short: its title where a terminal has little room; empty where the title is short enough.
     """
 
     title: str
     unit: str
     better: Better | None
+    of: Of = "token"
+    short: str = ""
 
     @property
     def axis(self) -> str:
@@ -33,26 +43,116 @@ class Measure(NamedTuple):
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     @property
+    def label(self) -> str:
+        """The shortest title."""
+        return self.short or self.title
+
+    @property
     def is_share(self) -> bool:
         """True where it counts something out of all."""
         return self.unit.startswith("share")
 
 
-NATS, COMPLETIONS = "nats/token", "share of completions"
+NATS, TOKENS, COMPLETIONS, PROMPTS = "nats/token", "share of tokens", "share of completions", "share of prompts"
+MASS = "probability"
+PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 # In the order in which a report shows them.
-MEASURES = {
+MEASURES: dict[str, Measure] = {
     "reverse_kl": Measure("reverse KL", NATS, "lower"),
-    "accuracy": Measure("accuracy", COMPLETIONS, "higher"),
+    "accuracy": Measure("accuracy", COMPLETIONS, "higher", "completion"),
     "forward_kl": Measure("forward KL", NATS, "lower"),
-    "jsd": Measure("Jensen-Shannon divergence", NATS, "lower"),
-    "teacher_nll": Measure("teacher's negative log-likelihood", NATS, "lower"),
-    "top1_agreement": Measure("top-1 agreement", "share of tokens", "higher"),
-    "student_entropy": Measure("student's entropy", NATS, None),
-    "teacher_entropy": Measure("teacher's entropy", NATS, None),
-    "length": Measure("length", "tokens", None),
-    "truncated_frac": Measure("truncated", COMPLETIONS, None),
+    "jsd": Measure("Jensen-Shannon divergence", NATS, "lower", short="JSD"),
+    "teacher_nll": Measure("teacher's negative log-likelihood", NATS, "lower", short="teacher NLL"),
+    "top1_agreement": Measure("top-1 agreement", TOKENS, "higher", short="top-1 agree"),
+    "student_entropy": Measure("student's entropy", NATS, None, short="entropy"),
+    "teacher_entropy": Measure("teacher's entropy", NATS, None, short="its entropy"),
+    "length": Measure("length", "tokens", None, "completion"),
+    "truncated_frac": Measure("truncated", COMPLETIONS, None, "completion"),
+    "log_ratio": Measure("log-ratio of the token, student minus teacher", NATS, None, "position"),
+    "entropy_gap": Measure("entropy, student minus teacher", NATS, None, "position"),
+    "stop_log_ratio": Measure("log-ratio of stopping here, student minus teacher", NATS, None, "position"),
+    "overlap": Measure("most probable tokens that both models share", "share of the support", None, "support"),
+    "student_mass": Measure("student's mass on the teacher's most probable tokens", MASS, None, "support"),
+    "teacher_mass": Measure("teacher's mass on its most probable tokens", MASS, None, "support"),
+    "train/loss": Measure("loss", "", None, "step"),
+    "train/reverse_kl": Measure("reverse KL as the estimator saw it", NATS, "lower", "step", "reverse KL"),
+    "train/entropy": Measure("student's entropy, estimated from its own tokens", NATS, None, "step"),
+    "train/grad_norm": Measure("norm of the gradient before clipping", "", None, "step"),
+    "train/clipped_frac": Measure("clipped by the estimator", TOKENS, None, "step"),
+    "train/student_mass": Measure("student's mass on the estimator's support", MASS, None, "step"),
+    "train/student_mass_min": Measure("student's smallest mass on the estimator's support", MASS, None, "step"),
+    "train/teacher_mass": Measure("teacher's mass on the estimator's support", MASS, None, "step"),
+    "train_position/advantage": Measure("advantage, teacher minus student", NATS, None, "step"),
+    "train_position/student_nll": Measure("student's negative log-likelihood", NATS, None, "step"),
+    "train_position/teacher_nll": Measure("teacher's negative log-likelihood", NATS, None, "step"),
+    "train_position/student_mass": Measure("student's mass on the estimator's support", MASS, None, "step"),
+    "advantage/mean": Measure("mean advantage, teacher minus student", NATS, None, "step"),
+    "advantage/std": Measure("standard deviation of the advantages", NATS, None, "step"),
+    "advantage/skew": Measure("skew of the advantages", "", None, "step"),
+    "advantage/min": Measure("smallest advantage", NATS, None, "step"),
+    "advantage/max": Measure("largest advantage", NATS, None, "step"),
+    **{
+        f"advantage/q{q:02d}": Measure(f"advantage that {q} % of tokens lie below", NATS, None, "step")
+        for q in PERCENTS
+    },
+    "advantage/top1_share": Measure(
+        "what the largest 1 % of tokens hold", "share of the sum of |advantage|", None, "step"
+    ),
+    "gradient/clipped_frac": Measure("clipped gradients", "share of steps", None, "step"),
+    "gradient/signal_to_noise": Measure("signal over noise of the gradient", "", None, "step"),
+    "gradient/noise_scale": Measure("simple noise scale of the gradient", "sequences", None, "step"),
+    "stop/log_ratio": Measure("log-ratio at stop tokens, student minus teacher", NATS, None, "step"),
+    "rollout/length": Measure("length of the sampled completions", "tokens", None, "step", "length"),
+    "rollout/truncated_frac": Measure("sampled completions that were cut", COMPLETIONS, None, "step"),
+    "rollout/eos_frac": Measure("sampled completions that ended by themselves", COMPLETIONS, None, "step"),
+    "rollout/repetition_frac": Measure("repeated 4-grams", "share of 4-grams", None, "step"),
+    "rollout/sampler_gap": Measure("sampler's minus student's log-probability", NATS, None, "step"),
+    "rollout/sampler_gap_max": Measure("largest gap between sampler and student", NATS, None, "step"),
+    "rollout/sampler_ess": Measure("effective sample, student weighted against sampler", TOKENS, None, "step"),
+    "perf/rollout_s": Measure("time to sample", "seconds", "lower", "step"),
+    "perf/teacher_s": Measure("time to score", "seconds", "lower", "step"),
+    "perf/student_s": Measure("time to form gradients and step", "seconds", "lower", "step"),
+    "perf/step_s": Measure("time of a step", "seconds", "lower", "step"),
+    "perf/tokens_per_s": Measure("completion tokens a second", "tokens/s", "higher", "step", "tokens/s"),
+    "perf/peak_memory_mb": Measure("peak memory", "MB", "lower", "step"),
+    "cost/tokens": Measure("completion tokens sampled for training", "tokens", "lower", "step"),
+    "cost/seconds": Measure("time in training steps", "seconds", "lower", "step"),
+    "cost/median_step_s": Measure("median time of a step", "seconds", "lower", "step"),
+    "cost/median_tokens_per_s": Measure("median completion tokens a second", "tokens/s", "higher", "step"),
+    "cost/peak_memory_mb": Measure("peak memory of the run", "MB", "lower", "step"),
 }
 PASS_AT = "pass_at_"
+_ON_HELD_OUT = ("val", "val_interval", "test", "test_interval", "teacher", "teacher_interval", "position", "support")
+_ENDINGS = {"_low": "lower end of its interval", "_high": "upper end of its interval"}
+_ENDINGS |= {f"_q{number}": f"quarter {number} of the positions" for number in (1, 2, 3, 4)}
+
+
+def names_of(*kinds: Of) -> tuple[str, ...]:
+    """List the measures of some kinds, in the order of the table."""
+    return tuple(name for name, measure in MEASURES.items() if measure.of in kinds)
+
+
+# What every evaluation averages over tokens, whatever the estimator; a user's own come on top.
+YARDSTICKS = names_of("token")
+
+
+def look_up(name: str) -> Measure | None:
+    """Find a measure by its name, with or without what logging puts around it; None where nothing is known of it.
+
+    >>> look_up("position/reverse_kl_q2").title
+    'reverse KL, quarter 2 of the positions'
+    """
+    if name in MEASURES:
+        return MEASURES[name]
+    if name.startswith(PASS_AT):
+        return Measure(f"pass@{name.removeprefix(PASS_AT)}", PROMPTS, "higher", "completion")
+    family, _, rest = name.partition("/")
+    if family in _ON_HELD_OUT:
+        return look_up(rest)
+    for ending, words in _ENDINGS.items():
+        if name.endswith(ending) and (measure := look_up(name.removesuffix(ending))):
+            return measure._replace(title=f"{measure.title}, {words}")
+    return None
 
 
 def describe(name: str) -> Measure:
@@ -63,9 +163,7 @@ def describe(name: str) -> Measure:
     >>> describe("pass_at_4").title
     'pass@4'
     """
-    if name.startswith(PASS_AT):
-        return Measure(f"pass@{name.removeprefix(PASS_AT)}", "share of prompts", "higher")
-    return MEASURES.get(name, Measure(name.replace("_", " "), "", None))
+    return look_up(name) or Measure(name.replace("_", " "), "", None)
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -6,6 +6,8 @@ position of these completions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,25 +15,21 @@ from lit_opd.functional import entropy, forward_kl, jsd, log_softmax, position_l
 from lit_opd.functional.head import Stats
 from lit_opd.functional.support import support_mass
 from lit_opd.functional.topk import choose_support
+from lit_opd.measures.custom import TokenMeasure, apply_measures
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.types import Rollout, Scores
 
-__all__ = ["YARDSTICKS", "measure_yardsticks"]
-
-YARDSTICKS = (
-    "reverse_kl",
-    "forward_kl",
-    "jsd",
-    "teacher_nll",
-    "top1_agreement",
-    "student_entropy",
-    "teacher_entropy",
-)
+__all__ = ["measure_yardsticks"]
 
 
 @torch.no_grad()
 def measure_yardsticks(
-    policy: LanguageModel, teacher: Scores, rollout: Rollout, rows: int, support_size: int = 16
+    policy: LanguageModel,
+    teacher: Scores,
+    rollout: Rollout,
+    rows: int,
+    support_size: int = 16,
+    measures: Mapping[str, TokenMeasure] | None = None,
 ) -> Stats:
     """Compare a policy with the teacher, both at temperature 1, at every token of the policy's own completions.
 
@@ -41,10 +39,11 @@ def measure_yardsticks(
         rollout: completions.
         rows: positions a chunk of the head.
         support_size: K, how many of each model's most probable tokens are compared; at most the vocabulary.
+        measures: further functions of both distributions, by name: a user's own yardsticks.
 
     Returns:
-        Every name of `YARDSTICKS` (nats; `top1_agreement` is 0 or 1; `jsd` is the plain Jensen-Shannon divergence, at
-        most log 2), and in the same shape, [B, T], zero where not counted:
+        Every name of `measures.table.YARDSTICKS` (nats; `top1_agreement` is 0 or 1; `jsd` is the plain Jensen-Shannon
+        divergence, at most log 2), and in the same shape, [B, T], zero where not counted:
 
         - `log_ratio`, `entropy_gap`, `stop_log_ratio`: student minus teacher (nats), of the taken token, of the two
           entropies, and of the log-probabilities of stopping here; the last is NaN where no token stops.
@@ -67,6 +66,7 @@ def measure_yardsticks(
             other = teacher.full.logps(part)
             teacher_logps = other.gather(-1, taken_c1).squeeze(-1)
             stats |= _of_distributions(student, other, stop_ids) | _supports(student, other, support_size)
+            stats |= apply_measures(measures or {}, student, other, taken_c1.squeeze(-1))
         stats |= {"teacher_nll": -teacher_logps, "log_ratio": student.gather(-1, taken_c1).squeeze(-1) - teacher_logps}
         return logits_cV.new_zeros(()), stats
 

@@ -7,18 +7,19 @@ configuration describes; `Distiller.sample` asks it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_opd.config import RolloutConfig
 from lit_opd.models import LanguageModel
 from lit_opd.rollout.batching import TRAINING_STREAM, uniforms
 from lit_opd.rollout.engine import RolloutEngine
-from lit_opd.types import Author, PromptBatch, Rollout, SamplingLaw
+from lit_opd.types import Author, PromptBatch, Prompts, Rollout, SamplingLaw
 
 __all__ = ["Mixed", "RolloutSource", "Sampled", "TextsOf", "Written", "build_source", "student_writes"]
 
@@ -131,7 +132,26 @@ class Mixed:
             index_B = places.to(part.prompt_index_B.device)[part.prompt_index_B]
             parts.append(replace(part, prompt_index_B=index_B))
         order = torch.argsort(torch.cat([part.prompt_index_B for part in parts]), stable=True)
-        return Rollout.joined(parts, order)
+        return _joined(parts, order)
+
+
+def _joined(parts: Sequence[Rollout], order: Tensor) -> Rollout:
+    """Put rollouts of one batch together, under the law of the first, and their rows into an order."""
+    width = max(part.ids_BT.shape[1] for part in parts)
+
+    def join(name: str) -> Tensor:
+        values = [getattr(part, name) for part in parts]
+        if name.endswith("_BT"):
+            values = [pad(value, (0, width - value.shape[1])) for value in values]
+        return torch.cat(values)[order]
+
+    first = parts[0]
+    named: dict[str, Any] = {f.name: join(f.name) for f in fields(first) if isinstance(getattr(first, f.name), Tensor)}
+    prompts, *shown = (
+        Prompts(*(torch.cat(columns)[order] for columns in zip(*versions, strict=True)))
+        for versions in zip(*((part.prompts, *part.shown.values()) for part in parts), strict=True)
+    )
+    return replace(first, prompts=prompts, shown=dict(zip(first.shown, shown, strict=True)), **named)
 
 
 def student_writes(seed: int, draws: Sequence[tuple[int, int]], share: float) -> Tensor:

@@ -12,15 +12,22 @@ import lightning as L
 from lit_opd.callbacks import StepSpeed
 from lit_opd.config import Config, to_yaml
 from lit_opd.data import PromptDataModule
-from lit_opd.lab.lineage import log_datasets, log_medians, log_student
-from lit_opd.lab.view import offer_view
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 from lit_opd.module import DistillationModule
 from lit_opd.runs.checkpoints import check_weights, export_student, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer
 from lit_opd.runs.prepare import prepare_data
-from lit_opd.tracking import RunLogger, begin_run, check_tracking, git_sha
+from lit_opd.tracking import (
+    RunLogger,
+    begin_run,
+    check_tracking,
+    git_sha,
+    log_datasets,
+    log_medians,
+    log_student,
+    offer_view,
+)
 
 __all__ = ["Outcome", "Results", "evaluate", "train"]
 

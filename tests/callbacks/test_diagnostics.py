@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_opd.callbacks import StepDiagnostics
-from lit_opd.diagnostics import observed_tokens, token_numbers
+from lit_opd.measures.steps import observed_tokens, token_numbers
 
 
 class Kept(DummyLogger):

@@ -14,8 +14,9 @@ from lit_opd.callbacks import drawing
 from lit_opd.callbacks.drawing import draw_log_ratios, draw_positions
 from lit_opd.callbacks.figures import EvaluationFigures, to_json
 from lit_opd.callbacks.page import completions_page, limit, shade
-from lit_opd.curves import POSITION_VALUES, SCALE, LogRatioHistogram, TokenProfile
 from lit_opd.evaluation import Example
+from lit_opd.measures.histogram import SCALE, LogRatioHistogram
+from lit_opd.measures.positions import POSITION_VALUES, TokenProfile
 
 TOKENS = ["Sun", "day", " <b>", "\n", "\t", "", "&amp;", "'q\"", "<|im_end|>"]
 RATIOS = [0.0, 0.05, -0.2, 5.5, -7.0, 1.0, -1.0, 0.4, -0.00004]

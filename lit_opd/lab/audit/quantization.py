@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lit_opd.diagnostics import quantiles
 from lit_opd.errors import UserError
 from lit_opd.functional import log_softmax
 from lit_opd.functional.head import Stats
@@ -18,6 +17,7 @@ from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.findings import FAIL, PASS, WARN, Finding
 from lit_opd.lab.audit.gradients import cosine, gradient
 from lit_opd.lab.audit.positions import compare_positions
+from lit_opd.measures.steps import quantiles
 from lit_opd.models import LanguageModel, load_frozen
 
 __all__ = ["quantised_teacher"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_opd.lab.measure.result import Measurement, Row
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 
 __all__ = ["draw"]
 

@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 
 __all__ = ["UNKNOWN", "Estimate", "Moments", "compare", "inner_product", "trace_variance"]
 

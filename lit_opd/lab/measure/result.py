@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lit_opd.lab.measure.moments import Moments
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 from lit_opd.runs.numbers import finite
 
 __all__ = ["Measurement", "Row"]

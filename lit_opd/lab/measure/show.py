@@ -15,7 +15,7 @@ from rich.table import Table
 from lit_opd.config import Config, to_flat
 from lit_opd.lab.measure.figure import draw
 from lit_opd.lab.measure.result import Measurement, Row
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 from lit_opd.tracking import begin_run, git_sha, ui_command
 
 __all__ = ["print_measurement", "record"]

@@ -9,7 +9,7 @@ from matplotlib.markers import CARETRIGHTBASE
 from lit_opd.lab.measure.figure import _compose, draw
 from lit_opd.lab.measure.moments import Moments
 from lit_opd.lab.measure.result import Measurement, Row
-from lit_opd.metrics import Interval
+from lit_opd.measures.intervals import Interval
 
 UNKNOWN = Interval(math.nan, math.nan, math.nan)
 BIAS = Interval(0.5, 0.25, 0.75)

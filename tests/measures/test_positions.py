@@ -8,8 +8,8 @@ import scipy.stats
 import torch
 from references import rollout_from, written_by
 
-from lit_opd.curves import POSITION_VALUES, SUPPORT_VALUES, LogRatioHistogram, PositionMeans, TokenProfile
-from lit_opd.metrics import PromptMean
+from lit_opd.measures.intervals import over_prompts
+from lit_opd.measures.positions import POSITION_VALUES, SUPPORT_VALUES, PositionMeans, TokenProfile
 from lit_opd.types import FinishReason, SamplingLaw
 
 LENGTH = 7
@@ -65,14 +65,13 @@ def test_curves_are_numpy_s_over_all_tokens_in_whatever_batches_they_come(tokens
         assert found.prompts[t] == len(set(group[alive]))
         for q, name in enumerate(POSITION_VALUES):
             assert found.means[name][t] == pytest.approx(kept[q].mean())
-            assert found.deviations[name][t] == pytest.approx(kept[q].std())
-    for table in (found.means, found.lows, found.highs, found.deviations):
+    for table in (found.means, found.lows, found.highs):
         assert np.isnan(table["reverse_kl"][LENGTH:]).all()
     assert not found.counts[LENGTH:].any()
 
 
 def test_the_band_takes_the_prompt_as_the_unit(tokens):
-    """Position by position it is the interval of `PromptMean`, here and by the ratio's residuals."""
+    """Position by position it is the interval of `over_prompts`, here and by the ratio's residuals."""
     values, mask, group = tokens
     profile = TokenProfile(LENGTH)
     feed(profile, *tokens)
@@ -81,10 +80,8 @@ def test_the_band_takes_the_prompt_as_the_unit(tokens):
         present = [number for number in range(9) if mask[group == number, t].any()]
         sums = np.array([values[0, group == number, t].sum() for number in present])
         counts = np.array([mask[group == number, t].sum() for number in present], dtype=float)
-        alone = PromptMean()
-        alone.update(torch.tensor(sums), torch.tensor(counts))
         band = found.means["reverse_kl"][t], found.lows["reverse_kl"][t], found.highs["reverse_kl"][t]
-        assert band == pytest.approx(alone.compute())
+        assert band == pytest.approx(over_prompts(sums, counts))
         residuals = sums - sums.sum() / counts.sum() * counts
         m = len(present)
         half = scipy.stats.t.ppf(0.975, m - 1) * math.sqrt(m / (m - 1) * (residuals**2).sum()) / counts.sum()
@@ -103,15 +100,13 @@ def test_positions_together_are_one_point(tokens, width):
     for number, start in enumerate(range(0, LENGTH, width)):
         part = slice(start, start + width)
         kept = values[0][:, part][mask[:, part]]
-        alone = PromptMean()
         prompts = [k for k in range(9) if mask[group == k, part].any()]
-        alone.update(torch.tensor([values[0][group == k, part].sum() for k in prompts]),
-                     torch.tensor([mask[group == k, part].sum() for k in prompts]))  # fmt: skip
+        alone = over_prompts([values[0][group == k, part].sum() for k in prompts],
+                             [mask[group == k, part].sum() for k in prompts])  # fmt: skip
         band = (found.means["reverse_kl"][number], found.lows["reverse_kl"][number], found.highs["reverse_kl"][number])
-        assert band == pytest.approx(alone.compute())
+        assert band == pytest.approx(alone)
         assert found.counts[number] == len(kept)
         assert found.prompts[number] == len(prompts)
-        assert found.deviations["reverse_kl"][number] == pytest.approx(kept.std())
         assert found.middles[number] == np.arange(1, LENGTH + 1)[part].mean()
 
 
@@ -142,7 +137,7 @@ def test_merged_metrics_are_one(tokens):
     np.testing.assert_array_equal(merged.log_ratios.counts, expected.log_ratios.counts)
     assert merged.log_ratios[3:] == expected.log_ratios[3:]
     assert not whole.log_ratios.counts.any()
-    assert not whole.curves.counts.any()
+    assert not whole.curves.moments.any()
 
 
 def rounded(*tables):
@@ -170,85 +165,9 @@ def test_a_value_that_exists_nowhere_is_not_summed_up(tokens):
     profile = TokenProfile(LENGTH)
     feed(profile, values, mask, group)
     found = profile.compute().curves.summary()
-    assert found.keys() == {f"position/{n}_q{i}" for n in POSITION_VALUES[:-1] for i in (1, 2, 3, 4)} | {
-        f"support/{name}" for name in SUPPORT_VALUES
-    }
-
-
-def histogram(*parts):
-    metric = LogRatioHistogram()
-    for part in parts:
-        metric.update(torch.tensor(part))
-    return metric.compute()
-
-
-@pytest.fixture
-def heavy():
-    """Log-ratios with a heavy tail, in the way that they come, some beyond the bins."""
-    rng = np.random.default_rng(3)
-    values = rng.standard_t(1.5, 20_000) * np.where(rng.random(20_000) < 0.5, 0.02, 2.0)
-    assert values.min() < -100
-    assert values.max() > 100
-    return values
-
-
-def test_every_token_is_counted_in_its_bin(heavy):
-    found = histogram(heavy[:7], heavy[7:7], heavy[7:])
-    counts, _ = np.histogram(heavy, found.edges)
-    assert found.counts[1:-1].tolist() == counts.tolist()
-    assert found.counts[0] == (heavy < found.edges[0]).sum() > 0
-    assert found.counts[-1] == (heavy >= found.edges[-1]).sum() > 0
-    assert found.counts.sum() == len(heavy)
-    assert found.totals.sum() == pytest.approx(np.abs(heavy).sum())
-    assert (found.least, found.largest) == (heavy.min(), heavy.max())
-
-
-def test_bins_are_symmetric_begin_at_zero_and_are_finest_there():
-    edges = LogRatioHistogram.edges()
-    np.testing.assert_array_equal(edges, -edges[::-1])
-    assert edges[len(edges) // 2] == 0
-    assert edges[-1] == pytest.approx(100)
-    widths = np.diff(edges[len(edges) // 2 :])
-    assert (np.diff(widths) > 0).all()
-    assert widths[0] < 1e-3
-    assert (widths / edges[len(edges) // 2 + 1 :]).max() <= 1
-
-
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0])
-def test_quantiles_are_numpy_s_to_within_a_bin(heavy, share):
-    for values in (heavy, heavy[:300] / 100, np.full(5, 0.5), np.array([-3.0, 60.0])):
-        found = histogram(values)
-        exact = np.quantile(values, share, method="inverted_cdf")
-        ends = np.concatenate([[-math.inf], found.edges, [math.inf]])
-        place = np.searchsorted(found.edges, exact, side="right")
-        low, high = max(ends[place], values.min()), min(ends[place + 1], values.max())
-        assert low - 1e-9 <= found.quantile(share) <= high + 1e-9
-
-
-def test_within_a_bin_quantiles_are_interpolated():
-    """In the middle of tokens too: a bin's are taken as evenly spread over it."""
-    edges = LogRatioHistogram.edges()
-    low, high = edges[250:252]
-    found = histogram(np.concatenate([np.full(300, -3.0), np.linspace(low, high, 1001)[:-1], np.full(700, 50.0)]))
-    for share in (0.2, 0.4, 0.6):
-        assert found.quantile(share) == pytest.approx(low + (2000 * share - 300) / 1000 * (high - low), rel=1e-6)
-
-
-@pytest.mark.parametrize("share", [0.005, 0.01, 0.3, 1.0])
-def test_the_share_of_the_largest_is_that_of_sorted_tokens(heavy, share):
-    size = np.sort(np.abs(heavy))[::-1]
-    exact = size[: round(share * len(size))].sum() / size.sum()
-    assert histogram(heavy).top_share(share) == pytest.approx(exact, rel=0.02)
-
-
-def test_equal_models_and_no_tokens():
-    """A log-ratio of zero has a bin; of nothing there is no quantile and no share."""
-    equal, none = histogram(np.zeros(10)), histogram(np.zeros(0))
-    assert equal.counts[len(equal.counts) // 2] == 10
-    assert equal.quantile(0.5) == 0
-    assert math.isnan(equal.top_share())
-    assert math.isnan(none.quantile(0.5))
-    assert math.isnan(none.top_share())
+    assert found.keys() == {
+        f"position/{n}_q{i}" for n in POSITION_VALUES if n != "stop_log_ratio" for i in (1, 2, 3, 4)
+    } | {f"support/{name}" for name in SUPPORT_VALUES}
 
 
 def test_only_own_tokens_are_in_the_histogram(tokens):
@@ -263,20 +182,29 @@ def test_only_own_tokens_are_in_the_histogram(tokens):
     assert found.curves.counts.sum() == mask.sum()
 
 
-def test_a_module_in_bf16_counts_as_exactly(heavy):
+def test_a_module_in_bf16_counts_as_exactly():
     """Lightning casts the states under bf16-true, which cannot count to 257, and makes it torch's default."""
+    values = np.random.default_rng(3).standard_t(1.5, 20_000)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        means, bins = PositionMeans(["x"], 1).to(torch.bfloat16), LogRatioHistogram().to(torch.bfloat16)
-        for half in np.split(heavy, 2):
+        means = PositionMeans(["x"], 1).to(torch.bfloat16)
+        for half in np.split(values, 2):
             x = torch.tensor(half)[:, None]
             means.update({"x": x}, torch.ones_like(x, dtype=torch.bool), torch.arange(len(x)))
-            bins.update(x[:, 0])
-        found, nothing = means.compute(), (PositionMeans(["x"], 1).bfloat16(), LogRatioHistogram().to(torch.bfloat16))
-        assert not any(metric.compute().counts.any() for metric in nothing)
+        found, nothing = means.compute(), PositionMeans(["x"], 1).bfloat16()
+        assert not nothing.compute().counts.any()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found.counts.tolist() == found.prompts.tolist() == [len(heavy)]
-    assert found.means["x"][0] == pytest.approx(heavy.mean(), rel=1e-12)
-    np.testing.assert_array_equal(bins.compute().counts, histogram(heavy).counts)
-    assert bins.compute().quantile(0.3) == histogram(heavy).quantile(0.3)
+    assert found.counts.tolist() == found.prompts.tolist() == [len(values)]
+    assert found.means["x"][0] == pytest.approx(values.mean(), rel=1e-12)
+
+
+def test_what_is_missing_is_not_measured(tokens):
+    """A teacher that says nothing of whole distributions leaves no curve of them, and no number to log."""
+    values, mask, group = tokens
+    metric = PositionMeans(["reverse_kl", "log_ratio"], LENGTH)
+    metric.update({"log_ratio": torch.tensor(values[1])}, torch.tensor(mask), torch.tensor(group))
+    found = metric.compute()
+    assert np.isnan(found.means["reverse_kl"]).all()
+    assert {name.partition("/")[2] for name in found.summary()} == {f"log_ratio_q{i}" for i in (1, 2, 3, 4)}
+    assert found.counts[0] == 27

@@ -6,6 +6,7 @@ of them, so that runs compare.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lit_opd.types import FinishReason, Rollout
 
-__all__ = ["Seen", "gradient_noise", "observed_tokens", "quantiles", "token_numbers", "token_sums"]
+__all__ = ["Seen", "gradient_noise", "observed_tokens", "quantiles", "step_report", "token_numbers", "token_sums"]
 
 # A micro-batch, and the per-position values [N] of `models.student_loss` at its counted tokens.
 Seen = tuple[Rollout, Mapping[str, Tensor]]
@@ -47,6 +48,37 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
         values = {"own": own_N, "kl": stats["kl"][own_N], "entropy": -student_N[own_N], "gap": gap_N[own_N]}
         sums = {name: value.sum() + sums.get(name, 0) for name, value in values.items()}
     return sums
+
+
+def step_report(
+    update: Mapping[str, float], rollout: Mapping[str, float], seconds: Mapping[str, float], peak_mb: float
+) -> dict[str, float]:
+    """Name the metrics that every step logs, the same keys whatever the estimator.
+
+    Args:
+        update: totals of the last update: `loss` and `grad_norm`; over the tokens that the student wrote, `kl`,
+            `entropy`, `gap` and their number `own`.
+        rollout: totals over sequences, from `rollout_sums`.
+        seconds: of each phase; together they are the step's.
+        peak_mb: the most memory ever used.
+
+    Returns:
+        By name. What is a mean over nothing, in a step whose completions are all demonstrations, is not a number: a
+        key that were left out would keep the value of the step before in Lightning's records.
+    """
+    tokens, rows, step_s = update["own"] or math.nan, rollout["rows"] or math.nan, sum(seconds.values())
+    return {
+        "train/loss": update["loss"],
+        "train/reverse_kl": update["kl"] / tokens,
+        "train/entropy": update["entropy"] / tokens,
+        "train/grad_norm": update["grad_norm"],
+        **{f"rollout/{name}": value / rows for name, value in rollout.items() if name != "rows"},
+        "rollout/sampler_gap": update["gap"] / tokens,
+        "perf/tokens_per_s": rollout["length"] / step_s,
+        **{f"perf/{phase}": value for phase, value in seconds.items()},
+        "perf/step_s": step_s,
+        "perf/peak_memory_mb": peak_mb,
+    }
 
 
 def observed_tokens(seen: Sequence[Seen], horizon: int) -> dict[str, Tensor]:

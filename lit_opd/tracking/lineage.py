@@ -13,7 +13,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 
 from lit_opd.data import PromptDataModule
 from lit_opd.data.sources import Row
-from lit_opd.tracking import RunLogger
+from lit_opd.tracking.run import RunLogger
 
 __all__ = ["dataset_inputs", "log_datasets", "log_medians", "log_student"]
 

@@ -1,5 +1,7 @@
 """Numbers of a step, against plain loops, numpy and scipy, and gradients whose signal and noise are known."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import rollout_from
 
-from lit_opd.diagnostics import gradient_noise, observed_tokens, quantiles, token_numbers, token_sums
+from lit_opd.measures.steps import gradient_noise, observed_tokens, quantiles, step_report, token_numbers, token_sums
 from lit_opd.types import FinishReason, SamplingLaw
 
 values = st.floats(-30, 30, allow_subnormal=False).map(lambda x: round(x, 3))
@@ -184,3 +186,27 @@ def test_no_noise_without_moments():
     adam.step()
     assert gradient_noise(plain) is None
     assert gradient_noise(adam) is not None
+
+
+UPDATE = {"loss": 0.5, "grad_norm": 2.0, "kl": 6.0, "entropy": 3.0, "gap": 0.75, "own": 3.0}
+ROLLOUT = {"rows": 2.0, "length": 8.0, "truncated_frac": 1.0, "eos_frac": 1.0, "repetition_frac": 0.5}
+
+
+def report(**changed):
+    both = ({name: changed.get(name, value) for name, value in part.items()} for part in (UPDATE, ROLLOUT))
+    return step_report(*both, {"rollout_s": 0.25, "student_s": 0.75}, 12.0)
+
+
+def test_a_step_is_told_by_the_token_and_by_the_sequence():
+    found = report()
+    wanted = {"train/loss": 0.5, "train/grad_norm": 2, "train/reverse_kl": 2, "train/entropy": 1, "rollout/length": 4,
+              "rollout/sampler_gap": 0.25, "rollout/repetition_frac": 0.25, "rollout/eos_frac": 0.5,
+              "perf/tokens_per_s": 8, "perf/rollout_s": 0.25, "perf/step_s": 1, "perf/peak_memory_mb": 12}  # fmt: skip
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_a_mean_over_nothing_is_not_a_number():
+    by_token = {"train/reverse_kl", "train/entropy", "rollout/sampler_gap"}
+    by_row = {f"rollout/{name}" for name in ROLLOUT if name != "rows"}
+    assert {name for name, value in report(own=0.0).items() if math.isnan(value)} == by_token
+    assert {name for name, value in report(rows=0.0).items() if math.isnan(value)} == by_row

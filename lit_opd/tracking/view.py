@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_opd.tracking import RunLogger
+from lit_opd.tracking.run import RunLogger
 
 __all__ = ["VIEW_KEY", "offer_view"]
 

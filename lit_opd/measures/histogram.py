@@ -1,0 +1,103 @@
+"""Count the tokens of an evaluation by their log-ratio, in summable states: exact over batches and processes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+__all__ = ["SCALE", "Histogram", "LogRatioHistogram"]
+
+# Bins of equal width in asinh(x / SCALE): linear within a hundredth of a nat, logarithmic beyond, up to REACH nats.
+SCALE, REACH, BINS = 0.01, 100.0, 320
+
+
+class Histogram(NamedTuple):
+    """How often log-ratios (student minus teacher, nats) lie where.
+
+    Attributes:
+        edges: [bins + 1] symmetric about zero, zero among them.
+        counts: [bins + 2] tokens: below the edges, in each bin (its lower end included), above the edges.
+        totals: [bins + 2] sum of the absolute values of the same tokens.
+        least: the smallest value, infinity where there is none.
+        largest: the largest.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    totals: np.ndarray
+    least: float
+    largest: float
+
+    def quantile(self, share: float) -> float:
+        """The value that a share of the tokens lies below, to within a bin; NaN where there are none."""
+        total = self.counts.sum()
+        if not total:
+            return math.nan
+        # A bin ends where the values do.
+        inner = np.clip(self.edges, self.least, self.largest)
+        ends, below = np.concatenate([[self.least], inner, [self.largest]]), np.cumsum(self.counts)
+        number = min(int(np.searchsorted(below, share * total)), len(self.counts) - 1)
+        number = max(number, int(np.flatnonzero(self.counts)[0]))
+        inside = (share * total - (below[number] - self.counts[number])) / self.counts[number]
+        return float(ends[number] + min(max(inside, 0.0), 1.0) * (ends[number + 1] - ends[number]))
+
+    def top_share(self, share: float = 0.01) -> float:
+        """Of the sum of all |log-ratio|, what the given share of tokens with the largest holds; NaN where it is 0.
+
+        Exact but for the one bin of |log-ratio| that is split, whose tokens count alike.
+        """
+        half = len(self.counts) // 2
+        counts, totals = (x[half:][::-1] + x[:half] for x in (self.counts, self.totals))
+        wanted = share * counts.sum()
+        before = np.cumsum(counts) - counts
+        taken = np.clip((wanted - before) / np.maximum(counts, 1), 0, 1)
+        return float((taken * totals).sum() / totals.sum()) if totals.sum() > 0 else math.nan
+
+
+class LogRatioHistogram(Metric):
+    """Counts tokens by their log-ratio in fixed bins: linear near zero, logarithmic further out."""
+
+    full_state_update = False
+    counts: Tensor
+    totals: Tensor
+    least: Tensor
+    largest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Whole numbers, and below sums with float64: a module in bf16 casts its states of floating point.
+        self.add_state("counts", torch.zeros(BINS + 2, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(BINS + 2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("least", torch.tensor(math.inf, dtype=torch.float64), dist_reduce_fx="min")
+        self.add_state("largest", torch.tensor(-math.inf, dtype=torch.float64), dist_reduce_fx="max")
+
+    @staticmethod
+    def edges() -> np.ndarray:
+        """[bins + 1] nats; the middle one is exactly zero."""
+        positive = SCALE * np.sinh(np.linspace(0, np.arcsinh(REACH / SCALE), BINS // 2 + 1))
+        return np.concatenate([-positive[:0:-1], positive])
+
+    def update(self, log_ratio_N: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            log_ratio_N: nats.
+        """
+        values = log_ratio_N.detach().double()
+        edges = torch.from_numpy(self.edges()).to(values.device)
+        bins = torch.bucketize(values, edges, right=True)
+        self.counts = self.counts + torch.bincount(bins, minlength=BINS + 2)
+        self.totals = self.totals + torch.bincount(bins, values.abs(), minlength=BINS + 2)
+        if len(values):
+            self.least = torch.minimum(self.least, values.min())
+            self.largest = torch.maximum(self.largest, values.max())
+
+    def compute(self) -> Histogram:
+        """The histogram of all tokens so far."""
+        counts, totals = self.counts.cpu().numpy(), self.totals.double().cpu().numpy()
+        return Histogram(self.edges(), counts, totals, float(self.least), float(self.largest))
