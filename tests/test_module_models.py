@@ -77,10 +77,10 @@ def test_the_reference_gets_weights_only_where_training_asks_for_it(
 ):
     evaluated = DistillationModule(student_path, teacher_path, "against_reference", **SETTINGS)
     make_trainer(limit_val_batches=1).validate(evaluated, make_data(), verbose=False)
-    assert evaluated.reference is None
+    assert evaluated.distiller.scorers.keys() == {"teacher"}
     other = DistillationModule(student_path, teacher_path, "token", reference="/nowhere", **SETTINGS)
     make_trainer().fit(other, make_data())
-    assert other.reference is None
+    assert other.distiller.scorers.keys() == {"teacher"}
 
 
 def test_a_student_does_not_differ_from_the_reference_it_starts_as(against_reference, make_model, make_module, fit):
@@ -109,7 +109,7 @@ def test_a_resumed_run_keeps_the_reference_it_began_with(
     fit(half, 2)
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
     fit(resumed, 4, ckpt_path=tmp_path / "half.ckpt")
-    assert same(weights(resumed.reference.model), weights(make_model(1)))
+    assert same(weights(resumed.distiller.scorers["reference"].model.model), weights(make_model(1)))
     assert same(weights(resumed.model), weights(whole.model))
     assert not same(weights(half.model), weights(whole.model))
 
