@@ -51,7 +51,7 @@ RECURRENT = {
 def build(name, seed):
     """A model whose greedy completions are not all alike."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(name, **(SIZES | (ATTENTION | RECURRENT)[name]))
+    config = AutoConfig.for_model(name, **(SIZES | (ATTENTION | RECURRENT).get(name, {})))
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():  # what is initialised to zero or one would hide mistakes
         for parameter in model.parameters():

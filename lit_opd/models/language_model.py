@@ -61,7 +61,10 @@ class LanguageModel:
         self.causal_lm = causal_lm
         self.body: Any = causal_lm.base_model
         self.config: Any = causal_lm.config
-        self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+        takes = inspect.signature(self.body.forward).parameters
+        self.takes_positions = "position_ids" in takes
+        # transformers 5.24 renamed `past_key_values` to `cache`: there the old name warns, in 5.40 it is gone.
+        self.cache_name = next((name for name in ("cache", "past_key_values") if name in takes), None)
         self.vocabulary = self.output_layer.weight.shape[0]
 
     @property
@@ -193,7 +196,7 @@ class LanguageModel:
 
         Args:
             ids_BL: [B, L] new tokens.
-            mask_BL: [B, past + L] True at real tokens, the cached ones included.
+            mask_BL: [B, past + L] True at real tokens, the cached ones included; [B, L] for a body without attention.
             cache: keys and values of the past, or None.
             use_cache: whether to return a cache.
         """
@@ -202,7 +205,7 @@ class LanguageModel:
             positions_BL = (mask_BL.long().cumsum(-1) - 1).clamp(min=0)
             inputs["position_ids"] = positions_BL[:, -ids_BL.shape[1] :]
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[str(self.cache_name)] = cache
         return self.body(**inputs)
 
     @property

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lit_opd.errors import UserError
+from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
-from lit_opd.types import PromptBatch
+from lit_opd.types import PromptBatch, Prompts
 
-__all__ = ["CacheDecoder", "Decoder"]
+__all__ = ["CacheDecoder", "Decoder", "check_cache"]
 
 _ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -46,33 +48,89 @@ class CacheDecoder:
 
     Args:
         policy: the model.
+
+    Raises:
+        UserError: the model takes no cache, or gives none back.
     """
 
     def __init__(self, policy: LanguageModel) -> None:
-        self.policy = policy
+        if policy.cache_name is None:
+            raise _refusal(policy, "takes no cache")
+        self.policy, self._cache_name = policy, policy.cache_name
         self._cache: Any = None
 
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """See `Decoder.prefill`."""
-        output = self.policy.run_body(*batch.prompts, use_cache=True)
-        hidden_BH, self._cache = output.last_hidden_state[:, -1], output.past_key_values
-        self._seen_BL = batch.prompts.mask_BP.repeat_interleave(num_completions, dim=0)
+        (ids_BP, self._seen_BL), self._cache = batch.prompts, None
+        hidden_BH = self._read(ids_BP)
         if num_completions == 1:
             return hidden_BH
+        self._seen_BL = self._seen_BL.repeat_interleave(num_completions, dim=0)
+        if not self.only_attends:  # other states cannot be handed to several rows: each reads its prompt
+            self._cache = None
+            return self._read(ids_BP.repeat_interleave(num_completions, dim=0))
         self._cache.batch_repeat_interleave(num_completions)
         return hidden_BH.repeat_interleave(num_completions, dim=0)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """See `Decoder.step`."""
         self._seen_BL = torch.nn.functional.pad(self._seen_BL, (0, 1), value=True)
-        output = self.policy.run_body(ids_B[:, None], self._seen_BL, self._cache, use_cache=True)
-        self._cache = output.past_key_values
-        return output.last_hidden_state[:, -1]
+        return self._read(ids_B[:, None])
 
     def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`. States of other layers than attention cannot be chosen from."""
-        if not {type(layer) for layer in getattr(self._cache, "layers", [None])} <= _ATTENTION_LAYERS:
+        if not self.only_attends:
             return False
         self._cache.batch_select_indices(index)
         self._seen_BL = self._seen_BL[index]
         return True
+
+    @property
+    def only_attends(self) -> bool:
+        """Whether all that the cache holds, once prompts were read, is keys and values by position."""
+        return {type(layer) for layer in getattr(self._cache, "layers", [None])} <= _ATTENTION_LAYERS
+
+    def _read(self, ids_BL: Tensor) -> Tensor:
+        # A body without attention would apply the mask of what it has read to what it reads now.
+        layers = getattr(self._cache, "layers", [])
+        recurs = bool(layers) and not any(isinstance(layer, DynamicLayer) for layer in layers)
+        mask_BL = self._seen_BL[:, -ids_BL.shape[1] :] if recurs else self._seen_BL
+        output = self.policy.run_body(ids_BL, mask_BL, self._cache, use_cache=True)
+        self._cache = getattr(output, self._cache_name)
+        if self._cache is None:
+            raise _refusal(self.policy, "gives no cache back")
+        return output.last_hidden_state[:, -1]
+
+
+def check_cache(policy: LanguageModel) -> None:
+    """Compare a few tokens, decoded over the model's own cache, with a plain forward pass of each row.
+
+    Keys and values of attention are trusted. What else a cache may hold, a recurrent state, sees the padding of its
+    row unless the model takes care.
+
+    Raises:
+        UserError: they differ, or there is no cache.
+    """
+    ids_BP = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
+    mask_BP = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
+    decoder, next_B = CacheDecoder(policy), ids_BP[0, :4]
+    with torch.autocast(policy.device.type, enabled=False):
+        states = [decoder.prefill(PromptBatch(Prompts(ids_BP, mask_BP), [{}, {}], 0, [0, 1]), 2, 1)]
+        if decoder.only_attends:
+            return
+        states.append(decoder.step(next_B))
+        found_B2H = upcast(torch.stack(states, dim=1))
+        for row, found_2H in enumerate(found_B2H):
+            row_1L = torch.cat([ids_BP[row // 2][mask_BP[row // 2]], next_B[row : row + 1]])[None]
+            own = policy.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool))
+            own_2H = upcast(own.last_hidden_state[0, -2:])
+            off = ((found_2H - own_2H).norm() / own_2H.norm()).item()
+            if not off < (1e-3 if states[0].dtype == own_2H.dtype else 0.25):  # the rounding of bf16 may differ
+                raise _refusal(policy, f"is off by {off:.2g} over its cache")
+
+
+def _refusal(policy: LanguageModel, why: str) -> UserError:
+    return UserError(
+        f"{policy.key}.path", "a model that can be sampled token by token over a cache of its own",
+        f"{type(policy.body).__name__}, which {why}", "Name another model, or sample with rollout.engine=vllm.",
+    )  # fmt: skip

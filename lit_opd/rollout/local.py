@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lit_opd.functional import sample_tokens
 from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
-from lit_opd.rollout.decoders import CacheDecoder, Decoder
+from lit_opd.rollout.decoders import CacheDecoder, Decoder, check_cache
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
 from lit_opd.rollout.products import make_product
 from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw
@@ -32,6 +32,7 @@ class LocalEngine:
 
     def __init__(self) -> None:
         self._disagreements: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+        self._checked: WeakSet[nn.Module] = WeakSet()
 
     @torch.no_grad()
     def sample(
@@ -45,7 +46,11 @@ class LocalEngine:
         return Rollout.completed(batch, num_completions, ids_BT, mask_BT, logps_BT, stopped_B, law)
 
     def decoder(self, policy: LanguageModel, rows: int) -> Decoder:
-        """The fastest decoder of `rows` rows that the model allows."""
+        """The fastest decoder of `rows` rows that the model allows.
+
+        Raises:
+            UserError: no decoder continues this model's rows exactly.
+        """
         reason = why_not_fused(policy)
         if reason is None:
             if policy.model not in self._disagreements:
@@ -53,7 +58,12 @@ class LocalEngine:
                 if reason:
                     _log.warning("The %s decodes without the fused path: %s.", policy.key, reason)
             reason = self._disagreements[policy.model]
-        return CacheDecoder(policy) if reason else FusedDecoder(policy, rows)
+        if reason is None:
+            return FusedDecoder(policy, rows)
+        if policy.model not in self._checked:
+            check_cache(policy)
+            self._checked.add(policy.model)
+        return CacheDecoder(policy)
 
 
 def _disagreement(policy: LanguageModel) -> str | None:

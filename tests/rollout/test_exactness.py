@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import transformers
 from architectures import ATTENTION, RECURRENT, build
+from packaging.version import Version
+from transformers.models.lfm2.modeling_lfm2 import Lfm2Model
 
 from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
@@ -18,8 +21,6 @@ from lit_opd.rollout import LocalEngine, uniforms
 from lit_opd.types import FinishReason, SamplingLaw
 
 GREEDY, LENGTH = SamplingLaw(temperature=0.0), 16
-# Of an architecture that cannot be sampled yet, an error is expected; wrong tokens are not.
-refused = pytest.mark.xfail(raises=(AttributeError, RuntimeError, UserError), strict=False, reason="no such cache yet")
 every_attention = pytest.mark.parametrize("name", ATTENTION)
 
 
@@ -107,17 +108,66 @@ def test_a_row_depends_neither_on_its_batch_mates_nor_on_the_order_of_prompts(na
     check_rows(make_policy(name), make_batch, count=2)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=refused) if n == "mamba" else n for n in RECURRENT])
+# The release of transformers that first gives these a cache to read on from, by the name that it gives the others'.
+CACHED_SINCE = {"mamba": "5.24", "falcon_h1": "5.5", "granitemoehybrid": "5.5"}
+CACHED = [name for name in RECURRENT if Version(transformers.__version__) >= Version(CACHED_SINCE.get(name, "5.0"))]
+every_recurrence = pytest.mark.parametrize("name", CACHED)
+
+
+@every_recurrence
 def test_a_recurrent_state_is_that_of_its_row(name, make_policy, make_batch):
     check_greedy(make_policy(name), make_batch(), count=1)
     check_logps(make_policy(name), make_batch(), count=1, temperature=0.8)
     check_rows(make_policy(name), make_batch, count=1)
 
 
-@refused
-@pytest.mark.parametrize("name", RECURRENT)
+@every_recurrence
 def test_a_recurrent_state_is_that_of_every_completion(name, make_policy, make_batch):
     check_greedy(make_policy(name), make_batch(), count=2)
+    check_logps(make_policy(name), make_batch(), count=3, temperature=0.8)
+    check_rows(make_policy(name), make_batch, count=2)
+
+
+def refusal(name, tokenizer, batch):
+    policy = LanguageModel(build(name, 0), tokenizer, "teacher")
+    with pytest.raises(UserError) as error:
+        sample(policy, batch, SamplingLaw())
+    return str(error.value)
+
+
+def test_a_model_that_takes_no_cache_is_refused(tiny_tokenizer, make_batch):
+    assert refusal("rwkv", tiny_tokenizer, make_batch()) == (
+        "teacher.path: expected a model that can be sampled token by token over a cache of its own, found RwkvModel, "
+        "which takes no cache. Name another model, or sample with rollout.engine=vllm."
+    )
+
+
+def test_a_model_that_gives_no_cache_back_is_refused(tiny_tokenizer, make_batch, monkeypatch):
+    monkeypatch.setattr(Lfm2Model, "forward", without_cache(Lfm2Model.forward))
+    assert "found Lfm2Model, which gives no cache back" in refusal("lfm2", tiny_tokenizer, make_batch())
+    monkeypatch.undo()
+    for name in set(RECURRENT) - set(CACHED):
+        assert "no cache" in refusal(name, tiny_tokenizer, make_batch())
+
+
+def without_cache(forward):
+    """A body's forward pass as some hybrid models had it before transformers 5.5."""
+
+    @functools.wraps(forward)
+    def run(self, **inputs):
+        return forward(self, **inputs | {"use_cache": False})
+
+    return run
+
+
+def test_a_recurrent_state_that_saw_padding_is_refused(tiny_tokenizer, make_batch):
+    """A convolution that takes the padding before a prompt for a part of it."""
+    model = build("lfm2", 0)
+    convolution = model.model.layers[0].conv
+    inner = convolution.forward
+    convolution.forward = lambda *args, **kwargs: inner(*args, **(kwargs | {"attention_mask": None}))
+    with pytest.raises(UserError, match=r"student.path: .* found Lfm2Model, which is off by 0\.\d+ over its cache"):
+        sample(LanguageModel(model, tiny_tokenizer, "student"), make_batch(), SamplingLaw())
 
 
 # The law
