@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 __all__ = [
-    "Estimate", "FinishReason", "PromptBatch", "Rollout", "SamplingLaw", "ScoredRollout", "TeacherScores", "TokenBatch",
+    "Estimate", "FinishReason", "Need", "PromptBatch", "Rollout", "SamplingLaw", "ScoredRollout", "TeacherScores",
+    "TokenBatch",
 ]  # fmt: skip
 
 
@@ -160,6 +161,19 @@ class ScoredRollout(NamedTuple):
     scores: TeacherScores
     rewards_B: Tensor | None = None
     progress: float = 0.0
+
+
+class Need(StrEnum):
+    """What an estimator asks to see; `estimators.needs` says how each member fills a `TokenBatch`."""
+
+    TOKEN = "token"
+    SUPPORT = "support"
+    FULL = "full"
+    ENTROPY = "entropy"
+    KL = "kl"
+    REWARDS = "rewards"
+    GROUPS = "groups"
+    REFERENCE = "reference"
 
 
 @dataclass(frozen=True)

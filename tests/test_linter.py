@@ -19,6 +19,7 @@ from lit_opd import DistillationModule, estimators
 from lit_opd.cli import main
 from lit_opd.config import PACKAGE_FOLDER, Config, LintConfig, StudentConfig, TeacherConfig, load_config
 from lit_opd.errors import UserError
+from lit_opd.estimators.needs import read_needs
 from lit_opd.lab.quiet import quiet_libraries
 from lit_opd.linter import RULES, Facts, Finding, LintWarning, check, enforce, lint
 from lit_opd.linter.linting import _stop_ids
@@ -91,7 +92,7 @@ def failing(tokens):
 def own(fn, needs="token", family="token", **kwargs):
     """A user's function that declares what it needs."""
     built = estimators.build(fn, **kwargs)
-    return replace(built, spec=replace(built.spec, needs=needs, family=family))
+    return replace(built, spec=replace(built.spec, needs=read_needs("needs", needs), family=family))
 
 
 def mix(**terms):
