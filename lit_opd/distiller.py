@@ -19,7 +19,7 @@ from lit_opd.objective import Loss, student_loss
 from lit_opd.perf import phase
 from lit_opd.rollout import RolloutSource, Verifier, judge, micro_batches
 from lit_opd.teachers import Scorer, Wanted, wanted_by
-from lit_opd.types import PromptBatch, Rollout, ScoredRollout
+from lit_opd.types import Need, PromptBatch, Rollout, ScoredRollout
 
 __all__ = ["Distiller"]
 
@@ -57,20 +57,20 @@ class Distiller:
     @property
     def whole_prompts(self) -> bool:
         """True where the completions of a prompt must stay together."""
-        return "groups" in self.estimator.needs
+        return Need.GROUPS in self.estimator.needs
 
     @property
     def asks(self) -> dict[str, Wanted]:
         """What the estimator asks of each scorer."""
         asks = {"teacher": wanted_by(self.estimator)}
-        return asks | ({"reference": Wanted()} if "reference" in self.estimator.needs else {})
+        return asks | ({"reference": Wanted()} if Need.REFERENCE in self.estimator.needs else {})
 
     @phase("rollout")
     def sample(self, batch: PromptBatch) -> Rollout:
         """Complete every prompt, with rewards where the estimator asks for them."""
         rollout = self.source.complete(batch)
         rollout = rollout.uncount(torch.isin(rollout.ids_BT, rollout.ids_BT.new_tensor(self.masked_ids)))
-        return self.judged(batch, rollout) if "rewards" in self.estimator.needs else rollout
+        return self.judged(batch, rollout) if Need.REWARDS in self.estimator.needs else rollout
 
     def judged(self, batch: PromptBatch, rollout: Rollout) -> Rollout:
         """Add the verifier's rewards."""

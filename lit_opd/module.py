@@ -40,7 +40,7 @@ from lit_opd.rollout import (
     training_law,
 )
 from lit_opd.teachers import LocalScorer
-from lit_opd.types import PromptBatch, ScoredRollout
+from lit_opd.types import Need, PromptBatch, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
@@ -141,7 +141,7 @@ class DistillationModule(AcrossProcesses):
         precision = self.trainer.precision
         if precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
             raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", precision, "Use bf16-mixed.")
-        if stage == "fit" and "rewards" in self.estimator.needs and self.verifier is None:
+        if stage == "fit" and Need.REWARDS in self.estimator.needs and self.verifier is None:
             raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
                             "Set data.verifier=package.module:function.")  # fmt: skip
         self.distiller = self.assemble(self.verifier, with_reference=stage == "fit")
@@ -156,7 +156,7 @@ class DistillationModule(AcrossProcesses):
         rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib, self.device)
         self.teacher = self.pair.load("teacher", self.device)
         scorers = {"teacher": LocalScorer(self.teacher, rows)}
-        if with_reference and "reference" in self.estimator.needs:
+        if with_reference and Need.REFERENCE in self.estimator.needs:
             scorers["reference"] = LocalScorer(self.pair.load("reference", self.device), rows, "reference")
         source = build_source(self.rollout_config, self.law, self.seed, self.engine, self.student, self.teacher,
                               self.demonstrations)  # fmt: skip

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "Author", "Distributions", "Estimate", "FinishReason", "PromptBatch", "Prompts", "Rollout", "SamplingLaw",
+    "Author", "Distributions", "Estimate", "FinishReason", "Need", "PromptBatch", "Prompts", "Rollout", "SamplingLaw",
     "ScoredRollout", "Scores", "TokenBatch",
 ]  # fmt: skip
 
@@ -267,6 +267,19 @@ class ScoredRollout(NamedTuple):
         chosen_N = number_BT[index][mask_BT[index]]
         scores = {name: scores[chosen_N] for name, scores in self.scores.items()}
         return self._replace(rollout=self.rollout.rows(index), scores=scores)
+
+
+class Need(StrEnum):
+    """What an estimator asks to see; `estimators.needs` says how each member fills a `TokenBatch`."""
+
+    TOKEN = "token"
+    SUPPORT = "support"
+    FULL = "full"
+    ENTROPY = "entropy"
+    KL = "kl"
+    REWARDS = "rewards"
+    GROUPS = "groups"
+    REFERENCE = "reference"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.needs import read_needs
 from lit_opd.estimators.oracle import TabularPair
 from lit_opd.models.forward import PaddedForward
 from lit_opd.teachers import LocalScorer, Wanted, wanted_by
@@ -59,7 +60,7 @@ def slopes(function, point, step=1e-5):
 
 def made(fn, needs="token", family="token"):
     """A function as an estimator that declares what it needs."""
-    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=needs), {})
+    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=read_needs("needs", needs)), {})
 
 
 def log_ratio(tokens):

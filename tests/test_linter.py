@@ -28,6 +28,7 @@ from lit_opd.config import (
     load_config,
 )
 from lit_opd.errors import UserError
+from lit_opd.estimators.needs import read_needs
 from lit_opd.linter import RULES, Facts, Finding, LintWarning, check, enforce, lint
 from lit_opd.linter.linting import _stop_ids
 from lit_opd.linter.rules import sampler_is_not_student, stale_updates
@@ -99,7 +100,7 @@ def failing(tokens):
 def own(fn, needs="token", family="token", **kwargs):
     """A user's function that declares what it needs."""
     built = estimators.build(fn, **kwargs)
-    return replace(built, spec=replace(built.spec, needs=needs, family=family))
+    return replace(built, spec=replace(built.spec, needs=read_needs("needs", needs), family=family))
 
 
 def mix(**terms):

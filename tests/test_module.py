@@ -38,7 +38,7 @@ def buildable(name):
     spec, parameters = estimators.get(name), inspect.signature(estimators.get(name).fn).parameters.values()
     required = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters)
     kwargs = dict(spec.variants[0].keywords) if required else {}
-    return ({"k": 4} if spec.needs.startswith("support") else {}) | kwargs
+    return ({"k": 4} if "support" in spec.needs else {}) | kwargs
 
 
 CASES = [*((name, buildable(name)) for name in estimators.names()), *MORE]

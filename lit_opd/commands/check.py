@@ -12,6 +12,7 @@ from rich.table import Table
 from lit_opd import estimators
 from lit_opd.errors import RunError
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.needs import write_needs
 from lit_opd.estimators.oracle.batches import table_for
 from lit_opd.estimators.oracle.claims import CLAIMS
 from lit_opd.estimators.oracle.diagnosis import Diagnosis, diagnose
@@ -78,7 +79,7 @@ def _print_contract(console: Console, estimator: BoundEstimator) -> None:
         bias = "unbiased" if contract.unbiased else "biased"
         lines |= {
             "family": spec.family,
-            "needs": spec.needs,
+            "needs": write_needs(spec.needs),
             "aims at": f"the gradient of {contract.target}, {bias}" if contract.target else _NO_TARGET,
             "at p = q": f"a gradient that is {_AT_EQUAL[contract.at_equal]}",
             "source": spec.source,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from lit_opd import estimators
 from lit_opd.estimators import Contract, EstimatorSpec
+from lit_opd.estimators.needs import write_needs
 
 __all__ = ["markdown_table", "print_table"]
 
@@ -51,8 +52,8 @@ def _families(quote: str = "") -> Iterator[tuple[str, str, list[list[str]]]]:
     specs = [estimators.get(name) for name in estimators.names()]
     for family, what in FAMILIES.items():
         rows = [
-            [f"{quote}{s.name}{quote}", s.family, c.target or "-", "yes" if c.unbiased else "no", s.needs, s.summary,
-             s.source] for s, c in ((s, _contract(s)) for s in specs if s.family == family)
+            [f"{quote}{s.name}{quote}", s.family, c.target or "-", "yes" if c.unbiased else "no", write_needs(s.needs),
+             s.summary, s.source] for s, c in ((s, _contract(s)) for s in specs if s.family == family)
         ]  # fmt: skip
         if rows:
             yield family, what, rows

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_opd.types import Estimate, TokenBatch
+from lit_opd.types import Estimate, Need, TokenBatch
 
 __all__ = [
     "BoundEstimator",
@@ -70,8 +70,7 @@ class EstimatorSpec:
         family: `token` (each position for itself), `sequence` (credit flows to earlier positions) or `hybrid`.
         target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
         unbiased: is its expected gradient exactly the target's, on-policy?
-        needs: `token`, `support` or `full` (`terms`: what its terms need); further `+kl`, `+entropy`, `+rewards`,
-            `+groups`, `+reference`.
+        needs: what it asks to see; nothing of its own where it is a sum, which is given what its terms need.
         source: where the formula comes from.
         check: raises ValueError for keywords that cannot work, before any model is loaded.
         at_equal: where student == teacher, the gradient is zero for every `sample`, in `expectation`, or `never`.
@@ -86,7 +85,7 @@ class EstimatorSpec:
     family: str = "token"
     target: str | None = None
     unbiased: bool = False
-    needs: str = "token"
+    needs: frozenset[Need] = frozenset({Need.TOKEN})
     source: str = ""
     check: Callable[..., None] | None = field(default=None, repr=False)
     at_equal: str = "sample"
@@ -143,9 +142,9 @@ class BoundEstimator:
         return (Term(1.0, self),) if self.spec.split is None else self.spec.split(**self.keywords)
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """What its terms and their weightings ask for together."""
-        return frozenset().union(*(term.needs for term in self.terms))
+        return frozenset[Need]().union(*(term.needs for term in self.terms))
 
     @property
     def support(self) -> str:
@@ -155,7 +154,7 @@ class BoundEstimator:
     @property
     def support_size(self) -> int:
         """K, by convention its keyword `k`; 0 for an estimator that compares no support."""
-        return int(self.keywords["k"]) if self.spec.needs.startswith("support") else 0
+        return int(self.keywords["k"]) if Need.SUPPORT in self.spec.needs else 0
 
     @property
     def largest_support(self) -> int:
@@ -176,12 +175,12 @@ class Term(NamedTuple):
     weight: float
     estimator: BoundEstimator
     weighting: Callable[[TokenBatch], Tensor] | None = None
-    weighting_needs: tuple[str, ...] = ()
+    weighting_needs: frozenset[Need] = frozenset()
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> frozenset[Need]:
         """What estimator and weighting ask for."""
-        return frozenset(self.estimator.spec.needs.split("+")) | frozenset(self.weighting_needs)
+        return self.estimator.spec.needs | self.weighting_needs
 
     @property
     def is_local(self) -> bool:

@@ -8,17 +8,16 @@ from typing import Any, TypeVar
 
 from lit_opd.errors import UserError, choose, suggest
 from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term, Variant, bound_arguments
+from lit_opd.estimators.needs import needs_of, read_needs
 from lit_opd.functional.topk import SUPPORTS
 from lit_opd.plugins import import_function
+from lit_opd.types import Need
 
 __all__ = ["build", "get", "names", "register_estimator"]
 
 F = TypeVar("F", bound=EstimatorFn)
 
 FAMILIES = ("token", "sequence", "hybrid")
-NEEDS = ("token", "support", "full", "terms")
-EXTRAS = ("kl", "entropy", "rewards", "groups", "reference")
-OF_ROWS = ("rewards", "groups")
 AT_EQUAL = ("sample", "expectation", "never")
 
 
@@ -61,35 +60,30 @@ def register_estimator(
     """
     where = f"register_estimator({name!r})"
     choose(f"{where}.at_equal", at_equal, AT_EQUAL)
-    base = _check_needs(where, family, needs)
+    choose(f"{where}.family", family, FAMILIES)
+    wanted = read_needs(f"{where}.needs", needs)
+    _check_needs(where, family, wanted)
 
     def register(fn: F) -> F:
         taken = _REGISTRY.get(name)
         if taken is not None and inspect.getsourcefile(taken.fn) != inspect.getsourcefile(fn):
             raise UserError(where, "a new name", "a registered one", "Choose another name.")
-        sampled = base == "token" if on_policy is None else on_policy
+        sampled = Need.TOKEN in wanted if on_policy is None else on_policy
         _REGISTRY[name] = EstimatorSpec(
-            name, fn, family, target, unbiased, needs, source, check, at_equal, sampled, corrects, variants, split
+            name, fn, family, target, unbiased, wanted, source, check, at_equal, sampled, corrects, variants, split
         )
         return fn
 
     return register
 
 
-def _check_needs(where: str, family: str, needs: str) -> str:
-    """What the estimator needs first of all, once family and needs are known to go together."""
-    choose(f"{where}.family", family, FAMILIES)
-    base, *extras = needs.split("+")
-    choose(f"{where}.needs", base, NEEDS)
-    for extra in extras:
-        choose(f"{where}.needs", extra, EXTRAS)
-    if family != "token" and base not in ("token", "terms"):
+def _check_needs(where: str, family: str, needs: frozenset[Need]) -> None:
+    if family != "token" and needs_of(needs, "token"):
         expected = "family 'token' where needs is 'support' or 'full': those see slices of positions"
         raise UserError(where, expected, f"family {family!r}", "Combine them with `mix`.")
-    if family == "token" and set(extras) & set(OF_ROWS):
+    if family == "token" and needs_of(needs, "row"):
         expected = "family 'sequence' or 'hybrid' where needs has rewards or groups: slices of positions have no rows"
         raise UserError(where, expected, "family 'token'", "Choose another family.")
-    return base
 
 
 _REGISTRY: dict[str, EstimatorSpec] = {}
@@ -143,7 +137,7 @@ def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
         _ = estimator.terms  # builds, and so checks, what it is made of
     except (TypeError, ValueError) as error:
         raise UserError("estimator.kwargs", f"valid keywords for {spec.name}", str(error), "Correct them.") from error
-    if spec.needs.startswith("support"):
+    if Need.SUPPORT in spec.needs:
         if "k" not in bound:
             raise UserError(
                 "estimator.name", "a keyword `k`, the support size", f"none in {spec.name}", "Add `k: int`."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,16 +42,7 @@ def check_k(k: int, *, least: int = 1, **_: object) -> None:
         raise ValueError(f"k must be a whole number of at least {least}, found {k!r}{why * (least > 1)}")
 
 
-_check_renormalised_k = functools.partial(check_k, least=2)
-
-
-def _check_own(k: int, support: str, own: str) -> None:
-    check_k(k)
-    if support != own:
-        raise ValueError(f"support must be {own}, found {support!r}; topk_divergence takes any")
-
-
-def _check_divergence(k: int, support: str, divergence: str, mass: str, teacher_weight: float) -> None:
+def _check_divergence(k: int, support: str, divergence: str, mass: str, teacher_weight: float = 0.5) -> None:
     if divergence not in SUPPORT_DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(SUPPORT_DIVERGENCES)}, found {divergence!r}")
     if mass not in MASSES:
@@ -59,7 +50,7 @@ def _check_divergence(k: int, support: str, divergence: str, mass: str, teacher_
     if not 0 <= teacher_weight <= 1:
         raise ValueError(f"teacher_weight must lie in [0, 1], found {teacher_weight}")
     # The union of one token of each model may hold two.
-    (_check_renormalised_k if mass == "renormalise" and support != "union" else check_k)(k)
+    check_k(k, least=2 if mass == "renormalise" and support != "union" else 1)
 
 
 @register_estimator(
@@ -115,157 +106,115 @@ def topk_divergence(
     return Estimate(loss_BT=loss, kl_BT=sampled_log_ratio(tokens))
 
 
-@register_estimator(
-    "teacher_topk",
-    target="reverse_kl",
-    needs="support",
-    source="arXiv:2603.25562, eq. 6-8 (local support matching)",
-    check=_check_renormalised_k,
-)
-def teacher_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
-    """Reverse KL renormalised on the teacher's top K (local support matching): little noise, blind to mass outside.
+class _Preset(NamedTuple):
+    """A published form of `topk_divergence`: two of its keywords, and what follows from them.
 
-    Formula, on the support S with p' and q' the two distributions renormalised over it: loss_t = sum over S of
-    p' (log p' - log q'). No sampling noise; blind to how much mass the student puts outside S, and to K = 1. Special
-    tokens are left out by `estimator.masked_tokens`, before any estimator sees them.
-
-    Args:
-        tokens: support log-probabilities under the full softmax, [..., K], nats.
-        k: size of the support.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate: the renormalised value says nothing of the tokens outside S.
+    Attributes:
+        name: how a configuration selects it.
+        divergence: as of `topk_divergence`.
+        mass: as of `topk_divergence`.
+        source: citation.
+        doc: what it is and what it trades, then its formula.
+        own_support: the only support it is published with; None where it takes any, by default the teacher's.
+        at_equal: the gradient where student == teacher.
+        variants: keywords which deserve a test of their own.
     """
-    return topk_divergence(tokens, k=k)
+
+    name: str
+    divergence: str
+    mass: str
+    source: str
+    doc: str
+    own_support: str | None = None
+    at_equal: str = "sample"
+    variants: tuple[Variant, ...] = ()
 
 
-@register_estimator(
-    "student_topk",
-    target="reverse_kl",
-    needs="support",
-    source="SDPO, arXiv:2601.20802; OEL, arXiv:2603.16856 (the student's top K)",
-    check=functools.partial(_check_own, own="student"),
-)
-def student_topk(tokens: TokenBatch, *, k: int = 16, support: str = "student") -> Estimate:
-    """Reverse KL on the student's K most probable tokens, all others one bucket: a bound that holds most of it.
+_PRESETS = (
+    _Preset(
+        "teacher_topk", "reverse_kl", "renormalise", own_support="teacher",
+        source="arXiv:2603.25562, eq. 6-8 (local support matching)",
+        doc="""
+        Reverse KL renormalised on the teacher's top K (local support matching): little noise, blind to mass outside.
 
-    Formula, with P and Q the masses on the support S: loss_t = sum over S of p (log p - log q) + (1 - P) log((1 - P) /
-    (1 - Q)). Never above the full reverse KL. The student's own tokens carry most of its reverse KL, but the teacher
-    must be asked for them: one that only serves its own top K cannot answer.
-
-    Args:
-        tokens: support log-probabilities under the full softmax, [..., K], nats.
-        k: size of the support.
-        support: `student`; no other.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate.
-    """
-    return topk_divergence(tokens, k=k, support=support, mass="tail")
-
-
-@register_estimator(
-    "union_topk",
-    target="reverse_kl",
-    needs="support",
-    source="arXiv:2604.13016 (supports of both models)",
-    check=functools.partial(_check_own, own="union"),
-)
-def union_topk(tokens: TokenBatch, *, k: int = 16, support: str = "union") -> Estimate:
-    """Reverse KL on the K most probable tokens of student and teacher together, renormalised: K to 2K tokens.
-
-    Formula: that of `teacher_topk`, with S the union. It sees what the student writes and what the teacher would, for
-    up to twice the numbers; where both agree on one token and K is 1, there is nothing to compare.
-
-    Args:
-        tokens: support log-probabilities under the full softmax, [..., 2K], nats.
-        k: how many tokens of each model.
-        support: `union`; no other.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate.
-    """
-    return topk_divergence(tokens, k=k, support=support)
-
-
-@register_estimator(
-    "topk_truncated_reverse_kl",
-    target="reverse_kl",
-    needs="support",
-    source="verl #5041 (removed there); arXiv:2603.25562 without renormalisation",
-    check=check_k,
-    at_equal="never",
-    variants=OTHER_SUPPORTS,
-)
-def topk_truncated_reverse_kl(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
-    """Plain sum of the reverse KL over K tokens: pushes the student's mass out of the support, even at equality.
-
-    Formula: loss_t = sum over S of p (log p - log q). At p = q the gradient is that of the student's mass on S, not
-    zero, and the value may be negative. Here to compare with; `head_and_tail` and `topk_generalised_reverse_kl` repair
-    it.
-
-    Args:
-        tokens: support log-probabilities under the full softmax, [..., K], nats.
-        k: size of the support.
-        support: whose most probable tokens.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate.
-    """
-    return topk_divergence(tokens, k=k, support=support, mass="truncate")
-
-
-@register_estimator(
-    "topk_generalised_reverse_kl",
-    target="reverse_kl",
-    needs="support",
-    source="MOPD, arXiv:2606.30406, eq. 5",
-    check=check_k,
-    variants=OTHER_SUPPORTS,
-)
-def topk_generalised_reverse_kl(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
-    """Reverse KL of unnormalised measures on K tokens: matches them and their mass, blind to the others.
-
-    Formula: loss_t = sum over S of p (log p - log q) - p + q. Never negative, zero only at p = q on S, and of use
-    at K = 1: the truncated form without its drift of the mass.
-
-    Args:
-        tokens: support log-probabilities under the full softmax, [..., K], nats.
-        k: size of the support.
-        support: whose most probable tokens.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate.
-    """
-    return topk_divergence(tokens, k=k, support=support, mass="generalised")
-
-
-@register_estimator(
-    "topk_tail_reverse_kl",
-    target="reverse_kl",
-    needs="support",
-    source="the ghost token of arXiv:2601.20802 and TRL's iw_opd",
-    check=check_k,
-    variants=(
-        Variant({"support": "student"}, "it is `student_topk`"),
-        Variant({"support": "union", "k": 1}, "with more, a bucket of one token is left of a vocabulary of four"),
-        Variant({"support": "intersection"}, "the contract does not depend on whose tokens are compared"),
+        Formula, on the support S with p' and q' the two distributions renormalised over it: loss_t = sum over S of
+        p' (log p' - log q'). No sampling noise; blind to how much mass the student puts outside S, and to K = 1.
+        Special tokens are left out by `estimator.masked_tokens`, before any estimator sees them.""",
     ),
-)
-def topk_tail_reverse_kl(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
-    """Reverse KL on K tokens and one bucket for all others: a lower bound that sees how much mass is outside.
+    _Preset(
+        "student_topk", "reverse_kl", "tail", own_support="student",
+        source="SDPO, arXiv:2601.20802; OEL, arXiv:2603.16856 (the student's top K)",
+        doc="""
+        Reverse KL on the student's K most probable tokens, all others one bucket: a bound that holds most of it.
 
-    Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread.
+        Formula, with P and Q the masses on the support S: loss_t = sum over S of p (log p - log q) + (1 - P) log((1 -
+        P) / (1 - Q)). Never above the full reverse KL. The student's own tokens carry most of its reverse KL, but the
+        teacher must be asked for them: one that only serves its own top K cannot answer.""",
+    ),
+    _Preset(
+        "union_topk", "reverse_kl", "renormalise", own_support="union",
+        source="arXiv:2604.13016 (supports of both models)",
+        doc="""
+        Reverse KL on the K most probable tokens of student and teacher together, renormalised: K to 2K tokens.
 
-    Args:
-        tokens: support log-probabilities under the full softmax, [..., K], nats.
-        k: size of the support.
-        support: whose most probable tokens.
+        Formula: that of `teacher_topk`, with S the union. It sees what the student writes and what the teacher would,
+        for up to twice the numbers; where both agree on one token and K is 1, there is nothing to compare.""",
+    ),
+    _Preset(
+        "topk_truncated_reverse_kl", "reverse_kl", "truncate", at_equal="never", variants=OTHER_SUPPORTS,
+        source="verl #5041 (removed there); arXiv:2603.25562 without renormalisation",
+        doc="""
+        Plain sum of the reverse KL over K tokens: pushes the student's mass out of the support, even at equality.
 
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate.
-    """
-    return topk_divergence(tokens, k=k, support=support, mass="tail")
+        Formula: loss_t = sum over S of p (log p - log q). At p = q the gradient is that of the student's mass on S, not
+        zero, and the value may be negative. Here to compare with; `head_and_tail` and `topk_generalised_reverse_kl`
+        repair it.""",
+    ),
+    _Preset(
+        "topk_generalised_reverse_kl", "reverse_kl", "generalised", variants=OTHER_SUPPORTS,
+        source="MOPD, arXiv:2606.30406, eq. 5",
+        doc="""
+        Reverse KL of unnormalised measures on K tokens: matches them and their mass, blind to the others.
+
+        Formula: loss_t = sum over S of p (log p - log q) - p + q. Never negative, zero only at p = q on S, and of use
+        at K = 1: the truncated form without its drift of the mass.""",
+    ),
+    _Preset(
+        "topk_tail_reverse_kl", "reverse_kl", "tail",
+        source="the ghost token of arXiv:2601.20802 and TRL's iw_opd",
+        variants=(
+            Variant({"support": "student"}, "it is `student_topk`"),
+            Variant({"support": "union", "k": 1}, "with more, a bucket of one token is left of a vocabulary of four"),
+            Variant({"support": "intersection"}, "the contract does not depend on whose tokens are compared"),
+        ),
+        doc="""
+        Reverse KL on K tokens and one bucket for all others: a lower bound that sees how much mass is outside.
+
+        Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread.""",
+    ),
+)  # fmt: skip
+
+
+def _register_preset(preset: _Preset) -> None:
+    name, divergence, mass = preset.name, preset.divergence, preset.mass
+
+    def check(k: int, support: str) -> None:
+        _check_divergence(k, support, divergence, mass)
+        if preset.own_support not in (None, support):
+            raise ValueError(f"support must be {preset.own_support}, found {support!r}; topk_divergence takes any")
+
+    def topk(tokens: TokenBatch, *, k: int = 16, support: str = preset.own_support or "teacher") -> Estimate:
+        return topk_divergence(tokens, k=k, support=support, divergence=divergence, mass=mass)
+
+    topk.__doc__ = preset.doc
+    register_estimator(
+        name, target=divergence, needs="support", source=preset.source, check=check, at_equal=preset.at_equal,
+        variants=preset.variants,
+    )(topk)  # fmt: skip
+
+
+for _preset in _PRESETS:
+    _register_preset(_preset)
 
 
 @register_estimator(

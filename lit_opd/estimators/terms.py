@@ -62,9 +62,8 @@ def register_weighting(name: str, *, needs: str = "token", **contract: Any) -> C
 
     def register(weights: Weighting) -> Weighting:
         def split(*, base: str | Mapping[str, Any], **keywords: Any) -> tuple[Term, ...]:
-            weighting = functools.partial(weights, **keywords)
-            inner = _build_base(base).terms
-            return tuple(Term(t.weight, t.estimator, weighting, tuple(needs.split("+"))) for t in inner)
+            weighting, wanted = functools.partial(weights, **keywords), get(name).needs
+            return tuple(Term(t.weight, t.estimator, weighting, wanted) for t in _build_base(base).terms)
 
         def estimator(tokens: TokenBatch, *, base: str | Mapping[str, Any] = "token", **keywords: Any) -> Estimate:
             return _sum(split(base=base, **keywords), tokens)
@@ -108,6 +107,6 @@ def _read_part(part: tuple[str, Any]) -> tuple[Term, ...]:
     weight = keywords.pop("weight", None)
     if not isinstance(weight, int | float) or isinstance(weight, bool):
         raise ValueError(f"term {name!r} needs a number as its weight, found {weight!r}")
-    if get(name).needs == "terms":
+    if not get(name).needs:
         raise ValueError(f"a mix cannot hold a mix, found {name!r}: list the terms side by side")
     return tuple(term._replace(weight=weight * term.weight) for term in build(name, **keywords).terms)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_opd.estimators import BoundEstimator, EstimatorSpec, Term
 from lit_opd.estimators.oracle.batches import difference, example_batch, loss_and_gradients, per_position, same
 from lit_opd.estimators.oracle.diagnosis import diagnose
-from lit_opd.types import TokenBatch
+from lit_opd.types import Need, TokenBatch
 
 __all__ = ["Probe", "probe"]
 
@@ -55,7 +55,7 @@ def probe(term: Term) -> Probe:
             found, (couples, leaks) = diagnose(_alone(term)), _couplings(term)
     except Exception as error:  # a user's function fails in a way of its own
         return Probe(name, size, error=f"{type(error).__name__}: {error}")
-    taught = found.silent and not term.estimator.spec.on_policy and term.estimator.spec.needs.startswith("token")
+    taught = found.silent and not term.estimator.spec.on_policy and Need.TOKEN in term.estimator.spec.needs
     silent = found.silent and not taught
     return Probe(name, size, found.dead, silent, found.ignores_teacher, found.whitened, couples, leaks, taught)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from lit_opd.estimators import get, names
 from lit_opd.linter.findings import Facts, Finding
 from lit_opd.linter.probes import Probe
+from lit_opd.types import Need
 
 __all__ = ["RULES"]
 
@@ -246,5 +247,5 @@ def _uncorrected(facts: Facts) -> list[str]:
 
 def _or_corrected() -> str:
     """Offer the remedy that keeps the configured value: registered estimators that weigh by student over sampler."""
-    correcting = [name for name in names() if get(name).corrects and get(name).needs == "token"]
+    correcting = [name for name in names() if get(name).corrects and get(name).needs == {Need.TOKEN}]
     return f", or use an estimator that weighs by student over sampler ({', '.join(correcting)})" if correcting else ""

@@ -14,6 +14,7 @@ from lit_opd.estimators import BoundEstimator
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.vocabulary import shared_vocabulary
+from lit_opd.types import Need
 
 __all__ = ["Pair"]
 
@@ -48,7 +49,7 @@ class Pair:
     ) -> None:
         student = StudentConfig(path=student) if isinstance(student, str) else student
         frozen: dict[str, Any] = {"teacher": TeacherConfig(path=teacher) if isinstance(teacher, str) else teacher}
-        if "reference" in estimator.needs:
+        if Need.REFERENCE in estimator.needs:
             frozen["reference"] = _as_reference(reference, student)
         _check_sections({"student": student} | frozen)
         tokenizer = _tokenizer_of(student, "student", tokenizer)

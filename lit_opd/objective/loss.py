@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator, Term, any_clipped
+from lit_opd.estimators.needs import Seen, fill, needs_of
 from lit_opd.estimators.support import support_logps
 from lit_opd.functional import Head, position_losses, support_mass
 from lit_opd.functional.head import Stats
@@ -175,17 +176,15 @@ def sequence_tokens(
         return blank_BT.masked_scatter(rollout.mask_BT, values_N)
 
     _, stats = position_losses(hidden_NH, head, read, rows)
-    reference_N = positions.reference_logps_N
-    return TokenBatch(
+    tokens = TokenBatch(
         student_logps_BT=spread(stats.pop("student")).requires_grad_(),
         teacher_logps_BT=spread(stats.pop("teacher")),
         sampler_logps_BT=rollout.sampler_logps_BT,
         mask_BT=rollout.mask_BT,
         completion_ids_BT=rollout.ids_BT,
         student_wrote_BT=None if positions.student_wrote_N is None else rollout.student_wrote_BT,
-        rewards_B=rollout.rewards_B,
-        groups_B=rollout.prompt_index_B if "groups" in needs else None,
-        reference_logps_BT=None if reference_N is None else spread(reference_N),
         progress=micro.progress,
         **{name: spread(values_N) for name, values_N in stats.items()},
     )
+    seen = Seen(rewards_B=rollout.rewards_B, groups_B=rollout.prompt_index_B)
+    return fill(tokens, needs_of(needs, "row"), seen)

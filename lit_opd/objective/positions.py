@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import entropy, reverse_kl
-from lit_opd.functional.topk import choose_support
-from lit_opd.types import ScoredRollout, Scores, TokenBatch
+from lit_opd.estimators.needs import Seen, fill, fillings, needs_of
+from lit_opd.types import Need, ScoredRollout, Scores, TokenBatch
 
 __all__ = ["Chunk", "CountedPositions"]
 
@@ -58,10 +56,12 @@ class CountedPositions:
         """
         student_cV, ids_c = torch.log_softmax(student_logits_cV, dim=-1), self.ids_N[part]
         teacher_cV = None if self.teacher.full is None else self.teacher.full.logps(part)
-        return Chunk(self._sampled(student_cV, teacher_cV, ids_c, part), student_cV, teacher_cV, self.teacher, part)
+        reference_c = None if self.reference_logps_N is None else self.reference_logps_N[part]
+        sampled = self._sampled(student_cV, teacher_cV, ids_c, part)
+        return Chunk(sampled, student_cV, teacher_cV, self.teacher, part, reference_c)
 
     def _sampled(self, student_cV: Tensor, teacher_cV: Tensor | None, ids_c: Tensor, part: slice) -> TokenBatch:
-        known_N, reference_N = self.teacher.logps_N, self.reference_logps_N
+        known_N = self.teacher.logps_N
         teacher_c = _at(teacher_cV, ids_c) if known_N is None else known_N[part]
         return TokenBatch(
             student_logps_BT=_at(student_cV, ids_c),
@@ -70,7 +70,6 @@ class CountedPositions:
             mask_BT=torch.ones_like(ids_c, dtype=torch.bool),
             completion_ids_BT=ids_c,
             student_wrote_BT=None if self.student_wrote_N is None else self.student_wrote_N[part],
-            reference_logps_BT=None if reference_N is None else reference_N[part],
             progress=self.progress,
         )
 
@@ -85,6 +84,7 @@ class Chunk:
         teacher_cV: log-probabilities, or None where the teacher was asked for less.
         scores: the teacher's, of all positions.
         part: which of them these are.
+        reference_logps_c: of the sampled tokens under a reference model, where one was asked.
     """
 
     sampled: TokenBatch
@@ -92,6 +92,7 @@ class Chunk:
     teacher_cV: Tensor | None
     scores: Scores
     part: slice
+    reference_logps_c: Tensor | None = None
 
     def tokens(self, estimator: BoundEstimator) -> TokenBatch:
         """The fields an estimator asks for; the others stay None.
@@ -99,39 +100,21 @@ class Chunk:
         One that is right only on the student's own tokens finds the models equal at those of demonstrations: its loss
         there, which counts zero times, is finite however improbable they are to the student.
         """
-        needs = estimator.spec.needs.split("+")
-        batch = replace(self.sampled, **self.summaries(needs))
+        seen = replace(self._seen(), k=estimator.support_size, support=estimator.support)
+        batch = fill(self.sampled, estimator.spec.needs, seen)
         if batch.student_wrote_BT is not None and estimator.spec.on_policy:
             seen_c = torch.where(batch.student_wrote_BT, batch.student_logps_BT, batch.teacher_logps_BT)
             batch = replace(batch, student_logps_BT=seen_c)
-        if "full" in needs:
-            batch = replace(batch, student_full_logps_BTV=self.student_cV, teacher_full_logps_BTV=self.teacher_cV)
-        return self._with_support(batch, estimator) if "support" in needs else batch
+        return batch
 
-    def summaries(self, needs: Container[str]) -> dict[str, Any]:
-        """Numbers that sum up the two distributions, detached: the KL and the entropies, where asked for."""
-        found: dict[str, Any] = {}
-        student_cV, teacher_cV = self.student_cV.detach(), self.teacher_cV
-        if teacher_cV is not None and "kl" in needs:
-            found["kl_BT"] = reverse_kl(student_cV, teacher_cV)
-        if teacher_cV is not None and "entropy" in needs:
-            found |= {"student_entropy_BT": entropy(student_cV), "teacher_entropy_BT": entropy(teacher_cV)}
-        return found
+    def summaries(self, needs: Iterable[Need]) -> dict[str, Tensor]:
+        """Compute what is asked for and has one value a position, detached."""
+        return fillings(needs_of(needs, "position"), self._seen())
 
-    def _with_support(self, batch: TokenBatch, estimator: BoundEstimator) -> TokenBatch:
-        size, scores = estimator.support_size, self.scores
-        if self.teacher_cV is not None:
-            ids, mask = choose_support(self.student_cV.detach(), self.teacher_cV, size, estimator.support)
-            teacher = self.teacher_cV.gather(-1, ids)
-        else:  # the teacher's K most probable are the first K of more
-            assert scores.support_ids_NK is not None
-            assert scores.support_logps_NK is not None
-            ids, teacher = (x[self.part, :size] for x in (scores.support_ids_NK, scores.support_logps_NK))
-            mask = torch.ones_like(ids, dtype=torch.bool)
-        return replace(
-            batch, support_ids_BTK=ids, support_mask_BTK=mask, teacher_support_logps_BTK=teacher,
-            student_support_logps_BTK=self.student_cV.gather(-1, ids),
-        )  # fmt: skip
+    def _seen(self) -> Seen:
+        ids_NK, logps_NK = self.scores.support_ids_NK, self.scores.support_logps_NK
+        scored = None if ids_NK is None or logps_NK is None else (ids_NK[self.part], logps_NK[self.part])
+        return Seen(self.student_cV, self.teacher_cV, scored, reference_logps=self.reference_logps_c)
 
 
 def _at(logps_cV: Tensor | None, ids_c: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models import load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
+from lit_opd.types import Need
 
 __all__ = ["check_groups", "check_optimizer", "check_weight_files", "prepare_data"]
 
@@ -27,7 +28,7 @@ def prepare_data(config: Config) -> PromptDataModule:
         UserError: whatever cannot work and shows without weights.
     """
     estimator = estimators.build(config.estimator.name, **config.estimator.kwargs)
-    if "rewards" in estimator.needs and config.data.verifier is None:
+    if Need.REWARDS in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
     if config.estimator.adapt_gamma_every is not None:
         check_gamma(estimator)
@@ -59,7 +60,7 @@ def check_groups(config: Config, estimator: BoundEstimator) -> None:
         UserError: more updates a rollout than prompts.
     """
     updates, prompts = config.optim.updates_per_rollout, config.data.batch_size
-    if "groups" in estimator.needs and updates > prompts:
+    if Need.GROUPS in estimator.needs and updates > prompts:
         name = estimator.spec.name
         expected = f"at most data.batch_size ({prompts}): {name!r} keeps the completions of a prompt together"
         raise UserError("optim.updates_per_rollout", expected, updates, "Lower it or raise data.batch_size.")
@@ -110,7 +111,7 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
 
 def _folders(config: Config, estimator: BoundEstimator) -> dict[str, Any]:
     folders = {"student": config.student, "teacher": config.teacher}
-    own = "reference" in estimator.needs and config.reference.path is not None
+    own = Need.REFERENCE in estimator.needs and config.reference.path is not None
     return folders | ({"reference": config.reference} if own else {})
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from lit_opd.estimators import BoundEstimator
+from lit_opd.estimators.needs import FILLERS
 from lit_opd.types import Rollout, Scores
 
 __all__ = ["FULL", "SUPPORT", "TOKEN", "Scorer", "Wanted", "wanted_by"]
@@ -73,5 +74,5 @@ class Scorer(Protocol):
 def wanted_by(estimator: BoundEstimator) -> Wanted:
     """Tell what an estimator asks of the teacher: whole distributions for what depends on the student's, too."""
     others = any(t.estimator.support_size and t.estimator.support != "teacher" for t in estimator.terms)
-    full = others or bool(estimator.needs & {"full", "kl", "entropy"})
+    full = others or any(FILLERS[need].whole for need in estimator.needs)
     return Wanted(token=True, support=0 if full else estimator.largest_support, full=full)

@@ -15,7 +15,7 @@ from lit_opd.estimators.oracle import (
     trajectory_gradients,
     verify,
 )
-from lit_opd.types import TokenBatch
+from lit_opd.types import Need, TokenBatch
 
 MASK = torch.tensor(
     [[1, 1, 0, 1, 1, 1], [1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]],
@@ -139,7 +139,9 @@ def test_a_mean_that_holds_the_completion_itself_would_be_biased():
         return replace(estimate, loss_BT=estimate.loss_BT / 2)  # with two rows, own - mean is half of own - other
 
     estimator = build(centred_on_all)
-    estimator = replace(estimator, spec=replace(estimator.spec, needs="token+groups", family="sequence"))
+    estimator = replace(
+        estimator, spec=replace(estimator.spec, needs=frozenset({Need.TOKEN, Need.GROUPS}), family="sequence")
+    )
     assert verify(estimator, STOPPING, "sequence_reverse_kl").relative_bias == pytest.approx(0.5)
 
 

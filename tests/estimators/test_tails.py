@@ -11,7 +11,7 @@ from lit_opd.errors import UserError
 from lit_opd.estimators import build
 from lit_opd.estimators.oracle import TabularPair, exact_gradient, expected_gradient, trace_variance, verify
 from lit_opd.functional import SUPPORTS, choose_support
-from lit_opd.types import Estimate, TokenBatch
+from lit_opd.types import Estimate, Need, TokenBatch
 
 every_support = pytest.mark.parametrize("support", SUPPORTS)
 VOCABULARY = 6
@@ -61,7 +61,7 @@ def rows(logits, teacher, support, k=3):
 
 def with_support(fn, **keywords):
     estimator = build(fn, **keywords)
-    return replace(estimator, spec=replace(estimator.spec, needs="support"))
+    return replace(estimator, spec=replace(estimator.spec, needs=frozenset({Need.SUPPORT})))
 
 
 @every_support

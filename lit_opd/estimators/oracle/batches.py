@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_opd.estimators.contract import BoundEstimator
+from lit_opd.estimators.needs import Seen, fill
 from lit_opd.estimators.oracle import TabularPair, pair_for
-from lit_opd.functional.divergences import entropy, reverse_kl
-from lit_opd.functional.topk import choose_support
-from lit_opd.types import Estimate, TokenBatch
+from lit_opd.types import Estimate, Need, TokenBatch
 
 __all__ = ["ROUNDING", "Surrogate", "batch_of", "cast", "difference", "difference_where_masked", "example_batch",
            "loss_and_gradients", "per_position", "same", "spoil_masked", "table_for", "take_rows", "tensors",
@@ -32,7 +30,7 @@ def table_for(estimator: BoundEstimator, seed: int = 0, horizon: int | None = No
     """Random models of a size that the oracle can write down, with more tokens than the estimator's support."""
     vocabulary = vocabulary_for(estimator)
     # What compares the completions of a prompt is evaluated on pairs of them: with many tokens, on short ones.
-    longest = 1 if "groups" in estimator.needs and vocabulary > 5 else pair_for(estimator).horizon
+    longest = 1 if Need.GROUPS in estimator.needs and vocabulary > 5 else pair_for(estimator).horizon
     return TabularPair.random(vocabulary, min(horizon or longest, longest), seed, stop=stop)
 
 
@@ -47,37 +45,21 @@ def example_batch(estimator: BoundEstimator, seed: int = 0) -> TokenBatch:
 
 def batch_of(estimator: BoundEstimator, student_BTV: Tensor, teacher_BTV: Tensor, ids_BT: Tensor) -> TokenBatch:
     """What an estimator sees of two models, [4, 5, V] log-probabilities, and the sampled tokens, [4, 5]."""
-    found: dict[str, Any] = {}
-    if "full" in estimator.needs:
-        found |= {"student_full_logps_BTV": student_BTV, "teacher_full_logps_BTV": teacher_BTV}
-    if "support" in estimator.needs:
-        found |= _support(estimator, student_BTV, teacher_BTV)
-    if "kl" in estimator.needs:
-        found["kl_BT"] = reverse_kl(student_BTV, teacher_BTV)
-    if "entropy" in estimator.needs:
-        found |= {"student_entropy_BT": entropy(student_BTV), "teacher_entropy_BT": entropy(teacher_BTV)}
-    if "rewards" in estimator.needs:
-        found["rewards_B"] = torch.tensor([1.0, 0.0, 0.5, 1.0], dtype=student_BTV.dtype)
-    if "groups" in estimator.needs:
-        found["groups_B"] = torch.tensor([4, 4, 7, 7])
     student_BT, teacher_BT = (x.gather(-1, ids_BT[..., None]).squeeze(-1) for x in (student_BTV, teacher_BTV))
-    if "reference" in estimator.needs:
-        found["reference_logps_BT"] = (student_BT + teacher_BT) / 2 - 0.1
-    found["student_wrote_BT"] = torch.tensor([True, True, True, False])[:, None].expand(ids_BT.shape)
+    wrote_BT = torch.tensor([True, True, True, False])[:, None].expand(ids_BT.shape)
     mask_BT = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 0, 0], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    return TokenBatch(
-        student_BT, teacher_BT, student_BT + 0.01, mask_BT, completion_ids_BT=ids_BT, progress=0.25, **found
-    )
-
-
-def _support(estimator: BoundEstimator, student_BTV: Tensor, teacher_BTV: Tensor) -> dict[str, Tensor]:
+    sampled = TokenBatch(student_BT, teacher_BT, student_BT + 0.01, mask_BT, ids_BT, wrote_BT, progress=0.25)
     widest = max((term.estimator for term in estimator.terms), key=lambda part: part.support_size)
-    ids, mask = choose_support(student_BTV, teacher_BTV, widest.support_size, widest.support)
-    return {
-        "support_ids_BTK": ids, "support_mask_BTK": mask,
-        "student_support_logps_BTK": student_BTV.gather(-1, ids),
-        "teacher_support_logps_BTK": teacher_BTV.gather(-1, ids),
-    }  # fmt: skip
+    seen = Seen(
+        student_BTV,
+        teacher_BTV,
+        k=widest.support_size,
+        support=widest.support,
+        reference_logps=(student_BT + teacher_BT) / 2 - 0.1,
+        rewards_B=torch.tensor([1.0, 0.0, 0.5, 1.0], dtype=student_BTV.dtype),
+        groups_B=torch.tensor([4, 4, 7, 7]),
+    )
+    return fill(sampled, estimator.needs, seen)
 
 
 def tensors(tokens: TokenBatch) -> dict[str, Tensor]:

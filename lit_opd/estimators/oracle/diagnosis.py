@@ -18,7 +18,7 @@ from lit_opd.estimators.oracle import (
 )
 from lit_opd.estimators.oracle.batches import example_batch, loss_and_gradients, table_for
 from lit_opd.estimators.registry import build
-from lit_opd.types import Estimate, TokenBatch
+from lit_opd.types import Estimate, Need, TokenBatch
 
 __all__ = ["Comparison", "Diagnosis", "diagnose"]
 
@@ -119,7 +119,7 @@ def _compare(estimator: BoundEstimator, pair: TabularPair, found_G: Tensor) -> t
     found = []
     for target in TARGETS:
         wanted_G = exact_gradient(pair, target, **own)
-        if wanted_G.norm() == 0 or (target == "outcome" and "rewards" not in estimator.needs):
+        if wanted_G.norm() == 0 or (target == "outcome" and Need.REWARDS not in estimator.needs):
             continue
         cosine = float(torch.cosine_similarity(found_G, wanted_G, dim=0))
         ratio, bias = (float(x.norm() / wanted_G.norm()) for x in (found_G, found_G - wanted_G))
@@ -131,9 +131,9 @@ def _is_action_independent(estimator: BoundEstimator, pair: TabularPair) -> bool
     """Whether every sample's gradient is one constant times the score function, at a single position."""
     table = TabularPair.random(pair.student_logits_CV.shape[1], 1, pair.seed + 1)
     _, gradients_SG = trajectory_gradients(table, estimator)
-    needs = "token+groups" if "groups" in estimator.needs else "token"
+    needs = {Need.TOKEN} | (estimator.needs & {Need.GROUPS})
     _, scores_SG = trajectory_gradients(
-        table, BoundEstimator(EstimatorSpec("score", _score, "sequence", needs=needs), {})
+        table, BoundEstimator(EstimatorSpec("score", _score, "sequence", needs=frozenset(needs)), {})
     )
     constant = (gradients_SG * scores_SG).sum() / scores_SG.square().sum()
     rest = (gradients_SG - constant * scores_SG).norm()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_opd.errors import UserError
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.needs import write_needs
 from lit_opd.estimators.oracle.batches import (
     ROUNDING,
     batch_of,
@@ -33,7 +34,7 @@ from lit_opd.estimators.oracle.batches import (
     with_leaves,
 )
 from lit_opd.estimators.oracle.claims import CLAIMS, Law
-from lit_opd.types import TokenBatch
+from lit_opd.types import Need, TokenBatch
 
 __all__ = ["LAWS", "broken_laws", "cases", "small_support", "works_on_what_it_needs"]
 
@@ -42,7 +43,7 @@ _SUPPORT = 2
 
 def small_support(spec: EstimatorSpec) -> dict[str, int]:
     """The keyword `k` that makes a support fit into small models; nothing for what compares no support."""
-    return {"k": _SUPPORT} if spec.needs.startswith("support") else {}
+    return {"k": _SUPPORT} if Need.SUPPORT in spec.needs else {}
 
 
 def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
@@ -79,7 +80,7 @@ def works_on_what_it_needs(estimator: BoundEstimator) -> str | None:
     try:
         estimator(example_batch(estimator))
     except Exception as error:  # whatever somebody's estimator raises
-        return f"on a batch of what it declares to need ({'+'.join(sorted(estimator.needs))}) {_raises(error)}"
+        return f"on a batch of what it declares to need ({write_needs(estimator.needs)}) {_raises(error)}"
     return None
 
 

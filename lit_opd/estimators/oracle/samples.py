@@ -6,17 +6,16 @@ prompt, all pairs of them; G is C * V, one coordinate for every student logit.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_opd.estimators.contract import BoundEstimator
+from lit_opd.estimators.contract import BoundEstimator, Term
+from lit_opd.estimators.needs import Seen, fill
 from lit_opd.estimators.oracle.objectives import probabilities
 from lit_opd.estimators.oracle.tabular import TabularPair
-from lit_opd.functional.divergences import entropy, reverse_kl
-from lit_opd.functional.topk import choose_support
-from lit_opd.types import TokenBatch
+from lit_opd.types import Need, TokenBatch
 
 __all__ = [
     "Completions",
@@ -78,7 +77,7 @@ def sample_gradients(pair: TabularPair, estimator: BoundEstimator, rows: Complet
     view = _View(pair, student_BTV, ids_BT, mask_BT, contexts_BT, rewards_B, owner)
     total = 0.0 * table_SCV.sum()  # so that a loss without any gradient has the gradient zero
     for term in estimator.terms:
-        loss_BT = term(view.tokens(term.estimator, term.needs)).loss_BT
+        loss_BT = term(view.tokens(term)).loss_BT
         if loss_BT.shape != mask_BT.shape:
             raise ValueError(f"{term.estimator.spec.name} must return one loss a position, {tuple(mask_BT.shape)}, "
                              f"found {tuple(loss_BT.shape)}")  # fmt: skip
@@ -88,7 +87,7 @@ def sample_gradients(pair: TabularPair, estimator: BoundEstimator, rows: Complet
 
 
 def _group_size(estimator: BoundEstimator) -> int:
-    return _GROUP if "groups" in estimator.needs else 1
+    return _GROUP if Need.GROUPS in estimator.needs else 1
 
 
 class _View(NamedTuple):
@@ -102,46 +101,29 @@ class _View(NamedTuple):
     rewards_B: Tensor
     groups_B: Tensor
 
-    def tokens(self, estimator: BoundEstimator, needs: frozenset[str]) -> TokenBatch:
+    def tokens(self, term: Term) -> TokenBatch:
         """Masked positions hold padding, not zeros: forgetting the mask shows."""
         student_BTV, teacher_BTV = self.student_BTV, self._log_softmax(self.pair.teacher_logits_CV)
-        fields: dict[str, Any] = {}
-        if "full" in needs:
-            fields |= {"student_full_logps_BTV": student_BTV, "teacher_full_logps_BTV": teacher_BTV}
-        if "support" in needs:
-            fields |= _support(student_BTV, teacher_BTV, estimator)
-        if "kl" in needs:
-            fields["kl_BT"] = reverse_kl(student_BTV.detach(), teacher_BTV)
-        if "entropy" in needs:
-            fields |= {"student_entropy_BT": entropy(student_BTV.detach()), "teacher_entropy_BT": entropy(teacher_BTV)}
-        if "reference" in needs:
-            fields["reference_logps_BT"] = self._taken(self._log_softmax(self.pair.reference_logits_CV))
-        if "rewards" in needs:
-            fields["rewards_B"] = self.rewards_B
-        if "groups" in needs:
-            fields["groups_B"] = self.groups_B
-        return TokenBatch(
+        sampled = TokenBatch(
             self._taken(student_BTV), self._taken(teacher_BTV), self._taken(self.pair.law_logps_CV[self.contexts_BT]),
-            self.mask_BT, completion_ids_BT=self.ids_BT, progress=0.5, **fields,
+            self.mask_BT, completion_ids_BT=self.ids_BT, progress=0.5,
         )  # fmt: skip
+        seen = Seen(
+            student_BTV,
+            teacher_BTV,
+            k=term.estimator.support_size,
+            support=term.estimator.support,
+            reference_logps=self._taken(self._log_softmax(self.pair.reference_logits_CV)),
+            rewards_B=self.rewards_B,
+            groups_B=self.groups_B,
+        )
+        return fill(sampled, term.needs, seen)
 
     def _log_softmax(self, logits_CV: Tensor) -> Tensor:
         return logits_CV.log_softmax(-1)[self.contexts_BT]
 
     def _taken(self, logps_BTV: Tensor) -> Tensor:
         return logps_BTV.gather(-1, self.ids_BT[..., None]).squeeze(-1)
-
-
-def _support(student_BTV: Tensor, teacher_BTV: Tensor, estimator: BoundEstimator) -> dict[str, Tensor]:
-    k, vocabulary = estimator.support_size, teacher_BTV.shape[-1]
-    if k > vocabulary:
-        raise ValueError(f"a support of {k} tokens does not fit into a vocabulary of {vocabulary}")
-    ids, mask = choose_support(student_BTV.detach(), teacher_BTV, k, estimator.support)
-    return {
-        "support_ids_BTK": ids, "support_mask_BTK": mask,
-        "student_support_logps_BTK": student_BTV.gather(-1, ids),
-        "teacher_support_logps_BTK": teacher_BTV.gather(-1, ids),
-    }  # fmt: skip
 
 
 def expected_gradient(pair: TabularPair, estimator: BoundEstimator) -> Tensor:

@@ -10,6 +10,7 @@ from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
 from lit_opd.estimators import BoundEstimator
 from lit_opd.rollout import training_law
+from lit_opd.types import Need
 
 __all__ = ["DEFAULT", "TARGETS", "check_supports", "chosen_estimators"]
 
@@ -86,9 +87,9 @@ def _named(name: str, **keywords: Any) -> BoundEstimator:
 def _missing(config: Config, estimator: BoundEstimator) -> UserError | None:
     """What the configuration lacks for an estimator."""
     name = estimator.spec.name
-    if "rewards" in estimator.needs and config.data.verifier is None:
+    if Need.REWARDS in estimator.needs and config.data.verifier is None:
         return UserError("data.verifier", f"one: {name!r} learns from rewards", "null", "Set it.")
-    if "groups" in estimator.needs and config.rollout.num_completions < 2:
+    if Need.GROUPS in estimator.needs and config.rollout.num_completions < 2:
         return UserError("rollout.num_completions", f"at least 2: {name!r} compares the completions of a prompt",
                          config.rollout.num_completions, "Raise it.")  # fmt: skip
     try:

@@ -30,7 +30,7 @@ from lit_opd.rollout import build_engine, build_source, training_law
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer
 from lit_opd.runs.prepare import prepare_data
 from lit_opd.teachers import LocalScorer
-from lit_opd.types import Rollout, SamplingLaw
+from lit_opd.types import Need, Rollout, SamplingLaw
 
 __all__ = ["measure"]
 
@@ -69,7 +69,7 @@ def measure(config: Config) -> Measurement:
     trainer.precision_plugin.convert_module(pair.student.model)
     specimen = _specimen(config, pair, data, law, reference, trainer.strategy.root_device)
     sketch = Sketch(list(specimen.parameters.values()), config.measure.sketch, config.seed)
-    units = _units(config, specimen, data, any("rewards" in e.needs for e in looked_at.values()))
+    units = _units(config, specimen, data, any(Need.REWARDS in e.needs for e in looked_at.values()))
     shown = track(units, "units of prompts", total=config.measure.units, transient=True)
     with trainer.precision_plugin.forward_context():
         seen = _look(shown, specimen, looked_at, sketch)
@@ -108,7 +108,7 @@ def _check_prompts(config: Config, data: PromptDataModule) -> None:
 
 def _pair(config: Config, chosen: Mapping[str, BoundEstimator]) -> tuple[models.Pair, bool]:
     """The models, and whether there is a reference among them."""
-    asking = [estimator for estimator in chosen.values() if "reference" in estimator.needs]
+    asking = [estimator for estimator in chosen.values() if Need.REFERENCE in estimator.needs]
     first = (asking or list(chosen.values()))[0]
     pair = models.Pair(config.student, config.teacher, first, reference=config.reference)
     check_supports(chosen, pair.vocabulary)

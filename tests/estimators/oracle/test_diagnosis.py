@@ -5,6 +5,7 @@ import torch
 
 from lit_opd.estimators import build
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.needs import read_needs
 from lit_opd.estimators.oracle import TARGETS, TabularPair, expected_gradient, trace_variance, verify
 from lit_opd.estimators.oracle.batches import table_for
 from lit_opd.estimators.oracle.diagnosis import diagnose
@@ -78,7 +79,7 @@ def undiscounted(tokens):
 
 
 def made(fn, needs="token", family="sequence"):
-    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=needs), {})
+    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=read_needs("needs", needs)), {})
 
 
 CASES = [
@@ -167,7 +168,7 @@ def test_what_learns_from_samples():
 def test_tables_are_small_enough_to_write_down():
     for needs in ("support", "support+groups"):
         for k in (2, 5, 16, 64):
-            spec = EstimatorSpec("some", lambda tokens, *, k: None, family="sequence", needs=needs)
+            spec = EstimatorSpec("some", lambda tokens, *, k: None, family="sequence", needs=read_needs("needs", needs))
             pair = table_for(BoundEstimator(spec, {"k": k}))
             samples = len(pair.completions()[0]) ** (2 if "groups" in needs else 1)
             assert pair.student_logits_CV.shape[1] > k

@@ -11,6 +11,7 @@ import torch
 from references import PAIRS
 
 from lit_opd.estimators import build
+from lit_opd.estimators.needs import read_needs
 from lit_opd.estimators.oracle import exact_gradient, expected_gradient, second_moment
 from lit_opd.types import Estimate
 
@@ -25,7 +26,7 @@ def pair(request):
 def bound(fn, needs="token", **kwargs):
     """A function as an estimator that declares what it needs."""
     estimator = build(fn, **kwargs)
-    return replace(estimator, spec=replace(estimator.spec, needs=needs))
+    return replace(estimator, spec=replace(estimator.spec, needs=read_needs("needs", needs)))
 
 
 def expectation(pair, fn, needs="token", **kwargs):

@@ -9,6 +9,7 @@ import torch
 from lit_opd import estimators
 from lit_opd.errors import UserError
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
+from lit_opd.estimators.needs import read_needs
 from lit_opd.estimators.oracle.batches import example_batch
 from lit_opd.estimators.oracle.claims import CLAIMS
 from lit_opd.estimators.oracle.laws import LAWS, broken_laws, cases
@@ -172,7 +173,9 @@ def nan_gradient(tokens):
 
 
 def made(fn, *, needs="token", family="token", keywords=None, **contract):
-    return BoundEstimator(EstimatorSpec(fn.__name__, fn, family=family, needs=needs, **contract), keywords or {})
+    return BoundEstimator(
+        EstimatorSpec(fn.__name__, fn, family=family, needs=read_needs("needs", needs), **contract), keywords or {}
+    )
 
 
 UNBIASED = {"target": "reverse_kl", "unbiased": True}
