@@ -1,22 +1,24 @@
-"""Where the time and memory of a step go."""
+"""Tell where the time and memory of a step go.
+
+The module times its phases with a `Stopwatch`. `fit --profile` hands what torch.profiler recorded to `break_down`.
+"""
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import torch
+from torch._C._profiler import RecordScope, _EventType
 
 __all__ = [
-    "OTHER", "PHASES", "STEP", "Breakdown", "Part", "Span", "Stopwatch", "break_down", "own_times", "peak_memory_mb",
-    "phase", "read_trace",
+    "OTHER", "PHASES", "STEP", "Breakdown", "Part", "Stopwatch", "break_down", "peak_memory_mb", "phase",
 ]  # fmt: skip
 
 # The named ranges of a step, which any profiler of torch records. `head` lies inside of the phase that reads it; its
@@ -25,9 +27,6 @@ PHASES = ("rollout", "teacher", "student", "head", "optimizer")
 STEP, OTHER = "step", "other"
 
 phase = torch.profiler.record_function
-
-# What a trace calls work, on the processor and on an accelerator.
-_WORK = ("cpu_op", "kernel", "gpu_memcpy", "gpu_memset")
 
 
 class Stopwatch:
@@ -64,25 +63,6 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-class Span(NamedTuple):
-    """A named stretch of time of a trace, in microseconds; spans of one lane nest."""
-
-    name: str
-    start: float
-    end: float
-    kind: str = "cpu_op"
-    lane: tuple[Any, ...] = ()
-
-    @property
-    def length(self) -> float:
-        """Microseconds from start to end."""
-        return self.end - self.start
-
-    def within(self, others: Iterable[Span]) -> bool:
-        """Whether it lies inside of one of the others."""
-        return any(other.start <= self.start and self.end <= other.end for other in others)
-
-
 @dataclass(frozen=True)
 class Part:
     """What a phase or an operator takes of the mean recorded step, without what is nested in it.
@@ -117,80 +97,67 @@ class Breakdown:
     operators: dict[str, Part]
 
 
-def read_trace(file: IO[str]) -> list[Span]:
-    """The timed events of a chrome trace; each is cut down as it is parsed, for there may be millions."""
-
-    def cut(item: dict[str, Any]) -> Any:
-        if item.get("ph") != "X":
-            return item if "traceEvents" in item else None
-        start, lane = item["ts"], (item["pid"], item["tid"])
-        return Span(sys.intern(item["name"]), start, start + item["dur"], sys.intern(item["cat"]), lane)
-
-    return [span for span in json.load(file, object_hook=cut)["traceEvents"] if span is not None]
-
-
-def break_down(spans: Sequence[Span], operators: int = 15) -> Breakdown:
+def break_down(recorded: Any, operators: int = 15) -> Breakdown:
     """Sum up what torch.profiler recorded of ranges named `step` with `PHASES` inside.
 
     Phases are timed on the processor. On an accelerator they are right as far as each ends by waiting for it, as all
     but `head` do.
 
     Args:
-        spans: one step or more, and what lies in them.
+        recorded: `profiler.profiler.kineto_results` of a stopped `torch.profiler.profile`, with one step or more.
         operators: how many to list.
     """
-    ranges = [span for span in spans if span.kind == "user_annotation"]
-    steps = sorted((span for span in ranges if span.name == STEP), key=lambda span: span.start)
-    phases = [span for span in ranges if span.name in (STEP, *PHASES) and span.within(steps)]
-    gaps = [later.start - earlier.end for earlier, later in pairwise(steps)]
-    work = _own_by_name(span for span in spans if span.kind in _WORK and span.within(steps))
-    longest = sorted(work, key=lambda name: -sum(work[name]))[:operators]
+    # Not `key_averages()`, which says not in which phase a head lies, and takes minutes and gigabytes for the million
+    # events of a long rollout: 20 times as long as this tree, which torch's own analyses of a profile walk too.
+    roots = recorded.experimental_event_tree()
+    steps = sorted((root for root in roots if root.name == STEP), key=lambda step: step.start_time_ns)
+    phases: dict[str, list[int]] = defaultdict(list)
+    work: dict[str, list[int]] = defaultdict(list)
+    for root in roots:  # a step, or what another thread does meanwhile
+        if _within(root.start_time_ns, steps):
+            _count(root, "", phases, work)
+    for event in recorded.events():
+        accelerated = event.device_type() != torch.autograd.DeviceType.CPU
+        if accelerated and not event.is_user_annotation() and _within(event.start_ns(), steps):
+            work[event.name()].append(event.duration_ns())
+    order = [*PHASES, OTHER]
+    labels = sorted(phases, key=lambda label: [order.index(name) for name in label.split("/")])
+    gaps = [later.start_time_ns - earlier.end_time_ns for earlier, later in pairwise(steps)]
     return Breakdown(
         steps=len(steps),
-        step_s=sum(step.length for step in steps) / len(steps) / 1e6,
-        between_s=sum(gaps) / len(gaps) / 1e6 if gaps else None,
-        phases=_phases(phases, steps),
-        operators={name: _part(work[name], steps) for name in longest},
+        step_s=sum(step.duration_time_ns for step in steps) / len(steps) / 1e9,
+        between_s=sum(gaps) / len(gaps) / 1e9 if gaps else None,
+        phases={label: _part(phases[label], steps) for label in labels},
+        operators={name: _part(work[name], steps) for name in sorted(work, key=lambda n: -sum(work[n]))[:operators]},
     )
 
 
-def own_times(spans: Iterable[Span]) -> list[tuple[Span, Span | None, float]]:
-    """For every span of a lane the one it lies in and the time that is its own, so that no time counts twice."""
-    ordered = sorted(spans, key=lambda span: (span.start, -span.end))
-    own = [span.length for span in ordered]
-    parents: list[Span | None] = []
-    around: list[int] = []
-    for number, span in enumerate(ordered):
-        while around and ordered[around[-1]].end <= span.start:
-            around.pop()
-        parents.append(ordered[around[-1]] if around else None)
-        if around:
-            own[around[-1]] -= span.length
-        around.append(number)
-    return list(zip(ordered, parents, own, strict=True))
+def _count(event: Any, around: str, phases: dict[str, list[int]], work: dict[str, list[int]]) -> int:
+    """Add an event's own time, and those of the events in it, to what is found; returns the nanoseconds of its phases.
+
+    Args:
+        event: a node of the profiler's tree.
+        around: the phase it lies in.
+        phases: own times by phase.
+        work: own times by operator.
+    """
+    # Allocations and calls of an accelerator's runtime are nodes too: their time is the operator's.
+    children = [child for child in event.children if child.tag == _EventType.TorchOp]
+    ranged = event.name == STEP or event.name in PHASES
+    label = f"{around}/{event.name}".strip("/") if event.name in PHASES else around
+    inner = sum(_count(child, label, phases, work) for child in children)
+    if ranged:
+        phases[label or OTHER].append(event.duration_time_ns - inner)
+        return event.duration_time_ns
+    if event.tag == _EventType.TorchOp and event.typed[1].scope != RecordScope.USER_SCOPE:
+        work[event.name].append(event.duration_time_ns - sum(child.duration_time_ns for child in children))
+    return inner
 
 
-def _own_by_name(spans: Iterable[Span]) -> dict[str, list[float]]:
-    lanes, found = defaultdict(list), defaultdict(list)
-    for span in spans:
-        lanes[span.lane].append(span)
-    for lane in lanes.values():
-        for span, _, own in own_times(lane):
-            found[span.name].append(own)
-    return found
+def _within(start: int, steps: Sequence[Any]) -> bool:
+    return any(step.start_time_ns <= start < step.end_time_ns for step in steps)
 
 
-def _phases(ranges: list[Span], steps: list[Span]) -> dict[str, Part]:
-    times = defaultdict(list)
-    for span, parent, own in own_times(ranges):
-        nested = parent is not None and parent.name != STEP
-        label = OTHER if span.name == STEP else f"{parent.name}/{span.name}" if nested and parent else span.name
-        times[label].append(own)
-    order = [*PHASES, OTHER]
-    labels = sorted(times, key=lambda label: [order.index(name) for name in label.split("/")])
-    return {label: _part(times[label], steps) for label in labels}
-
-
-def _part(own: list[float], steps: list[Span]) -> Part:
-    whole = sum(step.length for step in steps)
-    return Part(sum(own) / len(steps) / 1e6, sum(own) / whole, len(own) / len(steps))
+def _part(own: list[int], steps: Sequence[Any]) -> Part:
+    whole = sum(step.duration_time_ns for step in steps)
+    return Part(sum(own) / len(steps) / 1e9, sum(own) / whole, len(own) / len(steps))

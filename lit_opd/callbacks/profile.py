@@ -1,4 +1,7 @@
-"""Where the time of a step goes: a few steps under torch's profiler."""
+"""Record a few steps with torch's profiler, and write what took how long.
+
+`fit --profile` adds this callback; `lit_opd.perf` does the sums.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import gzip
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,15 +19,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import MLFlowLogger
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
 
 from lit_opd.module import DistillationModule
-from lit_opd.perf import STEP, Breakdown, Part, break_down, peak_memory_mb, phase, read_trace
+from lit_opd.perf import STEP, Breakdown, Part, break_down, peak_memory_mb, phase
 
 __all__ = ["ProfileSteps", "operator_table", "phase_table"]
 
 
 class ProfileSteps(L.Callback):
-    """Records a few steps after a warm-up, and writes what they spent where.
+    """Record a few steps after a warm-up, and write what they spent where.
 
     The window ends early where the run ends, an evaluation begins, or it has lasted long: a trace grows with every
     operator. In a run too short for the warm-up the last step is recorded. With several processes the first records.
@@ -52,10 +58,8 @@ class ProfileSteps(L.Callback):
         """Find out how long to wait."""
         self._wait = min(self.skip, _steps_left(trainer, pl_module) - 1) if trainer.is_global_zero else math.inf
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Begin to record where it is time; open the range of the step."""
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Begin to record where it is time, and open the range of the step."""
         if self._wait == 0:
             self.peak_mb = peak_memory_mb(pl_module.device)  # now: the recording itself takes memory
             self._profiler = torch.profiler.profile()
@@ -66,9 +70,7 @@ class ProfileSteps(L.Callback):
             self._open.enter_context(phase(STEP))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Close the range of the step; write after the last."""
-        if self._profiler is None:
-            return
+        """Close the range of the step, and write after the last."""
         self._open.close()
         self._done += 1
         if self._done == self.record or perf_counter() - self._began > self.seconds:
@@ -93,11 +95,8 @@ class ProfileSteps(L.Callback):
             print(f"profile: {self.folder}\n\n{self._phases()}\n" if self.breakdown else "profile: no step to record\n")
 
     def _phases(self) -> str:
-        return (
-            f"{phase_table(self.breakdown)}\n\npeak memory before the recording: {self.peak_mb:.0f} MB"
-            if self.breakdown
-            else ""
-        )
+        table = phase_table(self.breakdown) if self.breakdown else ""
+        return f"{table}\n\npeak memory before the recording: {self.peak_mb:.0f} MB"
 
     def _stop(self) -> Any:
         profiler, self._profiler = self._profiler, None
@@ -106,14 +105,13 @@ class ProfileSteps(L.Callback):
         return profiler
 
     def _finish(self, trainer: L.Trainer) -> None:
-        if self._profiler is None:
-            return
         profiler = self._stop()
+        if profiler is None:
+            return
+        self.breakdown = break_down(profiler.profiler.kineto_results)
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        with trace.open() as file:
-            self.breakdown = break_down(read_trace(file))
         # Lightly: the exporter's own compression takes longer than all the rest.
         with trace.open("rb") as file, gzip.open(f"{trace}.gz", "wb", compresslevel=1) as packed:
             shutil.copyfileobj(file, packed)
@@ -127,33 +125,33 @@ class ProfileSteps(L.Callback):
 
 
 def phase_table(found: Breakdown) -> str:
-    """The phases in Markdown, in the order of a step."""
-    rows = [(name, *_cells(part)) for name, part in found.phases.items()]
-    rows.append(("step", *_cells(Part(found.step_s, share=1.0, calls=1))))
-    if found.between_s is not None:
-        rows.append(("between steps", f"{found.between_s:.4f}", "", ""))
-    return _table((f"phase, mean of {found.steps}", "s a step", "share", "calls"), rows)
+    """Write the phases in Markdown, in the order of a step."""
+    step = {"step": Part(found.step_s, share=1.0, calls=1)}
+    between = [] if found.between_s is None else [("between steps", f"{found.between_s:.4f}", "", "")]
+    return _table(f"phase, mean of {found.steps}", [*(_row(*item) for item in (found.phases | step).items()), *between])
 
 
 def operator_table(found: Breakdown) -> str:
-    """The operators in Markdown, the longest first."""
-    rows = [(name, *_cells(part)) for name, part in found.operators.items()]
-    return _table(("operator, by its own time", "s a step", "share", "calls"), rows)
+    """Write the operators in Markdown, the longest first."""
+    return _table("operator, by its own time", [_row(*item) for item in found.operators.items()])
 
 
-def _cells(part: Part) -> tuple[str, str, str]:
-    return f"{part.seconds:.4f}", f"{part.share:.1%}", f"{part.calls:.4g}"
+def _row(name: str, part: Part) -> tuple[str, ...]:
+    return name, f"{part.seconds:.4f}", f"{part.share:.1%}", f"{part.calls:.4g}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    first, *others = (max(map(len, column)) for column in zip(header, *rows, strict=True))
-    lines = [[row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in (header, *rows)]
-    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(title: str, rows: list[tuple[str, ...]]) -> str:
+    table = Table(title, box=MARKDOWN)
+    for name in ("s a step", "share", "calls"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=(text := StringIO()), width=1000).print(table, markup=False)
+    return text.getvalue().strip()
 
 
 def _steps_left(trainer: L.Trainer, module: DistillationModule) -> float:
-    """Batches to train on; an optimizer may step several times on one."""
+    """Count the batches to train on; an optimizer may step several times on one."""
     updates = module.optim_config.updates_per_rollout
     batches = trainer.estimated_stepping_batches * updates
     total = min(limit for limit in (trainer.max_steps, batches, math.inf) if limit > 0)

@@ -82,8 +82,9 @@ class Recorder(Callback):
     ) -> None:
         """Count the time since the last step's end: with the loading of data and whatever the loop does."""
         now = time.perf_counter()
-        if [row[trainer.datamodule.config.prompt_column] for row in batch.rows] != self.batches[batch_idx]:
-            raise RuntimeError(f"step {batch_idx} saw other prompts than the other side does")
+        step = len(self.steps)  # not batch_idx, which begins again with every epoch
+        if [row[trainer.datamodule.config.prompt_column] for row in batch.rows] != self.batches[step]:
+            raise RuntimeError(f"step {step} saw other prompts than the other side does")
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         inner, rows = self.phases.take(), len(batch.rows) * module.rollout_config.num_completions
         self.steps.append({
