@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_opd.config import DataConfig
 from lit_opd.errors import UserError, choose, suggest
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 
 __all__ = ["Row", "check_rows", "import_extra", "load_rows", "split_rows"]
 
@@ -192,7 +192,7 @@ def reasoning_gym_task(config: DataConfig, size: int, seed: int) -> Any:
 
 
 def _function(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    function = import_function("data.path", str(config.path))
+    function = import_object("data.path", str(config.path))
     sizes = {"train": config.train_size, "validation": config.validation_size}
     parts = []
     for split, size in sizes.items():

@@ -12,7 +12,7 @@ from typing import Any
 from lit_opd.config import DataConfig
 from lit_opd.data.sources import import_extra, reasoning_gym_task
 from lit_opd.errors import UserError, suggest
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 
 __all__ = ["Verifier", "build_verifier", "last_number"]
 
@@ -49,7 +49,7 @@ def build_verifier(config: DataConfig) -> Verifier | None:
     if name in builders:
         return builders[name](config)
     if ":" in name:
-        return import_function("data.verifier", name)
+        return import_object("data.verifier", name)
     raise UserError("data.verifier", f"null, {', '.join(builders)} or package.module:function", repr(name),
                     suggest(name, builders))  # fmt: skip
 

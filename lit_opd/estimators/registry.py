@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from lit_opd.errors import UserError, choose, suggest
 from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term, Variant, bound_arguments
 from lit_opd.functional.topk import SUPPORTS
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 
 __all__ = ["build", "get", "names", "register_estimator"]
 
@@ -115,7 +115,7 @@ def get(name: str | EstimatorFn) -> EstimatorSpec:
     if name in _REGISTRY:
         return _REGISTRY[name]
     if ":" in name:
-        return _spec_of(import_function("estimator.name", name), name)
+        return _spec_of(import_object("estimator.name", name), name)
     raise UserError("estimator.name", "a registered estimator or file.py:function", repr(name), suggest(name, names()))
 
 
