@@ -19,7 +19,7 @@ __all__ = ["call_object", "import_object"]
 
 
 def import_object(key: str, reference: str) -> Callable[..., Any]:
-    """Import the function or class that `reference` names; a file is imported once, under a name made from its path.
+    """Import the function or class that `reference` names. A file is imported once, under a name made from its path.
 
     Args:
         key: the configuration key, for messages.

@@ -1,4 +1,7 @@
-"""The Lightning trainer of a run: what the configuration may set, what it decides itself."""
+"""Build the Lightning trainer of a run, from what the configuration may set and what other keys decide.
+
+`train` and `evaluate` call it. `lab.compare` builds one of every variant too, to see mistakes before the first run.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,9 @@ def check_trainer_keys(config: Config) -> None:
 
 
 def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L.Trainer:
-    """The trainer with checkpoints, tracking, progress and a safe Ctrl-C; its logger comes when all checks are done.
+    """Build the trainer with checkpoints, tracking, progress and a safe Ctrl-C, and without its logger.
+
+    The logger comes when all checks are done, for making it asks MLflow.
 
     Args:
         config: the run.
@@ -110,7 +115,7 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
 
 
 def build_evaluation_trainer(config: Config) -> L.Trainer:
-    """A trainer that measures and writes nothing.
+    """Build a trainer that measures and writes nothing.
 
     Raises:
         UserError: whatever `lightning.Trainer` refuses.
@@ -149,7 +154,7 @@ def _build(config: Config, callbacks: list[L.Callback], **own: Any) -> L.Trainer
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the old one and then puts it in its place.
+    """Files of checkpoints that are whole: written beside the old one, then put in its place.
 
     Lightning writes to the system's temporary folder and moves: a copy where that is another disk, and a run killed
     while it copies has neither the new checkpoint nor the old one.
