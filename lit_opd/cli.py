@@ -1,19 +1,20 @@
-"""The command line: parse, build from the configuration, call, print. No logic of its own."""
+"""Parse the command line, load the configuration, call a command of `commands/`, and tell mistakes in one line.
+
+Slow imports stand where they are used: `--help` waits for none, and a mistake in a file not for torch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, NoReturn
 
 from lit_opd.allocator import begin_again
-from lit_opd.config import Config, load_as, load_config
 from lit_opd.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from lit_opd.config import Config
 
 __all__ = ["main"]
 
@@ -105,10 +106,11 @@ def _command(commands: argparse._SubParsersAction, name: str, run: object, what:
 
 
 def _config(parsed: argparse.Namespace) -> Config:
+    from lit_opd.config import load_config
+
     return load_config(parsed.config, parsed.overrides)
 
 
-# Each loads its configuration first and imports its command then: a mistake in a file must not wait for torch.
 def _fit(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
     from lit_opd.commands.running import fit
@@ -145,21 +147,22 @@ def _ui(parsed: argparse.Namespace) -> None:
 
 
 def _compare(parsed: argparse.Namespace) -> None:
+    from lit_opd.config import load_as
     from lit_opd.lab.compare.grid import Comparison, load_comparison, runs_of
 
     # argparse gives an option all the words that follow it, and overrides may stand anywhere.
     ids = [word for word in parsed.from_runs if "=" not in word]
     overrides = [*parsed.overrides, *(word for word in parsed.from_runs if "=" in word)]
     if parsed.from_runs:
-        recorded = load_as(Comparison, parsed.config, overrides)
-        from lit_opd.commands.experiments import compare_recorded
-
-        compare_recorded(recorded, ids, parsed.json)
+        comparison, runs = load_as(Comparison, parsed.config, overrides), []
     else:
         comparison = load_comparison(parsed.config, overrides)
         runs = runs_of(comparison)
-        from lit_opd.commands.experiments import compare
+    from lit_opd.commands.experiments import compare, compare_recorded
 
+    if parsed.from_runs:
+        compare_recorded(comparison, ids, parsed.json)
+    else:
         compare(comparison, runs, parsed.json)
 
 
@@ -171,21 +174,12 @@ def _audit(parsed: argparse.Namespace) -> None:
 
 
 def _check(parsed: argparse.Namespace) -> None:
-    keywords = _keywords(parsed.overrides)
+    from lit_opd.config import parse_overrides
+
+    keywords = parse_overrides(parsed.overrides)
     from lit_opd.commands.check import check
 
     check(parsed.estimator, keywords)
-
-
-def _keywords(words: Sequence[str]) -> dict[str, Any]:
-    for word in words:
-        if word.find("=") < 1:
-            raise UserError(word, "a keyword of the form key=value", "no '='", "Write e.g. gamma=0.5.")
-    try:
-        return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(words))))  # type: ignore[arg-type]
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        found = f"{' '.join(words)!r}: {str(error).splitlines()[0]}"
-        raise UserError("keywords", "values in YAML", found, "Quote them.") from error
 
 
 def _estimators(parsed: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Tell mistakes of the user and failures of a run in one line each; the command line prints it, without traceback."""
+"""Tell mistakes of the user and failures of a run in one line each, which the command line prints without traceback."""
 
 from __future__ import annotations
 

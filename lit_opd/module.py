@@ -103,6 +103,7 @@ class DistillationModule(AcrossProcesses):
         support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
         as_section(EstimatorConfig, {"aggregation": aggregation}, "estimator")
         self.law = training_law(self.rollout_config, self.estimator)
+        self.engine = engine or build_engine(self.rollout_config)
         linter.check(self.estimator, self.rollout_config, self.optim_config, student, teacher,
                      masked_tokens=masked_tokens, tokenizer=tokenizer,
                      allow=as_section(LintConfig, lint, "lint").allow)  # fmt: skip
@@ -111,7 +112,6 @@ class DistillationModule(AcrossProcesses):
         self.model = self.student.model
         self.teacher: Any = None
         self.distiller: Any = None
-        self.engine = engine or build_engine(self.rollout_config)
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
         self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, support_size)

@@ -1,4 +1,7 @@
-"""Optimizers and schedulers by name, any of torch's; the error of a step that may not be made."""
+"""Build optimizers and schedulers by name, any of torch's.
+
+`DistillationModule` calls it, and `runs.prepare` to rehearse a step.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
 
 class NonFiniteStepError(RunError):
-    """Loss or gradient was not finite; the optimizer has not moved."""
+    """A loss or gradient that was not finite, before the optimizer moved."""
 
     def __init__(self, loss: float, grad_norm: float, step: int, batch: int, prompt: str) -> None:
         super().__init__(
@@ -33,7 +36,7 @@ class NonFiniteStepError(RunError):
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Optimizer:
-    """The optimizer `torch.optim.<name>` over the trainable parameters.
+    """Build the optimizer `torch.optim.<name>` over the trainable parameters.
 
     Raises:
         UserError: no such optimizer, or it refuses the keywords.
@@ -51,7 +54,7 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Opt
 
 
 def _fused(cls: Any, trainable: list[Parameter], chosen: Mapping[str, Any]) -> dict[str, bool]:
-    """One kernel for all of a parameter's update, where the optimizer has one and the user did not choose."""
+    """Ask for one kernel for all of a parameter's update, where the optimizer has one and the user did not choose."""
     known = "fused" in inspect.signature(cls.__init__).parameters
     free = not {"fused", "foreach", "differentiable", "capturable"} & set(chosen)
     able = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in trainable)
@@ -59,7 +62,7 @@ def _fused(cls: Any, trainable: list[Parameter], chosen: Mapping[str, Any]) -> d
 
 
 def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
-    """Linear warm-up over `warmup_steps`, then `torch.optim.lr_scheduler.<name>`; None where neither is set.
+    """Build a linear warm-up, then `torch.optim.lr_scheduler.<name>`, or None where neither is set.
 
     Raises:
         UserError: no such scheduler, or it refuses the keywords.

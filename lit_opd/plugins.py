@@ -1,9 +1,13 @@
-"""Functions that a configuration names: `package.module:function` or `path/to/file.py:function`."""
+"""Import what a configuration names: `package.module:name` or `path/to/file.py:name`.
+
+Estimators, prompt sources, verifiers, engines and callbacks of a user's own come in here.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,28 +15,49 @@ from typing import Any
 
 from lit_opd.errors import UserError, suggest
 
-__all__ = ["import_function"]
+__all__ = ["call_object", "import_object"]
 
 
-def import_function(key: str, reference: str) -> Callable[..., Any]:
-    """The function that `reference` names; a file is imported once, under a name made from its path.
+def import_object(key: str, reference: str) -> Callable[..., Any]:
+    """Import the function or class that `reference` names. A file is imported once, under a name made from its path.
 
     Args:
         key: the configuration key, for messages.
-        reference: `package.module:function` or `path/to/file.py:function`.
+        reference: `package.module:name` or `path/to/file.py:name`.
 
     Raises:
-        UserError: the module or file cannot be imported, or holds no such function.
+        UserError: the module or file cannot be imported, or holds no such function or class.
     """
     target, _, name = reference.rpartition(":")
     if not target or not name:
-        raise UserError(key, "package.module:function or path/to/file.py:function", repr(reference), "Name both.")
+        raise UserError(key, "package.module:name or path/to/file.py:name", repr(reference), "Name both.")
     module = _import_file(key, target) if target.endswith(".py") else _import_module(key, target)
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise UserError(key, f"a function {name!r} in {target}", "none", suggest(name, functions))
-    return function
+    found = getattr(module, name, None)
+    if not callable(found):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UserError(key, f"a function or class {name!r} in {target}", "none", suggest(name, known))
+    return found
+
+
+def call_object(key: str, reference: str, *arguments: Any, **keywords: Any) -> Any:
+    """Import a function or class and call it.
+
+    Args:
+        key: the configuration key, for messages.
+        reference: as in `import_object`.
+        *arguments: of the call.
+        **keywords: of the call.
+
+    Raises:
+        UserError: see `import_object`; arguments that it does not take.
+    """
+    found = import_object(key, reference)
+    try:
+        inspect.signature(found).bind(*arguments, **keywords)
+    except TypeError as error:
+        given = ", ".join([*(type(a).__name__ for a in arguments), *keywords]) or "nothing"
+        raise UserError(key, f"{reference} to take {given}", str(error), "Correct one of them.") from error
+    return found(*arguments, **keywords)
 
 
 def _import_module(key: str, target: str) -> Any:

@@ -124,6 +124,11 @@ def test_values_of_overrides(override, value):
     ([*SERVED, "rollout.temperature=0.001"], "rollout.temperature: expected 0, or from 0.01 to 2, with"),
     ([*SERVED, "rollout.min_p=0.1", "rollout.top_p=0.9"], "rollout.min_p: expected 0 where rollout.top_p cuts, with "
      "rollout.engine=vllm, found 0.1. Set one of the two, or rollout.engine=local."),
+    (["evaluation.max_new_tokens=0"], "evaluation.max_new_tokens: expected a value at least 1, or null for "
+     "rollout.max_new_tokens, found 0."),
+    (["evaluation.num_examples=-1"], "evaluation.num_examples: expected a value at least 0, found -1."),
+    (["optim.clip_norm=0"], "optim.clip_norm: expected a value above 0, or null for no clipping, found 0.0."),
+    (["teacher.kind=server"], "teacher.kind: expected one of local, or package.module:name or file.py:name, found"),
     (["rollout.min_new_tokens=99"], "rollout.min_new_tokens: expected at most rollout.max_new_tokens (64), found 99."),
     (["evaluation.pass_at=[1,2]"],
      "evaluation.pass_at: expected values from 1 to evaluation.num_completions (1), found 2."),

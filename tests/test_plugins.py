@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from lit_opd.errors import UserError
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 
 
 @pytest.fixture
@@ -14,47 +14,47 @@ def file(tmp_path):
 
 
 def test_function_of_a_module():
-    assert import_function("key", "json:dumps")([1]) == "[1]"
+    assert import_object("key", "json:dumps")([1]) == "[1]"
 
 
 def test_function_of_a_file(file):
-    assert import_function("key", f"{file}:function")() == "mine"
+    assert import_object("key", f"{file}:function")() == "mine"
 
 
 def test_file_relative_to_the_current_folder(file, monkeypatch):
     monkeypatch.chdir(file.parent)
-    assert import_function("key", "mine.py:function") is import_function("key", f"{file}:function")
+    assert import_object("key", "mine.py:function") is import_object("key", f"{file}:function")
 
 
 def test_files_of_one_name_in_two_folders_are_two_modules(file, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "mine.py").write_text("def function():\n    return 'other'\n")
-    assert import_function("key", f"{file}:function")() == "mine"
-    assert import_function("key", f"{other / 'mine.py'}:function")() == "other"
+    assert import_object("key", f"{file}:function")() == "mine"
+    assert import_object("key", f"{other / 'mine.py'}:function")() == "other"
 
 
 def test_colon_in_a_folder(tmp_path):
     folder = tmp_path / "a:b"
     folder.mkdir()
     (folder / "mine.py").write_text("def function():\n    return 'colon'\n")
-    assert import_function("key", f"{folder / 'mine.py'}:function")() == "colon"
+    assert import_object("key", f"{folder / 'mine.py'}:function")() == "colon"
 
 
 @pytest.mark.parametrize(("reference", "said"), [
-    ("function", "package.module:function"),
-    (":function", "package.module:function"),
-    ("json:", "package.module:function"),
+    ("function", "package.module:name"),
+    (":function", "package.module:name"),
+    ("json:", "package.module:name"),
     ("no_such_package.module:f", "No module named 'no_such_package'"),
     ("no/such/file.py:f", "no file 'no/such/file.py'"),
     ("json:dump_s", "Did you mean 'dump"),
     ("{file}:function_", "Did you mean 'function'?"),
-    ("{file}:value", "a function 'value'"),
+    ("{file}:value", "a function or class 'value'"),
     ("{file}:xxx", "Known: function."),
 ])  # fmt: skip
 def test_mistakes(file, reference, said):
     with pytest.raises(UserError) as caught:
-        import_function("estimator.name", reference.format(file=file))
+        import_object("estimator.name", reference.format(file=file))
     assert caught.value.key == "estimator.name"
     assert said in str(caught.value)
 
@@ -68,14 +68,14 @@ def test_file_that_does_not_import_leaves_nothing_behind(tmp_path, text, said):
     path.write_text(text)
     before = set(sys.modules)
     with pytest.raises(UserError, match=said):
-        import_function("key", f"{path}:f")
+        import_object("key", f"{path}:f")
     assert set(sys.modules) == before
     path.write_text("def f():\n    return 1\n")
-    assert import_function("key", f"{path}:f")() == 1
+    assert import_object("key", f"{path}:f")() == 1
 
 
 def test_module_that_raises_while_it_is_imported(tmp_path, monkeypatch):
     (tmp_path / "raises_at_import.py").write_text("raise ValueError('at import')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="at import"):
-        import_function("key", "raises_at_import:f")
+        import_object("key", "raises_at_import:f")

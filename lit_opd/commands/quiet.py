@@ -29,7 +29,7 @@ EXPECTED_WARNINGS = (
 
 
 def quiet_libraries() -> None:
-    """Keep warnings and errors of Lightning, MLflow and Transformers; drop their chatter and progress bars."""
+    """Keep warnings and errors of Lightning, MLflow and Transformers, and drop their chatter and progress bars."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which tells of every start and stop
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -51,7 +51,7 @@ def quiet_libraries() -> None:
 
 
 def _tell_findings() -> None:
-    """Print what the linter warns of once, in one line and on one process; other warnings as before."""
+    """Print what the linter warns of once, in one line and on one process, and other warnings as before."""
     show_others = warnings.showwarning
     told: set[str] = set()
 

@@ -1,4 +1,4 @@
-"""What a run came to, as a table for the terminal."""
+"""Print the results of a run as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = {
 
 @rank_zero_only
 def print_outcome(config: Config, outcome: Outcome) -> None:
-    """The table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
+    """Print the table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
     columns = {"before": outcome.before, f"after {outcome.steps} steps": outcome.after, "teacher": outcome.teacher}
     _print("Held-out prompts at temperature 1, with 95% intervals", columns)
     if outcome.perf:
@@ -42,7 +42,7 @@ def print_outcome(config: Config, outcome: Outcome) -> None:
 
 
 def perf_line(perf: Mapping[str, float]) -> str:
-    """What a step cost, in one line.
+    """Say in one line what a step cost.
 
     Args:
         perf: medians of `perf/*` over steps.
@@ -57,7 +57,7 @@ def perf_line(perf: Mapping[str, float]) -> str:
 
 @rank_zero_only
 def print_results(title: str, results: Results) -> None:
-    """One column of results."""
+    """Print one column of results."""
     _print(title, {"student": results})
 
 

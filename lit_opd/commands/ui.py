@@ -1,4 +1,4 @@
-"""MLflow's own pages over the runs of a configuration, for this machine alone."""
+"""Serve MLflow's own pages on the runs of a configuration, for this machine alone."""
 
 from __future__ import annotations
 

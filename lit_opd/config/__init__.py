@@ -1,4 +1,4 @@
-"""The configuration: dataclasses, filled from YAML files and dotted overrides by OmegaConf.
+"""Describe a run in dataclasses, filled from YAML files and dotted overrides by OmegaConf.
 
 Each section says beside a field what it means and which values it may have. Imports no torch, so that a mistake in a
 file is reported in under a second.
@@ -7,7 +7,7 @@ file is reported in under a second.
 from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
 from lit_opd.config.limits import Section
-from lit_opd.config.loading import PACKAGE_FOLDER, as_section, load_as, load_config, to_flat, to_yaml
+from lit_opd.config.loading import PACKAGE_FOLDER, as_section, load_as, load_config, parse_overrides, to_flat, to_yaml
 from lit_opd.config.schema import Config
 from lit_opd.config.watching import (
     CollapseConfig,
@@ -21,5 +21,6 @@ from lit_opd.config.watching import (
 __all__ = [
     "PACKAGE_FOLDER", "CollapseConfig", "Config", "DataConfig", "DiagnosticsConfig", "EstimatorConfig",
     "EvaluationConfig", "FrozenConfig", "LintConfig", "MeasureConfig", "OptimConfig", "RolloutConfig", "Section",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "load_as", "load_config", "to_flat", "to_yaml",
+    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "load_as", "load_config",
+    "parse_overrides", "to_flat", "to_yaml",
 ]  # fmt: skip

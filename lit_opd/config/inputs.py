@@ -1,4 +1,4 @@
-"""The sections that say what a run begins with: its models and its prompts."""
+"""Describe what a run begins with: the sections of its models and its prompts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StudentConfig(Section):
 
 @dataclass
 class FrozenConfig(Section):
-    """A frozen model; as the reference, without a path, it is the student before training."""
+    """A frozen model, or, as a reference without a path, the student before training."""
 
     path: str | None = None
     """A model folder or a hub name."""

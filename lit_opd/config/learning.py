@@ -1,4 +1,4 @@
-"""The sections that say how a run learns: sampling, the objective, the optimizer's step."""
+"""Describe how a run learns: the sections of sampling, the objective and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["EstimatorConfig", "OptimConfig", "RolloutConfig"]
 
 @dataclass
 class RolloutConfig(Section):
-    """How completions to train on are made."""
+    """The completions to train on, and how they are made."""
 
     engine: str = limited("local", one_of_or_path("local", "vllm"))
     """Who samples: local (this process) | vllm (a server), or package.module:name or file.py:name of an engine."""

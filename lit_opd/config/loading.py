@@ -16,7 +16,7 @@ from lit_opd.config.limits import Section
 from lit_opd.config.schema import Config
 from lit_opd.errors import UserError, suggest
 
-__all__ = ["as_section", "load_as", "load_config", "to_flat", "to_yaml"]
+__all__ = ["as_section", "load_as", "load_config", "parse_overrides", "to_flat", "to_yaml"]
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 T = TypeVar("T")
@@ -97,6 +97,15 @@ def _read(file: Path) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise UserError("--config", "a mapping of keys", f"{file}: a list", "Write `key: value` lines.")
     return node
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """Read `key=value` words, as `python -m lit_opd check` takes them, into a mapping.
+
+    Raises:
+        UserError: a word without `=`, or a value that is no YAML.
+    """
+    return OmegaConf.to_container(OmegaConf.merge({}, *map(_parse, words)))  # type: ignore[return-value]
 
 
 def _parse(override: str) -> DictConfig:

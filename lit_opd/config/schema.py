@@ -1,4 +1,4 @@
-"""The whole configuration of a run."""
+"""Put the sections together to the whole configuration of a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts, where they come from, and how an answer is judged."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How completions to train on are made."""
+    """The completions to train on, and how they are made."""
     estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
     """The objective."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -52,11 +52,11 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     """The gradients of several estimators on the same rollouts."""
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
-    """What a run tells of itself besides the evaluations."""
+    """The numbers and pictures of a run besides its evaluations."""
     collapse: CollapseConfig = field(default_factory=CollapseConfig)
     """The signs that training goes wrong, and what happens then."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Where the run is recorded."""
+    """The store that records the run."""
     lint: LintConfig = field(default_factory=LintConfig)
     """Refused configurations that may pass."""
 

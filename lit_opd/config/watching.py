@@ -1,4 +1,4 @@
-"""The sections that say what a run tells of itself: evaluations, measurements, warnings, records."""
+"""Describe what a run reports: the sections of evaluations, measurements, warnings and records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EvaluationConfig(Section):
     """Steps between evaluations and between checkpoints."""
     num_completions: int = limited(1, at_least(1))
     """Completions a prompt."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = limited(None, at_least(1, null="rollout.max_new_tokens"))
     """The longest completion, in tokens; null for rollout.max_new_tokens."""
     batch_size: int = limited(64, at_least(1))
     """Prompts a batch, in each process."""
@@ -27,7 +27,7 @@ class EvaluationConfig(Section):
     """The k of pass@k: the chance that one of k completions is right."""
     seed: int = 0
     """Of the completions."""
-    num_examples: int = 16
+    num_examples: int = limited(16, at_least(0))
     """Completions kept to read, with the log-ratio of every token."""
     teacher: bool = True
     """Measure the teacher's own completions too, before training."""
@@ -61,7 +61,7 @@ class MeasureConfig(Section):
 
 @dataclass
 class DiagnosticsConfig(Section):
-    """What a run tells of itself besides the evaluations."""
+    """The numbers and pictures of a run besides its evaluations."""
 
     every_n_steps: int = limited(10, at_least(0, " (0 leaves them out)"))
     """Steps between two looks at advantages, masses, sampler and gradient; 0 for none."""
@@ -91,7 +91,7 @@ class CollapseConfig(Section):
 
 @dataclass
 class TrackingConfig(Section):
-    """Where runs are recorded."""
+    """The store that records runs."""
 
     uri: str = "sqlite:///mlflow.db"
     """Any MLflow tracking URI."""

@@ -1,4 +1,4 @@
-"""Prompts: where they come from, how they are encoded and ordered, and how answers to them are judged."""
+"""Load prompts, encode and order them, and judge the answers to them."""
 
 from __future__ import annotations
 

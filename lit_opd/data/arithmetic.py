@@ -1,4 +1,4 @@
-"""Procedural additions with their column-by-column working: the task of the tiny pair shipped with the package.
+"""Make additions with their column-by-column working: the task of the tiny pair shipped with the package.
 
 A row for ``37 + 58`` looks like this; ``completion`` is what the teacher was trained to write after ``prompt``::
 
@@ -76,7 +76,7 @@ def _pairs(split: str) -> tuple[tuple[int, int], ...]:
 
 
 def _split_of(a: int, b: int) -> str:
-    """Name the split of a pair; Python's own ``hash`` is not used because it may differ between processes."""
+    """Name the split of a pair, without Python's own ``hash``, which may differ between processes."""
     key = f"{min(a, b)}+{max(a, b)}".encode()
     return "validation" if zlib.crc32(key) % HELD_OUT_ONE_IN == 0 else "train"
 

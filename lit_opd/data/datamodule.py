@@ -1,4 +1,7 @@
-"""The data module: which prompts a step sees, whatever the number of processes and wherever a run was resumed."""
+"""Give every step its prompts, whatever the number of processes and wherever a run was resumed.
+
+`runs.prepare` makes the data module of a configured run, and Lightning's trainer asks it for loaders.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,7 @@ class PromptDataModule(L.LightningDataModule):
             self._validation_picks()
 
     def train_dataloader(self) -> PromptLoader:
-        """One epoch of training batches, from the first that was not completed."""
+        """Make one epoch of training batches, from the first that was not completed."""
         stream = self._stream()
         before = self._loaded_state.get("stream", self._identity())
         changed = [key for key, value in self._identity().items() if before[key] != value]
@@ -110,13 +113,13 @@ class PromptDataModule(L.LightningDataModule):
         return PromptLoader(self.train_prompts, stream, pad_token_id(self.tokenizer))
 
     def val_dataloader(self) -> PromptLoader | list[Any]:
-        """This rank's validation rows, in order, never padded; no loader where there are no validation rows."""
+        """Load this rank's validation rows in order, never padded. Without validation rows there is no loader."""
         if not self.validation_prompts.rows:
             return []
         return PromptLoader(self.validation_prompts, self._validation_picks(), pad_token_id(self.tokenizer))
 
     def test_dataloader(self) -> PromptLoader | list[Any]:
-        """The validation rows."""
+        """Load the validation rows."""
         return self.val_dataloader()
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
@@ -125,7 +128,7 @@ class PromptDataModule(L.LightningDataModule):
         return batch._replace(prompts=prompts, shown=dict(zip(batch.shown, shown, strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were trained on, and what they were taken from."""
+        """Save how many batches were trained on, and what they were taken from."""
         return {"completed_batches": self.completed_batches, "stream": self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,7 +149,7 @@ class PromptDataModule(L.LightningDataModule):
         return progress.total.processed
 
     def demonstrations(self, rows: Sequence[Row]) -> list[str]:
-        """The completions that the data holds for the rows: their `data.answer_column`.
+        """Read the completions that the data holds for the rows, in `data.answer_column`.
 
         Raises:
             UserError: a row has none.
@@ -177,7 +180,7 @@ class PromptDataModule(L.LightningDataModule):
 
     @cached_property
     def validation_hashes(self) -> list[str]:
-        """Hash of every validation prompt as the student gets it: of its token ids."""
+        """Hashes of every validation prompt as the student gets it, as token ids."""
         return [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in self.validation_prompts.ids]
 
     @cached_property
@@ -198,7 +201,7 @@ class PromptDataModule(L.LightningDataModule):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many prompts are used, were dropped and were truncated."""
+        """Numbers of prompts that are used, were dropped and were truncated."""
         train, validation = self.train_prompts, self.validation_prompts
         return {
             "train": len(train), "dropped_train": train.dropped, "truncated_train": train.truncated,

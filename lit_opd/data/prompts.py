@@ -1,4 +1,7 @@
-"""From rows to token ids: rendering, encoding, prompts that are too long, padding."""
+"""Render rows as text, encode them as token ids, deal with prompts that are too long, and pad.
+
+The data module calls it. No other room knows templates.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lit_opd.config import DataConfig
-from lit_opd.errors import UserError, choose
+from lit_opd.errors import UserError
 
 __all__ = ["EncodedPrompts", "encode", "encode_rows", "pad_left", "pad_token_id", "render"]
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Rows with the token ids of their prompts, and what became of prompts that were too long.
+    """Rows with the token ids of their prompts, and the numbers of prompts that were too long.
 
     Attributes:
         rows: the rows that were kept.
@@ -36,7 +39,7 @@ class EncodedPrompts:
 
 
 def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
-    """The text a row's prompt becomes.
+    """Write the text that a row's prompt becomes.
 
     `prompt_template` is formatted with `{prompt}` (the prompt column) and the row's other columns. With `chat`, the
     result is the user's message in the tokenizer's chat template, after `system_prompt` and the worked turns of
@@ -67,7 +70,7 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
 
 
 def encode(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> list[list[int]]:
-    """The token ids of rendered prompts.
+    """Encode rendered prompts.
 
     A chat template has written the special tokens already, so none are added to it. To plain text the tokenizer adds
     its own, except an end of sequence: the student has to go on from there.
@@ -84,7 +87,7 @@ def encode(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> list[lis
 
 
 def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: Any) -> EncodedPrompts:
-    """Render and encode rows; prompts of more than `max_prompt_tokens` tokens are treated as `overlong` says.
+    """Render and encode rows, and deal with prompts of more than `max_prompt_tokens` tokens as `overlong` says.
 
     `drop` leaves the row out. `truncate` keeps the END of the prompt, after its first token if that is the beginning
     of sequence; a chat prompt then loses its opening. `error` refuses.
@@ -92,7 +95,7 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
     Raises:
         UserError: a prompt of no tokens, a prompt too long under `error`, or none left under `drop`.
     """
-    choose("data.overlong", config.overlong, ("drop", "truncate", "error"))
+    config.check("data")
     ids = encode([render(row, config, tokenizer) for row in rows], config, tokenizer)
     for index, prompt in enumerate(ids):
         if not prompt:
@@ -112,7 +115,7 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids as one rectangle, padded on the left.
+    """Pad token ids on the left to one rectangle.
 
     Returns:
         ids_BP (int64) and mask_BP (bool, True at real tokens).
@@ -128,7 +131,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """A token to fill padding with; which one does not matter, as the mask leaves it out."""
+    """Choose a token to fill padding with. Any will do, as the mask leaves it out."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 

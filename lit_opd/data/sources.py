@@ -1,4 +1,7 @@
-"""Where rows come from, and which of them are held out for validation."""
+"""Read rows from a file, the hub, reasoning_gym or a function, and hold some of them out for validation.
+
+The data module calls it, unless rows are given to it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_opd.config import DataConfig
 from lit_opd.errors import UserError, choose, suggest
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 
 __all__ = ["Row", "check_rows", "import_extra", "load_rows", "split_rows"]
 
@@ -27,7 +30,7 @@ REASONING_GYM_ROUNDS = 4
 
 
 def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    """The training and the validation rows; the same ones, in the same order, at every call.
+    """Load the training and the validation rows, the same in the same order at every call.
 
     - `file`: a local .jsonl, .json, .parquet or .csv at `path`; validation rows come from `validation_path`, or by the
       rule of `split_rows`. `kwargs` go to `datasets.load_dataset`.
@@ -44,7 +47,7 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
         UserError: the source cannot be read, gives no rows, or lacks a column.
     """
     loaders = {"file": _file, "hub": _hub, "reasoning_gym": _reasoning_gym, "function": _function}
-    choose("data.source", config.source, loaders)
+    config.check("data")
     if not config.path:
         raise UserError("data.path", f"what data.source={config.source} reads", "nothing", "Set data.path.")
     if config.validation_path and config.source != "file":
@@ -167,7 +170,7 @@ def _reasoning_gym(config: DataConfig) -> tuple[list[Row], list[Row]]:
 
 
 def reasoning_gym_rows(config: DataConfig, size: int, seed: int) -> list[Row]:
-    """Questions of one reasoning_gym task, with the metadata that its own scoring wants."""
+    """Draw questions of one reasoning_gym task, with the metadata that its own scoring wants."""
     task = reasoning_gym_task(config, size, seed)
     answer = config.answer_column or "answer"
     entries = (task[i] for i in range(size))
@@ -175,7 +178,7 @@ def reasoning_gym_rows(config: DataConfig, size: int, seed: int) -> list[Row]:
 
 
 def reasoning_gym_task(config: DataConfig, size: int, seed: int) -> Any:
-    """The reasoning_gym data set that `path` and `kwargs` name.
+    """Make the reasoning_gym data set that `path` and `kwargs` name.
 
     Raises:
         UserError: reasoning_gym is not installed, the task is unknown, or its settings are wrong.
@@ -192,7 +195,7 @@ def reasoning_gym_task(config: DataConfig, size: int, seed: int) -> Any:
 
 
 def _function(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    function = import_function("data.path", str(config.path))
+    function = import_object("data.path", str(config.path))
     sizes = {"train": config.train_size, "validation": config.validation_size}
     parts = []
     for split, size in sizes.items():

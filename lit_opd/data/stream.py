@@ -1,4 +1,4 @@
-"""Which rows a training batch takes, and the loader that turns picked rows into batches."""
+"""Pick the rows of every training batch, and load picked rows as batches; the data module puts the two together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pick = tuple[int, tuple[int, int]]
 
 
 class PromptStream:
-    """The endless sequence of training batches: a pure function of the seed, of which each rank takes its share.
+    """The endless sequence of training batches, a pure function of the seed, of which each rank takes its share.
 
     Epoch e goes through a permutation drawn from (seed, e). Batch `number`, counted over the whole run, takes the next
     `batch_size` rows of it; the incomplete rest of an epoch is dropped. Rank r of W takes rows r, r + W, ... of each
@@ -60,7 +60,7 @@ class PromptStream:
             yield self.batch(self.position - 1)
 
     def batch(self, number: int) -> list[Pick]:
-        """This rank's rows of batch `number`; the second integer of a draw is the place in the whole batch."""
+        """Pick this rank's rows of a batch. The second integer of a draw is the row's place in the whole batch."""
         epoch, place = divmod(number, len(self))
         if self._epoch_order[0] != epoch:
             self._epoch_order = (epoch, self._permutation(epoch))
@@ -96,8 +96,8 @@ class PromptLoader:
     # These two only tell Lightning that training can be resumed within an epoch. The position is not theirs to keep:
     # Lightning does not hand it back after an epoch's end, and a batch given is not yet a batch trained on.
     def state_dict(self) -> dict[str, Any]:
-        """Nothing; see `PromptDataModule.completed_batches`."""
+        """Save nothing: see `PromptDataModule.completed_batches`."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing; see `PromptDataModule.completed_batches`."""
+        """Load nothing: see `PromptDataModule.completed_batches`."""

@@ -1,4 +1,7 @@
-"""How an answer is judged: a verifier gives a completion a reward from 0 to 1."""
+"""Judge answers: a verifier gives a completion a reward from 0 to 1.
+
+The data module builds the configured one. Evaluations, and estimators that learn from rewards, call it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from lit_opd.config import DataConfig
 from lit_opd.data.sources import import_extra, reasoning_gym_task
 from lit_opd.errors import UserError, suggest
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 
 __all__ = ["Verifier", "build_verifier", "last_number"]
 
@@ -25,7 +28,7 @@ MATH_SECONDS = 5
 
 
 def build_verifier(config: DataConfig) -> Verifier | None:
-    """The verifier that `config.verifier` names.
+    """Build the verifier that `config.verifier` names.
 
     - null: none.
     - `exact`: the completion is the answer, but for white space around it.
@@ -49,13 +52,13 @@ def build_verifier(config: DataConfig) -> Verifier | None:
     if name in builders:
         return builders[name](config)
     if ":" in name:
-        return import_function("data.verifier", name)
+        return import_object("data.verifier", name)
     raise UserError("data.verifier", f"null, {', '.join(builders)} or package.module:function", repr(name),
                     suggest(name, builders))  # fmt: skip
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number written in a text, or None.
+    """Find the last number written in a text, or None.
 
     >>> last_number("It costs $-1,234.50."), last_number("3, then 5-3"), last_number("none")
     (Decimal('-1234.50'), Decimal('3'), None)

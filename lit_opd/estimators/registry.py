@@ -10,7 +10,7 @@ from lit_opd.errors import UserError, choose, suggest
 from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term, Variant, bound_arguments
 from lit_opd.estimators.needs import needs_of, read_needs
 from lit_opd.functional.topk import SUPPORTS
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 from lit_opd.types import Need
 
 __all__ = ["build", "get", "names", "register_estimator"]
@@ -109,7 +109,7 @@ def get(name: str | EstimatorFn) -> EstimatorSpec:
     if name in _REGISTRY:
         return _REGISTRY[name]
     if ":" in name:
-        return _spec_of(import_function("estimator.name", name), name)
+        return _spec_of(import_object("estimator.name", name), name)
     raise UserError("estimator.name", "a registered estimator or file.py:function", repr(name), suggest(name, names()))
 
 

@@ -14,7 +14,7 @@ __all__ = ["Facts", "Finding", "LintWarning"]
 
 
 class LintWarning(UserWarning):
-    """A configuration that may not do what it says, or one that was let pass knowingly."""
+    """A warning of a configuration that may not do what it says, or that was let pass knowingly."""
 
 
 class Facts(NamedTuple):
@@ -61,5 +61,5 @@ class Finding(NamedTuple):
     remedy: str
 
     def as_error(self, closing: str) -> UserError:
-        """The finding as a mistake of the user, one line that ends with `closing`."""
+        """Make a mistake of the user of it, told in one line that ends with `closing`."""
         return UserError(self.key, self.reason, self.found, f"{self.remedy} {closing}".strip())

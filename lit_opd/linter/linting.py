@@ -32,7 +32,7 @@ def check(
     tokenizer: Any = None,
     allow: Collection[str] = (),
 ) -> None:
-    """Lint a run and enforce the findings; reads no weights.
+    """Lint a run and enforce the findings, without reading weights.
 
     Args:
         estimator: bound.
@@ -60,7 +60,7 @@ def lint(facts: Facts) -> list[Finding]:
 
 
 def enforce(findings: Sequence[Finding], allow: Collection[str] = ()) -> None:
-    """Raise for the first refusal that is not allowed; else warn of every finding, allowed refusals among them.
+    """Raise for the first refusal that is not allowed, or else warn of every finding, allowed refusals among them.
 
     Args:
         findings: those of `lint`.
@@ -83,7 +83,7 @@ def enforce(findings: Sequence[Finding], allow: Collection[str] = ()) -> None:
 
 
 def _student_tokens(student: Any, masked_tokens: Sequence[str | int], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Look up the ids of the masked tokens and of those that end a completion; of none where nothing is masked."""
+    """Look up the ids of the masked tokens and of those that end a completion, or neither where nothing is masked."""
     student = StudentConfig(path=student) if isinstance(student, str) else student
     in_memory = not isinstance(student, StudentConfig)
     if not masked_tokens or (in_memory and tokenizer is None):

@@ -7,7 +7,9 @@ from typing import Protocol
 from torch import Tensor
 
 from lit_opd.config import RolloutConfig
+from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
+from lit_opd.plugins import call_object
 from lit_opd.rollout.local import LocalEngine
 from lit_opd.rollout.vllm import VllmEngine
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
@@ -38,5 +40,17 @@ class RolloutEngine(Protocol):
 
 
 def build_engine(config: RolloutConfig) -> RolloutEngine:
-    """The configured engine; a server is first asked when something is sampled."""
-    return LocalEngine() if config.engine == "local" else VllmEngine(config.server or "")
+    """Make the configured engine; one of a user's own is called with the section. A server is first asked on sampling.
+
+    Raises:
+        UserError: no such class or function, or what it makes cannot sample.
+    """
+    if config.engine == "local":
+        return LocalEngine()
+    if config.engine == "vllm":
+        return VllmEngine(config.server or "")
+    engine = call_object("rollout.engine", config.engine, config)
+    if not callable(getattr(engine, "sample", None)):
+        expected = f"{config.engine} to make an object with a method `sample`"
+        raise UserError("rollout.engine", expected, type(engine).__name__, "See RolloutEngine in lit_opd.rollout.")
+    return engine

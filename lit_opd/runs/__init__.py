@@ -1,4 +1,4 @@
-"""A run: its checks, its Lightning trainer, its folder, and `train` and `evaluate`, which do the work.
+"""Check a run, build its Lightning trainer, keep its folder, and `train` or `evaluate`.
 
 `commands/` calls it for `fit`, `validate`, `test` and `export`, and `lab/` for the runs and checks of its experiments.
 """

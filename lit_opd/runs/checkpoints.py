@@ -1,4 +1,7 @@
-"""Read checkpoints, put their weights into a model, and export a student; `fit`, `validate`, `test` and `export` do."""
+"""Read checkpoints, put their weights into a model, and export a student.
+
+Called by `train` and `evaluate`, and by the command `export`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ TRAINING_STATE = ("global_step", "loops", "optimizer_states", "torch_rng_state",
 
 
 def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, as plain tensors and values only; tensors are read when they are used.
+    """Read a checkpoint, as plain tensors and values only. Tensors are read when they are used.
 
     Args:
         key: what named it, for messages: `--resume` or `--checkpoint`.
@@ -42,7 +45,7 @@ def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
 
 
 def read_training_state(key: str, path: Path) -> dict[str, Any]:
-    """A checkpoint that training can go on from; arguments as for `read_checkpoint`.
+    """Read a checkpoint that training can go on from. Arguments are those of `read_checkpoint`.
 
     Raises:
         UserError: no such file, a damaged one, or one that holds no more than weights.
@@ -56,7 +59,7 @@ def read_training_state(key: str, path: Path) -> dict[str, Any]:
 
 
 def check_weights(key: str, model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, when they are a model's own; arguments as for `read_checkpoint`.
+    """Read the weights in a checkpoint, if they are a model's own. Arguments are those of `read_checkpoint`.
 
     Raises:
         UserError: a damaged checkpoint, or one of another model.
@@ -74,7 +77,7 @@ def check_weights(key: str, model: torch.nn.Module, path: Path) -> dict[str, tor
 
 
 def load_weights(key: str, model: torch.nn.Module, path: Path) -> None:
-    """Put a checkpoint's student weights into a model; weights that training never changed stay.
+    """Put a checkpoint's student weights into a model, whose weights that training never changed stay.
 
     Arguments are those of `check_weights`.
 
@@ -85,7 +88,7 @@ def load_weights(key: str, model: torch.nn.Module, path: Path) -> None:
 
 
 def export_student(student: LanguageModel, folder: Path) -> Path:
-    """Write model, tokenizer and generation config; LoRA adapters are merged into a copy of the weights.
+    """Write model, tokenizer and generation config, with LoRA adapters merged into a copy of the weights.
 
     Args:
         student: the model.

@@ -1,4 +1,7 @@
-"""The main experiment: measure, distil, measure again, export, and say what came of it."""
+"""Distil: measure, train, measure again, export and record. Or measure alone.
+
+`train` is the main entry of the package, behind the command `fit`. `evaluate` is behind `validate` and `test`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ Results = dict[str, Interval]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: held-out results before, after and of the teacher, and where things lie.
+    """The end of a run: held-out results before, after and of the teacher, and where things lie.
 
     `perf` holds medians over the steps of this process, and the largest of the peak memory.
     """
@@ -99,7 +102,7 @@ def run(
     logger: RunLogger,
     checkpoint: Path | None,
 ) -> Outcome:
-    """Evaluations, training and export with everything built; see `train`."""
+    """Measure, train, measure and export, with everything built. See `train`."""
     if checkpoint is None:
         measured = measure_before(config, trainer, module, data)
         if trainer.is_global_zero:
@@ -122,7 +125,7 @@ def run(
 def measure_before(
     config: Config, trainer: L.Trainer, module: DistillationModule, data: PromptDataModule
 ) -> dict[str, Results]:
-    """The student's results before training, and the teacher's own where `evaluation.teacher` asks for them."""
+    """Measure the student before training, and the teacher itself where `evaluation.teacher` asks for it."""
     if config.evaluation.teacher:
         with module.judging_teacher():
             trainer.validate(module, data, verbose=False)
@@ -144,7 +147,7 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
 
 
 def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
-    """Measure the yardsticks of the configured student, or of a checkpoint of it; nothing is written.
+    """Measure the yardsticks of the configured student, or of a checkpoint of it, and write nothing.
 
     Args:
         config: the run.
@@ -166,14 +169,14 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
 
 
 def build(config: Config) -> tuple[DistillationModule, PromptDataModule]:
-    """Module and data; everything that needs no weights is checked before they load."""
+    """Build module and data, after everything that needs no weights has been checked."""
     L.seed_everything(config.seed, verbose=False)
     data = prepare_data(config)
     return DistillationModule.from_config(config), data
 
 
 def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) -> dict[str, str]:
-    """The MLflow tags of a run."""
+    """Collect the MLflow tags of a run."""
     return {
         "estimator": config.estimator.name,
         "family": module.estimator.spec.family,

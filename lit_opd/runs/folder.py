@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, its checkpoints, the exported student, its summary."""
+"""Name the files of a run's folder, and see that no run begins in the folder of another."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class RunFolder:
 
     @property
     def notes(self) -> Path:
-        """What a resumed run must know of its beginning: the MLflow run and the results before training."""
+        """Notes for a resumed run on its beginning: the MLflow run and the results before training."""
         return self.path / "run.json"
 
     @property
     def profile(self) -> Path:
-        """Where the time of a step goes, when that was asked for."""
+        """The profile of a few steps, when it was asked for."""
         return self.path / "profile"
 
     @property
@@ -63,7 +63,7 @@ class RunFolder:
         return self.path / "prompts.json"
 
     def claim(self, resume: str | None) -> Path | None:
-        """Find out whether a run may begin here, or the run in it go on; nothing is written.
+        """Find out whether a run may begin here, or the run in it go on, and write nothing.
 
         Args:
             resume: None for a new run; `auto` to continue from the newest checkpoint where there is one; or the path
@@ -89,7 +89,7 @@ class RunFolder:
         return checkpoint
 
     def find_checkpoint(self, given: str | None) -> Path:
-        """The checkpoint that `--checkpoint` names, or the newest of the run in this folder.
+        """Find the checkpoint that `--checkpoint` names, or the newest of the run in this folder.
 
         Raises:
             UserError: none is named, and there is no run here.
@@ -111,7 +111,7 @@ class RunFolder:
             raise UserError("output_dir", "a folder that can be made", str(error), "Set output_dir.") from error
 
     def read_notes(self) -> dict[str, Any]:
-        """The notes, empty where there are none."""
+        """Read the notes, empty where there are none."""
         return json.loads(self.notes.read_text()) if self.notes.is_file() else {}
 
     def write_notes(self, **notes: Any) -> None:

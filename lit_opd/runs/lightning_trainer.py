@@ -1,9 +1,13 @@
-"""The Lightning trainer of a run: what the configuration may set, what it decides itself."""
+"""Build the Lightning trainer of a run, from what the configuration may set and what other keys decide.
+
+`train` and `evaluate` call it. `lab.compare` builds one of every variant too, to see mistakes before the first run.
+"""
 
 from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -25,6 +29,7 @@ from lit_opd.callbacks import (
 )
 from lit_opd.config import Config
 from lit_opd.errors import UserError, suggest
+from lit_opd.plugins import call_object
 from lit_opd.runs.folder import RunFolder
 from lit_opd.tracking import RunRecord
 
@@ -33,7 +38,7 @@ __all__ = ["build_evaluation_trainer", "build_trainer", "check_trainer_keys"]
 # Set here, from other keys where there are any; a second source would contradict them.
 OWN_TRAINER_KEYS = {
     "logger": "See the section tracking.",
-    "callbacks": "In Python, give them to lightning.Trainer; see DistillationModule.",
+    "callbacks": "Set callbacks, at the top level.",
     "plugins": "In Python, give them to lightning.Trainer; see DistillationModule.",
     "default_root_dir": "Set output_dir.",
     "enable_checkpointing": "Checkpoints come every evaluation.every_n_steps.",
@@ -69,7 +74,9 @@ def check_trainer_keys(config: Config) -> None:
 
 
 def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L.Trainer:
-    """The trainer with checkpoints, tracking, progress and a safe Ctrl-C; its logger comes when all checks are done.
+    """Build the trainer with checkpoints, tracking, progress and a safe Ctrl-C, and without its logger.
+
+    The logger comes when all checks are done, for making it asks MLflow.
 
     Args:
         config: the run.
@@ -77,7 +84,7 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         profile: record where the time of a few steps goes.
 
     Raises:
-        UserError: whatever `lightning.Trainer` refuses; two profilers.
+        UserError: whatever `lightning.Trainer` refuses; two profilers; a callback that cannot be made.
     """
     other = config.trainer.get("profiler")
     if profile and other is not None:
@@ -102,17 +109,32 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
     ]  # fmt: skip
     if config.estimator.adapt_gamma_every is not None:
         callbacks.append(ChooseGamma(config.estimator.adapt_gamma_every))
+    callbacks += [_own_callback(f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks)]
     return _build(config, callbacks=callbacks, default_root_dir=folder.path,
                   val_check_interval=every, check_val_every_n_epoch=None)  # fmt: skip
 
 
 def build_evaluation_trainer(config: Config) -> L.Trainer:
-    """A trainer that measures and writes nothing.
+    """Build a trainer that measures and writes nothing.
 
     Raises:
         UserError: whatever `lightning.Trainer` refuses.
     """
     return _build(config, callbacks=[], enable_checkpointing=False)
+
+
+def _own_callback(key: str, entry: Any) -> L.Callback:
+    """Make a callback of a user's own from its path, or from a mapping of its path and its keywords."""
+    given = entry if isinstance(entry, Mapping) else {"path": entry}
+    path, kwargs = given.get("path"), given.get("kwargs", {})
+    if not (given.keys() <= {"path", "kwargs"} and isinstance(path, str) and isinstance(kwargs, Mapping)):
+        expected = "package.module:name, file.py:name or {path: ..., kwargs: {...}}"
+        raise UserError(key, expected, repr(entry), "Write e.g. callbacks=[mine.py:MyCallback].")
+    callback = call_object(key, path, **kwargs)
+    if not isinstance(callback, L.Callback):
+        raise UserError(key, "a lightning.Callback", f"{path}, which makes a {type(callback).__name__}",
+                        "Derive it from lightning.Callback.")  # fmt: skip
+    return callback
 
 
 def _build(config: Config, callbacks: list[L.Callback], **own: Any) -> L.Trainer:
@@ -132,7 +154,7 @@ def _build(config: Config, callbacks: list[L.Callback], **own: Any) -> L.Trainer
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the old one and then puts it in its place.
+    """Files of checkpoints that are whole: written beside the old one, then put in its place.
 
     Lightning writes to the system's temporary folder and moves: a copy where that is another disk, and a run killed
     while it copies has neither the new checkpoint nor the old one.

@@ -1,4 +1,4 @@
-"""Numbers as JSON has them."""
+"""Write numbers as JSON has them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["finite"]
 
 
 def finite(node: Any) -> Any:
-    """The same, with null for every number that is not finite, for which JSON has no word; tuples become lists."""
+    """Put null for every number that is not finite, for which JSON has no word. Tuples become lists."""
     if isinstance(node, dict):
         return {key: finite(value) for key, value in node.items()}
     if isinstance(node, list | tuple):

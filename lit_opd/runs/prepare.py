@@ -1,4 +1,7 @@
-"""What can be known of a run before any weights load."""
+"""Check everything about a run that can be known before weights load, and load its data.
+
+Called by `train` and `evaluate`, and by the experiments of `lab/`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ __all__ = ["check_groups", "check_optimizer", "check_weight_files", "prepare_dat
 
 
 def prepare_data(config: Config) -> PromptDataModule:
-    """The data, loaded and encoded, once estimator, optimizer and model folders have been found to be in order.
+    """Check estimator, optimizer and model folders, and then load and encode the data.
 
     Raises:
         UserError: whatever cannot work and shows without weights.
@@ -54,7 +57,7 @@ def prepare_data(config: Config) -> PromptDataModule:
 
 
 def check_groups(config: Config, estimator: BoundEstimator) -> None:
-    """Look whether every optimizer update gets a prompt, where the completions of one must stay together.
+    """Check that every optimizer update gets a prompt, where the completions of one must stay together.
 
     Raises:
         UserError: more updates a rollout than prompts.

@@ -20,6 +20,17 @@ class Harmful:
         return (open, ("harmed", "w"))
 
 
+ENGINES = """
+class Takes_nothing:
+    pass
+
+
+class Cannot_sample:
+    def __init__(self, rollout):
+        pass
+"""
+
+
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
     """Things that are wrong with a folder or a file."""
@@ -33,6 +44,7 @@ def bad(tmp_path_factory):
     (folder / "not_a_model").mkdir()
     (folder / "file").write_text("text")
     (folder / "broken.py").write_text("def f(:\n")
+    (folder / "engines.py").write_text(ENGINES)
     (folder / "other.py").write_text("def something(tokens):\n    return tokens\n")
     other_run = folder / "other_run"
     other_run.mkdir()
@@ -132,6 +144,17 @@ MISTAKES = [
     ("trainer.max_steps=many", "trainer.max_steps", "'many'"),
     ("trainer.log_every_n_steps=often", "trainer.log_every_n_steps", "'often'"),
     ("trainer.strategy=foo", "trainer", "foo"),
+    ("rollout.engine={bad}/other.py:some_thing", "rollout.engine", "Did you mean 'something'?"),
+    ("rollout.engine={bad}/engines.py:Takes_nothing", "rollout.engine", "Takes_nothing to take RolloutConfig"),
+    ("rollout.engine={bad}/engines.py:Cannot_sample", "rollout.engine", "a method `sample`"),
+    ("callbacks=3", "callbacks", "a list"),
+    ("callbacks=[3]", "callbacks[0]", "{path: ..., kwargs: {...}}"),
+    ("callbacks=[{{\"path\":\"a:b\",\"keywords\":{{}}}}]", "callbacks[0]", "keywords"),
+    ("callbacks=[json:dumps,json:nothing]", "callbacks[0]", "json:dumps to take nothing"),
+    ("callbacks=[{{\"path\":\"lightning:Callback\"}},json:nothing]", "callbacks[1]", "class 'nothing' in json"),
+    ("callbacks=[{{\"path\":\"json:JSONEncoder\",\"kwargs\":{{\"idnt\":1}}}}]", "callbacks[0]", "idnt"),
+    ("callbacks=[json:JSONEncoder]", "callbacks[0]", "which makes a JSONEncoder"),
+    ("trainer.callbacks=[json:JSONEncoder]", "trainer.callbacks", "Set callbacks"),
     ("optim.name=Adamm", "optim.name", "'Adam'"),
     ("optim.name=LBFGS", "optim", "LBFGS"),
     ("optim.kwargs.weight_dcay=0.1", "optim.kwargs", "weight_dcay"),

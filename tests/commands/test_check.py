@@ -271,7 +271,7 @@ def test_variants_are_held_to_their_contracts(mine, capsys, monkeypatch):
     ("mine.py:needy", "estimator.kwargs", "'level'"),
     ("hybrid gamma=2", "estimator.kwargs", "gamma must lie in [0, 1], found 2"),
     ("hybrid gamma", "gamma", "key=value"),
-    ("hybrid gamma=[1", "keywords", "values in YAML"),
+    ("hybrid gamma=[1", "gamma", "a value in YAML"),
     ("hybrid --gamma", "command line", "'--gamma'"),
     ("", "command line", "required: NAME|FILE.py:FUNCTION"),
 ])  # fmt: skip

@@ -237,7 +237,7 @@ def test_rows_may_hold_anything(tokenizer):
 TWO_PROCESSES = """
 import json, sys
 sys.path[:0] = {path!r}
-from test_module import Recorder, data, trainer
+from test_datamodule import Recorder, data, trainer
 from transformers import PreTrainedTokenizerFast
 
 class Reporter(Recorder):
