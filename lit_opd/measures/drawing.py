@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,10 +43,10 @@ def look(number: int) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """Escape what matplotlib would read as mathematics, or as an entry that a legend hides.
+    r"""Escape what matplotlib would read as mathematics, or as an entry that a legend hides.
 
-    >>> plain("_cost in $")
-    ' _cost in \\\\$'
+    >>> print(plain("cost in $"))
+    cost in \$
     """
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
@@ -62,7 +62,7 @@ def style(size: float = 10) -> AbstractContextManager[None]:
     return matplotlib.rc_context(STYLE | {"font.size": size})
 
 
-def figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """Make an empty figure.
 
     Args:
