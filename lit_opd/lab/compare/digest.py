@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,13 +13,29 @@ import numpy as np
 
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.collect import Point, RunResult
-from lit_opd.lab.compare.cost import SPENDINGS, EqualCost, rank_at_equal_cost
 from lit_opd.lab.compare.paired import CONFIDENCE
 from lit_opd.lab.compare.standings import Ranking, rank
 from lit_opd.lab.numbers import finite
 from lit_opd.measures.table import describe, in_order
 
-__all__ = ["Cost", "Curve", "LeftOut", "Report", "make_report", "to_json"]
+__all__ = [
+    "SPENDINGS",
+    "Cost",
+    "Curve",
+    "EqualCost",
+    "LeftOut",
+    "Report",
+    "make_report",
+    "rank_at",
+    "to_json",
+    "value_at",
+]
+
+SPENDINGS = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds of training"}
+"""What a point of a curve has spent, in words."""
+
+Curves = Mapping[str, Mapping[int, Sequence[Point]]]
+"""Of one yardstick: variant -> seed -> its points by step."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +71,15 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class EqualCost:
+    """The variants at one budget, the most that all runs have spent: a seed is the unit, the prompts are these."""
+
+    cost: str  # a name of `SPENDINGS`
+    budget: float  # in its unit
+    ranking: Ranking
+
+
+@dataclass(frozen=True)
 class Report:
     """All that a comparison found."""
 
@@ -71,12 +96,8 @@ class Report:
     curves: list[Curve]  # of all finished runs
 
 
-def make_report(runs: Sequence[RunResult], confidence: float = CONFIDENCE) -> Report:
+def make_report(runs: Sequence[RunResult]) -> Report:
     """Compare runs; those that did not finish are named and left out.
-
-    Args:
-        runs: of all variants and seeds.
-        confidence: of intervals; one minus it is the level of tests.
 
     Raises:
         UserError: runs that cannot be paired: other prompts, or a variant and seed that finished twice; seeds of one
@@ -87,12 +108,41 @@ def make_report(runs: Sequence[RunResult], confidence: float = CONFIDENCE) -> Re
     variants = list(dict.fromkeys(run.variant for run in runs))
     seeds = sorted({run.seed for run in runs})
     return Report(
-        _budget(finished), confidence, variants, seeds, len(finished[0].prompts) if finished else 0,
-        _differing(finished), list(_left_out(runs, variants, seeds)), list(_rankings(finished, confidence)),
-        list(_equal_costs(finished, confidence)),
+        _budget(finished), CONFIDENCE, variants, seeds, len(finished[0].prompts) if finished else 0,
+        _differing(finished), list(_left_out(runs, variants, seeds)), list(_rankings(finished)),
+        list(_equal_costs(finished)),
         [_cost(variant, [run for run in finished if run.variant == variant]) for variant in variants],
         [Curve(name, run.variant, run.seed, points) for run in finished for name, points in run.curves.items()],
     )  # fmt: skip
+
+
+def rank_at(yardstick: str, curves: Curves, cost: str) -> EqualCost | None:
+    """Rank the variants where every run has spent as much as the one that spent least; None where none has a value.
+
+    Args:
+        yardstick: its name.
+        curves: of it.
+        cost: a name of `SPENDINGS`.
+    """
+    budget = min((getattr(run[-1], cost) for by_seed in curves.values() for run in by_seed.values()), default=0.0)
+    values: dict[str, dict[int, list[float]]] = {}
+    for variant, by_seed in curves.items():
+        for seed, points in by_seed.items():
+            if (value := value_at(points, cost, budget)) is not None:
+                values.setdefault(variant, {})[seed] = [value]
+    return EqualCost(cost, budget, rank(yardstick, values)) if values else None
+
+
+def value_at(points: Sequence[Point], cost: str, budget: float) -> float | None:
+    """Read off a curve's value where a budget was spent, linear between its points.
+
+    It is None outside the curve, which is never extrapolated, and where it is not finite.
+    """
+    spent = [getattr(point, cost) for point in points]
+    if not spent or not spent[0] <= budget <= spent[-1]:
+        return None
+    value = float(np.interp(budget, spent, [point.value for point in points]))
+    return value if np.isfinite(value) else None
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -170,21 +220,20 @@ def _left_out(runs: Sequence[RunResult], variants: Sequence[str], seeds: Sequenc
         yield from (LeftOut(variant, seed, "MISSING", "", "no run") for seed in seeds if (variant, seed) not in known)
 
 
-def _rankings(finished: Sequence[RunResult], confidence: float) -> Iterable[Ranking]:
+def _rankings(finished: Sequence[RunResult]) -> Iterable[Ranking]:
     for name in in_order(name for run in finished for name in run.per_prompt):
         values: dict[str, dict[int, list[float]]] = {}
         for run in finished:
             if name in run.per_prompt and np.isfinite(run.per_prompt[name]).all():
                 values.setdefault(run.variant, {})[run.seed] = run.per_prompt[name]
         if values:
-            yield rank(name, values, confidence)
+            yield rank(name, values)
 
 
-def _equal_costs(finished: Sequence[RunResult], confidence: float) -> Iterable[EqualCost]:
+def _equal_costs(finished: Sequence[RunResult]) -> Iterable[EqualCost]:
     for name in in_order(name for run in finished for name in run.curves if describe(name).better):
         curves: dict[str, dict[int, list[Point]]] = {}
         for run in finished:
             if run.curves.get(name):
                 curves.setdefault(run.variant, {})[run.seed] = run.curves[name]
-        found = (rank_at_equal_cost(name, curves, cost, confidence) for cost in SPENDINGS)
-        yield from (equal for equal in found if equal is not None)
+        yield from (equal for cost in SPENDINGS if (equal := rank_at(name, curves, cost)))

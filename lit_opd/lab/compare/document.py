@@ -15,10 +15,9 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from lit_opd.lab.compare.cost import SPENDINGS, EqualCost
-from lit_opd.lab.compare.digest import Report, to_json
-from lit_opd.lab.compare.paired import Mean
-from lit_opd.lab.compare.pictures import draw_curves, draw_differences
+from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
+from lit_opd.lab.compare.paired import CONFIDENCE, Mean
+from lit_opd.lab.compare.pictures import draw_curves
 from lit_opd.lab.compare.standings import Ranking
 from lit_opd.measures.table import describe
 
@@ -26,6 +25,7 @@ __all__ = ["amount", "capital", "code", "interval", "probability", "table", "to_
            "turned", "write_report"]  # fmt: skip
 
 FIGURES = "figures"
+LEVEL = f"[{100 * CONFIDENCE:g} %]"
 NUMBER = re.compile(r"[-<]?[\d.,e+-]+( \[.*\])?")
 # Colours are the reader's own, light or dark; lines and grounds are shades that show on both.
 STYLE = """
@@ -100,7 +100,7 @@ def to_markdown(report: Report) -> tuple[str, dict[str, bytes]]:
     """
     ranked, others = _split(report)
     pictures: dict[str, bytes] = {}
-    told = "\n".join(f"- {_title(ranking)}: {ranking.sentence}" for ranking in ranked)
+    told = "\n".join(f"- {capital(describe(ranking.yardstick).title)}: {ranking.sentence}" for ranking in ranked)
     parts = ["# Comparison", told or "No run has finished: there is nothing to compare yet.", *_compared(report)]
     for ranking in ranked:
         parts += _yardstick(report, ranking, pictures)
@@ -110,8 +110,8 @@ def to_markdown(report: Report) -> tuple[str, dict[str, bytes]]:
         parts += ["## What it cost", table(header, [[code(name), *map(amount, spent)] for name, *spent in costs])]
     if others:
         parts += ["## Also measured", "No direction of these is good by itself; they are not ranked."]
-        parts += [part for ranking in others for part in _described(ranking, report.confidence)]
-    parts += [part for ranking in report.rankings if ranking.pairs for part in _pairs(ranking, report.confidence)]
+        parts += [part for ranking in others for part in _described(ranking)]
+    parts += [part for ranking in report.rankings if ranking.pairs for part in _pairs(ranking)]
     return "\n\n".join([*parts, "## How to read this", READING.strip()]) + "\n", pictures
 
 
@@ -119,10 +119,6 @@ def _split(report: Report) -> tuple[list[Ranking], list[Ranking]]:
     """Part the yardsticks with a direction from those without."""
     ranked = [ranking for ranking in report.rankings if describe(ranking.yardstick).better]
     return ranked, report.rankings[len(ranked) :]
-
-
-def _title(ranking: Ranking) -> str:
-    return capital(describe(ranking.yardstick).title)
 
 
 def _compared(report: Report) -> Iterable[str]:
@@ -133,7 +129,7 @@ def _compared(report: Report) -> Iterable[str]:
         ["validation prompts", str(report.prompts)],
         ["variants differ in", ", ".join(map(code, report.differing)) or "nothing that is recorded"],
         ["budget of a run", report.budget or "not told"],
-        ["level", f"{100 * report.confidence:g} % intervals, tests at {100 * (1 - report.confidence):.3g} %"],
+        ["level", f"{100 * CONFIDENCE:g} % intervals, tests at {100 * (1 - CONFIDENCE):.3g} %"],
     ])  # fmt: skip
     if report.left_out:
         yield "Runs that are not, or not fully, in the statistics:"
@@ -142,52 +138,46 @@ def _compared(report: Report) -> Iterable[str]:
 
 
 def _yardstick(report: Report, ranking: Ranking, pictures: dict[str, bytes]) -> Iterable[str]:
-    name, title, best = ranking.yardstick, describe(ranking.yardstick).title, code(ranking.rows[0].variant)
-    yield f"## {_title(ranking)}"
-    yield from _described(ranking, report.confidence)
-    if any(pair.first == ranking.rows[0].variant for pair in ranking.pairs):
-        pictures[f"{FIGURES}/differences_{name}.png"] = draw_differences(ranking, report.confidence)
-        yield f"![Paired differences of {title} to {best}]({FIGURES}/differences_{name}.png)"
-    yield from _equal_costs([equal for equal in report.equal_costs if equal.ranking.yardstick == name])
+    name, title = ranking.yardstick, describe(ranking.yardstick).title
+    yield f"## {capital(title)}"
+    yield from _described(ranking)
+    if equals := [equal for equal in report.equal_costs if equal.ranking.yardstick == name]:
+        yield "At equal cost, the most that every run has spent (curves between evaluations are taken as straight):"
+        yield _equal_costs(equals)
     if drawn := draw_curves(report.curves, report.variants, name):
         pictures[f"{FIGURES}/curves_{name}.png"] = drawn
         yield f"![Learning curves of {title}]({FIGURES}/curves_{name}.png)"
         yield f"Learning curves of {title}: means over seeds, bands from the least seed to the most."
 
 
-def _described(ranking: Ranking, confidence: float) -> Iterable[str]:
-    described, level = describe(ranking.yardstick), f"[{100 * confidence:g} %]"
+def _described(ranking: Ranking) -> Iterable[str]:
+    described = describe(ranking.yardstick)
     yield f"{described.axis}{f'; {described.better} is better' if described.better else ''}. {ranking.sentence}"
     against = {pair.second: pair for pair in ranking.pairs if pair.first == ranking.rows[0].variant}
-    first = "best" if described.better else "lowest"
     rows = []
     for row in ranking.rows:
         pair = against.get(row.variant)
         found = ["", ""] if pair is None else [interval(turned(pair.difference)), probability(pair.corrected_p)]
         rows.append([code(row.variant), interval(row.mean), *found, row.standing, str(row.mean.seeds)])
-    yield table(["variant", f"mean {level}", f"difference to {first} {level}", "corrected p", "verdict", "seeds"], rows)
+    difference = f"difference to {'best' if described.better else 'lowest'} {LEVEL}"
+    yield table(["variant", f"mean {LEVEL}", difference, "corrected p", "verdict", "seeds"], rows)
 
 
-def _equal_costs(equals: Sequence[EqualCost]) -> Iterable[str]:
-    if not equals:
-        return
-    yield "At equal cost, the most that every run has spent (curves between evaluations are taken as straight):"
-    places = [f"at {amount(equal.budget)} {SPENDINGS[equal.cost]}" for equal in equals]
+def _equal_costs(equals: Sequence[EqualCost]) -> str:
     cells = [{row.variant: [interval(row.mean), row.standing] for row in equal.ranking.rows} for equal in equals]
     variants = dict.fromkeys(variant for column in cells for variant in column)
     rows = [[code(name), *(cell for column in cells for cell in column.get(name, ["", ""]))] for name in variants]
-    yield table(["variant", *(cell for place in places for cell in (place, "verdict"))], rows)
-    yield "\n".join(f"- {capital(at)}: {equal.ranking.sentence}" for at, equal in zip(places, equals, strict=True))
+    header = [(f"at {amount(equal.budget)} {SPENDINGS[equal.cost]}", "verdict") for equal in equals]
+    return table(["variant", *(cell for two in header for cell in two)], rows)
 
 
-def _pairs(ranking: Ranking, confidence: float) -> Iterable[str]:
-    header = ["first", "second", f"first - second [{100 * confidence:g} %]", "p", "corrected p", "verdict", "seeds"]
+def _pairs(ranking: Ranking) -> Iterable[str]:
     rows = []
     for pair in ranking.pairs:
         numbers = [interval(pair.difference), probability(pair.p), probability(pair.corrected_p)]
         rows.append([code(pair.first), code(pair.second), *numbers, pair.verdict, str(pair.difference.seeds)])
     yield f"## Every pair: {describe(ranking.yardstick).title}"
-    yield table(header, rows)
+    yield table(["first", "second", f"first - second {LEVEL}", "p", "corrected p", "verdict", "seeds"], rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -217,13 +207,13 @@ def capital(text: str) -> str:
 def turned(found: Mean) -> Mean:
     """Turn a difference round: second minus first."""
     low, high = (None if end is None else -end for end in (found.high, found.low))
-    return Mean(-found.mean, low, high, found.seeds, found.prompts, found.speaks_of)
+    return Mean(-found.mean, low, high, found.seeds, found.prompts)
 
 
 def interval(found: Mean) -> str:
     """Write a mean and its interval, to two digits of the interval's width.
 
-    >>> interval(Mean(0.12345, 0.1001, 0.1468, 3, 40, "other prompts"))
+    >>> interval(Mean(0.12345, 0.1001, 0.1468, 3, 40))
     '0.123 [0.100, 0.147]'
     """
     if found.low is None or found.high is None:

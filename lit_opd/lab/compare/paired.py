@@ -31,40 +31,32 @@ Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 SMALLEST_P = 1e-15
-OTHER_RUNS, OTHER_SEEDS, OTHER_PROMPTS = "other seeds and other prompts", "other seeds", "other prompts"
-NOTHING = "nothing else"
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and prompts, every one of them counted once."""
+    """A mean over seeds and prompts, every one of them counted once, with its interval.
+
+    The interval holds for other seeds where there are several, and for other prompts where there are several. It is
+    None of a single value, and of one prompt on which every seed has the same.
+    """
 
     mean: float
-    low: float | None  # end of its interval; None of a single value, or of one prompt on which every seed has the same
+    low: float | None
     high: float | None
     seeds: int
     prompts: int
-    speaks_of: str  # what the interval holds for; `other prompts` says nothing about other seeds, and so on
 
 
-def mean_of(values_SP: ArrayLike, confidence: float = CONFIDENCE) -> Mean:
-    """Average values, with the interval that their seeds and prompts allow.
-
-    Args:
-        values_SP: [seeds, prompts].
-        confidence: level of the interval.
-    """
+def mean_of(values_SP: ArrayLike) -> Mean:
+    """Average values [seeds, prompts], with the interval that they allow."""
     values = np.asarray(values_SP, dtype=np.float64)
-    seeds, prompts = values.shape
-    if _is_untestable(values):
-        return Mean(float(values.mean()), None, None, seeds, prompts, NOTHING)
-    low, high = interval_of(values, confidence)
-    speaks_of = OTHER_PROMPTS if seeds == 1 else OTHER_SEEDS if prompts == 1 else OTHER_RUNS
-    return Mean(float(values.mean()), float(low), float(high), seeds, prompts, speaks_of)
+    low, high = (None, None) if _is_untestable(values) else map(float, interval_of(values))
+    return Mean(float(values.mean()), low, high, *values.shape)
 
 
 def interval_of(values_SP: ArrayLike, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
-    """Confidence interval of the mean of values at seeds crossed with prompts, for other seeds and other prompts.
+    """Find the interval of the mean of values at seeds crossed with prompts, for other seeds and other prompts.
 
     It is never narrower than Student's interval from the prompts' means over these very seeds: values that are 0 or 1
     often give two seeds the same mean, whose spread of zero would tell nothing of what other seeds do.

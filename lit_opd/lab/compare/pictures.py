@@ -1,4 +1,4 @@
-"""Draw paired differences with their intervals, and learning curves over what they cost; `document` calls this."""
+"""Draw learning curves over what they cost; `document` calls this, and `tools/make_results.py`."""
 
 from __future__ import annotations
 
@@ -9,48 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_opd.lab.compare.collect import Point
-from lit_opd.lab.compare.cost import SPENDINGS
-from lit_opd.lab.compare.digest import Curve
-from lit_opd.lab.compare.standings import NOT_DISTINGUISHABLE, Ranking
-from lit_opd.measures.drawing import COLOURS, GREY, figure, look, plain, png, style
+from lit_opd.lab.compare.digest import SPENDINGS, Curve
+from lit_opd.measures.drawing import figure, look, plain, png, style
 from lit_opd.measures.table import describe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_curves", "draw_differences"]
+__all__ = ["draw_curves"]
 
 WIDTH = 8.0
 LEGEND_CHARACTERS = 88
-
-
-def draw_differences(ranking: Ranking, confidence: float) -> bytes:
-    """Draw each variant's paired difference to the one with the best mean, with its interval, as a PNG.
-
-    Args:
-        ranking: with a direction.
-        confidence: of its intervals.
-    """
-    yardstick, best = describe(ranking.yardstick), ranking.rows[0].variant
-    pairs = [pair for pair in ranking.pairs if pair.first == best]
-    with style():
-        drawn = figure(WIDTH, 1.3 + 0.34 * len(pairs))
-        ax = drawn.subplots()
-        for place, pair in enumerate(pairs):
-            shown, colour = pair.difference, COLOURS[1] if pair.distinguishable else GREY
-            # Second minus best, so that the axis reads as what is lost or gained by not taking the best.
-            ends = [-shown.mean if end is None else -end for end in (shown.high, shown.low)]
-            ax.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="butt")
-            filling = colour if pair.distinguishable else "white"
-            ax.plot(-shown.mean, place, "o", color=colour, markerfacecolor=filling, markersize=7, markeredgewidth=1.8)
-        ax.axvline(0, color=COLOURS[0], linewidth=1.5)
-        ax.set_yticks(range(len(pairs)), [plain(pair.second) for pair in pairs])
-        ax.set_ylim(len(pairs) - 0.4, -0.6)
-        ax.grid(axis="x")
-        ax.set_xlabel(f"{yardstick.axis}: difference to {plain(best)}, paired, {100 * confidence:g} % interval")
-        side = "right" if yardstick.better == "lower" else "left"
-        ax.set_title(f"{side} of the line is worse; open grey: {NOT_DISTINGUISHABLE} from {plain(best)}", fontsize=10)
-        return png(drawn)
 
 
 def draw_curves(curves: Sequence[Curve], variants: Sequence[str], yardstick: str) -> bytes | None:

@@ -68,26 +68,20 @@ class Ranking:
     sentence: str  # what may be concluded
 
 
-def rank(yardstick: str, values: Values, confidence: float = CONFIDENCE) -> Ranking:
-    """Compare every pair of variants and put them in order, no further than the numbers allow.
-
-    Args:
-        yardstick: its name.
-        values: the same number of values for all runs.
-        confidence: of intervals; one minus it is the level of the corrected tests.
-    """
+def rank(yardstick: str, values: Values) -> Ranking:
+    """Compare every pair of variants on a yardstick and put them in order, no further than the numbers allow."""
     better = describe(yardstick).better
     runs = {variant: np.array([by_seed[s] for s in sorted(by_seed)]) for variant, by_seed in values.items()}
-    means = {variant: mean_of(array, confidence) for variant, array in runs.items()}
+    means = {variant: mean_of(array) for variant, array in runs.items()}
     order = sorted(means, key=lambda variant: means[variant].mean, reverse=better == "higher")
-    pairs = _pairs(order, values, confidence, better)
+    pairs = _pairs(order, values, better)
     standings = {pair.second: _standing(pair, better) for pair in pairs if pair.first == order[0]}
     standings |= {variant: "best" if better else "lowest" for variant in order[:1]}
     rows = [Row(name, means[name], runs[name].mean(1).tolist(), standings.get(name, NOT_TESTED)) for name in order]
     return Ranking(yardstick, rows, pairs, _sentence(rows, pairs, better))
 
 
-def _pairs(order: list[str], values: Values, confidence: float, better: Better | None) -> list[Pair]:
+def _pairs(order: list[str], values: Values, better: Better | None) -> list[Pair]:
     found = {}
     for names in combinations(order, 2):
         if seeds := sorted(values[names[0]].keys() & values[names[1]].keys()):
@@ -96,7 +90,7 @@ def _pairs(order: list[str], values: Values, confidence: float, better: Better |
     p_values = [p_value(differences) for differences in found.values()]
     pairs = []
     for (names, differences), p, corrected in zip(found.items(), p_values, holm(p_values), strict=True):
-        mean, distinguishable = mean_of(differences, confidence), corrected < 1 - confidence
+        mean, distinguishable = mean_of(differences), corrected < 1 - CONFIDENCE
         pairs.append(Pair(*names, mean, p, corrected, distinguishable, _verdict(names, mean, distinguishable, better)))
     return pairs
 

@@ -114,7 +114,7 @@ def test_p_is_never_below_that_of_as_many_coins_as_prompts_differ():
 
 def test_the_same_difference_in_every_seed_cannot_be_tested():
     found = mean_of([[0.03125], [0.03125]])
-    assert (found.mean, found.low, found.high, found.speaks_of) == (0.03125, None, None, "nothing else")
+    assert (found.mean, found.low, found.high) == (0.03125, None, None)
     assert p_value([[0.03125], [0.03125]]) == 1.0
     ranking = rank("accuracy", {"one": {0: [0.5], 1: [0.75]}, "more": {0: [0.75], 1: [1.0]}})
     assert ranking.pairs[0].verdict == NOT_TESTED
@@ -202,15 +202,6 @@ def test_a_variant_compared_with_itself_is_not_distinguishable(shape, binary):
     assert {pair.difference.low, pair.difference.high} <= {0.0, None}
     assert pair.verdict == (NOT_TESTED if values.size == 1 else NOT_DISTINGUISHABLE)
     assert ("nothing can be tested" if values.size == 1 else "not distinguishable") in ranking.sentence
-
-
-def test_the_result_says_what_it_speaks_of():
-    values = np.random.default_rng(16).random((3, 40))
-    assert mean_of(values).speaks_of == "other seeds and other prompts"
-    assert mean_of(values[:1]).speaks_of == "other prompts"
-    assert mean_of(values[:, :1]).speaks_of == "other seeds"
-    single = mean_of(values[:1, :1])
-    assert (single.low, single.high, single.speaks_of) == (None, None, "nothing else")
 
 
 def test_a_ranking_tells_apart_what_can_be_told_apart():
