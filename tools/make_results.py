@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow.tracking import MlflowClient
-
 from lit_opd.lab.compare.figures import draw_curves
 from lit_opd.lab.compare.records import Point
 from lit_opd.lab.compare.report import Curve, Report
+from mlflow.tracking import MlflowClient
+
 from tools.benchmark.report import machine
 from tools.results.blocks import FIGURES, block
 from tools.results.store import Stored, read_record, trim, write

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_opd.errors import UserError, choose
 from lit_opd.measures.table import MEASURES, NATS, Better, Measure
-from lit_opd.plugins import import_function
+from lit_opd.plugins import import_object
 
 __all__ = ["TokenMeasure", "apply_measures", "load_measures", "register_measure"]
 
@@ -74,7 +74,7 @@ def load_measures(references: Iterable[str]) -> dict[str, TokenMeasure]:
     """
     found = {}
     for reference in references:
-        function = import_function(KEY, reference)
+        function = import_object(KEY, reference)
         name = next((name for name, registered in _REGISTERED.items() if registered is function), None)
         if name is None:
             remedy = "Decorate it with lit_opd.measures.register_measure(NAME)."

@@ -9,6 +9,7 @@ from lit_opd.lab.compare.accounting import COSTS
 from lit_opd.lab.compare.blocks import Block, Details, Table, Text, markdown_page
 from lit_opd.lab.compare.statistics import Mean
 from lit_opd.lab.compare.words import amount, interval, probability
+
 from lit_opd.measures.table import describe
 
 VERSUS, OF = " vs ", " of "

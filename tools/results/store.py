@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Run
-from mlflow.tracking import MlflowClient
-
 from lit_opd.lab.compare.accounting import at_equal_cost, common_budget
 from lit_opd.lab.compare.ranking import rank
 from lit_opd.lab.compare.records import Point
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
 from lit_opd.runs.numbers import finite
 
 YARDSTICKS = ("accuracy", "reverse_kl", "forward_kl", "student_entropy")

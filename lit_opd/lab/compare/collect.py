@@ -1,13 +1,13 @@
-"""From MLflow to results: what runs measured, prompt by prompt and along the way, and what it cost."""
+"""Read from MLflow what runs measured, prompt by prompt and along the way, and what it cost; `command` calls this."""
 
 from __future__ import annotations
 
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
@@ -15,10 +15,9 @@ from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import within
-from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.runs import PARENT
 
-__all__ = ["collect", "read_run"]
+__all__ = ["Point", "RunResult", "collect", "read_run"]
 
 SPENT = ("cost/tokens", "cost/seconds")
 PEAK = "cost/peak_memory_mb"
@@ -30,8 +29,39 @@ LEARNING = ("student", "teacher", "reference", "data", "rollout", "estimator", "
 TRAINING_DATA = "dataset_sha256"
 
 
+@dataclass(frozen=True)
+class Point:
+    """A place on a learning curve."""
+
+    step: int  # optimizer steps done
+    tokens: float  # completion tokens sampled for training so far
+    seconds: float  # spent in training steps so far, evaluations not counted
+    value: float  # of the yardstick
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run: a variant with a seed.
+
+    `per_prompt` has the final value of every prompt: the mean over the prompt's tokens, or over its completions for
+    accuracy, length and truncation; nats where the yardstick has them.
+    """
+
+    variant: str  # what sets it apart from the others, e.g. `token` or `hybrid gamma=0.5`
+    seed: int  # runs of one seed saw the same prompts and the same uniform numbers
+    status: str  # of the MLflow run: FINISHED, FAILED, KILLED
+    run_id: str  # of the MLflow run
+    prompts: tuple[str, ...]  # hash of every validation prompt, in order; the same in all runs that may be paired
+    per_prompt: dict[str, list[float]]  # by yardstick, in the order of `prompts`
+    curves: dict[str, list[Point]] = field(default_factory=dict)  # by yardstick: means over all prompts, by step
+    cost: dict[str, float] = field(
+        default_factory=dict
+    )  # steps; tokens, seconds until the last evaluation; peak memory
+    settings: dict[str, str] = field(default_factory=dict)  # what it learned from and how, by key
+
+
 def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
-    """The results of runs, in the order in which they began; the id of a comparison stands for its runs.
+    """Read the results of runs, in the order in which they began; the id of a comparison stands for its runs.
 
     A run that was recorded twice because its first beginning was lost counts once, as it was last.
 
@@ -44,8 +74,7 @@ def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
     found: dict[tuple[str, int], RunResult] = {}
     for run_id in run_ids:
         run = _get_run(client, run_id)
-        children = _children(client, run)
-        results = {(result.variant, result.seed): result for result in (read_run(client, r) for r in children or [run])}
+        results = {(r.variant, r.seed): r for r in (read_run(client, r) for r in _children(client, run) or [run])}
         for key in results.keys() & found.keys():
             pair = f"{found[key].run_id} and {results[key].run_id} are both {key[0]!r} with seed {key[1]}"
             raise UserError("--from-runs", "one run of every variant and seed", pair,
@@ -55,14 +84,13 @@ def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
 
 
 def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
-    """What one MLflow run leaves behind.
+    """Read what one MLflow run leaves behind.
 
     Raises:
         UserError: it finished, but without results prompt by prompt or without its costs.
     """
     names = [name for name in run.data.metrics if name.startswith("val/") or name in (*SPENT, EVERY_STEP)]
     histories = {name: _history(client, run, name) for name in names}
-    steps = max((step for history in histories.values() for step in history), default=0)
     tokens, seconds = (histories.get(name, {}) for name in SPENT)
     known = sorted(tokens.keys() & seconds.keys())
     if run.info.status == "FINISHED" and not known:
@@ -72,15 +100,13 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
         name.removeprefix("val/"): [Point(s, tokens[s], seconds[s], history[s]) for s in known if s in history]
         for name, history in histories.items() if name.startswith("val/")
     }  # fmt: skip
+    steps = max((step for history in histories.values() for step in history), default=0)
     last = known[-1] if known else 0
     cost = {"steps": float(steps), "tokens": tokens.get(last, 0.0), "seconds": seconds.get(last, 0.0)}
-    memory = run.data.metrics.get(PEAK)
-    prompts = _prompts(client, run)
-    return RunResult(
-        variant=_variant(run), seed=int(run.data.tags.get("seed", 0)), status=run.info.status, run_id=run.info.run_id,
-        prompts=tuple(prompts["prompts"]), per_prompt=_means(prompts["sums"], prompts["weights"]), curves=curves,
-        cost=cost if memory is None else cost | {"peak_memory_mb": memory}, settings=_settings(run),
-    )  # fmt: skip
+    cost |= {"peak_memory_mb": run.data.metrics[PEAK]} if PEAK in run.data.metrics else {}
+    prompts, per_prompt = _prompts(client, run)
+    return RunResult(_variant(run), int(run.data.tags.get("seed", 0)), run.info.status, run.info.run_id, prompts,
+                     per_prompt, curves, cost, _settings(run))  # fmt: skip
 
 
 def _get_run(client: MlflowClient, run_id: str) -> MlflowRun:
@@ -97,26 +123,23 @@ def _children(client: MlflowClient, run: MlflowRun) -> list[MlflowRun]:
 
 
 def _history(client: MlflowClient, run: MlflowRun, name: str) -> dict[int, float]:
-    """Step -> value; a resumed run may have logged a step twice, and the later one counts."""
+    """Map steps to values; a resumed run may have logged a step twice, and the later one counts."""
     points = client.get_metric_history(run.info.run_id, name)
     return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
 
-def _prompts(client: MlflowClient, run: MlflowRun) -> dict[str, Any]:
+def _prompts(client: MlflowClient, run: MlflowRun) -> tuple[tuple[str, ...], dict[str, list[float]]]:
+    """Read the hashes of the prompts, and yardstick -> the mean of each; not a number where nothing was counted."""
     run_id = run.info.run_id
-    if any(file.path == PROMPTS_FILE for file in client.list_artifacts(run_id)):
-        with tempfile.TemporaryDirectory() as folder:
-            return json.loads(Path(client.download_artifacts(run_id, PROMPTS_FILE, folder)).read_text())
-    if run.info.status == "FINISHED":
+    if not any(file.path == PROMPTS_FILE for file in client.list_artifacts(run_id)):
+        if run.info.status != "FINISHED":
+            return (), {}
         raise UserError("--from-runs", f"runs with the artifact {PROMPTS_FILE}", f"none in {run_id}", "Run it again.")
-    return {"prompts": [], "sums": {}, "weights": {}}
-
-
-def _means(sums: Mapping[str, list[float]], weights: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    return {
-        name: [s / w if w else math.nan for s, w in zip(values, weights[name], strict=True)]
-        for name, values in sums.items()
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        table = json.loads(Path(client.download_artifacts(run_id, PROMPTS_FILE, folder)).read_text())
+    sums, weights = table["sums"], table["weights"]
+    means = {name: [s / w if w else math.nan for s, w in zip(sums[name], weights[name], strict=True)] for name in sums}
+    return tuple(table["prompts"]), means
 
 
 def _settings(run: MlflowRun) -> dict[str, str]:
@@ -125,11 +148,9 @@ def _settings(run: MlflowRun) -> dict[str, str]:
 
 
 def _variant(run: MlflowRun) -> str:
-    prefix = "estimator.kwargs."
-    words = [
-        f"{key.removeprefix(prefix)}={value}"
-        for key, value in sorted(run.data.params.items())
-        if key.startswith(prefix)
-    ]
+    prefix, params = "estimator.kwargs.", sorted(run.data.params.items())
     name = run.data.params.get("estimator.name", run.data.tags.get("estimator", "unknown"))
-    return run.data.tags.get("variant") or " ".join([name, *words])
+    words = [f"{key.removeprefix(prefix)}={value}" for key, value in params if key.startswith(prefix)]
+    label = run.data.tags.get("variant") or " ".join([name, *words])
+    # Reports write labels between backticks on one line; a tag in MLflow may hold anything.
+    return "".join(letter if letter.isprintable() else " " for letter in label.replace("`", "'"))

@@ -1,20 +1,19 @@
-"""The whole comparison: make the runs, collect what they left, report."""
+"""Make a whole comparison: its runs, what they left, the report; the command line calls this."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import RunError, UserError
-from lit_opd.lab.compare.checks import check_recorded, check_runs
-from lit_opd.lab.compare.collect import collect
+from lit_opd.lab.compare.collect import RunResult, collect
+from lit_opd.lab.compare.digest import make_report
 from lit_opd.lab.compare.document import to_summary, write_report
 from lit_opd.lab.compare.grid import Comparison, Run
-from lit_opd.lab.compare.records import RunResult
-from lit_opd.lab.compare.report import make_report, to_json
+from lit_opd.lab.compare.preflight import check_recorded, check_runs
 from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
 from lit_opd.runs.folder import check_writable
 from lit_opd.tracking import check_tracking
@@ -83,28 +82,23 @@ def _client(comparison: Comparison, json_file: Path | None) -> MlflowClient:
 def _conclude(
     comparison: Comparison, runs: Sequence[Run], client: MlflowClient, parent: str, json_file: Path | None
 ) -> list[str]:
-    """Report on the runs of the comparison as it is now; names those that did not finish."""
+    """Report on the runs of the comparison as it is now; name those that did not finish."""
     found = {(result.variant, result.seed): result for result in collect(client, [parent])}
-    results = {run.name: found.get((run.variant, run.seed)) for run in runs}
-    finished = [name for name, result in results.items() if result is not None and result.status == "FINISHED"]
+    results = [found[run.variant, run.seed] for run in runs if (run.variant, run.seed) in found]
+    finished = {(result.variant, result.seed) for result in results if result.status == "FINISHED"}
     if finished:
         folder = Path(comparison.output_dir) / "report"
-        _report([result for result in results.values() if result is not None], folder, json_file)
+        _report(results, folder, json_file)
         client.log_artifacts(parent, str(folder), "report")
         print(f"MLflow: run {parent} of experiment {comparison.tracking.experiment!r} in {comparison.tracking.uri}")
-    return [name for name in results if name not in finished]
+    return [run.name for run in runs if (run.variant, run.seed) not in finished]
 
 
 def _report(results: list[RunResult], folder: Path, json_file: Path | None) -> None:
-    report = make_report(results, budget=_budget(results))
+    report = make_report(results)
     write_report(report, folder)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(to_json(report), indent=2, allow_nan=False))
+        shutil.copy(folder / "report.json", json_file)
     print(to_summary(report))
     print(f"report: {folder / 'report.html'}")
-
-
-def _budget(results: Sequence[RunResult]) -> str:
-    steps = {int(r.cost["steps"]) for r in results if r.status == "FINISHED" and "steps" in r.cost}
-    return "" if not steps else f"{' to '.join(map(str, sorted({min(steps), max(steps)})))} optimizer steps"

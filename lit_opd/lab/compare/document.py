@@ -1,191 +1,239 @@
-"""A report as pages to read: what is said and in which order, written as Markdown, HTML and JSON."""
+"""Write a report to read: one Markdown text, and one page of HTML made of it that needs no other file.
+
+`command` calls `write_report` and prints `to_summary`; `tools/make_results.py` shares the tables and the numbers.
+"""
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lit_opd.lab.compare.accounting import COSTS
-from lit_opd.lab.compare.blocks import Block, Details, Heading, Items, Picture, Table, Text, html_page, markdown_page
-from lit_opd.lab.compare.figures import draw_curves, draw_differences, draw_pareto
-from lit_opd.lab.compare.ranking import Pair, Ranking
-from lit_opd.lab.compare.report import EqualCost, Report, to_json
-from lit_opd.lab.compare.statistics import OTHER_PROMPTS, OTHER_RUNS, Difference, Mean
-from lit_opd.lab.compare.words import CROSSED, EXPLANATIONS, ONE_SEED, amount, interval, probability
+from markdown_it import MarkdownIt
+
+from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
+from lit_opd.lab.compare.paired import CONFIDENCE, Mean
+from lit_opd.lab.compare.pictures import draw_curves
+from lit_opd.lab.compare.standings import Ranking
 from lit_opd.measures.table import describe
 
-__all__ = ["document", "to_html", "to_markdown", "to_summary", "write_report"]
+__all__ = ["amount", "capital", "code", "interval", "probability", "table", "to_html", "to_markdown", "to_summary",
+           "turned", "write_report"]  # fmt: skip
 
 FIGURES = "figures"
+LEVEL = f"[{100 * CONFIDENCE:g} %]"
+NUMBER = re.compile(r"[-<]?[\d.,e+-]+( \[.*\])?")
+# Colours are the reader's own, light or dark; lines and grounds are shades that show on both.
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; }
+table { border-collapse: collapse; font-size: .875rem; display: block; overflow-x: auto; margin: 1rem 0; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; text-align: left; vertical-align: top; }
+td { font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+td[style], td code { white-space: nowrap; } code { background: #8882; padding: 0 .25em; border-radius: 3px; }
+img { max-width: 100%; width: 800px; height: auto; background: #fff; }
+"""
+READING = """
+- Differences are paired: at the same seed, which means the same training prompts and uniform numbers, and on the same
+  validation prompt.
+- Intervals and p are Student's, over seeds and over prompts, joined so that they rather cover too much; they hold for
+  other seeds and other prompts. Where variants share one seed only, they say nothing about other seeds.
+- p is corrected for the number of pairs on that yardstick (Holm), not for the number of yardsticks: choose one before
+  looking. Not distinguishable does not mean equal: the interval says how large a difference may be.
+- Every validation prompt counts once. Curves, and values at equal cost, count every token once, so that both may differ
+  where long completions differ from short ones.
+- Values at equal cost have the seed as their unit and speak of these prompts only. They are read off between
+  evaluations, never beyond them.
+"""
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
+def write_report(report: Report, folder: Path) -> None:
     """Write `report.json`, `report.md` with its `figures/`, and `report.html`, which needs no other file.
 
     Args:
         report: to write.
         folder: made where it does not exist.
-
-    Returns:
-        The files.
     """
-    blocks = document(report)
-    texts = {
-        "report.json": json.dumps(to_json(report), indent=1, allow_nan=False) + "\n",
-        "report.md": markdown_page(blocks, FIGURES), "report.html": html_page(blocks),
-    }  # fmt: skip
+    text, pictures = to_markdown(report)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    pictures = [block for block in blocks if isinstance(block, Picture)]
-    for picture in pictures:
-        (folder / FIGURES / f"{picture.name}.png").write_bytes(picture.png)
-    return [*(folder / name for name in texts), *(folder / FIGURES / f"{picture.name}.png" for picture in pictures)]
-
-
-def to_markdown(report: Report) -> str:
-    """The report in Markdown; its figures are expected in the folder `figures`."""
-    return markdown_page(document(report), FIGURES)
-
-
-def to_html(report: Report) -> str:
-    """The report as one page of HTML with everything in it."""
-    return html_page(document(report))
+    for file, picture in pictures.items():
+        (folder / file).write_bytes(picture)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(to_html(text, pictures), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
 
 
 def to_summary(report: Report) -> str:
-    """What may be concluded of every yardstick with a direction, a line each, and which runs are left out."""
-    lines = [
-        f"{ranking.yardstick}: {ranking.sentence}" for ranking in report.rankings if describe(ranking.yardstick).better
-    ]
+    """Say what may be concluded of every yardstick with a direction, a line each, and which runs are left out."""
+    lines = [f"{ranking.yardstick}: {ranking.sentence}" for ranking in _split(report)[0]]
     return "\n".join(lines + [f"left out: {out.variant} with seed {out.seed}, {out.why}" for out in report.left_out])
 
 
-def document(report: Report) -> list[Block]:
-    """All that a report says, in order."""
-    ranked = [ranking for ranking in report.rankings if describe(ranking.yardstick).better]
-    others = [ranking for ranking in report.rankings if not describe(ranking.yardstick).better]
-    blocks: list[Block] = [Heading(1, report.title)]
+def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
+    """Render Markdown as one page with everything in it; tags in the text are shown, not obeyed.
+
+    Args:
+        text: of the report, whose first line is its title.
+        pictures: file that the text names -> PNG.
+    """
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for file, picture in pictures.items():
+        body = body.replace(f'src="{file}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
+    title = html.escape(text.partition("\n")[0].removeprefix("# "))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
+    )
+
+
+def to_markdown(report: Report) -> tuple[str, dict[str, bytes]]:
+    """Write all that a report says, in order.
+
+    Returns:
+        The text, and the pictures that it names: file -> PNG.
+    """
+    ranked, others = _split(report)
+    pictures: dict[str, bytes] = {}
+    told = "\n".join(f"- {capital(describe(ranking.yardstick).title)}: {ranking.sentence}" for ranking in ranked)
+    parts = ["# Comparison", told or "No run has finished: there is nothing to compare yet.", *_compared(report)]
+    for ranking in ranked:
+        parts += _yardstick(report, ranking, pictures)
     if ranked:
-        blocks.append(Items([f"{describe(ranking.yardstick).title}: {ranking.sentence}" for ranking in ranked]))
-    else:
-        blocks.append(Text("No run has finished: there is nothing to compare yet."))
-    blocks += [Heading(2, "What was compared"), *_compared(report)]
-    blocks += [block for ranking in ranked for block in _yardstick(report, ranking)]
-    if ranked:
-        blocks += [Heading(2, "What it cost"), _costs(report)]
+        header = ["variant", "steps", "sampled tokens", "seconds of training", "peak memory, MB"]
+        costs = [(cost.variant, cost.steps, cost.tokens, cost.seconds, cost.peak_memory_mb) for cost in report.costs]
+        parts += ["## What it cost", table(header, [[code(name), *map(amount, spent)] for name, *spent in costs])]
     if others:
-        blocks += [Heading(2, "Also measured"), Text("No direction of these is good by itself; they are not ranked.")]
-        blocks += [block for ranking in others for block in _described(ranking, report.confidence)]
-    return [*blocks, Heading(2, "How to read this"), Items(_explanations(report))]
+        parts += ["## Also measured", "No direction of these is good by itself; they are not ranked."]
+        parts += [part for ranking in others for part in _described(ranking)]
+    parts += [part for ranking in report.rankings if ranking.pairs for part in _pairs(ranking)]
+    return "\n\n".join([*parts, "## How to read this", READING.strip()]) + "\n", pictures
 
 
-def _compared(report: Report) -> Iterable[Block]:
-    rows = [
-        ["variants", ", ".join(f"`{variant}`" for variant in report.variants)],
+def _split(report: Report) -> tuple[list[Ranking], list[Ranking]]:
+    """Part the yardsticks with a direction from those without."""
+    ranked = [ranking for ranking in report.rankings if describe(ranking.yardstick).better]
+    return ranked, report.rankings[len(ranked) :]
+
+
+def _compared(report: Report) -> Iterable[str]:
+    yield "## What was compared"
+    yield table(["", ""], [
+        ["variants", ", ".join(map(code, report.variants))],
         ["seeds", ", ".join(map(str, report.seeds))],
         ["validation prompts", str(report.prompts)],
-        ["variants differ in", ", ".join(f"`{key}`" for key in report.differing) or "nothing that is recorded"],
+        ["variants differ in", ", ".join(map(code, report.differing)) or "nothing that is recorded"],
         ["budget of a run", report.budget or "not told"],
-        ["level", f"{100 * report.confidence:g} % intervals, tests at {100 * (1 - report.confidence):.3g} %"],
-    ]
-    yield Table(["", ""], rows)
+        ["level", f"{100 * CONFIDENCE:g} % intervals, tests at {100 * (1 - CONFIDENCE):.3g} %"],
+    ])  # fmt: skip
     if report.left_out:
-        yield Text("Runs that are not, or not fully, in the statistics:")
-        header = ["variant", "seed", "status", "why", "run"]
-        yield Table(header, [[f"`{r.variant}`", str(r.seed), r.status, r.why, r.run_id] for r in report.left_out])
+        yield "Runs that are not, or not fully, in the statistics:"
+        rows = [[code(run.variant), str(run.seed), run.status, run.why, run.run_id] for run in report.left_out]
+        yield table(["variant", "seed", "status", "why", "run"], rows)
 
 
-def _yardstick(report: Report, ranking: Ranking) -> Iterable[Block]:
-    name, described = ranking.yardstick, describe(ranking.yardstick)
-    yield Heading(2, described.title[0].upper() + described.title[1:])
-    yield from _described(ranking, report.confidence)
-    if any(pair.first == ranking.rows[0].variant for pair in ranking.pairs):
-        caption = f"Paired differences of {described.title} to `{ranking.rows[0].variant}`."
-        yield Picture(f"differences_{name}", caption, draw_differences(ranking, report.confidence))
-    yield from _equal_costs([equal for equal in report.equal_costs if equal.ranking.yardstick == name])
-    if any(math.isfinite(p.value) for curve in report.curves if curve.yardstick == name for p in curve.points):
-        caption = f"Learning curves of {described.title}: means over seeds, bands from the least to the most."
-        yield Picture(f"curves_{name}", caption, draw_curves(report, name))
-    fronts = [front for front in report.fronts if front.yardstick == name]
-    if fronts:
-        told = "; ".join(f"in {front.cost}: {', '.join(f'`{v}`' for v in front.variants)}" for front in fronts)
-        caption = (
-            f"Final {described.title} against cost. Bars go from the least seed to the most; beaten by none {told}."
-        )
-        yield Picture(f"pareto_{name}", caption, draw_pareto(report, name))
+def _yardstick(report: Report, ranking: Ranking, pictures: dict[str, bytes]) -> Iterable[str]:
+    name, title = ranking.yardstick, describe(ranking.yardstick).title
+    yield f"## {capital(title)}"
+    yield from _described(ranking)
+    if equals := [equal for equal in report.equal_costs if equal.ranking.yardstick == name]:
+        yield "At equal cost, the most that every run has spent (curves between evaluations are taken as straight):"
+        yield _equal_costs(equals)
+    if drawn := draw_curves(report.curves, report.variants, name):
+        pictures[f"{FIGURES}/curves_{name}.png"] = drawn
+        yield f"![Learning curves of {title}]({FIGURES}/curves_{name}.png)"
+        yield f"Learning curves of {title}: means over seeds, bands from the least seed to the most."
 
 
-def _described(ranking: Ranking, confidence: float) -> Iterable[Block]:
-    described, level = describe(ranking.yardstick), f"[{100 * confidence:g} %]"
-    better = f"; {described.better} is better" if described.better else ""
-    yield Text(f"{described.axis}{better}. {ranking.sentence}")
+def _described(ranking: Ranking) -> Iterable[str]:
+    described = describe(ranking.yardstick)
+    yield f"{described.axis}{f'; {described.better} is better' if described.better else ''}. {ranking.sentence}"
     against = {pair.second: pair for pair in ranking.pairs if pair.first == ranking.rows[0].variant}
-    first = "best" if described.better else "lowest"
-    header = [
-        "variant", f"mean {level}", f"difference to {first} {level}", "corrected p", "verdict", "letters", "seeds",
-    ]  # fmt: skip
     rows = []
     for row in ranking.rows:
         pair = against.get(row.variant)
-        difference = ["", ""] if pair is None else [interval(_reversed(pair.difference)), probability(pair.corrected_p)]
-        cells = [f"`{row.variant}`", interval(row.mean), *difference, row.standing, row.letters, str(row.mean.seeds)]
-        rows.append(cells)
-    yield Table(header, rows)
-    if ranking.pairs:
-        yield Details(f"All {len(ranking.pairs)} pairs", [_pairs(ranking.pairs, level)])
+        found = ["", ""] if pair is None else [interval(turned(pair.difference)), probability(pair.corrected_p)]
+        rows.append([code(row.variant), interval(row.mean), *found, row.standing, str(row.mean.seeds)])
+    difference = f"difference to {'best' if described.better else 'lowest'} {LEVEL}"
+    yield table(["variant", f"mean {LEVEL}", difference, "corrected p", "verdict", "seeds"], rows)
 
 
-def _reversed(difference: Difference) -> Mean:
-    low, high = (None if end is None else -end for end in (difference.high, difference.low))
-    return Mean(-difference.mean, low, high, difference.seeds, difference.prompts, difference.method, difference.scope)
+def _equal_costs(equals: Sequence[EqualCost]) -> str:
+    cells = [{row.variant: [interval(row.mean), row.standing] for row in equal.ranking.rows} for equal in equals]
+    variants = dict.fromkeys(variant for column in cells for variant in column)
+    rows = [[code(name), *(cell for column in cells for cell in column.get(name, ["", ""]))] for name in variants]
+    header = [(f"at {amount(equal.budget)} {SPENDINGS[equal.cost]}", "verdict") for equal in equals]
+    return table(["variant", *(cell for two in header for cell in two)], rows)
 
 
-def _pairs(pairs: Sequence[Pair], level: str) -> Table:
-    values = [f"first - second {level}", f"these runs {level}"]
-    header = ["first", "second", *values, "p", "corrected p", "verdict", "seeds", "test"]
+def _pairs(ranking: Ranking) -> Iterable[str]:
     rows = []
-    for pair in pairs:
-        found = pair.difference
-        these = Mean(found.mean, found.runs_low, found.runs_high, found.seeds, found.prompts, "", "")
-        rows.append(
-            [f"`{pair.first}`", f"`{pair.second}`", interval(found), interval(these), probability(found.p),
-             probability(pair.corrected_p), pair.verdict, str(found.seeds), found.p_method]
-        )  # fmt: skip
-    return Table(header, rows)
+    for pair in ranking.pairs:
+        numbers = [interval(pair.difference), probability(pair.p), probability(pair.corrected_p)]
+        rows.append([code(pair.first), code(pair.second), *numbers, pair.verdict, str(pair.difference.seeds)])
+    yield f"## Every pair: {describe(ranking.yardstick).title}"
+    yield table(["first", "second", f"first - second {LEVEL}", "p", "corrected p", "verdict", "seeds"], rows)
 
 
-def _equal_costs(equals: Sequence[EqualCost]) -> Iterable[Block]:
-    if not equals:
-        return
-    yield Text("At equal cost, the most that every run has spent (curves between evaluations are taken as straight):")
-    variants = list(dict.fromkeys(row.variant for equal in equals for row in equal.ranking.rows))
-    cells = [{row.variant: [interval(row.mean), row.letters] for row in equal.ranking.rows} for equal in equals]
-    rows = []
-    for variant in variants:
-        rows.append([f"`{variant}`", *(cell for column in cells for cell in column.get(variant, ["", ""]))])
-    header = ["variant"]
-    for equal in equals:
-        header += [f"at {amount(equal.budget)} {COSTS[equal.cost]}", "letters"]
-    yield Table(header, rows)
-    yield Items([f"At {amount(e.budget)} {COSTS[e.cost]}: {e.ranking.sentence}" for e in equals])
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table in Markdown, columns of numbers aligned to the right.
+
+    Args:
+        header: of as many cells as every row.
+        rows: of cells, the first of which names the row.
+    """
+    columns = [[row[place] for row in rows if row[place]] for place in range(len(header))]
+    lines = ["---:" if cells and all(map(NUMBER.fullmatch, cells)) else "---" for cells in columns]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, lines, *rows]
+    )
 
 
-def _costs(report: Report) -> Table:
-    header = ["variant", "steps", "sampled tokens", "seconds", "tokens / step", "seconds / step", "tokens / second",
-              "peak memory, MB"]  # fmt: skip
-    rows = []
-    for cost in report.costs:
-        rates = [(cost.tokens, cost.steps), (cost.seconds, cost.steps), (cost.tokens, cost.seconds)]
-        totals = [amount(value) for value in (cost.steps, cost.tokens, cost.seconds)]
-        shares = ["" if over is None or not under else amount(over / under) for over, under in rates]
-        rows.append([f"`{cost.variant}`", *totals, *shares, amount(cost.peak_memory_mb)])
-    return Table(header, rows)
+def code(name: str) -> str:
+    """Write a name as code, so that Markdown leaves it alone."""
+    return f"`{name}`"
 
 
-def _explanations(report: Report) -> list[str]:
-    scopes = {pair.difference.scope for ranking in report.rankings for pair in ranking.pairs}
-    used = {CROSSED: OTHER_RUNS in scopes, ONE_SEED: OTHER_PROMPTS in scopes}
-    return [" ".join(text.split()) for text in EXPLANATIONS if used.get(text, True)]
+def capital(text: str) -> str:
+    """Begin a sentence with a text."""
+    return text[:1].upper() + text[1:]
+
+
+def turned(found: Mean) -> Mean:
+    """Turn a difference round: second minus first."""
+    low, high = (None if end is None else -end for end in (found.high, found.low))
+    return Mean(-found.mean, low, high, found.seeds, found.prompts)
+
+
+def interval(found: Mean) -> str:
+    """Write a mean and its interval, to two digits of the interval's width.
+
+    >>> interval(Mean(0.12345, 0.1001, 0.1468, 3, 40))
+    '0.123 [0.100, 0.147]'
+    """
+    if found.low is None or found.high is None:
+        return f"{found.mean:.4g}"
+    width = found.high - found.low
+    # Adding zero turns a minus zero into a plain one.
+    if not width > 0:
+        return f"{found.mean + 0.0:.4g} [{found.low + 0.0:.4g}, {found.high + 0.0:.4g}]"
+    decimals = min(12, max(0, 1 - math.floor(math.log10(width))))
+    centre, low, high = (round(value, decimals) + 0.0 for value in (found.mean, found.low, found.high))
+    return f"{centre:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def probability(p: float) -> str:
+    """Write a p-value, e.g. `0.032`, `<0.001`."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def amount(value: float | None) -> str:
+    """Write a cost, e.g. `12,345` or `0.482`; empty where it was not recorded."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

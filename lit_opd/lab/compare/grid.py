@@ -1,6 +1,6 @@
-"""What a comparison is made of: variants of one run, each with several seeds, checked before the first of them starts.
+"""Say what a comparison is made of: variants of one run, each with several seeds, checked before the first starts.
 
-Imports no torch, so that a mistake in a file is reported in under a second.
+The command line calls this. It imports no torch, so that a mistake in a file is reported in under a second.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ __all__ = ["Comparison", "Run", "Tracking", "load_comparison", "runs_of", "withi
 # Without these being the same, two runs cannot be paired prompt by prompt, or one had more to learn from.
 FIXED = ("data", "evaluation", "trainer.max_steps", "trainer.max_epochs", "trainer.max_time",
          "trainer.limit_train_batches", "trainer.limit_val_batches")  # fmt: skip
-_MAPPING_REMEDY = "Write e.g. [token, full_vocab], or `label: [estimator.name=token]` for each of them."
 OWN = {
     "seed": "Set seeds.",
     "output_dir": "Set output_dir of the comparison.",
@@ -40,28 +39,27 @@ class Tracking:
 
 @dataclass
 class Comparison:
-    """Variants x seeds of one configuration.
-
-    Attributes:
-        base: files of the configuration that all runs share, as `--config` takes them.
-        overrides: dotted overrides of it, for all runs.
-        variants: label -> the dotted overrides that make it; or a list of names of estimators. A `${key}` in an
-            override is one of the comparison; after a backslash, one of the run.
-        seeds: of the runs; every variant runs with each.
-        parallel: how many runs at once, which share the processor's cores.
-        output_dir: where runs and report are written.
-        tracking: where they are recorded.
-        may_differ: keys or sections that variants may change though they are to be the same in all runs.
-    """
+    """Variants x seeds of one configuration."""
 
     base: list[str] = field(default_factory=list)
+    """Files of the configuration that all runs share, as `--config` takes them."""
     overrides: list[str] = field(default_factory=list)
+    """Dotted overrides of it, for all runs."""
     variants: Any = None
+    """Label -> the dotted overrides that make it; or a list of names of estimators.
+
+    A `${key}` in an override is one of the comparison; after a backslash, one of the run.
+    """
     seeds: list[int] = field(default_factory=list)
+    """Of the runs; every variant runs with each."""
     parallel: int = 1
+    """How many runs at once, which share the processor's cores."""
     output_dir: str = "outputs/compare"
+    """Where runs and report are written."""
     tracking: Tracking = field(default_factory=Tracking)
+    """Where they are recorded."""
     may_differ: list[str] = field(default_factory=list)
+    """Keys or sections that variants may change though they are to be the same in all runs."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,13 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
             not for runs to set.
     """
     comparison = load_as(Comparison, files, overrides)
-    _check_some("base", comparison.base, "base: [conf/quickstart.yaml]")
-    _check_some("seeds", comparison.seeds, "seeds: [0, 1, 2]")
-    _check_some("variants", comparison.variants, "variants: [token, full_vocab]")
+    for key, example in {
+        "base": "[conf/quickstart.yaml]",
+        "seeds": "[0, 1, 2]",
+        "variants": "[token, full_vocab]",
+    }.items():
+        if not getattr(comparison, key):
+            raise UserError(key, "at least one", "none", f"Write e.g. {key}: {example}")
     variants = _mapping(comparison.variants)
     _check_once("seeds", comparison.seeds)
     if comparison.parallel < 1:
@@ -107,7 +109,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
     _check_own("overrides", comparison.overrides)
     for label, words in variants.items():
         _check_own(f"variants.{label}", words)
-    _check_folders(variants)
+    _check_labels(variants)
     for key in comparison.may_differ:
         if not within(key, FIXED):
             expected = f"keys that are to be the same in all runs ({', '.join(FIXED)})"
@@ -116,7 +118,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
 
 
 def runs_of(comparison: Comparison) -> list[Run]:
-    """All runs, every variant with the first seed before any with the second.
+    """Build all runs, every variant with the first seed before any with the second.
 
     Raises:
         UserError: a configuration that does not load; one that changes what is to be the same; one twice.
@@ -133,7 +135,7 @@ def runs_of(comparison: Comparison) -> list[Run]:
 
 
 def within(key: str, sections: Iterable[str]) -> bool:
-    """Whether a dotted key is one of the others, or lies inside of one."""
+    """Tell whether a dotted key is one of the others, or lies inside of one."""
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
@@ -142,8 +144,7 @@ def _run(comparison: Comparison, label: str, seed: int) -> Run:
         config = load_config(comparison.base, [*comparison.overrides, *comparison.variants[label], f"seed={seed}"])
     except UserError as error:
         raise UserError(f"variants.{label}: {error.key}", error.expected, error.found, error.remedy) from error
-    name = f"{label} · seed {seed}"
-    where = comparison.tracking
+    name, where = f"{label} · seed {seed}", comparison.tracking
     tracking = replace(config.tracking, uri=where.uri, experiment=where.experiment, run_name=name,
                        tags=config.tracking.tags | {"variant": label})  # fmt: skip
     folder = Path(comparison.output_dir) / "runs" / _slug(label) / f"seed-{seed}"
@@ -155,16 +156,15 @@ def _slug(label: str) -> str:
 
 
 def _mapping(variants: Any) -> dict[str, list[str]]:
+    remedy = "Write e.g. [token, full_vocab], or `label: [estimator.name=token]` for each of them."
     if isinstance(variants, list):
         for name in variants:
             if not isinstance(name, str):
-                raise UserError("variants", "names of estimators in a list", repr(name), _MAPPING_REMEDY)
+                raise UserError("variants", "names of estimators in a list", repr(name), remedy)
         _check_once("variants", variants)
         variants = {name: [f"estimator.name={name}"] for name in variants}
     if not isinstance(variants, dict):
-        raise UserError(
-            "variants", "a mapping label -> overrides, or a list of estimators", repr(variants), "Write one."
-        )
+        raise UserError("variants", "a mapping label -> overrides, or a list of estimators", repr(variants), remedy)
     for label, words in variants.items():
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             expected = "a list of overrides of the form key=value"
@@ -172,15 +172,10 @@ def _mapping(variants: Any) -> dict[str, list[str]]:
     return {str(label): words for label, words in variants.items()}
 
 
-def _check_some(key: str, values: Any, example: str) -> None:
-    if not values:
-        raise UserError(key, "at least one", "none", f"Write e.g. {example}")
-
-
 def _check_once(key: str, values: Sequence[Any]) -> None:
-    twice = [value for number, value in enumerate(values) if value in values[:number]]
-    if twice:
-        raise UserError(key, "each of them once", f"{twice[0]!r} twice", "Remove one.")
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise UserError(key, "each of them once", f"{value!r} twice", "Remove one.")
 
 
 def _check_own(where: str, words: Iterable[str]) -> None:
@@ -191,17 +186,19 @@ def _check_own(where: str, words: Iterable[str]) -> None:
                 raise UserError(f"{where}: {key}", "to be left out: the comparison sets it", repr(word), remedy)
 
 
-def _check_folders(variants: dict[str, list[str]]) -> None:
+def _check_labels(variants: Iterable[str]) -> None:
     taken: dict[str, str] = {}
     for label in variants:
+        slug, expected, found = _slug(label), "", repr(label)
         if not label.isprintable() or "`" in label:
-            raise UserError("variants", "labels on one line, without backticks", repr(label), "Rename it.")
-        slug = _slug(label)
-        if not slug:
-            raise UserError("variants", "labels with a letter or a digit", repr(label), "Rename it.")
-        if slug in taken:
+            expected = "labels on one line, without backticks"
+        elif not slug:
+            expected = "labels with a letter or a digit"
+        elif slug in taken:
+            expected = "labels that differ in letters or digits"
             found = f"{taken[slug]!r} and {label!r}, which would both be written to {slug!r}"
-            raise UserError("variants", "labels that differ in letters or digits", found, "Rename one.")
+        if expected:
+            raise UserError("variants", expected, found, "Rename it.")
         taken[slug] = label
 
 
@@ -222,9 +219,11 @@ def _fixed(config: Config) -> dict[str, Any]:
 
 
 def _check_different(runs: Sequence[Run]) -> None:
-    own = ("output_dir", "tracking")
-    settings = [{k: v for k, v in to_flat(run.config).items() if not within(k, own)} for run in runs]
-    for number, setting in enumerate(settings):
-        if setting in settings[:number]:
-            found = f"{runs[settings.index(setting)].variant!r} and {runs[number].variant!r}, which are the same"
-            raise UserError("variants", "variants that differ", found, "Remove one.")
+    seen: list[tuple[dict[str, Any], str]] = []
+    for run in runs:
+        setting = {k: v for k, v in to_flat(run.config).items() if not within(k, ("output_dir", "tracking"))}
+        for other, variant in seen:
+            if setting == other:
+                found = f"{variant!r} and {run.variant!r}, which are the same"
+                raise UserError("variants", "variants that differ", found, "Remove one.")
+        seen.append((setting, run.variant))

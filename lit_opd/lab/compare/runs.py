@@ -1,4 +1,7 @@
-"""The runs of a comparison: a process each, several at once, to be stopped and gone on with at any time."""
+"""Make the runs of a comparison: a process each, several at once, to be stopped and gone on with at any time.
+
+`command` calls this; `fit` does the work of a run and records it in MLflow.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from lit_opd.config import to_yaml
@@ -27,29 +30,11 @@ from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.runs.folder import RunFolder, check_writable
 from lit_opd.tracking import git_sha
 
-__all__ = ["PARENT", "begin_parent", "claimed", "is_finished", "make_runs", "seconds_left"]
+__all__ = ["PARENT", "begin_parent", "claimed", "is_finished", "make_runs"]
 
 PARENT = "mlflow.parentRunId"
 POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A run under way."""
-
-    run: Run
-    process: subprocess.Popen[bytes]
-    begun: float
-
-    @property
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.monotonic() - self.begun
-
-    def interrupt(self, number: int) -> None:
-        """Send a signal to all processes of the run, as a terminal would."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+DAY_S = 86400
 
 
 @contextmanager
@@ -75,7 +60,7 @@ def claimed(folder: Path) -> Iterator[int]:
 
 
 def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
-    """The MLflow run that the comparison's runs belong to: made, or found again where the folder names it.
+    """Make the MLflow run that the comparison's runs belong to, or find it again where the folder names it.
 
     Raises:
         UserError: the store refuses, or does not hold the run.
@@ -86,7 +71,10 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
     try:
         if notes.is_file():
             parent = json.loads(notes.read_text())["mlflow_run_id"]
-            _check_experiment(client, parent, tracking.experiment)
+            held = client.get_experiment(client.get_run(parent).info.experiment_id).name
+            if held != tracking.experiment:
+                raise UserError("tracking.experiment", f"{held!r}, in which this comparison is recorded",
+                                repr(tracking.experiment), "Set it back, or set output_dir=NEW.")  # fmt: skip
         else:
             known = client.get_experiment_by_name(tracking.experiment)
             experiment = known.experiment_id if known else client.create_experiment(tracking.experiment)
@@ -104,15 +92,8 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
     return parent
 
 
-def _check_experiment(client: MlflowClient, parent: str, wanted: str) -> None:
-    held = client.get_experiment(client.get_run(parent).info.experiment_id).name
-    if held != wanted:
-        raise UserError("tracking.experiment", f"{held!r}, in which this comparison is recorded", repr(wanted),
-                        "Set it back, or set output_dir=NEW.")  # fmt: skip
-
-
 def is_finished(run: Run, client: MlflowClient) -> bool:
-    """Whether a run was made to its end, and MLflow knows."""
+    """Find out whether a run was made to its end, and MLflow knows."""
     folder = RunFolder(run.folder)
     known = folder.read_notes().get("mlflow_run_id")
     with suppress(MlflowException):
@@ -140,49 +121,35 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
     for run in runs:
         if run not in waiting:
             _adopt(run, client, parent)
-    workers: list[Worker] = []
-    took: list[float] = []
-    console, told = Console(stderr=True), 0
+    workers: dict[subprocess.Popen[bytes], Run] = {}
+    told = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=DAY_S)
+    bar = progress.add_task("", total=len(runs), completed=len(runs) - len(waiting))
     try:
-        with _signals() as asked, console.status("") as status:
+        with _signals() as asked, progress:
             while workers or (waiting and not asked):
                 while waiting and not asked and len(workers) < comparison.parallel:
-                    workers.append(_start(waiting.pop(0), parent, comparison.parallel, lock))
-                for worker in [w for w in workers if w.process.poll() is not None]:
-                    workers.remove(worker)
-                    took += [worker.seconds] if worker.process.returncode == 0 else []
-                    console.print(Text(_settle(worker, client, parent, bool(asked))), soft_wrap=True)
+                    run = waiting.pop(0)
+                    workers[_start(run, parent, comparison.parallel, lock)] = run
+                for process in [process for process in workers if process.poll() is not None]:
+                    said = _settle(workers.pop(process), process.returncode, client, parent, bool(asked))
+                    progress.console.print(Text(said), soft_wrap=True)
+                    progress.advance(bar)
                 while told < len(asked):
                     told += 1
-                    for worker in workers:
-                        worker.interrupt(signal.SIGKILL if told > 2 else signal.SIGINT)
-                left = seconds_left(took, [w.seconds for w in workers], len(waiting), comparison.parallel)
-                status.update(Text(_line(len(runs), workers, len(waiting), left, bool(asked))))
+                    _send(signal.SIGKILL if told > 2 else signal.SIGINT, workers)
+                names = ", ".join(run.name for run in workers.values())
+                progress.update(bar, description=f"waiting for {names} to save and end" if asked else names)
                 time.sleep(POLL_S)
     finally:
-        for worker in workers:  # none are left but after an error
-            worker.interrupt(signal.SIGINT)
+        _send(signal.SIGINT, workers)  # none are left but after an error
     return bool(asked) and not all(is_finished(run, client) for run in runs)
-
-
-def seconds_left(took: Sequence[float], elapsed: Sequence[float], waiting: int, parallel: int) -> float | None:
-    """How long the rest will take, judged by the runs that are done; None before there is one.
-
-    Args:
-        took: seconds of the runs that are done.
-        elapsed: seconds since each run under way began.
-        waiting: runs that have not begun.
-        parallel: how many run at once.
-    """
-    if not took:
-        return None
-    each, busy = mean(took), min(parallel, waiting + len(elapsed))
-    return (waiting * each + sum(max(0.0, each - seconds) for seconds in elapsed)) / max(busy, 1)
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The signals that ask to stop, in the order in which they come; nothing else happens on them."""
+    """Collect the signals that ask to stop, in the order in which they come; nothing else happens on them."""
     asked: list[int] = []
     # A background job may ignore Ctrl-C, and its runs would inherit that; `nohup` is to be respected.
     heeded = [signal.SIGINT, signal.SIGTERM]
@@ -195,7 +162,14 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _start(run: Run, parent: str, parallel: int, lock: int) -> Worker:
+def _send(number: int, workers: dict[subprocess.Popen[bytes], Run]) -> None:
+    """Send a signal to all processes of every run, as a terminal would."""
+    for process in workers:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
+def _start(run: Run, parent: str, parallel: int, lock: int) -> subprocess.Popen[bytes]:
     tracking = replace(run.config.tracking, tags=run.config.tracking.tags | {PARENT: parent})
     run.file.parent.mkdir(parents=True, exist_ok=True)
     run.file.write_text(to_yaml(replace(run.config, tracking=tracking)))
@@ -203,23 +177,21 @@ def _start(run: Run, parent: str, parallel: int, lock: int) -> Worker:
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // parallel))} if parallel > 1 else {}
     with run.log.open("ab") as log:
         # In a process group of its own: Ctrl-C in a terminal reaches a whole group, and this process passes it on.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
-                                   process_group=0, env=os.environ | share)  # fmt: skip
-    return Worker(run, process, time.monotonic())
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
+                                process_group=0, env=os.environ | share)  # fmt: skip
 
 
-def _settle(worker: Worker, client: MlflowClient, parent: str, asked: bool) -> str:
-    """See to it that MLflow knows how a run ended; says it in a line."""
-    run, status = worker.run, "KILLED" if asked else "FAILED"
-    if worker.process.returncode == 0:
-        return f"done: {run.name}, in {_span(worker.seconds)}"
+def _settle(run: Run, code: int, client: MlflowClient, parent: str, asked: bool) -> str:
+    """See to it that MLflow knows how a run ended; say it in a line."""
+    if code == 0:
+        return f"done: {run.name}"
     known = RunFolder(run.folder).read_notes().get("mlflow_run_id")
     if known is None and not asked:  # it did not come as far as to record itself
         experiment = client.get_run(parent).info.experiment_id
         tags = {PARENT: parent, "variant": run.variant, "seed": str(run.seed)}
         known = client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
     if known is not None and client.get_run(known).info.status == "RUNNING":
-        client.set_terminated(known, status)
+        client.set_terminated(known, "KILLED" if asked else "FAILED")
     return f"stopped: {run.name}" if asked else f"failed: {run.name}: {_last_words(run.log)} (all of it: {run.log})"
 
 
@@ -236,16 +208,3 @@ def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("error: ", "failed: "))]
     return (told or lines or ["it said nothing"])[-1]
-
-
-def _line(total: int, workers: Sequence[Worker], waiting: int, left: float | None, asked: bool) -> str:
-    names = ", ".join(worker.run.name for worker in workers)
-    if asked:
-        return f"waiting for {names} to save and end"
-    rest = "" if left is None else f"; about {_span(left)} left"
-    return f"{total - waiting - len(workers)} of {total} runs ended; now {names}{rest}"
-
-
-def _span(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -1,4 +1,4 @@
-"""Bias against noise, and the direction of every estimator, in one picture."""
+"""Draw bias against noise, and the direction of every estimator, in one picture; `show` calls it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_opd.lab.measure.result import Measurement, Row
+from lit_opd.measures.drawing import figure, look, plain, png, style
 from lit_opd.measures.intervals import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["draw"]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers say the same once more.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vP*"
 LINE_WIDTH = 150  # letters that fit beside each other below the panels
 
 
@@ -26,43 +28,36 @@ def draw(measurement: Measurement, file: Path) -> Path:
         measurement: what was found.
         file: a PNG.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure = _compose(measurement.rows, measurement.on_policy)
-    figure.savefig(file, dpi=110)
-    pyplot.close(figure)
+    with style():
+        file.write_bytes(png(_compose(measurement.rows, measurement.on_policy), dpi=110))
     return file
 
 
-def _compose(rows: Sequence[Row], on_policy: bool = True) -> Any:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), sharex=True, layout="constrained")
-    labels: dict[str, Any] = {}
+def _compose(rows: Sequence[Row], on_policy: bool = True) -> Figure:
+    composed = figure(10, 4.6)
+    axes = composed.subplots(1, 2, sharex=True)
+    handles: dict[str, Any] = {}
     missing: dict[str, None] = {}
-    for axis, key in zip(axes, ("local", "sequence"), strict=True):
+    for ax, key in zip(axes, ("local", "sequence"), strict=True):
         drawn = {number: row for number, row in enumerate(rows) if _can_be_drawn(row, key)}
         far = 3 * max((_reach(row) for row in drawn.values()), default=1.0)
-        labels |= {row.label: _point(axis, row, key, number, far) for number, row in drawn.items()}
+        handles |= {row.label: _point(ax, row, key, number, far) for number, row in drawn.items()}
         missing |= dict.fromkeys(row.label for number, row in enumerate(rows) if drawn and number not in drawn)
         if not drawn:
-            axis.text(0.5, 0.5, _why_empty(rows, key, on_policy), ha="center", transform=axis.transAxes)
-        axis.set_title(f"against the {key} reverse KL")
-        axis.set_xlabel("noise / signal: prompts until they are equal")
-        axis.set_xscale("log")
-        axis.set_ylim(bottom=-0.03)
-        axis.grid(alpha=0.3)
+            ax.text(0.5, 0.5, _why_empty(rows, key, on_policy), ha="center", transform=ax.transAxes)
+        ax.set_title(f"against the {key} reverse KL")
+        ax.set_xlabel("noise / signal: prompts until they are equal")
+        ax.set_xscale("log")
+        ax.set_ylim(bottom=-0.03)
+        ax.grid()
     axes[0].set_ylabel("bias, relative to the target's norm")
     if missing:
         text = f"not drawn, cannot be told from zero: {', '.join(missing)}"
-        figure.supxlabel(textwrap.fill(text, LINE_WIDTH), fontsize=8)
-    order = [row.label for row in rows if row.label in labels]
-    handles = [labels[label] for label in order]
-    figure.legend(handles, order, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    return figure
+        composed.supxlabel(textwrap.fill(text, LINE_WIDTH), fontsize=8)
+    order = [row.label for row in rows if row.label in handles]
+    composed.legend([handles[label] for label in order], [plain(label) for label in order],
+                    loc="outside lower center", ncols=4, frameon=False, fontsize=8)  # fmt: skip
+    return composed
 
 
 def _can_be_drawn(row: Row, key: str) -> bool:
@@ -78,38 +73,27 @@ def _why_empty(rows: Sequence[Row], key: str, on_policy: bool) -> str:
 
 
 def _reach(row: Row) -> float:
-    """How far to the right the row goes, as far as that is known."""
+    """Say how far to the right the row goes, as far as that is known."""
     noise = _inverse(row.signal_to_noise)
     return noise.high if math.isfinite(noise.high) else noise.mean
 
 
-def _point(axis: Any, row: Row, key: str, number: int, far: float) -> Any:
-    """Draw an estimator; an arrow to `far` where its noise has no upper end. Returns what stands for it in a legend."""
-    noise, bias = _inverse(row.signal_to_noise), row.against[key].relative_bias
-    colour, bounded = COLOURS[number % len(COLOURS)], math.isfinite(noise.high)
-    # Where the colours begin again, markers are open and lines dashed; after that, each has another marker.
-    again = number // len(COLOURS)
-    filled = again % 2 == 0
-    looks = {"color": colour, "linewidth": 1, "capsize": 2}
-    right = noise.high - noise.mean if bounded else 0.0
-    drawn = axis.errorbar(
-        noise.mean, bias.mean, xerr=[[noise.mean - noise.low], [right]],
-        yerr=[[bias.mean - bias.low], [bias.high - bias.mean]], fmt=MARKERS[(number + again // 2) % len(MARKERS)],
-        markerfacecolor=colour if filled else "white", label=row.label, markersize=6, **looks,
-    )  # fmt: skip
-    bars = [*drawn.lines[2]]
+def _point(ax: Axes, row: Row, key: str, number: int, far: float) -> Any:
+    """Draw an estimator, with an arrow to `far` where its noise has no upper end; return its legend handle."""
+    noise, bias, looks = _inverse(row.signal_to_noise), row.against[key].relative_bias, look(number)
+    bars = {"color": looks["color"], "linewidth": 1, "capsize": 2}
+    bounded = math.isfinite(noise.high)
     if not bounded:
-        arrow = axis.errorbar(
-            noise.mean, bias.mean, xerr=[[0.0], [far - noise.mean]], xlolims=True, fmt="none", zorder=1, **looks
-        )
-        bars += arrow.lines[2]
-    for bar in bars:
-        bar.set_linestyle("-" if filled else "--")
-    return drawn
+        ax.errorbar(noise.mean, bias.mean, xerr=[[0.0], [far - noise.mean]], xlolims=True, fmt="none", zorder=1, **bars)
+    return ax.errorbar(
+        noise.mean, bias.mean, xerr=[[noise.mean - noise.low], [noise.high - noise.mean if bounded else 0.0]],
+        yerr=[[bias.mean - bias.low], [bias.high - bias.mean]], fmt=looks["marker"], label=row.label, markersize=6,
+        **bars,
+    )  # fmt: skip
 
 
 def _inverse(ratio: Interval) -> Interval:
-    """Of a positive ratio; its upper end is infinite where the lower end of the ratio is not above zero."""
+    """Invert a positive ratio; the upper end is infinite where the lower end of the ratio is not above zero."""
     if ratio.mean <= 0:
         return Interval(math.inf, math.inf, math.inf)
     return Interval(1 / ratio.mean, 1 / ratio.high, 1 / ratio.low if ratio.low > 0 else math.inf)

@@ -8,7 +8,7 @@ import pytest
 from lit_opd.cli import main
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.collect import collect
-from lit_opd.lab.compare.report import make_report
+from lit_opd.lab.compare.digest import make_report
 from lit_opd.lab.compare.runs import PARENT
 
 PROMPTS = {"prompts": ["a", "b"], "sums": {"reverse_kl": [3.0, 5.0], "accuracy": [1.0, 0.0]},

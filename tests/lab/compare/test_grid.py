@@ -8,8 +8,8 @@ import pytest
 
 from lit_opd.cli import main
 from lit_opd.config import load_config
-from lit_opd.lab.compare.checks import check_runs
 from lit_opd.lab.compare.grid import load_comparison, runs_of
+from lit_opd.lab.compare.preflight import check_runs
 
 MISTAKES = [
     ({"base": []}, "base", "at least one, found none"),

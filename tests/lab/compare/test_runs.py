@@ -12,8 +12,8 @@ import pytest
 
 from lit_opd.cli import main
 from lit_opd.errors import UserError
-from lit_opd.lab.compare.checks import check_recorded
-from lit_opd.lab.compare.runs import PARENT, begin_parent, claimed, is_finished, make_runs, seconds_left
+from lit_opd.lab.compare.preflight import check_recorded
+from lit_opd.lab.compare.runs import PARENT, begin_parent, claimed, is_finished, make_runs
 
 # What it is called with: -m lit_opd fit --config FILE --resume auto.
 PRELUDE = '#!/bin/sh\n[ "$1 $2 $3 $4 $6 $7" = "-m lit_opd fit --config --resume auto" ] || exit 9\nrun=${5%.yaml}\n'
@@ -222,14 +222,6 @@ def test_the_parent_is_found_again_or_its_absence_told(workspace, make_compariso
     (workspace.folder / "out" / "comparison.json").write_text('{"mlflow_run_id": "0123456789abcdef"}')
     with pytest.raises(UserError, match=r"tracking.uri: expected an MLflow store .*0123456789abcdef.*delete .*json"):
         begin_parent(comparison, workspace.client)
-
-
-def test_time_left_is_judged_by_the_runs_that_are_done():
-    assert seconds_left([], [3.0], 2, 1) is None
-    assert seconds_left([10, 20], [5.0], 2, 1) == 10 + 2 * 15
-    assert seconds_left([10, 20], [5.0, 99.0], 4, 2) == (10 + 4 * 15) / 2
-    assert seconds_left([10, 20], [5.0], 0, 4) == 10, "runs that have ended help nobody"
-    assert seconds_left([10], [], 0, 4) == 0
 
 
 def test_failed_runs_are_told_by_the_exit_code_and_leave_no_report(workspace, write_comparison, stand_in, capfd):

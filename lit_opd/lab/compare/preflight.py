@@ -1,4 +1,4 @@
-"""What can be known of all runs of a comparison before the first of them starts, and before any weights load."""
+"""Check all runs of a comparison before the first of them starts, and before any weights load; `command` calls this."""
 
 from __future__ import annotations
 
@@ -28,15 +28,11 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
     Raises:
         UserError: a variant that cannot work; variants with other validation prompts; a folder that holds another run.
     """
-    first: tuple[str, PromptDataModule] | None = None
-    for run in runs:
-        if run.seed != runs[0].seed:
-            break
-        data = _prepare(run)
-        first = first or (run.variant, data)
-        name, other = first
-        if data.validation_hashes != other.validation_hashes and not any(within(key, ("data",)) for key in may_differ):
-            raise UserError(f"variants.{run.variant}", f"the validation prompts of {name!r}, token by token",
+    prepared = [(run, _prepare(run)) for run in runs if run.seed == runs[0].seed]
+    first, expected = prepared[0]
+    for run, data in prepared:
+        if data.validation_hashes != expected.validation_hashes and not any(within(k, ("data",)) for k in may_differ):
+            raise UserError(f"variants.{run.variant}", f"the validation prompts of {first.variant!r}, token by token",
                             "others", "Give them the same data and the same tokenizer.")  # fmt: skip
     for run in runs:
         _check_folder(run)
