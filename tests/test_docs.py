@@ -155,6 +155,14 @@ def test_every_rule_of_the_linter_is_explained():
     assert sorted(re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE)) == sorted(names)  # and one paragraph
 
 
+def test_the_floors_of_contributing_are_those_that_are_held():
+    from test_floors import FLOORS
+
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [number for number, _ in rows] == [str(number) for number in range(len(FLOORS))]
+    assert [tuple(sorted(re.findall(r"`(\w+)`", rooms))) for _, rooms in rows] == [tuple(sorted(r)) for r in FLOORS]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_and_pictures_exist(document):
     for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", document.read_text()):
