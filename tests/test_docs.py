@@ -1,49 +1,61 @@
-"""The documents run as they stand, in a scratch folder that holds what a checkout holds."""
+"""The documents run as they stand, and say what the code and the committed results say."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lit_opd import estimators
+from lit_opd.config import Config
+from lit_opd.estimators.oracle.laws import LAWS
+from lit_opd.linter import RULES
+
 ROOT = Path(__file__).parents[1]
 RUNNER = ROOT / "tools" / "run_docs.py"
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tutorials/*.md")])
+# `try`, `test` and `smollm2` are what .ci/run does, in a fresh environment.
+OF_THE_GATE = {"README.md": ("try", "test", "smollm2")}
+RUNNABLE = re.compile(r"^```(bash|python)\b", re.MULTILINE)
+# CONTRIBUTING sets up a checkout, RESULTS trains for hours.
+EXECUTED = [path for path in DOCUMENTS if RUNNABLE.search(path.read_text())
+            and path.name not in ("CONTRIBUTING.md", "RESULTS.md")]  # fmt: skip
+
+
+def name_of(document):
+    return str(document.relative_to(ROOT))
 
 
 @pytest.fixture
 def scratch(tmp_path):
+    """A folder with what documents read of a checkout."""
     for name in ("conf", "tools", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
-def run_document(document, scratch, *options):
+@pytest.mark.slow
+@pytest.mark.parametrize("document", EXECUTED, ids=name_of)
+def test_a_document_runs(document, scratch):
     # `python` in a document is the one that runs the tests.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    command = [sys.executable, str(RUNNER), str(ROOT / document), "--folder", str(scratch), *options]
+    skipped = [word for name in OF_THE_GATE.get(name_of(document), ()) for word in ("--skip", name)]
+    command = [sys.executable, str(RUNNER), str(document), "--folder", str(scratch), *skipped]
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
 
 
-@pytest.mark.slow
-def test_readme(scratch):
-    # `try`, `test` and `smollm2` are what .ci/run does, in a fresh environment; a short run stands in for the first.
-    short = "fit --config conf/quickstart.yaml trainer.max_steps=2 data.validation_size=16 evaluation.teacher=false"
-    subprocess.run([sys.executable, "-m", "lit_opd", *short.split()], cwd=scratch, check=True, capture_output=True)
-    run_document("README.md", scratch, "--skip", "try", "--skip", "test", "--skip", "smollm2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document", sorted(p.name for p in (ROOT / "tutorials").glob("*.md")))
-def test_tutorial(document, scratch):
-    run_document(f"tutorials/{document}", scratch)
+def test_all_kinds_of_documents_are_executed():
+    assert {path.parent.name for path in EXECUTED} == {ROOT.name, "docs", "tutorials"}
 
 
 def test_the_gate_runs_readmes_own_commands():
-    gate, names = (ROOT / ".ci" / "run").read_text(), ("try", "test", "smollm2")
+    gate, names = (ROOT / ".ci" / "run").read_text(), OF_THE_GATE["README.md"]
     assert re.findall(r"^readme (\w+)$", gate, re.MULTILINE) == list(names)
     command = [sys.executable, str(RUNNER), str(ROOT / "README.md"), "--print"]
     for name, expected in zip(
@@ -53,25 +65,124 @@ def test_the_gate_runs_readmes_own_commands():
         assert printed.strip().endswith(expected)
 
 
-def test_the_registry_table_is_the_registry():
-    from lit_opd.commands.estimators import markdown_table
+def test_readme_takes_a_minute():
+    assert len(README.encode()) <= 9000
 
-    shown = re.search(r"<!-- estimators -->\n(.*?)\n<!-- /estimators -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown is not None
-    assert shown.group(1) == markdown_table(), "put the output of `python -m lit_opd estimators --markdown` into README"
+
+def test_readmes_table_is_what_the_command_prints(capsys):
+    """docs/quickstart.json is what `summary.json` of that run holds of its results."""
+    from lit_opd.commands.summary import print_outcome
+    from lit_opd.measures.intervals import Interval
+    from lit_opd.runs.distillation import Outcome
+
+    run = json.loads((ROOT / "docs" / "quickstart.json").read_text())
+    results = {when: {name: Interval(**value) for name, value in run[when].items()}
+               for when in ("before", "after", "teacher")}  # fmt: skip
+    logger = SimpleNamespace(experiment_id="1", run_id="2")
+    outcome = Outcome(**results, steps=run["steps"], perf={}, checkpoint=Path(), student=Path(), logger=logger)
+    print_outcome(Config(), outcome)
+    printed = capsys.readouterr().out.partition("checkpoint:")[0]
+    table = "\n".join(line.rstrip() for line in printed.splitlines()).rstrip()
+    assert f"```text\n{table}\n```" in README, f"put this into README:\n{table}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [
+        (r"\*\*(\d+) estimators", len(estimators.names())),
+        (r"\*\*(\d+) rules", len(RULES)),
+        (r"to (\d+) laws", len(LAWS)),
+    ],
+)
+def test_readme_counts_as_the_code_does(pattern, count):
+    assert re.findall(pattern, README) == [str(count)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "page", "there"),
+    [
+        (r"CPU ([\d.]+) times as fast", "benchmark_w1.md", "time, TRL fixed / lit_opd"),
+        (r"with ([\d.]+) of its memory", "benchmark_w1.md", "peak RSS, lit_opd / TRL fixed"),
+        (r"completions ([\d.]+) times with", "benchmark_w2.md", "completions a second, lit_opd / TRL fixed"),
+        (r"times with ([\d.]+) \(\[W2\]", "benchmark_w2.md", "peak RSS, lit_opd / TRL fixed"),
+    ],
+)
+def test_readmes_benchmarks_are_those_measured(pattern, page, there):
+    (said,) = re.findall(pattern, README)
+    (found,) = re.findall(rf"^- {re.escape(there)}: ([\d.]+)", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    assert said == f"{float(found):.{len(said.partition('.')[2])}f}"
+
+
+def test_readmes_results_are_those_of_the_results():
+    results = (ROOT / "RESULTS.md").read_text()
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    intervals = re.findall(r"\d\.\d+ \[\d\.\d+,\s\d\.\d+\]", prose)
+    assert len(intervals) == 2
+    assert [interval for interval in intervals if f"| `full reverse` | {interval} |" not in results] == []
+    ((pairs, ties),) = re.findall(r"of (\d+) pairs of objectives,\s(\d+) could", prose)
+    assert f"{ties} of {pairs} pairs could not be told apart" in results
+
+
+def test_the_table_of_speed_is_that_of_the_benchmarks():
+    sides = {"lit_opd": "lit_opd", "TRL, with autocast around its loss": "TRL fixed", "TRL as shipped (one run)":
+             "TRL as shipped", "the same, started with our allocator settings (one run)":
+             "TRL fixed, our allocator settings"}  # fmt: skip
+    page = (ROOT / "docs" / "speed.md").read_text()
+    for label, side in sides.items():
+        (said,) = re.findall(rf"^\| {re.escape(label)} \| (.*) \|$", page, re.MULTILINE)
+        w1, w2 = (measured(name, side) for name in ("benchmark_w1.md", "benchmark_w2.md"))
+        assert said.split(" | ") == [w1["s / step"], f"{w1['time / limit']}x", w1["peak RSS, MB"],
+                                     w2["completions / s"], w2["peak RSS, MB"]]  # fmt: skip
+
+
+def measured(page, side):
+    """The medians of a side: {column: number}."""
+    rows = [line.strip("| \n").split(" | ") for line in (ROOT / "docs" / page).read_text().splitlines()]
+    header = next(row for row in rows if row[0] == "side")
+    return dict(zip(header, next(row for row in rows if row[0] == side), strict=True))
+
+
+def test_tables_made_from_the_code_are_those_of_the_code():
+    # In a process of its own, whose tables no other test adds to.
+    command = [sys.executable, "-m", "tools.make_docs", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_rule_of_the_linter_is_explained():
-    from lit_opd.linter import RULES
+    page, names = (ROOT / "docs" / "linter.md").read_text(), [rule.__name__ for rule in RULES]
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == names  # one line in the table
+    assert sorted(re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE)) == sorted(names)  # and one paragraph
 
-    readme = (ROOT / "README.md").read_text()
-    assert [rule.__name__ for rule in RULES if f"`{rule.__name__}`" not in readme] == []
+
+def test_the_floors_of_contributing_are_those_that_are_held():
+    from test_floors import FLOORS
+
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [number for number, _ in rows] == [str(number) for number in range(len(FLOORS))]
+    assert [tuple(sorted(re.findall(r"`(\w+)`", rooms))) for _, rooms in rows] == [tuple(sorted(r)) for r in FLOORS]
 
 
-def test_links_and_pictures_exist():
-    for document in (ROOT / "README.md", *(ROOT / "tutorials").glob("*.md"), ROOT / "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_and_pictures_exist(document):
+    for target, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#([^)]*))?\)", document.read_text()):
+        file = document.parent / target if target else document
+        assert file.exists(), f"{document.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{document.name} links to {target}#{anchor}"
+
+
+def anchors(document):
+    """What GitHub calls the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return [f"{slug}-{slugs[:i].count(slug)}" if slug in slugs[:i] else slug for i, slug in enumerate(slugs)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_files_that_are_named_exist(document):
+    rooms = "lit_opd|tests|tools|docs|conf|tutorials"
+    for name in re.findall(rf"`((?:{rooms})/[\w./-]+)`", document.read_text()):
+        assert (ROOT / name).exists(), f"{document.name} names {name}"
 
 
 def test_a_failing_block_fails(tmp_path):
