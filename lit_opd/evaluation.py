@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
+from lit_opd.linter import LintWarning
 from lit_opd.measures.custom import load_measures
 from lit_opd.measures.intervals import Interval
 from lit_opd.measures.positions import POSITION_VALUES, Profile, TokenProfile
 from lit_opd.measures.table import YARDSTICKS
 from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
-from lit_opd.models import LanguageModel, measure_yardsticks
+from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, judge, uniforms
 from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
-__all__ = ["Evaluation", "Example"]
+__all__ = ["Evaluation", "Example", "tell_left_out"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Example:
     reward: float | None
     tokens: list[str]
     log_ratios: list[float]
+
+
+def tell_left_out(teacher: Scorer, config: EvaluationConfig) -> None:
+    """Warn of what cannot be measured with a teacher that only scores."""
+    if config.teacher:
+        warnings.warn("evaluation.teacher: left out, for this teacher scores and cannot sample.", LintWarning, 3)
+    if FULL not in teacher.gives:
+        lost = ", ".join(name for name in YARDSTICKS if name not in OF_TOKENS)
+        warnings.warn(f"evaluation: without the teacher's whole distributions, val/* has no {lost}.", LintWarning, 3)
 
 
 class Evaluation(nn.Module):

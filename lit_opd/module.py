@@ -23,7 +23,7 @@ from lit_opd.config import (
 )
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
-from lit_opd.evaluation import Evaluation, Example
+from lit_opd.evaluation import Evaluation, Example, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
 from lit_opd.measures.intervals import Interval
 from lit_opd.measures.steps import Seen, step_report, token_sums
@@ -39,7 +39,7 @@ from lit_opd.rollout import (
     split_updates,
     training_law,
 )
-from lit_opd.teachers import LocalScorer
+from lit_opd.teachers import LocalScorer, Scorer, build_scorers, check_gives, own_scorer
 from lit_opd.types import Need, PromptBatch, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
@@ -54,7 +54,7 @@ class DistillationModule(AcrossProcesses):
 
     Args:
         student: path or hub name, `StudentConfig`, or a causal language model in memory.
-        teacher: path or hub name, `TeacherConfig`, or a causal language model in memory.
+        teacher: path or hub name, `TeacherConfig`, a causal language model in memory, or any other `Scorer`.
         estimator: registered name, `module:function`, `file.py:function`, or a function.
         estimator_kwargs: the estimator's keywords.
         tokenizer: the student's; needed with a model in memory.
@@ -77,7 +77,7 @@ class DistillationModule(AcrossProcesses):
     def __init__(
         self,
         student: models.Student,
-        teacher: models.Teacher,
+        teacher: models.Teacher | Scorer,
         estimator: Any = "full_vocab",
         *,
         estimator_kwargs: Mapping[str, Any] | None = None,
@@ -107,7 +107,12 @@ class DistillationModule(AcrossProcesses):
         linter.check(self.estimator, self.rollout_config, self.optim_config, student, teacher,
                      masked_tokens=masked_tokens, tokenizer=tokenizer,
                      allow=as_section(LintConfig, lint, "lint").allow)  # fmt: skip
-        self.pair = models.Pair(student, teacher, self.estimator, tokenizer, teacher_tokenizer, reference)
+        self.scorer = own_scorer(teacher, tokenizer)
+        if self.scorer is not None:
+            check_gives(self.scorer, self.estimator, self.rollout_config)
+            tell_left_out(self.scorer, settings)
+        local: Any = teacher if self.scorer is None else None
+        self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student = self.pair.student
         self.model = self.student.model
         self.teacher: Any = None
@@ -154,10 +159,10 @@ class DistillationModule(AcrossProcesses):
             with_reference: load the reference too, where the estimator asks for one.
         """
         rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib, self.device)
-        self.teacher = self.pair.load("teacher", self.device)
-        scorers = {"teacher": LocalScorer(self.teacher, rows)}
-        if with_reference and Need.REFERENCE in self.estimator.needs:
-            scorers["reference"] = LocalScorer(self.pair.load("reference", self.device), rows, "reference")
+        asking = self.estimator if with_reference else estimators.build("token")
+        scorers = build_scorers(self.pair, self.scorer, asking, rows, self.device)
+        # Only a model in this process can sample too.
+        self.teacher = scorers["teacher"].model if isinstance(scorers["teacher"], LocalScorer) else None
         source = build_source(self.rollout_config, self.law, self.seed, self.engine, self.student, self.teacher,
                               self.demonstrations)  # fmt: skip
         return Distiller(

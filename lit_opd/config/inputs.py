@@ -62,12 +62,20 @@ class FrozenConfig(Section):
 class TeacherConfig(FrozenConfig):
     """The frozen model to learn from."""
 
-    path: str = MISSING
-    """A model folder or a hub name; its vocabulary must be the student's."""
+    path: str = ""
+    """A model folder or a hub name; its vocabulary must be the student's. Only a local teacher needs one."""
     temperature: float = limited(1.0, above(0))
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
     kind: str = limited("local", one_of_or_path("local"))
     """Who scores: local (a model in this process), or package.module:name or file.py:name of a scorer."""
+
+    def check(self, name: str) -> None:
+        """See `Section.check`."""
+        super().check(name)
+        if self.kind == "local" and not self.path:
+            raise UserError(
+                f"{name}.path", "a value", "nothing", f"Set {name}.path in a config file or as {name}.path=VALUE."
+            )
 
 
 @dataclass

@@ -28,7 +28,7 @@ class Pair:
 
     Args:
         student: a path or hub name, a section of the configuration, or a model in memory.
-        teacher: the same.
+        teacher: the same; None where the teacher is no model in this process.
         estimator: says whether there is a reference, and how many tokens are compared at a position.
         tokenizer: the student's; needed for a model in memory, else read from its folder.
         teacher_tokenizer: the teacher's; for a model in memory by default the student's.
@@ -41,14 +41,16 @@ class Pair:
     def __init__(
         self,
         student: Student,
-        teacher: Teacher,
+        teacher: Teacher | None,
         estimator: BoundEstimator,
         tokenizer: Any = None,
         teacher_tokenizer: Any = None,
         reference: Reference = None,
     ) -> None:
         student = StudentConfig(path=student) if isinstance(student, str) else student
-        frozen: dict[str, Any] = {"teacher": TeacherConfig(path=teacher) if isinstance(teacher, str) else teacher}
+        frozen: dict[str, Any] = {}
+        if teacher is not None:
+            frozen["teacher"] = TeacherConfig(path=teacher) if isinstance(teacher, str) else teacher
         if Need.REFERENCE in estimator.needs:
             frozen["reference"] = _as_reference(reference, student)
         _check_sections({"student": student} | frozen)
@@ -58,10 +60,11 @@ class Pair:
             own["teacher"] = teacher_tokenizer
         self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
         rows = _vocabulary_rows(student, "student")
-        self.vocabulary = min(
+        shared = (
             shared_vocabulary(tokenizer, other, rows, _vocabulary_rows(model, key), key)
             for key, (model, other) in self._frozen.items()
         )
+        self.vocabulary = min(shared, default=rows)
         size = estimator.largest_support
         if size > self.vocabulary:
             raise UserError("estimator.kwargs.k", f"at most the vocabulary ({self.vocabulary})", size, "Lower it.")
@@ -80,7 +83,7 @@ class Pair:
         """What the models and the teacher's quantisation are called in a run's tags."""
         own = self.student.causal_lm.config._name_or_path or type(self.student.model).__name__
         frozen = {key: _name_of(model) for key, (model, _) in self._frozen.items()}
-        teacher, _ = self._frozen["teacher"]
+        teacher, _ = self._frozen.get("teacher", (None, None))
         quantization = teacher.quantization if isinstance(teacher, TeacherConfig) else "none"
         return {"student": own, **frozen, "teacher_quantization": quantization}
 

@@ -19,7 +19,10 @@ from lit_opd.measures.custom import TokenMeasure, apply_measures
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.types import Rollout, Scores
 
-__all__ = ["measure_yardsticks"]
+__all__ = ["OF_TOKENS", "measure_yardsticks"]
+
+# What is measured with a teacher that scores sampled tokens only.
+OF_TOKENS = ("teacher_nll", "log_ratio", "student_entropy")
 
 
 @torch.no_grad()

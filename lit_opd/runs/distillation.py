@@ -126,7 +126,7 @@ def measure_before(
     config: Config, trainer: L.Trainer, module: DistillationModule, data: PromptDataModule
 ) -> dict[str, Results]:
     """Measure the student before training, and the teacher itself where `evaluation.teacher` asks for it."""
-    if config.evaluation.teacher:
+    if config.evaluation.teacher and module.scorer is None:
         with module.judging_teacher():
             trainer.validate(module, data, verbose=False)
     trainer.validate(module, data, verbose=False)  # the last, so that the last evaluation of a run is the student's
@@ -182,6 +182,7 @@ def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) 
         "family": module.estimator.spec.family,
         "seed": str(config.seed),
         "dataset_sha256": data.dataset_sha256,
+        "teacher": config.teacher.path or config.teacher.kind,
         **module.pair.names(),
         **git_sha(),
     }

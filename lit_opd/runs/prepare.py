@@ -21,7 +21,7 @@ from lit_opd.models import load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.types import Need
 
-__all__ = ["check_groups", "check_optimizer", "check_weight_files", "prepare_data"]
+__all__ = ["check_groups", "check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
 
 
 def prepare_data(config: Config) -> PromptDataModule:
@@ -54,6 +54,17 @@ def prepare_data(config: Config) -> PromptDataModule:
     )  # fmt: skip
     data.setup("fit")
     return data
+
+
+def check_local_teacher(config: Config, command: str) -> None:
+    """Refuse a teacher that is no model in this process, for a command that reads its whole distributions.
+
+    Raises:
+        UserError: another `teacher.kind` than `local`.
+    """
+    if config.teacher.kind != "local":
+        expected = f"local for {command}, which reads the teacher's whole distributions"
+        raise UserError("teacher.kind", expected, config.teacher.kind, "Name a model folder in teacher.path.")
 
 
 def check_groups(config: Config, estimator: BoundEstimator) -> None:
@@ -113,7 +124,9 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
 
 
 def _folders(config: Config, estimator: BoundEstimator) -> dict[str, Any]:
-    folders = {"student": config.student, "teacher": config.teacher}
+    folders: dict[str, Any] = {"student": config.student}
+    if config.teacher.kind == "local":
+        folders["teacher"] = config.teacher
     own = Need.REFERENCE in estimator.needs and config.reference.path is not None
     return folders | ({"reference": config.reference} if own else {})
 

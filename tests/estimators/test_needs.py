@@ -5,7 +5,6 @@ from enum import StrEnum
 
 import pytest
 import torch
-from lit_opd.models.positions import CountedPositions
 
 from lit_opd import estimators
 from lit_opd.errors import UserError
@@ -13,9 +12,10 @@ from lit_opd.estimators.needs import FILLERS, Filler, Seen, fillings, read_needs
 from lit_opd.estimators.oracle.batches import example_batch
 from lit_opd.estimators.oracle.diagnosis import diagnose
 from lit_opd.estimators.oracle.laws import broken_laws
-from lit_opd.functional import Head
+from lit_opd.functional import Head, HiddenDistributions
 from lit_opd.functional.divergences import forward_kl
-from lit_opd.types import Estimate, Need, TeacherScores, TokenBatch
+from lit_opd.objective import CountedPositions
+from lit_opd.types import Estimate, Need, Scores, TokenBatch
 
 OF_THE_SAMPLES = {"completion_ids_BT", "student_wrote_BT"}
 
@@ -95,8 +95,8 @@ def test_a_new_need_is_a_member_and_a_row_of_the_table(monkeypatch):
     assert not diagnose(estimator).dead
     assert example_batch(estimator).kl_BT is not None
     hidden_NH, weight_VH = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    positions = CountedPositions(torch.tensor([0, 1, 2]), torch.zeros(3), TeacherScores(hidden_NH=hidden_NH),
-                                 Head(weight_VH))  # fmt: skip
+    scores = Scores(full=HiddenDistributions(hidden_NH, Head(weight_VH), rows=3))
+    positions = CountedPositions(torch.tensor([0, 1, 2]), torch.zeros(3), scores)
     chunk = positions.chunk(torch.zeros(3, 3), slice(0, 3))
     p, q = torch.zeros(3, 3).log_softmax(-1), (hidden_NH @ weight_VH.T).log_softmax(-1)
     expected = (q.exp() * (q - p)).sum(-1)

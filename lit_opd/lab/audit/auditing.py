@@ -24,6 +24,7 @@ from lit_opd.lab.audit.ranking import TokenRow, log_ratios, rank_tokens
 from lit_opd.lab.audit.score import sampler_gap, sampling_law
 from lit_opd.lab.audit.tokenizers import chat_template, segmentation, vocabulary
 from lit_opd.models import load_tokenizer, read_model_config
+from lit_opd.runs.prepare import check_local_teacher
 
 __all__ = ["CHECKS", "Audit", "audit"]
 
@@ -83,6 +84,7 @@ def audit(config: Config) -> Audit:
         UserError: whatever `fit` would refuse.
     """
     start = time.perf_counter()
+    check_local_teacher(config, "audit")
     findings = _without_weights(config)
     if worst(findings) == FAIL:  # every later check compares what ids mean
         return Audit(findings, [], {}, time.perf_counter() - start)

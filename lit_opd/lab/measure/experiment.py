@@ -28,8 +28,8 @@ from lit_opd.lab.measure.result import Measurement, Row
 from lit_opd.lab.measure.sketch import Sketch
 from lit_opd.rollout import build_engine, build_source, training_law
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer
-from lit_opd.runs.prepare import prepare_data
-from lit_opd.teachers import LocalScorer
+from lit_opd.runs.prepare import check_local_teacher, prepare_data
+from lit_opd.teachers import build_scorers
 from lit_opd.types import Need, Rollout, SamplingLaw
 
 __all__ = ["measure"]
@@ -55,6 +55,7 @@ def measure(config: Config) -> Measurement:
         raise UserError(
             "rollout.student_share", "1: only the student's own completions are measured", share, "Drop it."
         )
+    check_local_teacher(config, "measure")
     chosen = chosen_estimators(config)
     law = training_law(config.rollout, next(iter(chosen.values())))
     # Of another law's prefixes the local target is exact, and nothing here is the gradient of the student's sequences.
@@ -65,9 +66,9 @@ def measure(config: Config) -> Measurement:
     data = prepare_data(_of_units(config))
     _check_prompts(config, data)
     trainer = build_evaluation_trainer(config)
-    pair, reference = _pair(config, chosen)
+    pair, asking = _pair(config, chosen)
     trainer.precision_plugin.convert_module(pair.student.model)
-    specimen = _specimen(config, pair, data, law, reference, trainer.strategy.root_device)
+    specimen = _specimen(config, pair, data, law, asking, trainer.strategy.root_device)
     sketch = Sketch(list(specimen.parameters.values()), config.measure.sketch, config.seed)
     units = _units(config, specimen, data, any(Need.REWARDS in e.needs for e in looked_at.values()))
     shown = track(units, "units of prompts", total=config.measure.units, transient=True)
@@ -106,18 +107,18 @@ def _check_prompts(config: Config, data: PromptDataModule) -> None:
                         units, "Lower it, or raise data.train_size.")  # fmt: skip
 
 
-def _pair(config: Config, chosen: Mapping[str, BoundEstimator]) -> tuple[models.Pair, bool]:
-    """The models, and whether there is a reference among them."""
-    asking = [estimator for estimator in chosen.values() if Need.REFERENCE in estimator.needs]
-    first = (asking or list(chosen.values()))[0]
-    pair = models.Pair(config.student, config.teacher, first, reference=config.reference)
+def _pair(config: Config, chosen: Mapping[str, BoundEstimator]) -> tuple[models.Pair, BoundEstimator]:
+    """Find the models, and an estimator that asks for a reference where any does."""
+    asking = next((e for e in chosen.values() if Need.REFERENCE in e.needs), next(iter(chosen.values())))
+    pair = models.Pair(config.student, config.teacher, asking, reference=config.reference)
     check_supports(chosen, pair.vocabulary)
-    return pair, bool(asking)
+    return pair, asking
 
 
 def _specimen(
-    config: Config, pair: models.Pair, data: PromptDataModule, law: SamplingLaw, reference: bool, device: torch.device
-) -> Specimen:
+    config: Config, pair: models.Pair, data: PromptDataModule, law: SamplingLaw, asking: BoundEstimator,
+    device: torch.device,
+) -> Specimen:  # fmt: skip
     student = pair.student.to(device)
     pattern = re.compile(config.measure.parameters)
     parameters = {n: p for n, p in student.model.named_parameters() if p.requires_grad and pattern.search(n)}
@@ -125,10 +126,8 @@ def _specimen(
         raise UserError("measure.parameters", "a pattern that trainable parameters match", repr(pattern.pattern),
                         "Write a regular expression for names such as model.layers.0.mlp.up_proj.weight.")  # fmt: skip
     rows = chunk_rows(pair.vocabulary, config.optim.head_chunk_mib, device)
+    scorers = build_scorers(pair, None, asking, rows, device)
     teacher = pair.load("teacher", device)
-    scorers = {"teacher": LocalScorer(teacher, rows)}
-    if reference:
-        scorers["reference"] = LocalScorer(pair.load("reference", device), rows, "reference")
     source = build_source(
         config.rollout, law, config.seed, build_engine(config.rollout), student, teacher, data.demonstrations
     )

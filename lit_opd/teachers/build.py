@@ -1,0 +1,81 @@
+"""Make the scorers of a run: the teacher that a configuration or a caller names, and a reference where one is asked.
+
+Called by the module before weights load, to refuse what the teacher cannot give, and once the device is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lit_opd.config import RolloutConfig, TeacherConfig
+from lit_opd.errors import UserError
+from lit_opd.estimators import BoundEstimator
+from lit_opd.models import Pair
+from lit_opd.plugins import call_object
+from lit_opd.teachers.local import LocalScorer
+from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, wanted_by
+from lit_opd.types import Need
+
+__all__ = ["build_scorers", "check_gives", "own_scorer"]
+
+# Registered estimators that ask for no more than each kind of score.
+NEAREST = {FULL: "full_vocab", SUPPORT: "teacher_topk", TOKEN: "token"}
+
+
+def own_scorer(teacher: Any, tokenizer: Any) -> Scorer | None:
+    """Find the scorer that is not a model in this process; None where the teacher is one.
+
+    Args:
+        teacher: a scorer, a section whose `kind` names one by path, or a model, a path or a section of a local one.
+        tokenizer: the student's, whose ids a scorer is to read; handed with the section to what `kind` names.
+
+    Raises:
+        UserError: what `kind` names cannot be imported or called, or makes no scorer.
+    """
+    if isinstance(teacher, Scorer):
+        return teacher
+    if not isinstance(teacher, TeacherConfig) or teacher.kind == "local":
+        return None
+    scorer = call_object("teacher.kind", teacher.kind, teacher, tokenizer)
+    if not isinstance(scorer, Scorer):
+        expected = f"{teacher.kind} to make a scorer, with name, gives and score"
+        raise UserError("teacher.kind", expected, type(scorer).__name__, "Derive it from lit_opd.teachers.Scorer.")
+    return scorer
+
+
+def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfig) -> None:
+    """Compare what a scorer gives with what a run asks of its teacher.
+
+    Raises:
+        UserError: the estimator needs more, or demonstrations are to be sampled by what can only score.
+    """
+    missing = wanted_by(estimator).kinds - scorer.gives
+    if missing:
+        best = next(kind for kind in NEAREST if kind in scorer.gives)
+        expected = f"one that asks this teacher for no more than {', '.join(sorted(scorer.gives))}"
+        found = f"{estimator.spec.name!r}, which needs {', '.join(sorted(missing))}"
+        raise UserError("estimator.name", expected, found, f"Set estimator.name={NEAREST[best]}.")
+    if rollout.student_share < 1 and rollout.demonstrations == "teacher":
+        expected = "data: this teacher scores, and cannot sample"
+        raise UserError("rollout.demonstrations", expected, "teacher", "Set it, or rollout.student_share=1.")
+
+
+def build_scorers(
+    pair: Pair, own: Scorer | None, estimator: BoundEstimator, rows: int, device: torch.device
+) -> dict[str, Scorer]:
+    """Load the frozen models that score, and name every scorer by its role.
+
+    Args:
+        pair: the models.
+        own: the teacher, where it is no model in this process.
+        estimator: says whether a reference is asked.
+        rows: positions that a head projects at once.
+        device: of the models.
+    """
+    teacher = own or LocalScorer(pair.load("teacher", device), rows)
+    scorers: dict[str, Scorer] = {"teacher": teacher}
+    if Need.REFERENCE in estimator.needs:
+        scorers["reference"] = LocalScorer(pair.load("reference", device), rows, "reference")
+    return scorers
