@@ -19,16 +19,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lit_opd.lab.compare.figures import draw_curves
-from lit_opd.lab.compare.records import Point
-from lit_opd.lab.compare.report import Curve, Report
 from mlflow.tracking import MlflowClient
 
+from lit_opd.lab.compare.collect import Point
+from lit_opd.lab.compare.digest import Curve
+from lit_opd.lab.compare.pictures import draw_curves
 from tools.benchmark.report import machine
-from tools.results.blocks import FIGURES, block
+from tools.results.blocks import DRAWN, block
 from tools.results.store import Stored, read_record, trim, write
 
-DRAWN = "student_entropy"  # has no direction, so a report tabulates it and draws nothing
 REQUIRED = ("ranking", "ties", "compute")
 OPENING = re.compile(r"<!-- results (?P<name>\w+): (?P<what>[^>]+?) -->")
 BLOCK = re.compile(OPENING.pattern + r"\n(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
@@ -56,7 +55,7 @@ def take(name: str, folder: Path, docs: Path, uri: str | None) -> Stored:
 
     Args:
         name: in RESULTS.md.
-        folder: that `compare` wrote: `report.json` and `figures/`.
+        folder: that `compare` wrote, with its `report.json`.
         docs: where they go.
         uri: MLflow tracking URI of the runs; None does without what only MLflow has.
 
@@ -72,10 +71,10 @@ def take(name: str, folder: Path, docs: Path, uri: str | None) -> Stored:
     record = {} if uri is None else read_record(MlflowClient(uri), parent_of(folder))
     stored = trim(name, report, record, this_machine())
     write(stored, docs / f"results_{name}.json")
-    for figure in FIGURES:
-        drawn = figure == f"curves_{DRAWN}"
-        png = draw_curves(curves_only(report), DRAWN) if drawn else (folder / "figures" / f"{figure}.png").read_bytes()
-        (docs / f"results_{name}_{figure}.png").write_bytes(png)
+    curves = [Curve(**curve | {"points": [Point(**point) for point in curve["points"]]}) for curve in report["curves"]]
+    for yardstick in DRAWN:
+        if drawn := draw_curves(curves, report["variants"], yardstick):
+            (docs / f"results_{name}_curves_{yardstick}.png").write_bytes(drawn)
     return stored
 
 
@@ -93,13 +92,6 @@ def this_machine() -> dict[str, Any]:
     versions = {name: version for name, version in found["versions"].items() if name != "trl"}
     kept = {name: value for name, value in found.items() if name != "commit"}
     return kept | {"cores_of_all": os.cpu_count(), "versions": versions}
-
-
-def curves_only(report: Mapping[str, Any]) -> Report:
-    """As much of a report as its learning curves are drawn from."""
-    curves = [Curve(**curve | {"points": [Point(**point) for point in curve["points"]]}) for curve in report["curves"]]
-    told = (report["title"], report["budget"], report["confidence"], report["variants"], report["seeds"])
-    return Report(*told, report["prompts"], report["differing"], [], [], [], [], [], curves)
 
 
 def stored_numbers(docs: Path) -> dict[str, Stored]:

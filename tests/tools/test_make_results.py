@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lit_opd.lab.compare.collect import Point, RunResult
+from lit_opd.lab.compare.digest import make_report
 from lit_opd.lab.compare.document import write_report
-from lit_opd.lab.compare.records import Point, RunResult
-from lit_opd.lab.compare.report import make_report
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = tuple(f"{i:04x}" for i in range(30))
@@ -67,7 +67,7 @@ def made_up(variant, seed):
 
 @pytest.fixture(scope="module")
 def report():
-    return make_report([made_up(variant, seed) for variant in LEVELS for seed in (0, 1, 2)], resamples=99)
+    return make_report([made_up(variant, seed) for variant in LEVELS for seed in (0, 1, 2)])
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +124,14 @@ def test_blocks_are_filled_once_and_for_all_and_prose_is_left_alone(tool, stored
     assert "*Not measured yet.*" in filled  # of a comparison that is not stored
 
 
-def test_a_ranking_shows_the_reports_means_and_letters(tool, stored, report):
+def test_a_ranking_shows_the_reports_means_and_verdicts(tool, stored, report):
     rows = cells(tool.blocks.block("ranking reverse_kl", stored))
     ranking = next(ranking for ranking in report.rankings if ranking.yardstick == "reverse_kl")
     assert list(rows)[2:] == [row.variant for row in ranking.rows] == ["full kl", "token", "mute"]
     for row in ranking.rows:
         mean, low, high = (float(number) for number in re.findall(r"[\d.]+", rows[row.variant][0]))
         assert (mean, low, high) == pytest.approx((row.mean.mean, row.mean.low, row.mean.high), abs=0.005)
-        assert rows[row.variant][-1] == row.letters
+        assert rows[row.variant][-1] == row.standing
     assert float(rows["token"][1].split()[0]) == pytest.approx(0.2, abs=0.02)  # worse than the best: above it
 
 
@@ -164,6 +164,12 @@ def test_an_objective_that_stops_writing_does_not_set_the_budget_of_the_others(t
     assert "Left out, for less than half of the median's tokens: `mute`." in shown
     assert "at 4,000 sampled tokens" in shown
     assert list(cells(shown))[2:] == ["full kl", "token"]
+    assert "- At 4,000 sampled tokens, 1 of 1 pairs can be told apart: `full kl` from `token`." in shown
+    kept = stored["equal_costs"][1]
+    tied = stored | {"equal_costs": [kept | {"tokens": kept["tokens"] | {"apart": []}}]}
+    assert "- At 4,000 sampled tokens, 0 of 1 pairs can be told apart." in tool.blocks.block(
+        "equal-cost reverse_kl", tied
+    )
 
 
 def test_compute_adds_up_the_runs(tool, stored):
@@ -232,7 +238,7 @@ def test_the_command_stores_numbers_and_figures_and_fills_the_page(tool, folder,
     monkeypatch.setattr("sys.argv", ["make_results", f"toy={folder}", "--page", str(page), "--docs", str(tmp_path)])
     tool.page.main()
     names = sorted(path.name for path in tmp_path.glob("results_toy*"))
-    assert names == sorted(["results_toy.json", *(f"results_toy_{figure}.png" for figure in tool.blocks.FIGURES)])
+    assert names == sorted(["results_toy.json", *(f"results_toy_curves_{name}.png" for name in tool.blocks.DRAWN)])
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
     assert "| `full kl` |" in page.read_text()
     tool.page.main()

@@ -1,29 +1,24 @@
-"""What stands between the markers of RESULTS.md, each made of the stored numbers of one comparison."""
+"""Write what stands between the markers of RESULTS.md, each block made of the stored numbers of one comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lit_opd.lab.compare.accounting import COSTS
-from lit_opd.lab.compare.blocks import Block, Details, Table, Text, markdown_page
-from lit_opd.lab.compare.statistics import Mean
-from lit_opd.lab.compare.words import amount, interval, probability
-
+from lit_opd.lab.compare.digest import SPENDINGS
+from lit_opd.lab.compare.document import amount, capital, code, interval, probability, table, turned
+from lit_opd.lab.compare.paired import Mean
 from lit_opd.measures.table import describe
 
 VERSUS, OF = " vs ", " of "
-FIGURES = ("curves_accuracy", "curves_reverse_kl", "curves_student_entropy", "pareto_accuracy")
-CAPTIONS = {
-    "curves": "Learning curves of {}: means over seeds, bands from the least seed to the most.",
-    "pareto": "Final {} against cost: bars go from the least seed to the most; filled and joined are those that no "
-    "other beats in both, by the means.",
-}
+DRAWN = ("accuracy", "reverse_kl", "student_entropy")
 MEGA = 1e6
 
+Stored = Mapping[str, Any]
 
-def block(what: str, stored: Mapping[str, Any]) -> str:
-    """The Markdown of a block.
+
+def block(what: str, stored: Stored) -> str:
+    """Write the Markdown of a block.
 
     Args:
         what: of the marker: a name of `KINDS`, and what it takes.
@@ -35,11 +30,11 @@ def block(what: str, stored: Mapping[str, Any]) -> str:
     kind, _, rest = what.partition(" ")
     if kind not in KINDS:
         raise LookupError(f"there is no block {kind!r}; there are {', '.join(KINDS)}")
-    return markdown_page(KINDS[kind](stored, rest.strip())).strip()
+    return "\n\n".join(KINDS[kind](stored, rest.strip()))
 
 
-def setting(stored: Mapping[str, Any], _: str) -> list[Block]:
-    """What was compared, and which runs are missing."""
+def setting(stored: Stored, _: str) -> list[str]:
+    """Say what was compared, and which runs are missing."""
     level = 100 * stored["confidence"]
     rows = [
         ["objectives", str(len(stored["variants"]))],
@@ -49,93 +44,93 @@ def setting(stored: Mapping[str, Any], _: str) -> list[Block]:
         ["level", f"{level:g} % intervals, tests at {100 - level:.3g} %"],
         ["runs that did not finish", str(len(stored["left_out"]) or "none")],
     ]
-    out = [[_code(run["variant"]), str(run["seed"]), run["why"]] for run in stored["left_out"]]
-    return [Table(["", ""], rows), *([Table(["left out", "seed", "why"], out)] if out else [])]
+    out = [[code(run["variant"]), str(run["seed"]), run["why"]] for run in stored["left_out"]]
+    return [table(["", ""], rows), *([table(["left out", "seed", "why"], out)] if out else [])]
 
 
-def ranking(stored: Mapping[str, Any], yardstick: str) -> list[Block]:
-    """All objectives on one yardstick, in order."""
-    found = _ranking(stored, yardstick)
-    described, best = describe(yardstick), found["rows"][0]["variant"]
-    level = f"[{100 * stored['confidence']:g} %]"
-    against = {pair["second"]: pair for pair in found["pairs"] if pair["first"] == best}
+def ranking(stored: Stored, yardstick: str) -> list[str]:
+    """Show all objectives on one yardstick, in order."""
+    found, described = _named(stored["rankings"], yardstick), describe(yardstick)
+    against = {pair["second"]: pair for pair in found["pairs"] if pair["first"] == found["rows"][0]["variant"]}
     rows = []
     for row in found["rows"]:
         pair = against.get(row["variant"])
-        rest = ["", ""] if pair is None else [_difference(pair, turned=True), probability(pair["corrected_p"])]
-        rows.append([_code(row["variant"]), _mean(row), *rest, row["letters"]])
-    first = "best" if described.better else "lowest"
+        rest = ["", ""] if pair is None else [_difference(pair, swap=True), probability(pair["corrected_p"])]
+        rows.append([code(row["variant"]), interval(_mean(row["mean"])), *rest, row["standing"]])
+    level, first = _level(stored), "best" if described.better else "lowest"
     header = [
         f"{described.title}, {described.unit} {level}",
         f"difference to {first} {level}",
         "corrected p",
-        "letters",
+        "verdict",
     ]
     seeds = sorted({row["mean"]["seeds"] for row in found["rows"]})
     better = f"{described.better} is better" if described.better else "no direction is good by itself"
-    told = f"{_capital(described.title)}: {better}; {' or '.join(map(str, seeds))} seeds each. {found['sentence']}"
-    return [Text(told), Table(["objective", *header], rows)]
+    told = f"{capital(described.title)}: {better}; {' or '.join(map(str, seeds))} seeds each. {found['sentence']}"
+    return [told, table(["objective", *header], rows)]
 
 
-def ties(stored: Mapping[str, Any], yardstick: str) -> list[Block]:
-    """Which pairs could not be told apart."""
-    found = _ranking(stored, yardstick)
+def ties(stored: Stored, yardstick: str) -> list[str]:
+    """List the pairs that could not be told apart."""
+    found, title = _named(stored["rankings"], yardstick), describe(yardstick).title
     tied = [pair for pair in found["pairs"] if not pair["distinguishable"]]
-    title = describe(yardstick).title
-    told = f"{_capital(title)}: {len(tied)} of {len(found['pairs'])} pairs could not be told apart."
+    told = f"{capital(title)}: {len(tied)} of {len(found['pairs'])} pairs could not be told apart."
     if not tied:
-        return [Text(told)]
-    header = ["first", "second", f"first - second [{100 * stored['confidence']:g} %]", "corrected p"]
-    rows = [
-        [_code(pair["first"]), _code(pair["second"]), _difference(pair), probability(pair["corrected_p"])]
-        for pair in tied
+        return [told]
+    rows = [[code(pair["first"]), code(pair["second"]), _difference(pair), probability(pair["corrected_p"])]
+            for pair in tied]  # fmt: skip
+    summary = f"<details><summary>The {len(tied)} pairs not told apart in {title}</summary>"
+    return [
+        told,
+        summary,
+        table(["first", "second", f"first - second {_level(stored)}", "corrected p"], rows),
+        "</details>",
     ]
-    return [Text(told), Details(f"The {len(tied)} pairs not told apart in {title}", [Table(header, rows)])]
 
 
-def pairs(stored: Mapping[str, Any], wanted: str) -> list[Block]:
-    """Chosen pairs, `A vs B; C vs D`, on every yardstick."""
+def pairs(stored: Stored, wanted: str) -> list[str]:
+    """Show chosen pairs, `A vs B; C vs D`, on every yardstick."""
     rows = []
     for names in wanted.split(";"):
         first, _, second = names.strip().partition(VERSUS)
         for found in stored["rankings"]:
-            pair, turned = _pair(found, first, second)
-            shown = [_difference(pair, turned), probability(pair["corrected_p"]), _verdict(pair)]
-            rows.append([f"{_code(first)} - {_code(second)}", describe(found["yardstick"]).title, *shown])
-    level = f"[{100 * stored['confidence']:g} %]"
-    return [Table(["pair", "yardstick", f"difference {level}", "corrected p", "verdict"], rows)]
+            pair = next((pair for pair in found["pairs"] if {pair["first"], pair["second"]} == {first, second}), None)
+            if pair is None:
+                raise LookupError(f"no pair {first!r}{VERSUS}{second!r} in {found['yardstick']}")
+            shown = [_difference(pair, swap=pair["first"] == second), probability(pair["corrected_p"]), pair["verdict"]]
+            rows.append([f"{code(first)} - {code(second)}", describe(found["yardstick"]).title, *shown])
+    return [table(["pair", "yardstick", f"difference {_level(stored)}", "corrected p", "verdict"], rows)]
 
 
-def costs(stored: Mapping[str, Any], _: str) -> list[Block]:
-    """What a run of each objective took."""
+def costs(stored: Stored, _: str) -> list[str]:
+    """Show what a run of each objective took."""
     header = ["objective", "tokens", "seconds", "tokens / step", "s / step", "tokens / s", "peak MB"]
     rows = []
     for cost in sorted(stored["costs"], key=lambda cost: (cost["seconds"] is None, cost["seconds"])):
         rates = [(cost["tokens"], cost["steps"]), (cost["seconds"], cost["steps"]), (cost["tokens"], cost["seconds"])]
         shares = [amount(over / under) if over is not None and under else "" for over, under in rates]
         totals = [amount(cost["tokens"]), amount(cost["seconds"])]
-        rows.append([_code(cost["variant"]), *totals, *shares, amount(cost["peak_memory_mb"])])
-    return [Table(header, rows)]
+        rows.append([code(cost["variant"]), *totals, *shares, amount(cost["peak_memory_mb"])])
+    return [table(header, rows)]
 
 
-def equal_cost(stored: Mapping[str, Any], yardstick: str) -> list[Block]:
-    """The objectives at equal tokens and at equal seconds."""
+def equal_cost(stored: Stored, yardstick: str) -> list[str]:
+    """Show the objectives at equal tokens and at equal seconds, and which pairs can be told apart there."""
     found = _named(stored["equal_costs"], yardstick)
-    kinds = [cost for cost in COSTS if cost in found]
-    columns = [{row["variant"]: [_mean(row), row["letters"]] for row in found[kind]["rows"]} for kind in kinds]
-    header = ["objective"]
-    for kind in kinds:
-        header += [f"at {amount(found[kind]['budget'])} {COSTS[kind]}", "letters"]
+    budgets = {f"{amount(found[kind]['budget'])} {SPENDINGS[kind]}": found[kind] for kind in SPENDINGS if kind in found}
+    columns = [{row["variant"]: [interval(_mean(row["mean"])), row["standing"]] for row in at["rows"]}
+               for at in budgets.values()]  # fmt: skip
+    header = ["objective", *(cell for budget in budgets for cell in (f"at {budget}", "verdict"))]
     variants = dict.fromkeys(variant for column in columns for variant in column)
-    rows = [[_code(v), *(cell for column in columns for cell in column.get(v, ["", ""]))] for v in variants]
-    out = ", ".join(map(_code, found["left_out"]))
-    told = f"{_capital(describe(yardstick).title)} at equal cost, the most that every run has spent."
+    rows = [[code(v), *(cell for column in columns for cell in column.get(v, ["", ""]))] for v in variants]
+    out = ", ".join(map(code, found["left_out"]))
+    told = f"{capital(describe(yardstick).title)} at equal cost, the most that every run has spent."
     told += f" Left out, for less than half of the median's tokens: {out}." if out else ""
-    return [Text(told), Table(header, rows)]
+    return [told, table(header, rows), "\n".join(f"- At {budget}, {_apart(at)}" for budget, at in budgets.items())]
 
 
-def compute(stored: Mapping[str, Any], _: str) -> list[Block]:
-    """What all runs took together, and on what."""
+def compute(stored: Stored, _: str) -> list[str]:
+    """Add up what all runs took together, and say on what."""
     runs = {row["variant"]: row["mean"]["seeds"] for row in stored["rankings"][0]["rows"]}
     totals = {
         name: sum((cost[name] or 0.0) * runs.get(cost["variant"], 0) for cost in stored["costs"])
@@ -146,28 +141,24 @@ def compute(stored: Mapping[str, Any], _: str) -> list[Block]:
         ["runs", str(sum(runs.values()))],
         ["training", f"{amount(totals['seconds'])} s for {amount(totals['steps'])} steps"],
         ["sampled for training", f"{totals['tokens'] / MEGA:.2f} million tokens"],
-    ]
-    if record:
-        rows.append(["with loading, evaluation and logging", f"{amount(record['wall_seconds'])} s"])
-    rows += [
+        ["with loading, evaluation and logging", f"{amount(record['wall_seconds'])} s"] if record else [],
         ["machine", f"{machine['cpu']}, {machine['cores']} of {machine['cores_of_all']} cores, "
                     f"{machine['memory_gib']} GiB, {machine['system']}"],
         ["software", ", ".join([f"Python {machine['python']}", *(f"{k} {v}" for k, v in machine["versions"].items())])],
+        ["commit of the runs", code(record["commit"])] if record else [],
     ]  # fmt: skip
-    if record:
-        rows.append(["commit of the runs", f"`{record['commit']}`"])
-    return [Table(["", ""], rows)]
+    return [table(["", ""], [row for row in rows if row])]
 
 
-def curve(stored: Mapping[str, Any], yardstick: str) -> list[Block]:
-    """A yardstick at every evaluation, means over seeds."""
+def curve(stored: Stored, yardstick: str) -> list[str]:
+    """Show a yardstick at every evaluation, means over seeds."""
     if yardstick not in stored["curves"]:
         raise LookupError(f"no curve of {yardstick!r}; there are {', '.join(stored['curves'])}")
     return [_course(stored["curves"][yardstick], f"{describe(yardstick).axis} at step", None)]
 
 
-def training(stored: Mapping[str, Any], what: str) -> list[Block]:
-    """What training logs, at some steps, of some objectives: `train/entropy at 1 10 of A; B`; means over seeds."""
+def training(stored: Stored, what: str) -> list[str]:
+    """Show what training logs, at some steps, of some objectives: `train/entropy at 1 10 of A; B`; means over seeds."""
     name, _, rest = what.partition(" at ")
     steps, _, chosen = rest.partition(OF)
     found = stored["record"].get("training", {}).get(name)
@@ -179,78 +170,56 @@ def training(stored: Mapping[str, Any], what: str) -> list[Block]:
     return [_course({variant: found[variant] for variant in wanted}, f"`{name}` at step", steps.split())]
 
 
-def figure(stored: Mapping[str, Any], which: str) -> list[Block]:
-    """A figure with its caption, `curves accuracy`."""
+def figure(stored: Stored, which: str) -> list[str]:
+    """Show the learning curves of a yardstick, `curves accuracy`."""
     kind, _, yardstick = which.partition(" ")
-    if f"{kind}_{yardstick}" not in FIGURES:
-        raise LookupError(f"no figure {which!r}; there are {', '.join(name.replace('_', ' ', 1) for name in FIGURES)}")
-    caption = CAPTIONS[kind].format(describe(yardstick).title)
-    return [
-        Text(f"![{caption.partition(':')[0]}](docs/results_{stored['name']}_{kind}_{yardstick}.png)"),
-        Text(caption),
-    ]
+    if kind != "curves" or yardstick not in DRAWN:
+        raise LookupError(f"no figure {which!r}; there are {', '.join(f'curves {name}' for name in DRAWN)}")
+    caption = f"Learning curves of {describe(yardstick).title}"
+    image = f"![{caption}](docs/results_{stored['name']}_curves_{yardstick}.png)"
+    return [image, f"{caption}: means over seeds, bands from the least seed to the most."]
 
 
-KINDS: dict[str, Callable[[Mapping[str, Any], str], list[Block]]] = {
+KINDS: dict[str, Callable[[Stored, str], list[str]]] = {
     "setting": setting, "ranking": ranking, "ties": ties, "pairs": pairs, "costs": costs, "equal-cost": equal_cost,
     "compute": compute, "curve": curve, "training": training, "figure": figure,
 }  # fmt: skip
 
 
-def _course(by_variant: Mapping[str, Mapping[str, float]], title: str, steps: Sequence[str] | None) -> Table:
+def _course(by_variant: Mapping[str, Mapping[str, float]], title: str, steps: Sequence[str] | None) -> str:
     shown = steps or list(dict.fromkeys(step for course in by_variant.values() for step in course))
     rows = [
-        [_code(variant), *(f"{course[step]:.3g}" if step in course else "" for step in shown)]
+        [code(variant), *(f"{course[step]:.3g}" if step in course else "" for step in shown)]
         for variant, course in by_variant.items()
     ]
-    return Table([title, *shown], rows)
+    return table([title, *shown], rows)
 
 
-def _named(entries: Sequence[Mapping[str, Any]], yardstick: str) -> Mapping[str, Any]:
+def _named(entries: Sequence[Stored], yardstick: str) -> Stored:
     for entry in entries:
         if entry["yardstick"] == yardstick:
             return entry
     raise LookupError(f"no {yardstick!r}; there are {', '.join(entry['yardstick'] for entry in entries)}")
 
 
-def _ranking(stored: Mapping[str, Any], yardstick: str) -> Mapping[str, Any]:
-    return _named(stored["rankings"], yardstick)
+def _apart(found: Stored) -> str:
+    """Say which pairs can be told apart, of how many."""
+    worse: dict[str, list[str]] = {}
+    for first, second in found["apart"]:
+        worse.setdefault(code(first), []).append(code(second))
+    n = len(found["rows"])
+    told = "; ".join(f"{first} from {', '.join(names)}" for first, names in worse.items())
+    return f"{len(found['apart'])} of {n * (n - 1) // 2} pairs can be told apart{f': {told}' if told else ''}."
 
 
-def _pair(found: Mapping[str, Any], first: str, second: str) -> tuple[Mapping[str, Any], bool]:
-    """The pair, and whether it is stored the other way round."""
-    for pair in found["pairs"]:
-        if {pair["first"], pair["second"]} == {first, second}:
-            return pair, pair["first"] == second
-    raise LookupError(f"no pair {first!r}{VERSUS}{second!r} in {found['yardstick']}")
+def _difference(pair: Stored, swap: bool = False) -> str:
+    found = _mean(pair["difference"])
+    return interval(turned(found) if swap else found)
 
 
-def _verdict(pair: Mapping[str, Any]) -> str:
-    for name in (pair["first"], pair["second"]):
-        if pair["verdict"].startswith(f"{name} is "):
-            return f"{_code(name)}{pair['verdict'].removeprefix(name)}"
-    return pair["verdict"]
+def _mean(found: Stored) -> Mean:
+    return Mean(found["mean"], found["low"], found["high"], found["seeds"], 0)
 
 
-def _difference(pair: Mapping[str, Any], turned: bool = False) -> str:
-    found = pair["difference"]
-    if not turned:
-        return _interval(found)
-    low, high = (None if end is None else -end for end in (found["high"], found["low"]))
-    return _interval(found | {"mean": -found["mean"], "low": low, "high": high})
-
-
-def _mean(row: Mapping[str, Any]) -> str:
-    return _interval(row["mean"])
-
-
-def _interval(found: Mapping[str, Any]) -> str:
-    return interval(Mean(found["mean"], found["low"], found["high"], found["seeds"], 0, "", ""))
-
-
-def _code(name: str) -> str:
-    return f"`{name}`"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _level(stored: Stored) -> str:
+    return f"[{100 * stored['confidence']:g} %]"

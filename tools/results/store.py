@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lit_opd.lab.compare.accounting import at_equal_cost, common_budget
-from lit_opd.lab.compare.ranking import rank
-from lit_opd.lab.compare.records import Point
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from lit_opd.lab.compare.collect import Point
+from lit_opd.lab.compare.digest import rank_at
 from lit_opd.runs.numbers import finite
 
 YARDSTICKS = ("accuracy", "reverse_kl", "forward_kl", "student_entropy")
@@ -121,11 +120,10 @@ def _equal_cost(
     kept = {variant: by_seed for variant, by_seed in curves.items() if tokens.get(variant, 0.0) >= least}
     found: dict[str, Any] = {"yardstick": name, "left_out": [variant for variant in curves if variant not in kept]}
     for cost in COSTS:
-        budget = common_budget(kept, cost)
-        if budget is not None:
-            ranking = rank(name, at_equal_cost(kept, cost, budget), report["confidence"], resamples=1)
-            found[cost] = {"budget": budget} | _ranking(asdict(ranking))
-            del found[cost]["pairs"]
+        if equal := rank_at(name, kept, cost):
+            rows = _ranking(asdict(equal.ranking))["rows"]
+            apart = [[pair.first, pair.second] for pair in equal.ranking.pairs if pair.distinguishable]
+            found[cost] = {"budget": equal.budget, "rows": rows, "apart": apart}
     return found
 
 
