@@ -23,7 +23,7 @@ from lit_opd.config import (
     TeacherConfig,
     as_section,
     load_config,
-    loading,
+    reading,
     to_flat,
     to_yaml,
 )  # fmt: skip
@@ -225,7 +225,7 @@ def test_every_field_says_what_it_means(schema):
 
 
 def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch, write):
-    monkeypatch.setattr(loading, "RENAMED", {"optim.rate": "optim.lr", "sampler": "rollout"})
+    monkeypatch.setattr(reading, "RENAMED", {"optim.rate": "optim.lr", "sampler": "rollout"})
     message = r"^optim\.rate: expected its new name optim\.lr, found the old one \(override 'optim\.rate=1'\)\. Write "
     with pytest.raises(UserError, match=message + r"optim\.lr\.$"):
         load_config([], [*PATHS, "optim.rate=1"])
@@ -239,7 +239,7 @@ def test_renamed_keys_are_no_keys_and_their_new_names_are():
         hint = get_type_hints(schema).get(first)
         return hint is not None and (not rest or not is_dataclass(hint) or known(hint, rest))
 
-    for old, new in loading.RENAMED.items():
+    for old, new in reading.RENAMED.items():
         assert not known(Config, old)
         assert known(Config, new)
 

@@ -7,7 +7,7 @@ file is reported in under a second.
 from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
 from lit_opd.config.limits import Section
-from lit_opd.config.loading import PACKAGE_FOLDER, as_section, load_as, load_config, parse_overrides, to_flat, to_yaml
+from lit_opd.config.reading import PACKAGE_FOLDER, as_section, load_as, load_config, parse_overrides, to_flat, to_yaml
 from lit_opd.config.schema import Config
 from lit_opd.config.watching import (
     CollapseConfig,

@@ -13,7 +13,7 @@ from typing import Any
 from lit_opd.config import OptimConfig, RolloutConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError, suggest
 from lit_opd.estimators import BoundEstimator
-from lit_opd.linter.findings import Facts, Finding, LintWarning
+from lit_opd.linter.facts import Facts, Finding, LintWarning
 from lit_opd.linter.probes import probe
 from lit_opd.linter.rules import RULES
 from lit_opd.models import LanguageModel, load_tokenizer, read_model_config, token_ids

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lit_opd.estimators import get, names
-from lit_opd.linter.findings import Facts, Finding
+from lit_opd.linter.facts import Facts, Finding
 from lit_opd.linter.probes import Probe
 from lit_opd.types import Need
 
