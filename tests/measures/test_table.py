@@ -17,7 +17,10 @@ def test_everything_that_a_run_logs_has_a_row(make_model, make_module, make_trai
             self.names |= metrics.keys()
 
     logger = Kept()
-    settings = {"optim": {"name": "AdamW", "lr": 1e-3, "clip_norm": 1.0}, "evaluation": {"pass_at": [1, 2], "num_completions": 2}}
+    settings = {
+        "optim": {"name": "AdamW", "lr": 1e-3, "clip_norm": 1.0},
+        "evaluation": {"pass_at": [1, 2], "num_completions": 2},
+    }
     module = make_module(make_model(1), make_model(2), "teacher_topk", estimator_kwargs={"k": 4}, **settings)
     trainer = make_trainer(
         3, callbacks=[StepDiagnostics(1), StepSpeed()], limit_val_batches=1.0, logger=logger, log_every_n_steps=1

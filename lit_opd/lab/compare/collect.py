@@ -9,14 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlflow.entities import Run as MlflowRun
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import within
 from lit_opd.lab.compare.records import Point, RunResult
 from lit_opd.lab.compare.runs import PARENT
+from lit_opd.tracking import MlflowClient, MlflowException, MlflowRun
 
 __all__ = ["collect", "read_run"]
 

@@ -6,8 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlflow.tracking import MlflowClient
-
 from lit_opd.errors import RunError, UserError
 from lit_opd.lab.compare.checks import check_recorded, check_runs
 from lit_opd.lab.compare.collect import collect
@@ -17,7 +15,7 @@ from lit_opd.lab.compare.records import RunResult
 from lit_opd.lab.compare.report import make_report, to_json
 from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
 from lit_opd.lab.folder import check_writable
-from lit_opd.tracking import check_tracking
+from lit_opd.tracking import MlflowClient, check_tracking
 
 __all__ = ["compare", "compare_recorded"]
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.text import Text
 
@@ -25,7 +23,7 @@ from lit_opd.config import to_yaml
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.lab.folder import RunFolder, check_writable
-from lit_opd.tracking import git_sha
+from lit_opd.tracking import MlflowClient, MlflowException, git_sha
 
 __all__ = ["PARENT", "begin_parent", "claimed", "is_finished", "make_runs", "seconds_left"]
 
