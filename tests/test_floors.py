@@ -71,6 +71,19 @@ def test_imports_go_down_or_stay_in_the_room(path, tree):
 
 
 @pytest.mark.parametrize(("path", "tree"), trees())
+def test_only_tracking_knows_mlflow(path, tree):
+    """The others hand values to it: no import of MLflow or of its logger, no call of its client."""
+    if path.relative_to(PACKAGE).parts[0] == "tracking":
+        return
+    assert not [name for name in imports(tree) if name.split(".")[0] == "mlflow"]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert "MLFlowLogger" not in [alias.name for alias in node.names]
+        if isinstance(node, ast.Attribute) and node.attr == "experiment":
+            assert not ast.unparse(node.value).endswith("logger"), f"line {node.lineno}: MLflow's client"
+
+
+@pytest.mark.parametrize(("path", "tree"), trees())
 def test_files_and_functions_are_short(path, tree):
     assert len(path.read_text().splitlines()) <= FILE_LINES
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""Callbacks: one behaviour a file."""
+"""Watch, record and guard a run while Lightning trains: one behaviour a file. Values are handed to tracking."""
 
 from lit_opd.callbacks.collapse import WatchCollapse
 from lit_opd.callbacks.diagnostics import StepDiagnostics

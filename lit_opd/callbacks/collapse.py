@@ -1,4 +1,8 @@
-"""Signs that training goes wrong, seen while there is time to stop."""
+"""Watch for signs that training goes wrong, while there is time to stop.
+
+Why here: an objective that collapses costs hours and a wasted run. Every trainer of `fit` has `WatchCollapse`, unless
+`collapse.action` is `off`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import lightning as L
-from lightning.pytorch.loggers import MLFlowLogger
 
 from lit_opd.config import CollapseConfig
-from lit_opd.measures.steps import Seen
-from lit_opd.module import DistillationModule
+from lit_opd.tracking import log_tag, logger_of
 
 __all__ = ["CollapseWarning", "WatchCollapse"]
 
@@ -27,8 +29,8 @@ class Sign(NamedTuple):
 
     Attributes:
         key: of the configuration that holds its limit.
-        says: what it is, with its unit.
-        floor: whether it is bad below its limit, and not above.
+        says: its meaning, with the unit.
+        floor: True where it is bad below its limit, False where above.
         remedy: what to do.
     """
 
@@ -38,7 +40,7 @@ class Sign(NamedTuple):
     remedy: str
 
     def is_bad(self, value: float, limit: float) -> bool:
-        """Whether the value is on the wrong side."""
+        """Judge whether the value is on the wrong side."""
         return value < limit if self.floor else value > limit
 
 
@@ -79,15 +81,14 @@ class WatchCollapse(L.Callback):
         self._armed: set[str] = set()
         self._told: set[str] = set()
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look at every sign."""
         logged = trainer.callback_metrics
-        values = {name: float(logged[name]) for name in SIGNS if name in logged} | _support_mass(pl_module)
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._recent[name].append(value)
+        for name in SIGNS:
+            if name in logged and math.isfinite(logged[name]):
+                self._recent[name].append(float(logged[name]))
                 self._judge(trainer, name)
 
     def _judge(self, trainer: L.Trainer, name: str) -> None:
@@ -107,13 +108,11 @@ class WatchCollapse(L.Callback):
         if trainer.is_global_zero:
             end = "The run stops here." if stops else "Set collapse.action=stop to end the run at that."
             warnings.warn(f"{told}. {sign.remedy} {end}", CollapseWarning, stacklevel=2)
-        for logger in trainer.loggers:
-            if isinstance(logger, MLFlowLogger) and trainer.is_global_zero:
-                logger.experiment.set_tag(logger.run_id, "collapse", told)
+        log_tag(logger_of(trainer), "collapse", told)
         trainer.should_stop = trainer.should_stop or stops
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen so far."""
+        """Give a checkpoint what was seen so far."""
         recent = {name: list(values) for name, values in self._recent.items()}
         return {"recent": recent, "armed": sorted(self._armed), "told": sorted(self._told)}
 
@@ -121,20 +120,3 @@ class WatchCollapse(L.Callback):
         """Go on from a checkpoint."""
         self._recent = {name: deque(v, maxlen=self.config.window) for name, v in state_dict["recent"].items()}
         self._armed, self._told = set(state_dict["armed"]), set(state_dict["told"])
-
-
-def _support_mass(module: DistillationModule) -> dict[str, float]:
-    """The mean over the student's tokens, over all processes, where the estimator compares a support."""
-    parts = [part for part in map(_own_mass, module.seen) if part is not None]
-    if not parts:
-        return {}
-    found = module.total({"sum": sum(total for total, _ in parts), "tokens": sum(count for _, count in parts)})
-    return {"train/student_mass": found["sum"] / found["tokens"]} if found["tokens"] else {}
-
-
-def _own_mass(seen: Seen) -> tuple[Any, Any] | None:
-    rollout, stats = seen
-    if "student_mass" not in stats:
-        return None
-    own_N = rollout.own_mask_BT[rollout.mask_BT]
-    return stats["student_mass"][own_N].sum(), own_N.sum()

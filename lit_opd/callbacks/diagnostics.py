@@ -1,4 +1,7 @@
-"""Numbers of a training step that tell why it goes well or badly."""
+"""Log numbers of a training step that tell why it goes well or badly.
+
+Why here: they cost a look at every token, so not every step pays for them. `diagnostics.every_n_steps` says how often.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lit_opd.measures.steps import gradient_noise, observed_tokens, token_numbers
 from lit_opd.module import DistillationModule
+from lit_opd.tracking import log_metrics
 
 __all__ = ["StepDiagnostics"]
 
@@ -41,8 +45,7 @@ class StepDiagnostics(L.Callback):
         own = observed_tokens(pl_module.seen, pl_module.rollout_config.max_new_tokens)
         tokens = _of_all_processes(own, trainer.world_size)
         numbers = token_numbers(tokens) | self._gradient(pl_module)
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=pl_module.global_step)
+        log_metrics(trainer, numbers, pl_module.global_step)
 
     def _gradient(self, module: DistillationModule) -> dict[str, float]:
         numbers = {"gradient/clipped_frac": sum(self._clipped) / len(self._clipped)} if self._clipped else {}

@@ -1,25 +1,21 @@
-"""Pictures, numbers and completions of every evaluation, as artifacts of its MLflow run."""
+"""Leave pictures, numbers and completions of every evaluation in its MLflow run."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
 
-from lit_opd.callbacks.drawing import QUANTILES, draw_log_ratios, draw_positions
 from lit_opd.callbacks.page import completions_page
+from lit_opd.callbacks.pictures import QUANTILES, draw_log_ratios, draw_positions
 from lit_opd.measures.histogram import Histogram
 from lit_opd.measures.positions import Curves
 from lit_opd.module import DistillationModule
-from lit_opd.tracking import logger_of
+from lit_opd.tracking import log_files, logger_of
 
 __all__ = ["EvaluationFigures"]
-
-FOLDER = "diagnostics"
 
 
 class EvaluationFigures(L.Callback):
@@ -36,25 +32,21 @@ class EvaluationFigures(L.Callback):
         if logger is None or profile is None or trainer.sanity_checking:
             return
         step, judged, size = trainer.global_step, pl_module.judged, pl_module.evaluation.support_size
-        ending = f"{'teacher_' if judged == 'teacher' else ''}{step:06d}"
-        title = (
-            f"{judged} at step {step}"
-            if judged == "student"
-            else "the teacher on its own completions, as student and teacher at once"
-        )
+        of_teacher = judged == "teacher"
+        title = "the teacher on its own completions" if of_teacher else f"student at step {step}"
+        ending = f"{'teacher_' if of_teacher else ''}{step:06d}"
         numbers = {"step": step, "judged": judged, "support_size": size, **to_json(*profile)}
-        with TemporaryDirectory() as place:
-            folder = Path(place)
-            (folder / f"positions_{ending}.png").write_bytes(draw_positions(profile.curves, title, size))
-            (folder / f"positions_{ending}.json").write_text(json.dumps(numbers, allow_nan=False))
-            (folder / f"log_ratios_{ending}.png").write_bytes(draw_log_ratios(profile.log_ratios, title))
-            page = completions_page(pl_module.examples, f"Completions: {title}")
-            (folder / f"completions_{ending}.html").write_text(page, encoding="utf-8")
-            logger.experiment.log_artifacts(logger.run_id, place, FOLDER)
+        files: dict[str, bytes | str] = {
+            f"positions_{ending}.png": draw_positions(profile.curves, title, size),
+            f"positions_{ending}.json": json.dumps(numbers, allow_nan=False),
+            f"log_ratios_{ending}.png": draw_log_ratios(profile.log_ratios, title),
+            f"completions_{ending}.html": completions_page(pl_module.examples, f"Completions: {title}"),
+        }
+        log_files(logger, files, "diagnostics")
 
 
 def to_json(curves: Curves, log_ratios: Histogram) -> dict[str, Any]:
-    """Everything that the pictures show, point by point; null where there is no number."""
+    """Collect everything that the pictures show, point by point; null where there is no number."""
     tables = {"mean": curves.means, "low": curves.lows, "high": curves.highs}
     return {
         "confidence": curves.confidence,

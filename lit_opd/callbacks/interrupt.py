@@ -1,4 +1,7 @@
-"""Ctrl-C ends a run between two steps, where its state is whole."""
+"""End a run on Ctrl-C between two steps, where its state is whole, and save it.
+
+Why here: Lightning ends a run wherever it is. Every trainer of `fit` has it; so may a user's own.
+"""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 from lit_opd.module import DistillationModule
 from lit_opd.perf import STEP, Breakdown, Part, break_down, peak_memory_mb, phase
+from lit_opd.tracking import log_files, logger_of
 
 __all__ = ["ProfileSteps", "operator_table", "phase_table"]
 
@@ -119,9 +119,7 @@ class ProfileSteps(L.Callback):
         numbers = asdict(self.breakdown) | {"peak_memory_before_mb": self.peak_mb}
         (self.folder / "phases.json").write_text(json.dumps(numbers, indent=2))
         (self.folder / "phases.md").write_text(f"{self._phases()}\n\n{operator_table(self.breakdown)}\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, MLFlowLogger):
-                logger.experiment.log_artifacts(logger.run_id, str(self.folder), "profile")
+        log_files(logger_of(trainer), {kept.name: kept.read_bytes() for kept in self.folder.iterdir()}, "profile")
 
 
 def phase_table(found: Breakdown) -> str:

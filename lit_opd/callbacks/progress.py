@@ -1,4 +1,7 @@
-"""One bar over the optimizer steps of the run, with the numbers to watch."""
+"""Show one bar over the optimizer steps of the run, with the numbers to watch.
+
+Why here: Lightning's own bars count batches of an epoch. Every trainer of the commands has this one instead.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,11 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
+from lit_opd.measures.table import describe
+
 __all__ = ["StepProgress"]
 
-SHOWN = {
-    "train/reverse_kl": "reverse KL",
-    "val/reverse_kl": "held-out",
-    "val/accuracy": "accuracy",
-    "rollout/length": "length",
-    "perf/tokens_per_s": "tokens/s",
-}
+SHOWN = ("train/reverse_kl", "val/reverse_kl", "val/accuracy", "rollout/length", "perf/tokens_per_s")
 
 
 class StepProgress(ProgressBar):
@@ -52,7 +51,7 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Advance to the present step."""
         metrics = trainer.callback_metrics
-        known = {label: float(metrics[name]) for name, label in SHOWN.items() if name in metrics}
+        known = {_label(name): float(metrics[name]) for name in SHOWN if name in metrics}
         shown = {label: f"{value:.3g}" for label, value in known.items() if not math.isnan(value)}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
@@ -83,7 +82,7 @@ class StepProgress(ProgressBar):
         self._evaluation.close()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """The same bar for `test`, which measures like `validate`."""
+        """Open the bar of an evaluation: `test` measures like `validate`."""
         self.on_validation_start(trainer, pl_module)
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -93,3 +92,7 @@ class StepProgress(ProgressBar):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the evaluation's bar."""
         self.on_validation_end(trainer, pl_module)
+
+
+def _label(name: str) -> str:
+    return f"{'val ' if name.startswith('val/') else ''}{describe(name).label}"

@@ -1,4 +1,7 @@
-"""What the steps of a run cost."""
+"""Add up what the steps of a run cost.
+
+Why here: a comparison at equal cost needs costs beside the yardsticks. Every trainer of `fit` has it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from statistics import median
 from typing import Any
 
 import lightning as L
+
+from lit_opd.tracking import log_metrics
 
 __all__ = ["StepSpeed"]
 
@@ -25,7 +30,7 @@ class StepSpeed(L.Callback):
         self.cost = {"cost/tokens": 0.0, "cost/seconds": 0.0}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Keep the step's."""
+        """Keep the numbers of the step."""
         step = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("perf/")}
         for name, value in step.items():
             self.steps.setdefault(name, []).append(value)
@@ -35,11 +40,10 @@ class StepSpeed(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the totals, as often as `val/*`: MLflow's charts pair the values of two metrics by their number."""
         if not trainer.sanity_checking and pl_module.judged == "student":
-            for logger in trainer.loggers:
-                logger.log_metrics({name: round(value, 3) for name, value in self.cost.items()}, trainer.global_step)
+            log_metrics(trainer, {name: round(value, 3) for name, value in self.cost.items()}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals, which a resumed run adds to."""
+        """Give a checkpoint the totals, which a resumed run adds to."""
         return dict(self.cost)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -47,5 +51,5 @@ class StepSpeed(L.Callback):
         self.cost.update(state_dict)
 
     def typical(self) -> dict[str, float]:
-        """The median over steps, which a slow first one does not move; of the peak memory, the largest."""
+        """Take the median over steps, which a slow first one does not move; of the peak memory, the largest."""
         return {name: max(values) if name == PEAK else median(values) for name, values in self.steps.items()}

@@ -35,8 +35,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "datasets" in sys.modules:  # which reads the variable above only when it is imported
         sys.modules["datasets"].disable_progress_bars()
-    import mlflow  # noqa: F401  (sets up its own logging when imported, which would undo the levels below)
     from transformers.utils import logging as transformers_logging
+
+    import lit_opd.tracking  # noqa: F401  (MLflow sets up its own logging when imported, after which levels are set)
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -11,22 +11,11 @@ from rich.table import Table
 
 from lit_opd.config import Config
 from lit_opd.measures.intervals import Interval
+from lit_opd.measures.table import describe, in_order
 from lit_opd.runs.distillation import Outcome, Results
 from lit_opd.tracking import ui_command
 
 __all__ = ["perf_line", "print_outcome", "print_results"]
-
-ROWS = {
-    "accuracy": "accuracy",
-    "reverse_kl": "reverse KL",
-    "forward_kl": "forward KL",
-    "jsd": "JSD",
-    "teacher_nll": "teacher NLL",
-    "top1_agreement": "top-1 agree",
-    "student_entropy": "entropy",
-    "length": "length",
-    "truncated_frac": "truncated",
-}
 
 
 @rank_zero_only
@@ -75,11 +64,8 @@ def _table(columns: dict[str, Results]) -> Table:
     table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    names = {**ROWS, **{k: k.replace("_at_", "@") for r in columns.values() for k in r if k.startswith("pass_at")}}
-    for name, label in names.items():
-        cells = [_cell(results.get(name)) for results in columns.values()]
-        if any(cells):
-            table.add_row(label, *cells)
+    for name in in_order(name for results in columns.values() for name in results):
+        table.add_row(describe(name).label, *(_cell(results.get(name)) for results in columns.values()))
     return table
 
 

@@ -1,7 +1,8 @@
-"""What a training step tells of itself: numbers from values that are at hand once it is done.
+"""Sum up a training step: numbers from values that are at hand once it is done.
 
-Advantages here are teacher minus student log-probability of the sampled token, in nats, whatever the estimator makes
-of them, so that runs compare.
+Why here: a run compares with another only if both measure the same. The module calls `token_sums` and `step_report` at
+every step, the callback `StepDiagnostics` the others now and then. Advantages here are teacher minus student
+log-probability of the sampled token, in nats, whatever the estimator makes of them.
 """
 
 from __future__ import annotations
@@ -39,13 +40,15 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
 
     Returns:
         `own`: how many; `kl`: of the estimator's KL; `entropy`: of minus the student's log-probability, whose mean
-        estimates its entropy; `gap`: sampler minus student log-probability. Nats.
+        estimates its entropy; `gap`: sampler minus student log-probability, in nats; `student_mass`: of the student's
+        probability of what the estimator compares, where that is a support.
     """
     sums: dict[str, Tensor] = {}
     for rollout, stats in seen:
         own_N, student_N = rollout.own_mask_BT[rollout.mask_BT], stats["student_logps"]
         gap_N = rollout.sampler_logps_BT[rollout.mask_BT] - student_N
         values = {"own": own_N, "kl": stats["kl"][own_N], "entropy": -student_N[own_N], "gap": gap_N[own_N]}
+        values |= {"student_mass": stats["student_mass"][own_N]} if "student_mass" in stats else {}
         sums = {name: value.sum() + sums.get(name, 0) for name, value in values.items()}
     return sums
 
@@ -53,11 +56,11 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
 def step_report(
     update: Mapping[str, float], rollout: Mapping[str, float], seconds: Mapping[str, float], peak_mb: float
 ) -> dict[str, float]:
-    """Name the metrics that every step logs, the same keys whatever the estimator.
+    """Name the metrics that every step logs; but for the mass of a support the same keys whatever the estimator.
 
     Args:
         update: totals of the last update: `loss` and `grad_norm`; over the tokens that the student wrote, `kl`,
-            `entropy`, `gap` and their number `own`.
+            `entropy`, `gap`, their number `own`, and `student_mass` where there is one.
         rollout: totals over sequences, from `rollout_sums`.
         seconds: of each phase; together they are the step's.
         peak_mb: the most memory ever used.
@@ -72,6 +75,7 @@ def step_report(
         "train/reverse_kl": update["kl"] / tokens,
         "train/entropy": update["entropy"] / tokens,
         "train/grad_norm": update["grad_norm"],
+        **({"train/student_mass": update["student_mass"] / tokens} if "student_mass" in update else {}),
         **{f"rollout/{name}": value / rows for name, value in rollout.items() if name != "rows"},
         "rollout/sampler_gap": update["gap"] / tokens,
         "perf/tokens_per_s": rollout["length"] / step_s,
@@ -122,8 +126,8 @@ def token_numbers(tokens: Mapping[str, Tensor]) -> dict[str, float]:
     `advantage/*`: quantiles, mean, standard deviation, skew, and the share of the sum of absolute values that the
     largest 1% of tokens hold. `position/*_q1` to `q4`: means by quarter of the horizon. `rollout/sampler_ess`: the
     effective share of the tokens, (sum w)^2 / (n sum w^2) with w the student's over the sampler's probability (Kong,
-    1992). `stop/log_ratio`: student minus teacher at stop tokens that the student wrote. `train/clipped_frac` and
-    `train/{student,teacher}_mass` where the estimator clips, or compares a support.
+    1992). `stop/log_ratio`: student minus teacher at stop tokens that the student wrote. `train/clipped_frac`,
+    `train/teacher_mass` and `train/student_mass_min` where the estimator clips, or compares a support.
 
     Args:
         tokens: what `observed_tokens` returns, over all processes.
@@ -146,7 +150,7 @@ def token_numbers(tokens: Mapping[str, Tensor]) -> dict[str, float]:
     if "clipped" in tokens:
         numbers["train/clipped_frac"] = tokens["clipped"].mean()
     if "student_mass" in tokens:
-        numbers |= {f"train/{name}": tokens[name].mean() for name in ("student_mass", "teacher_mass")}
+        numbers["train/teacher_mass"] = tokens["teacher_mass"].mean()
         numbers["train/student_mass_min"] = tokens["student_mass"].amin()
     return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 

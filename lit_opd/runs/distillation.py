@@ -27,6 +27,7 @@ from lit_opd.tracking import (
     check_tracking,
     git_sha,
     log_datasets,
+    log_files,
     log_medians,
     log_student,
     offer_view,
@@ -139,8 +140,7 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
     folder.prompts.write_text(json.dumps(_prompts_json(module, data)))
     folder.summary.write_text(json.dumps(_as_json(outcome), indent=2))
     folder.write_notes(perf=outcome.perf)
-    for file in (folder.prompts, folder.summary):
-        outcome.logger.experiment.log_artifact(outcome.logger.run_id, str(file))
+    log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
     log_medians(outcome.logger, outcome.perf, outcome.steps)
     log_student(outcome.logger, folder.student, outcome.steps, data)
     outcome.logger.end("FINISHED")

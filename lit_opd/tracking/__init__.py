@@ -1,12 +1,14 @@
-"""MLflow: the only room that knows it. Callbacks and commands hand values to it."""
+"""Tell MLflow of a run: the only room that knows it. Callbacks and commands hand values to it."""
 
 from lit_opd.tracking.lineage import log_datasets, log_medians, log_student
+from lit_opd.tracking.log import log_files, log_metrics, log_table, log_tag, logger_of
 from lit_opd.tracking.record import RunRecord, log_examples
-from lit_opd.tracking.run import RunLogger, begin_run, git_sha, logger_of, ui_command
-from lit_opd.tracking.store import check_tracking
+from lit_opd.tracking.run import RunLogger, begin_run, git_sha, ui_command
+from lit_opd.tracking.store import MlflowClient, MlflowException, MlflowRun, check_tracking
 from lit_opd.tracking.view import offer_view
 
 __all__ = [
-    "RunLogger", "RunRecord", "begin_run", "check_tracking", "git_sha", "log_datasets", "log_examples", "log_medians",
-    "log_student", "logger_of", "offer_view", "ui_command",
+    "MlflowClient", "MlflowException", "MlflowRun", "RunLogger", "RunRecord", "begin_run", "check_tracking", "git_sha",
+    "log_datasets", "log_examples", "log_files", "log_medians", "log_metrics", "log_student", "log_table", "log_tag",
+    "logger_of", "offer_view", "ui_command",
 ]  # fmt: skip

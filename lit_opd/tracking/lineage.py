@@ -1,4 +1,7 @@
-"""What MLflow knows of a run besides its numbers: the prompts that went in, and the student that came out."""
+"""Tell MLflow what went into a run and what came out: its prompts, its student, its costs.
+
+Why here: the columns Dataset and Models of MLflow's table are filled from it. `fit` calls it at both ends of a run.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def log_datasets(logger: RunLogger, data: PromptDataModule) -> None:
 
 
 def dataset_inputs(data: PromptDataModule) -> list[DatasetInput]:
-    """The training and the validation prompts as MLflow describes data: where from, which content, what columns.
+    """Describe the training and the validation prompts to MLflow: where from, which content, what columns.
 
     Two runs have the same digest exactly where they have the same rows in the same order.
     """

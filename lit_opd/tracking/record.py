@@ -1,4 +1,7 @@
-"""Describe a run to MLflow: its configuration, its completions, the load of its machine."""
+"""Describe a run to MLflow while Lightning trains: its configuration, its completions, the load of its machine.
+
+Why here: this is what makes a run readable years later without its folder. Every trainer of `fit` has `RunRecord`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 
 from lit_opd.config import Config, to_flat
 from lit_opd.evaluation import Example
-from lit_opd.tracking.run import logger_of
+from lit_opd.tracking.log import log_files, log_table, logger_of
 
 __all__ = ["RunRecord", "log_examples"]
 
@@ -38,8 +41,8 @@ def log_examples(logger: MLFlowLogger, examples: list[Example], policy: str, ste
             json.dumps(list(zip(e.tokens, e.log_ratios, strict=True)), ensure_ascii=False) for e in examples
         ],
     }
-    if examples and logger.run_id is not None:
-        logger.experiment.log_table(logger.run_id, rows, COMPLETIONS_FILE)
+    if examples:
+        log_table(logger, rows, COMPLETIONS_FILE)
 
 
 class RunRecord(L.Callback):
@@ -62,7 +65,7 @@ class RunRecord(L.Callback):
             return
         run_id = logger.run_id
         if not self._described:
-            logger.experiment.log_artifact(run_id, str(self.config_file))
+            log_files(logger, {self.config_file.name: self.config_file.read_bytes()})
             # MLflow refuses another value for a parameter it has: after resuming, config.yaml tells what changed.
             known = logger.experiment.get_run(run_id).data.params
             values = {name: value for name, value in to_flat(self.config).items() if value not in (None, {}, [])}

@@ -1,4 +1,8 @@
-"""Begin and end a run of MLflow, and hand it metrics."""
+"""Begin, name and end the MLflow run of a training or a measurement.
+
+Why here: MLflow learns how a run ended, and a resumed run goes on in the MLflow run it had. The commands begin one
+before anything is written, and end it when its results are.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import lightning as L
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_opd.config import Config
 from lit_opd.errors import UserError
 
-__all__ = ["RunLogger", "begin_run", "git_sha", "logger_of", "ui_command"]
+__all__ = ["RunLogger", "begin_run", "git_sha", "ui_command"]
 
 
 class RunLogger(MLFlowLogger):
@@ -49,7 +52,7 @@ class RunLogger(MLFlowLogger):
 
 
 def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None) -> RunLogger:
-    """The logger of a run, with the MLflow run made or, where it is to be continued, found.
+    """Make the logger of a run, with its MLflow run made or, where it is to be continued, found.
 
     Args:
         config: its `tracking` section; the run's default name says estimator and pair.
@@ -77,7 +80,7 @@ def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None) -
 
 
 def git_sha() -> dict[str, str]:
-    """The commit of the current folder as a tag; empty outside a repository."""
+    """Read the commit of the current folder as a tag; empty outside a repository."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -86,15 +89,9 @@ def git_sha() -> dict[str, str]:
 
 
 def ui_command(config: Config, logger: MLFlowLogger) -> str:
-    """The command that opens the MLflow UI on this run, and the address to open."""
+    """Spell the command that opens the MLflow UI on this run, and the address to open."""
     page = f"/#/experiments/{logger.experiment_id}/runs/{logger.run_id}"
     if config.tracking.uri.startswith("http"):
         return config.tracking.uri.rstrip("/") + page
     command = f"mlflow ui --backend-store-uri {config.tracking.uri} --host 127.0.0.1 --port 5000"
     return f"{command}\n  then open http://127.0.0.1:5000{page}"
-
-
-def logger_of(trainer: L.Trainer) -> MLFlowLogger | None:
-    """The MLflow logger of the first process; None in the others, and where there is none."""
-    found = [logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)]
-    return found[0] if found and trainer.is_global_zero else None

@@ -1,4 +1,7 @@
-"""Check the address of an MLflow store before anything is loaded or written."""
+"""Reach an MLflow store: check its address before anything is loaded, and read the runs it holds.
+
+Why here: `compare` reads and groups runs through MLflow's own client, whose names it gets from this room.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ import socket
 import urllib.parse
 from pathlib import Path
 
+from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
 from lit_opd.errors import UserError
 
-__all__ = ["check_tracking"]
+__all__ = ["MlflowClient", "MlflowException", "MlflowRun", "check_tracking"]
 
 # The first bytes of every SQLite file.
 SQLITE = b"SQLite format 3\0"

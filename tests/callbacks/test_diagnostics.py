@@ -118,6 +118,6 @@ def test_clips_and_masses_come_with_the_estimators_that_have_them(diagnose):
     _, _, steps = diagnose(steps=1, estimator="clipped_log_ratio", estimator_kwargs={"max_log_ratio": 0.5})
     assert 0 < steps[1]["train/clipped_frac"] < 1
     _, _, steps = diagnose(steps=1, estimator="teacher_topk", estimator_kwargs={"k": 4})
-    assert 0 < steps[1]["train/student_mass_min"] < steps[1]["train/student_mass"] < steps[1]["train/teacher_mass"] < 1
+    assert 0 < steps[1]["train/student_mass_min"] < steps[1]["train/teacher_mass"] < 1
     _, _, steps = diagnose(steps=1, estimator="token")
-    assert not {"train/clipped_frac", "train/student_mass"} & steps[1].keys()
+    assert not {"train/clipped_frac", "train/student_mass_min"} & steps[1].keys()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from lit_opd.callbacks import drawing
-from lit_opd.callbacks.drawing import draw_log_ratios, draw_positions
+from lit_opd.callbacks import pictures
 from lit_opd.callbacks.figures import EvaluationFigures, to_json
-from lit_opd.callbacks.page import completions_page, limit, shade
+from lit_opd.callbacks.page import BLUE, LEGEND, RED, completions_page, shade
+from lit_opd.callbacks.pictures import draw_log_ratios, draw_positions
 from lit_opd.evaluation import Example
-from lit_opd.measures.histogram import SCALE, LogRatioHistogram
+from lit_opd.measures.histogram import LogRatioHistogram
 from lit_opd.measures.positions import POSITION_VALUES, TokenProfile
 
 TOKENS = ["Sun", "day", " <b>", "\n", "\t", "", "&amp;", "'q\"", "<|im_end|>"]
@@ -33,8 +33,8 @@ def profile(make_model, make_module, make_trainer, make_data):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures themselves, kept as they are drawn."""
-    kept, inner = [], drawing._png
-    monkeypatch.setattr(drawing, "_png", lambda figure: kept.append(figure) or inner(figure))
+    kept, inner = [], pictures.png
+    monkeypatch.setattr(pictures, "png", lambda figure, **how: kept.append(figure) or inner(figure, **how))
     return kept
 
 
@@ -45,28 +45,24 @@ def size(png):
 
 
 def test_every_line_is_a_curve_with_its_band(profile, figures, monkeypatch):
-    monkeypatch.setattr(drawing, "FEW_PROMPTS", 3)
+    monkeypatch.setattr(pictures, "FEW_PROMPTS", 3)
     curves = profile.curves._replace(prompts=np.array([5, 5, 5, 4, 4, 3, 2, 2, 1]))
     assert size(draw_positions(curves, "student at step 7", 16)) == 900
-    axes = figures[0].axes
-    names = [name for panel in drawing.panels(16) for name in panel.lines]
-    assert sorted(names) == sorted(curves.means)
-    for ax, panel in zip(axes, drawing.panels(16), strict=False):
+    axes, sure = figures[0].axes, curves.prompts >= 3
+    assert sorted(name for names in pictures.PANELS.values() for name in names) == sorted(curves.means)
+    for ax, (heading, names) in zip(axes, pictures.PANELS.items(), strict=False):
         lines = [line for line in ax.lines if len(line.get_xdata()) > 2]
-        for name, line, faint, band in zip(panel.lines, lines[::2], lines[1::2], ax.collections, strict=True):
+        for name, line, faint, band in zip(names, lines[::2], lines[1::2], ax.collections, strict=True):
             assert line.get_xdata().tolist() == list(range(1, 10))
-            sure = curves.prompts >= 3
             np.testing.assert_array_equal(line.get_ydata()[sure], curves.means[name][sure])
             assert np.isnan(line.get_ydata()[~sure]).all()
             np.testing.assert_array_equal(faint.get_ydata()[~sure], curves.means[name][~sure])
             corners = np.concatenate([path.vertices for path in band.get_paths()])
             for table in (curves.lows, curves.highs):
-                ends = table[name][np.isfinite(table[name])]
-                assert all(np.isclose(corners[:, 1], end).any() for end in ends)
+                assert all(np.isclose(corners[:, 1], end).any() for end in table[name][sure & np.isfinite(table[name])])
             least, most = ax.get_ylim()
-            assert least <= np.nanmin(curves.means[name])
-            assert most >= np.nanmax(curves.means[name])
-        assert panel.unit in ax.get_title(loc="left")
+            assert least <= np.nanmin(curves.means[name]) <= np.nanmax(curves.means[name]) <= most
+        assert ax.get_title(loc="left") == heading
     alive = axes[-1].patches[0].get_data().values
     assert alive.tolist() == curves.counts[curves.counts > 0].tolist()
     assert "student at step 7" in figures[0].get_suptitle()
@@ -80,12 +76,12 @@ def test_every_token_is_in_the_histogram_and_its_quantiles_are_marked(profile, f
     assert below.values.sum() + above.values.sum() == found.counts.sum() > 50
     assert below.edges[-1] == above.edges[0] == 0
     assert below.values.sum() == found.counts[: len(found.counts) // 2].sum()
-    marks = [SCALE * np.sinh(line.get_xdata()[0]) for line in ax.lines]
-    assert marks == pytest.approx([found.quantile(share) for share in drawing.QUANTILES])
+    marks = [line.get_xdata()[0] for line in ax.lines]
+    assert marks == pytest.approx([found.quantile(share) for share in pictures.QUANTILES])
     assert ax.get_yscale() == "log"
     text = figures[0].get_suptitle()
     assert f"{found.counts.sum()} tokens" in text
-    assert f"hold {100 * found.top_share():.0f} % of its sum" in text
+    assert f"hold {found.top_share():.0%} of its sum" in text
 
 
 def test_tokens_beyond_the_bins_are_told(figures):
@@ -121,7 +117,7 @@ def test_the_numbers_are_those_of_the_pictures(profile):
     assert found["tokens"] == curves.counts.tolist()
     assert found["prompts"] == curves.prompts.tolist()
     for name, tables in found["values"].items():
-        for key, table in (("mean", curves.means), ("low", curves.lows), ("deviation", curves.deviations)):
+        for key, table in (("mean", curves.means), ("low", curves.lows), ("high", curves.highs)):
             read = np.array([math.nan if x is None else x for x in tables[key]])
             expected = np.where(np.isfinite(table[name]), table[name], math.nan)
             np.testing.assert_allclose(read, expected, rtol=1e-5, atol=1e-12)
@@ -162,12 +158,12 @@ def test_the_page_shows_every_token_with_its_log_ratio():
     tokens = [(a, text) for a, text in page.all("span") if "title" in a]
     shown = [*TOKENS[:3], "⏎\n", "⇥\t", "∅", *TOKENS[6:], "x"]
     assert [text for _, text in tokens] == shown
-    values = [float(a["title"].removesuffix(" nats").replace("−", "-")) for a, _ in tokens]
+    values = [float(a["title"].removesuffix(" nats")) for a, _ in tokens]
     assert values == pytest.approx([*RATIOS, 2.0], abs=5e-4)
     assert tokens[8][0]["title"] == "+0.000 nats"
-    assert [a["class"][:1] for a, _ in tokens] == ["", "", "t", "s", "t", "s", "t", "s", "", "s"]
-    assert [text for _, text in page.all("pre", **{"class": "prompt"})] == ["1 < 2 & <bos>", "no verifier"]
-    heads = [text for _, text in page.all("div", **{"class": "quiet"})]
+    assert [a["style"] for a, _ in tokens] == [shade(ratio) for ratio in [*RATIOS, 2.0]]
+    assert [text for _, text in page.all("pre", **{"class": "quiet"})] == ["1 < 2 & <bos>", "no verifier"]
+    heads = [text for _, text in page.all("div")]
     assert "reward 0.5 · 9 tokens" in heads[0]
     assert "reward" not in heads[1]
     assert page.all("h1")[0][1] == "Completions: <student>"
@@ -179,7 +175,7 @@ def test_the_page_needs_no_other_file_and_runs_nothing():
     assert not page.all("script") + page.all("img") + page.all("link")
     assert "http" not in text
     assert "url(" not in text
-    assert "prefers-color-scheme: dark" in text
+    assert "color-scheme: light dark" in text
 
 
 def test_a_page_of_no_completion_says_so():
@@ -187,21 +183,14 @@ def test_a_page_of_no_completion_says_so():
 
 
 def test_shades_grow_with_the_log_ratio_and_the_legend_tells_them():
-    assert [shade(x) for x in (0.0, 0.09, -0.09)] == [""] * 3
-    assert shade(5.0) == shade(80.0) == "s8"
-    assert shade(-5.0) == "t8"
-    values = np.linspace(0.01, 6, 400)
-    levels = [int(shade(x)[1:] or 0) for x in values]
-    assert levels == sorted(levels)
-    assert set(levels) == set(range(9))
-    assert [shade(-x) for x in values] == [shade(x).replace("s", "t") for x in values]
-    legend = [(a["class"], float(text.replace("−", "-"))) for a, text in Page(completions_page([], "x")).all("span")
-              if "class" in a]  # fmt: skip
-    assert len(legend) == 17
-    for name, value in legend:
-        level = int(name[1:])
-        assert abs(value) == pytest.approx(limit(level), abs=0.05)
-        assert not level or shade(math.copysign(limit(level) + 1e-9, value)) == name
+    values = np.linspace(0, 6, 400)
+    strengths = [float(shade(x).rpartition(", ")[2].rstrip(")")) for x in values]
+    assert strengths == sorted(strengths)
+    assert (strengths[0], strengths[-1]) == (0, 0.8)
+    assert shade(5.0) == shade(80.0)
+    assert all(RED in shade(x) and shade(-x) == shade(x).replace(RED, BLUE) for x in values[1:])
+    legend = Page(completions_page([], "x")).all("span")
+    assert [(a["style"], float(text)) for a, text in legend] == [(shade(value), value) for value in LEGEND]
 
 
 def test_without_mlflow_nothing_is_drawn(make_model, make_module, make_trainer, make_data, monkeypatch):

@@ -8,7 +8,8 @@ from lit_opd.callbacks import StepProgress
 
 @pytest.fixture
 def trainer():
-    metrics = {"train/reverse_kl": torch.tensor(0.25), "rollout/length": torch.tensor(12.0), "train/loss": 1.0}
+    metrics = {"train/reverse_kl": torch.tensor(0.25), "rollout/length": torch.tensor(12.0), "train/loss": 1.0,
+               "val/reverse_kl": torch.tensor(0.5)}  # fmt: skip
     return SimpleNamespace(max_steps=10, global_step=0, callback_metrics=metrics, num_val_batches=[2, 1],
                            testing=False)  # fmt: skip
 
@@ -25,6 +26,7 @@ def test_bar_shows_steps_and_the_numbers_to_watch(trainer, capsys):
     shown = capsys.readouterr().err
     assert "4/10" in shown
     assert "reverse KL=0.25" in shown
+    assert "val reverse KL=0.5" in shown
     assert "length=12" in shown
     assert "loss=" not in shown
 
@@ -37,8 +39,10 @@ def test_a_mean_over_nothing_is_not_shown(trainer, capsys):
     bar.on_train_batch_end(trainer, MODULE, None, None, 0)
     bar.on_train_end(trainer, MODULE)
     shown = capsys.readouterr().err
-    assert "reverse KL" not in shown
-    assert "length=12" in shown
+    assert "reverse KL=nan" not in shown
+    assert "distil" in shown
+    assert ", reverse KL" not in shown
+    assert "val reverse KL=0.5, length=12" in shown
 
 
 def test_resumed_bar_begins_where_the_run_was(trainer, capsys):

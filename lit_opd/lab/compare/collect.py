@@ -9,13 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow.entities import Run as MlflowRun
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import within
 from lit_opd.lab.compare.runs import PARENT
+from lit_opd.tracking import MlflowClient, MlflowException, MlflowRun
 
 __all__ = ["Point", "RunResult", "collect", "read_run"]
 

@@ -6,8 +6,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlflow.tracking import MlflowClient
-
 from lit_opd.errors import RunError, UserError
 from lit_opd.lab.compare.collect import RunResult, collect
 from lit_opd.lab.compare.digest import make_report
@@ -16,7 +14,7 @@ from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.lab.compare.preflight import check_recorded, check_runs
 from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
 from lit_opd.runs.folder import check_writable
-from lit_opd.tracking import check_tracking
+from lit_opd.tracking import MlflowClient, check_tracking
 
 __all__ = ["compare", "compare_recorded"]
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
-
 from lit_opd.config import load_config, to_flat
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
@@ -14,6 +11,7 @@ from lit_opd.lab.compare.grid import Run, within
 from lit_opd.runs.folder import RunFolder
 from lit_opd.runs.lightning_trainer import build_trainer
 from lit_opd.runs.prepare import prepare_data
+from lit_opd.tracking import MlflowClient, MlflowException
 
 __all__ = ["check_recorded", "check_runs"]
 

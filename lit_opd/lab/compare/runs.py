@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -28,7 +26,7 @@ from lit_opd.config import to_yaml
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.runs.folder import RunFolder, check_writable
-from lit_opd.tracking import git_sha
+from lit_opd.tracking import MlflowClient, MlflowException, git_sha
 
 __all__ = ["PARENT", "begin_parent", "claimed", "is_finished", "make_runs"]
 

@@ -16,7 +16,7 @@ from lit_opd.config import Config, to_flat
 from lit_opd.lab.measure.figure import draw
 from lit_opd.lab.measure.result import Measurement, Row
 from lit_opd.measures.intervals import Interval
-from lit_opd.tracking import begin_run, git_sha, ui_command
+from lit_opd.tracking import begin_run, git_sha, log_files, log_table, ui_command
 
 __all__ = ["print_measurement", "record"]
 
@@ -88,18 +88,15 @@ def record(config: Config, measurement: Measurement) -> str:
     """
     tags = {"estimator": "measure", **measurement.models, "seed": str(config.seed), **git_sha()}
     logger = begin_run(config, tags)
-    client, run_id = logger.experiment, logger.run_id
     logger.log_hyperparams({name: value for name, value in to_flat(config).items() if value not in (None, {}, [])})
     rows = measurement.as_json()["estimators"]
     for row in rows:
         label = re.sub(r"[^\w .:/-]", "_", row["label"])
         logger.log_metrics({f"measure/{label}/{n}": v for n, v in row.items() if isinstance(v, float)})
-    client.log_table(run_id, {name: [row[name] for row in rows] for name in rows[0]}, "measure_table.json")
+    log_table(logger, {name: [row[name] for row in rows] for name in rows[0]}, "measure_table.json")
     with tempfile.TemporaryDirectory() as folder:
         picture = draw(measurement, Path(folder) / "measure.png")
-        numbers = Path(folder) / "measure.json"
-        numbers.write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
-        for file in (picture, numbers):
-            client.log_artifact(run_id, str(file))
+        numbers = json.dumps(measurement.as_json(), indent=2, allow_nan=False)
+        log_files(logger, {picture.name: picture.read_bytes(), "measure.json": numbers})
     logger.end("KILLED" if measurement.interrupted else "FINISHED")
     return ui_command(config, logger)
