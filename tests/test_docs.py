@@ -48,6 +48,9 @@ def test_a_document_runs(document, scratch):
     command = [sys.executable, str(RUNNER), str(document), "--folder", str(scratch), *skipped]
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    printed = [line.rstrip() for line in done.stdout.splitlines()]
+    quoted = re.findall(r"^```text output\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for block in quoted for line in block.splitlines() if line not in printed] == []
 
 
 def test_all_kinds_of_documents_are_executed():

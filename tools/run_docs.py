@@ -2,7 +2,8 @@
 
 What a fence says after the backticks decides: `bash` and `python` run; `python file=NAME` and `yaml file=NAME` write a
 file; `bash server` starts a command, waits until the address it prints answers, and stops it; everything else is only
-read. `name=NAME` lets a block be run alone or left out.
+read. `text output` quotes what a command before it prints: tests/test_docs.py compares. `name=NAME` lets a block be run
+alone or left out.
 """
 
 from __future__ import annotations
@@ -104,8 +105,9 @@ def main() -> None:
         if arguments.print:
             print(block.code, end="")
             continue
-        print(f"--- {block.language} {name or ''}\n{block.code}", flush=True)
-        run_block(block, arguments.folder)
+        if block.language in ("bash", "python") or "file" in block.settings:
+            print(f"--- {block.language} {name or ''}\n{block.code}", flush=True)
+            run_block(block, arguments.folder)
 
 
 if __name__ == "__main__":
