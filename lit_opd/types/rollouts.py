@@ -1,35 +1,19 @@
-"""The values that flow through one training step, and the shape legend.
+"""Prompts, and the completions of a rollout with the law that sampled them.
 
-Every room hands these to the next one: data makes a `PromptBatch`, rollout a `Rollout`, teachers `Scores`, objective
-the `TokenBatch` that an estimator turns into an `Estimate`.
-
-Shape legend, used as name suffixes on floors 0 to 3:
-
-    B  sequences (one completion of one prompt each)
-    P  prompt positions, padded on the left
-    T  completion positions, padded on the right
-    K  support size: tokens compared at a position
-    V  vocabulary
-    N  counted positions, flattened
-    H  hidden width
-
-Every log-probability is in nats. In every mask True means counted.
+Made by data and rollout sources, read by every room above.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import IntEnum, StrEnum
-from typing import Any, NamedTuple, Protocol
+from enum import IntEnum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Author", "Distributions", "Estimate", "FinishReason", "Need", "PromptBatch", "Prompts", "Rollout", "SamplingLaw",
-    "ScoredRollout", "Scores", "TokenBatch",
-]  # fmt: skip
+__all__ = ["Author", "FinishReason", "PromptBatch", "Prompts", "Rollout", "SamplingLaw"]
 
 
 class Author(IntEnum):
@@ -206,147 +190,3 @@ class Rollout:
         picked |= {name: value[:, :last] for name, value in picked.items() if name.endswith("_BT")}
         shown = {name: prompts.rows(index) for name, prompts in self.shown.items()}
         return replace(self, prompts=self.prompts.rows(index), shown=shown, **picked)
-
-
-class Distributions(Protocol):
-    """Next-token distributions of a frozen model at N positions, made a few at a time."""
-
-    def __len__(self) -> int:
-        """Count the positions, N."""
-        ...
-
-    def __getitem__(self, index: Tensor | slice) -> Distributions:
-        """Choose positions."""
-        ...
-
-    def logps(self, part: slice) -> Tensor:
-        """Make log-probabilities [c, V], nats in fp32, of a slice of positions."""
-        ...
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A scorer's answer about the N counted tokens of a rollout; what was not asked for is None.
-
-    Attributes:
-        logps_N: log-probabilities of the sampled tokens.
-        support_ids_NK: the scorer's K most probable tokens at each position, the most probable first.
-        support_logps_NK: their log-probabilities under the full softmax.
-        full: distributions over the whole vocabulary.
-    """
-
-    logps_N: Tensor | None = None
-    support_ids_NK: Tensor | None = None
-    support_logps_NK: Tensor | None = None
-    full: Distributions | None = None
-
-    def __getitem__(self, index: Tensor | slice) -> Scores:
-        """Choose positions."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Scores(**{name: None if value is None else value[index] for name, value in values.items()})
-
-
-class ScoredRollout(NamedTuple):
-    """A rollout, or a micro-batch of one, with what scorers say of its counted tokens.
-
-    Attributes:
-        rollout: the completions.
-        scores: by the name of the scorer: `teacher`, and `reference` where one is asked.
-        progress: the share of training that is done, 0 to 1.
-    """
-
-    rollout: Rollout
-    scores: Mapping[str, Scores]
-    progress: float = 0.0
-
-    def rows(self, index: Tensor) -> ScoredRollout:
-        """Choose rows of the rollout and of all scores."""
-        mask_BT = self.rollout.mask_BT
-        number_BT = torch.zeros(mask_BT.shape, dtype=torch.long, device=mask_BT.device)
-        number_BT[mask_BT] = torch.arange(int(mask_BT.sum()), device=mask_BT.device)
-        chosen_N = number_BT[index][mask_BT[index]]
-        scores = {name: scores[chosen_N] for name, scores in self.scores.items()}
-        return self._replace(rollout=self.rollout.rows(index), scores=scores)
-
-
-class Need(StrEnum):
-    """What an estimator asks to see; `estimators.needs` says how each member fills a `TokenBatch`."""
-
-    TOKEN = "token"
-    SUPPORT = "support"
-    FULL = "full"
-    ENTROPY = "entropy"
-    KL = "kl"
-    REWARDS = "rewards"
-    GROUPS = "groups"
-    REFERENCE = "reference"
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """What an estimator sees. Student values carry grad, everything else does not; what was not asked for is None.
-
-    Per-position estimators are called on slices of positions, so their leading shape may be [N] instead of [B, T].
-
-    Attributes:
-        student_logps_BT: student log-probabilities of the sampled tokens.
-        teacher_logps_BT: teacher log-probabilities of the same tokens.
-        sampler_logps_BT: log-probabilities under the law that sampled them.
-        mask_BT: True at counted tokens.
-        completion_ids_BT: the sampled tokens.
-        student_wrote_BT: False at tokens of demonstrations; None where the student sampled all.
-        support_ids_BTK: the tokens compared at each position.
-        support_mask_BTK: True at slots that belong to the support; a union or an intersection leaves some empty.
-        student_support_logps_BTK: student log-probabilities of the support, under the full softmax.
-        teacher_support_logps_BTK: teacher log-probabilities of the support, under the full softmax.
-        student_full_logps_BTV: student log-probabilities of the whole vocabulary.
-        teacher_full_logps_BTV: teacher log-probabilities of the whole vocabulary.
-        kl_BT: exact reverse KL(student || teacher) at each position, detached: a baseline.
-        student_entropy_BT: entropy of the student at each position, detached.
-        teacher_entropy_BT: entropy of the teacher at each position.
-        rewards_B: outcome reward of each sequence.
-        groups_B: completions of one prompt have one number; a batch holds all completions of its prompts.
-        reference_logps_BT: log-probabilities of the sampled tokens under a third, reference model.
-        progress: the share of training that is done, 0 to 1.
-    """
-
-    student_logps_BT: Tensor
-    teacher_logps_BT: Tensor
-    sampler_logps_BT: Tensor
-    mask_BT: Tensor
-    completion_ids_BT: Tensor | None = None
-    student_wrote_BT: Tensor | None = None
-    support_ids_BTK: Tensor | None = None
-    support_mask_BTK: Tensor | None = None
-    student_support_logps_BTK: Tensor | None = None
-    teacher_support_logps_BTK: Tensor | None = None
-    student_full_logps_BTV: Tensor | None = None
-    teacher_full_logps_BTV: Tensor | None = None
-    kl_BT: Tensor | None = None
-    student_entropy_BT: Tensor | None = None
-    teacher_entropy_BT: Tensor | None = None
-    rewards_B: Tensor | None = None
-    groups_B: Tensor | None = None
-    reference_logps_BT: Tensor | None = None
-    progress: float = 0.0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What an estimator returns; it never reduces.
-
-    Attributes:
-        loss_BT: the surrogate to differentiate, one value a position; its value need not mean anything.
-        kl_BT: an estimate of the reverse KL (nats) at each position, detached, to log.
-        clipped_BT: True where a limit on a log-ratio, weight or value (a clip, a truncation, a band, a trust region)
-            changed this position's term, to log; None where no limit is set.
-    """
-
-    loss_BT: Tensor
-    kl_BT: Tensor
-    clipped_BT: Tensor | None = None
-
-    def weighted(self, factors_BT: Tensor) -> Estimate:
-        """The estimate whose loss is `factors_BT` times this one; a factor of zero leaves no term to be changed."""
-        clipped_BT = None if self.clipped_BT is None else self.clipped_BT & (factors_BT != 0)
-        return Estimate(factors_BT * self.loss_BT, self.kl_BT, clipped_BT)
