@@ -107,7 +107,7 @@ class DistillationModule(AcrossProcesses):
         linter.check(self.estimator, self.rollout_config, self.optim_config, student, teacher,
                      masked_tokens=masked_tokens, tokenizer=tokenizer,
                      allow=as_section(LintConfig, lint, "lint").allow)  # fmt: skip
-        self.scorer = own_scorer(teacher, tokenizer)
+        self.scorer = own_scorer(teacher, student, tokenizer)
         if self.scorer is not None:
             check_gives(self.scorer, self.estimator, self.rollout_config)
             tell_left_out(self.scorer, settings)

@@ -182,7 +182,7 @@ def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) 
         "family": module.estimator.spec.family,
         "seed": str(config.seed),
         "dataset_sha256": data.dataset_sha256,
-        "teacher": config.teacher.path or config.teacher.kind,
+        "teacher": config.teacher.kind,
         **module.pair.names(),
         **git_sha(),
     }

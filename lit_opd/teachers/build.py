@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
-from lit_opd.config import RolloutConfig, TeacherConfig
+from lit_opd.config import RolloutConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
-from lit_opd.models import Pair
+from lit_opd.models import Pair, load_tokenizer
 from lit_opd.plugins import call_object
 from lit_opd.teachers.local import LocalScorer
 from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, wanted_by
@@ -24,12 +25,13 @@ __all__ = ["build_scorers", "check_gives", "own_scorer"]
 NEAREST = {FULL: "full_vocab", SUPPORT: "teacher_topk", TOKEN: "token"}
 
 
-def own_scorer(teacher: Any, tokenizer: Any) -> Scorer | None:
+def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | None:
     """Find the scorer that is not a model in this process; None where the teacher is one.
 
     Args:
         teacher: a scorer, a section whose `kind` names one by path, or a model, a path or a section of a local one.
-        tokenizer: the student's, whose ids a scorer is to read; handed with the section to what `kind` names.
+        student: a path, a section or a model.
+        tokenizer: the student's, by default read from its folder: it is handed, with the section, to what `kind` names.
 
     Raises:
         UserError: what `kind` names cannot be imported or called, or makes no scorer.
@@ -38,6 +40,8 @@ def own_scorer(teacher: Any, tokenizer: Any) -> Scorer | None:
         return teacher
     if not isinstance(teacher, TeacherConfig) or teacher.kind == "local":
         return None
+    if tokenizer is None and not isinstance(student, nn.Module):
+        tokenizer = load_tokenizer(StudentConfig(path=student) if isinstance(student, str) else student, "student")
     scorer = call_object("teacher.kind", teacher.kind, teacher, tokenizer)
     if not isinstance(scorer, Scorer):
         expected = f"{teacher.kind} to make a scorer, with name, gives and score"
