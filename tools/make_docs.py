@@ -66,8 +66,8 @@ def default_of(own: Field[Any]) -> str:
     value = own.default if own.default_factory is MISSING else own.default_factory()
     if value == OMEGACONF_MISSING:
         return "must be set"
-    words = {None: "null", True: "true", False: "false"}
-    return f"`{words[value] if isinstance(value, bool | None) else value}`"
+    words = {None: "null", True: "true", False: "false", "": '""'}
+    return f"`{words[value] if isinstance(value, bool | None) or value == '' else value}`"
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str | None, ...]]) -> str:
