@@ -13,7 +13,6 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_opd.allocator import begin_again
 from lit_opd.config import Config, load_as, load_config
 from lit_opd.errors import RunError, UserError
 
@@ -28,8 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         parsed = _parse(arguments)
-        if parsed.run is _fit and arguments is None:  # this process is the command's own
-            begin_again()
         parsed.run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
