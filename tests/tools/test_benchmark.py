@@ -12,7 +12,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
 ROOT = Path(__file__).parents[2]
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
