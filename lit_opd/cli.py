@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from lit_opd.allocator import begin_again
 from lit_opd.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -27,8 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         parsed = _parse(arguments)
-        if parsed.run is _fit and arguments is None:  # this process is the command's own
-            begin_again()
         parsed.run(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,28 +28,23 @@ Only the student is served: what the teacher writes is sampled in this process.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
-from filelock import FileLock
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lit_opd.errors import UserError
 from lit_opd.functional import law_logps
 from lit_opd.models import LanguageModel
 from lit_opd.rollout.local import LocalEngine
+from lit_opd.rollout.weights import WeightSync
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["VllmEngine"]
@@ -59,7 +54,6 @@ CONNECTIONS = 512
 PROBE = SamplingLaw(temperature=2.0)  # far from 1, so that log-probabilities of the unprocessed law stand out
 PROBE_ROWS, PROBE_TOKENS = 4, 8
 OPENER = build_opener(ProxyHandler({}))  # a server that shares our file system is not behind a proxy
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 START = "Start it: VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT_FOLDER --logprobs-mode processed_logprobs"
 
 
@@ -78,6 +72,7 @@ class VllmEngine:
         self.url = url.rstrip("/")
         self.dtype: torch.dtype | None = None  # the served one; None until the server was met
         self.local = LocalEngine()
+        self.weights = WeightSync(self.url, self._label, self._load)
 
     @torch.no_grad()
     def sample(
@@ -94,7 +89,7 @@ class VllmEngine:
         first = self.dtype is None
         if first:
             self.dtype = self._meet(policy)
-        label = self._push(policy)
+        label = self.weights.push(policy.model, self.dtype)
         if first:
             self._check_law(policy, batch, uniforms_BT)
         rollout = self._complete(policy, batch, law, num_completions, uniforms_BT)
@@ -123,24 +118,15 @@ class VllmEngine:
             raise UserError("rollout.server", f"a vLLM server at {self.url}", f"an answer without {error}",
                             f"{START}.") from error  # fmt: skip
 
-    def _push(self, policy: LanguageModel) -> str:
-        """Replace the server's weights where they are not the policy's; returns the label they are known by."""
-        label = _weights_label(policy.model)
-        if self._label() == label:
-            return label
-        name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        with FileLock(Path(tempfile.gettempdir()) / f"lit_opd-{name}.lock"):
-            if self._label() != label:  # another process of this run may have been faster
-                with tempfile.TemporaryDirectory(prefix="lit_opd-") as folder:
-                    _write_weights(policy.model, folder, self.dtype)
-                    self._call("/update_weight_version", {"new_version": "half replaced"})
-                    self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
-                # Keys and values of prompts it has seen are those of the old weights.
-                if not self._call("/reset_prefix_cache?reset_running_requests=true", {}).get("success"):
-                    raise UserError("rollout.server", "a prefix cache that can be dropped", "one in use",
-                                    "Start one server for each run.")  # fmt: skip
-                self._call("/update_weight_version", {"new_version": label})
-        return label
+    def _load(self, folder: str, label: str) -> None:
+        """Have the server load the weights of a folder, and forget what it computed with others."""
+        self._call("/update_weight_version", {"new_version": "half replaced"})
+        self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+        # Keys and values of prompts it has seen are those of the old weights.
+        if not self._call("/reset_prefix_cache?reset_running_requests=true", {}).get("success"):
+            raise UserError("rollout.server", "a prefix cache that can be dropped", "one in use",
+                            "Start one server for each run.")  # fmt: skip
+        self._call("/update_weight_version", {"new_version": label})
 
     def _label(self) -> str:
         return self._call("/weight_info")["weight_version"]
@@ -246,27 +232,3 @@ def _own_logps(policy: LanguageModel, rollout: Rollout, law: SamplingLaw) -> Ten
             logits_TV = policy.causal_lm(input_ids=ids_L[None]).logits[0, width - 1 : -1, : policy.vocabulary]
             logps.append(law_logps(logits_TV, law).gather(-1, one.ids_BT[0, :, None])[:, 0])
     return torch.cat(logps)
-
-
-def _weights_label(model: nn.Module) -> str:
-    """A name for the weights as they are, whatever changed them: from the sum of every tensor's bits."""
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise UserError("rollout.engine", "local for a sharded model", "vllm", "Set rollout.engine=local.")
-    tensors = model.state_dict()
-    bits = [t.contiguous().view(INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors.values()]
-    sums = torch.stack(bits).tolist()
-    return hashlib.sha256(json.dumps([list(tensors), sums]).encode()).hexdigest()
-
-
-def _write_weights(model: Any, folder: str, dtype: torch.dtype | None) -> None:
-    # Not save_pretrained, which writes nothing in processes other than the first.
-    from transformers.core_model_loading import revert_weight_conversion
-
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
-    weights, seen = {}, set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:  # tied weights once, under their first name
-            weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        seen.add(tensor.data_ptr())
-    save_file(revert_weight_conversion(model, weights), Path(folder) / "model.safetensors")

@@ -22,7 +22,7 @@ from lit_opd.errors import UserError
 from lit_opd.functional import law_logps
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, VllmEngine, uniforms
-from lit_opd.rollout.vllm import _write_weights
+from lit_opd.rollout.weights import write_weights
 from lit_opd.types import FinishReason, SamplingLaw
 
 LAWS = {
@@ -248,10 +248,10 @@ def test_training_keeps_the_sampler_equal_to_the_student(url, model, make_served
 def test_training_without_pushes_shows_in_the_sampler_gap(url, model, make_served, make_module, fit, monkeypatch):
     """What makes the test above mean something."""
     module = make_module(model, make_served(4), rollout={"engine": "vllm", "server": url}, optim={"lr": 1.0})
-    engine, inner = module.engine, module.engine._push
+    weights, inner = module.engine.weights, module.engine.weights.push
     labels = []
     monkeypatch.setattr(
-        engine, "_push", lambda policy: labels.append(labels[0] if labels else inner(policy)) or labels[0]
+        weights, "push", lambda *arguments: labels.append(labels[0] if labels else inner(*arguments)) or labels[0]
     )
     gaps = [float(metrics["rollout/sampler_gap"]) for metrics in fit(module, steps=3).metrics]
     assert abs(gaps[0]) < 1e-4
@@ -482,7 +482,7 @@ def test_weights_travel_under_the_names_of_a_saved_model(kind, make_served, tmp_
     tied = kind == "tied"
     model = make_served(tie_word_embeddings=True) if tied else MixtralForCausalLM(MixtralConfig(**small))
     (tmp_path / "pushed").mkdir()
-    _write_weights(model, str(tmp_path / "pushed"), torch.float32)
+    write_weights(model, str(tmp_path / "pushed"), torch.float32)
     model.save_pretrained(tmp_path / "saved")
     pushed, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("pushed", "saved"))
     assert pushed.keys() == saved.keys()

@@ -1,5 +1,6 @@
 import json
 import math
+import platform
 import subprocess
 import sys
 import types
@@ -10,8 +11,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from lit_opd.allocator import settings
 
 ROOT = Path(__file__).parents[2]
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -254,7 +253,35 @@ def test_the_peak_is_that_since_it_was_reset(bench):
     assert apart == pytest.approx(0, abs=2)
 
 
-@pytest.mark.skipif(not settings({}), reason="the allocator of Linux with glibc is what is set")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only Linux with glibc has these settings")
+
+
+@glibc
+def test_glibc_understands_the_settings_of_its_allocator(bench):
+    """Its loader lists the tunables with their values."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    loader = next(line.split()[-1] for line in maps if "/ld-linux" in line)
+    settings = bench.processes.ALLOCATOR
+    done = subprocess.run([loader, "--list-tunables"], env=settings, capture_output=True, text=True, check=True)
+    values = dict(line.split(":", 1) for line in done.stdout.splitlines())
+    for setting in settings["GLIBC_TUNABLES"].split(":"):
+        name, value = setting.split("=")
+        assert int(values[name].split()[0], 0) == int(value)
+
+
+def test_processes_have_the_settings_unless_the_user_chose(bench, monkeypatch):
+    seen = []
+    done = types.SimpleNamespace(returncode=0, stdout="{}")
+    monkeypatch.setattr(bench.processes.subprocess, "run", lambda *_, env, **__: seen.append(env) or done)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for settled in (True, False):
+        bench.processes.run("module", {}, settled)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    bench.processes.run("module", {})
+    assert [env.get("GLIBC_TUNABLES") for env in seen] == [bench.processes.ALLOCATOR["GLIBC_TUNABLES"], None, ""]
+
+
+@glibc
 @pytest.mark.slow
 def test_the_working_memory_of_the_head_does_not_grow_with_its_positions(bench):
     job = {"implementation": "ours", "vocabulary": 65536, "width": 16, "teacher_width": 16, "runs": 1}
@@ -406,6 +433,20 @@ def test_other_prompts_than_those_of_the_job_stop_the_run(bench):
     batch = types.SimpleNamespace(rows=[{"prompt": "2+2="}])
     with pytest.raises(RuntimeError, match="step 0 saw other prompts than the other side does"):
         recorder.on_train_batch_end(trainer, None, None, batch, 0)
+
+
+def test_the_batches_of_a_second_epoch_follow_those_of_the_first(bench):
+    recorder = bench.ours.Recorder([["1+1="], ["2+2="]])
+    metrics = {f"perf/{name}": 1.0 for name in ("rollout_s", "teacher_s", "student_s")}
+    trainer = types.SimpleNamespace(
+        datamodule=types.SimpleNamespace(config=types.SimpleNamespace(prompt_column="prompt")),
+        callback_metrics=metrics | {"rollout/length": 1.0, "train/reverse_kl": 0.0},
+    )
+    module = types.SimpleNamespace(rollout_config=types.SimpleNamespace(num_completions=1))
+    for prompt in ("1+1=", "2+2="):  # Lightning counts from 0 again in every epoch
+        batch = types.SimpleNamespace(rows=[{"prompt": prompt}])
+        recorder.on_train_batch_end(trainer, module, None, batch, batch_idx=0)
+    assert len(recorder.steps) == 2
 
 
 def test_the_batches_of_a_job_hold_its_questions_each_once_an_epoch(bench):

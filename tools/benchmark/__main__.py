@@ -6,7 +6,7 @@ Usage, from the root of the repository, with ``lit_opd[demo]``, after ``python t
 W1 is 8 prompts with a completion of exactly 64 tokens each, W2 is 4 prompts with 4 completions each of up to 128, W3 is
 the two heads alone, and growth is W1 with longer and longer completions; `workloads`, `head` and `growth` say the rest.
 W1 and W2 run on the CPU, ours and TRL's in turn, each run in a process of its own, and in the end TRL once as it is
-shipped and once with the allocator set as `fit` sets its own. The first two steps of a run are not counted. `roofline`
+shipped and once with the allocator set as for ours. The first two steps of a run are not counted. `roofline`
 says what the limit is. TRL is needed for its side alone (``pip install trl==1.16.0``). Writes ``benchmark_<what>.json``
 and ``.md``, and the picture ``benchmark_growth.png``.
 """

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 
 from lit_opd.distiller import Distiller
 from lit_opd.estimators import BoundEstimator
@@ -78,18 +77,9 @@ def allocated_mb(run: Callable[[], Any], device: torch.device) -> float:
     """The most memory that tensors take during a call above what there was before, MB."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    kind = 0 if device.type == "cpu" else 1  # as torch numbers its devices: the processor, and an accelerator
     changes = sorted(
-        (event["ts"], event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == "[memory]" and event["args"]["Device Type"] == kind
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and (event.device_type() == DeviceType.CPU) == (device.type == "cpu")
     )
-    most = held = 0
-    for _, change in changes:
-        held += change
-        most = max(most, held)
-    return most / 1e6
+    return max(accumulate((change for _, change in changes), initial=0)) / 1e6
