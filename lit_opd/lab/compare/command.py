@@ -22,10 +22,7 @@ __all__ = ["compare", "compare_recorded"]
 def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None = None) -> None:
     """Make the runs that are not made yet, and report on all.
 
-    Args:
-        comparison: as loaded.
-        runs: of it.
-        json_file: where the numbers of the report go too.
+    The numbers of the report go to `json_file` too, where it is given.
 
     Raises:
         UserError: whatever cannot work; nothing has been written then.
@@ -55,11 +52,6 @@ def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None 
 
 def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: Path | None = None) -> None:
     """Report on runs that MLflow has; nothing is made, and MLflow stays as it is.
-
-    Args:
-        comparison: where they are recorded, and where the report goes.
-        run_ids: of the runs, or of a comparison.
-        json_file: where the numbers of the report go too.
 
     Raises:
         UserError: no such runs, or runs that cannot be compared.

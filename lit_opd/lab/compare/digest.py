@@ -18,18 +18,7 @@ from lit_opd.lab.compare.standings import Ranking, rank
 from lit_opd.measures.table import describe, in_order
 from lit_opd.runs.numbers import finite
 
-__all__ = [
-    "SPENDINGS",
-    "Cost",
-    "Curve",
-    "EqualCost",
-    "LeftOut",
-    "Report",
-    "make_report",
-    "rank_at",
-    "to_json",
-    "value_at",
-]
+__all__ = ["SPENDINGS", "Curve", "EqualCost", "LeftOut", "Report", "make_report", "rank_at", "to_json", "value_at"]
 
 SPENDINGS = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds of training"}
 """What a point of a curve has spent, in words."""
@@ -117,13 +106,7 @@ def make_report(runs: Sequence[RunResult]) -> Report:
 
 
 def rank_at(yardstick: str, curves: Curves, cost: str) -> EqualCost | None:
-    """Rank the variants where every run has spent as much as the one that spent least; None where none has a value.
-
-    Args:
-        yardstick: its name.
-        curves: of it.
-        cost: a name of `SPENDINGS`.
-    """
+    """Rank the variants where every run has spent as much as the one that spent least; None where none has a value."""
     budget = min((getattr(run[-1], cost) for by_seed in curves.values() for run in by_seed.values()), default=0.0)
     values: dict[str, dict[int, list[float]]] = {}
     for variant, by_seed in curves.items():

@@ -53,12 +53,7 @@ READING = """
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write `report.json`, `report.md` with its `figures/`, and `report.html`, which needs no other file.
-
-    Args:
-        report: to write.
-        folder: made where it does not exist.
-    """
+    """Write `report.json`, `report.md` with its `figures/`, and `report.html`, which needs no other file."""
     text, pictures = to_markdown(report)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for file, picture in pictures.items():
@@ -75,12 +70,7 @@ def to_summary(report: Report) -> str:
 
 
 def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
-    """Render Markdown as one page with everything in it; tags in the text are shown, not obeyed.
-
-    Args:
-        text: of the report, whose first line is its title.
-        pictures: file that the text names -> PNG.
-    """
+    """Render Markdown as one page with everything in it; tags in the text are shown, not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for file, picture in pictures.items():
         body = body.replace(f'src="{file}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
@@ -181,12 +171,7 @@ def _pairs(ranking: Ranking) -> Iterable[str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown, columns of numbers aligned to the right.
-
-    Args:
-        header: of as many cells as every row.
-        rows: of cells, the first of which names the row.
-    """
+    """Write a table in Markdown, columns of numbers aligned to the right."""
     columns = [[row[place] for row in rows if row[place]] for place in range(len(header))]
     lines = ["---:" if cells and all(map(NUMBER.fullmatch, cells)) else "---" for cells in columns]
     return "\n".join(

@@ -19,9 +19,7 @@ __all__ = ["check_recorded", "check_runs"]
 def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
     """Prepare every variant once as `fit` would, and look at what earlier runs left behind.
 
-    Args:
-        runs: of a comparison.
-        may_differ: keys that variants may change; with one of the data's, their prompts may differ.
+    Prompts may differ where `may_differ` has a key of the data.
 
     Raises:
         UserError: a variant that cannot work; variants with other validation prompts; a folder that holds another run.
@@ -38,10 +36,6 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
 
 def check_recorded(runs: Sequence[Run], client: MlflowClient) -> None:
     """See that MLflow still has every run that was begun.
-
-    Args:
-        runs: of a comparison.
-        client: of the store that records them.
 
     Raises:
         UserError: a run of a folder that is not in the store, or was deleted there.

@@ -103,14 +103,7 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
     """Make the runs that are not finished yet, `parallel` at once; one that fails does not stop the others.
 
     A run that was begun goes on from its last checkpoint. The first Ctrl-C (or SIGTERM, SIGHUP) lets the runs under
-    way save and end, the second ends them at once, the third kills them.
-
-    Args:
-        comparison: says how many at once.
-        runs: all of them.
-        client: of the store that records them.
-        parent: the MLflow run they belong to.
-        lock: a descriptor for them to inherit.
+    way save and end, the second ends them at once, the third kills them. Runs inherit the descriptor `lock`.
 
     Returns:
         Whether it was interrupted before the last run had ended.

@@ -109,6 +109,11 @@ def test_a_run_without_a_label_is_named_after_its_estimator_and_its_keywords(wor
     assert result.variant == "hybrid gamma=0.5"
 
 
+def test_a_label_from_mlflow_stays_between_the_backticks_of_a_report_and_on_its_line(workspace, record):
+    (result,) = collect(workspace.client, [record(tags={"variant": "a` ![x](y)\n# b"})])
+    assert result.variant == "a' ![x](y) # b"
+
+
 def test_runs_that_cannot_be_compared_are_told(workspace, record):
     one, two = record(params={"estimator.name": "token"}), record(params={"estimator.name": "token"})
     with pytest.raises(UserError, match=rf"--from-runs: .*{one} and {two} are both 'token' with seed 0.*tag `variant`"):
