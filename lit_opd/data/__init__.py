@@ -11,7 +11,7 @@ _HOMES = {
     "Verifier": "lit_opd.data.verifiers",
     "build_verifier": "lit_opd.data.verifiers",
     "encode_rows": "lit_opd.data.prompts",
-    "load_rows": "lit_opd.data.sources",
+    "load_rows": "lit_opd.data.rows",
     "pad_left": "lit_opd.data.prompts",
     "render": "lit_opd.data.prompts",
 }

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_opd.config import DataConfig
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
-from lit_opd.data.sources import Row, check_rows, load_rows
+from lit_opd.data.rows import Row, check_rows, load_rows
 from lit_opd.data.stream import Pick, PromptLoader, PromptStream
 from lit_opd.data.verifiers import Verifier, build_verifier
 from lit_opd.errors import UserError, suggest

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from lit_opd.config import DataConfig
-from lit_opd.data.sources import import_extra, reasoning_gym_task
+from lit_opd.data.rows import import_extra, reasoning_gym_task
 from lit_opd.errors import UserError, suggest
 from lit_opd.plugins import import_object
 

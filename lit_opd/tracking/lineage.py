@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
 
 from lit_opd.data import PromptDataModule
-from lit_opd.data.sources import Row
+from lit_opd.data.rows import Row
 from lit_opd.tracking.run import RunLogger
 
 __all__ = ["dataset_inputs", "log_datasets", "log_medians", "log_student"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_opd.config import DataConfig
-from lit_opd.data.sources import load_rows
+from lit_opd.data.rows import load_rows
 from lit_opd.data.verifiers import build_verifier, last_number
 from lit_opd.errors import UserError
 

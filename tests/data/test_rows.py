@@ -7,7 +7,7 @@ from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from lit_opd.config import DataConfig
-from lit_opd.data.sources import load_rows, split_rows
+from lit_opd.data.rows import load_rows, split_rows
 from lit_opd.errors import UserError
 
 ROWS = [{"prompt": f"{i}+1=", "answer": f"s{i + 1}"} for i in range(12)]
