@@ -96,9 +96,15 @@ class EstimatorConfig:
 
     name: str = "full_vocab"
     kwargs: dict[str, Any] = field(default_factory=dict)
+    terms: list[Any] = field(default_factory=list)
     masked_tokens: list[Any] = field(default_factory=list)
     aggregation: str = "token_mean"
     adapt_gamma_every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Name what a list of terms is, where no other name is given."""
+        if self.terms and self.name == "full_vocab":
+            self.name = "mix"
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_opd.estimators import BoundEstimator, EstimatorSpec, Term
+from lit_opd.estimators import BoundEstimator, Term
 from lit_opd.estimators.oracle.batches import difference, example_batch, loss_and_gradients, per_position, same
 from lit_opd.estimators.oracle.diagnosis import diagnose
 from lit_opd.types import Need, TokenBatch
@@ -69,9 +69,7 @@ def _with_small_support(term: Term) -> Term:
 
 def _alone(term: Term) -> BoundEstimator:
     """An estimator that is nothing but this term."""
-    return BoundEstimator(
-        EstimatorSpec(term.estimator.spec.name, lambda tokens: term(tokens), split=lambda: (term,)), {}
-    )
+    return BoundEstimator(term.estimator.spec, term.estimator.kwargs, (term._replace(weight=1.0),))
 
 
 def _couplings(term: Term) -> tuple[bool, bool]:

@@ -230,7 +230,7 @@ def _first(facts: Facts, holds: Callable[[Probe], bool]) -> str | None:
 
 
 def _key(estimator: BoundEstimator) -> str:
-    return "estimator.name" if estimator.spec.split is None else "estimator.kwargs"
+    return "estimator.kwargs" if estimator.parts else "estimator.name"
 
 
 def _sampled(estimator: BoundEstimator) -> list[str]:

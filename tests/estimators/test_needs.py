@@ -40,7 +40,6 @@ def test_every_need_fills_fields_of_its_own_and_every_field_has_its_need():
         ("token", {Need.TOKEN}),
         ("support+entropy", {Need.SUPPORT, Need.ENTROPY}),
         ("token+entropy+kl+rewards+groups+reference", set(Need) - {Need.SUPPORT, Need.FULL}),
-        ("terms", set()),
     ],
 )
 def test_needs_are_written_as_they_were_read(words, needs):
@@ -48,10 +47,16 @@ def test_needs_are_written_as_they_were_read(words, needs):
     assert write_needs(read_needs("needs", words)) == words
 
 
+def test_a_sum_needs_what_its_terms_do():
+    minillm = estimators.build("minillm")
+    assert write_needs(minillm.spec.needs) == "terms"
+    assert minillm.needs == {Need.TOKEN, Need.FULL}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("kl", r"needs: expected one of token, support, full, terms, found 'kl'"),
+        ("kl", r"needs: expected one of token, support, full, found 'kl'"),
         ("token+full", r"needs: expected one of entropy, kl, rewards, groups, reference, found 'full'"),
         ("token+entropie", r"found 'entropie'\. Did you mean 'entropy'\?"),
     ],

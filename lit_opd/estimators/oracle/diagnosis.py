@@ -17,7 +17,7 @@ from lit_opd.estimators.oracle import (
     trajectory_gradients,
 )
 from lit_opd.estimators.oracle.batches import example_batch, loss_and_gradients, table_for
-from lit_opd.estimators.registry import build
+from lit_opd.estimators.terms import build
 from lit_opd.types import Estimate, Need, TokenBatch
 
 __all__ = ["Comparison", "Diagnosis", "diagnose"]
