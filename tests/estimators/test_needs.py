@@ -9,8 +9,8 @@ import torch
 from lit_opd import estimators
 from lit_opd.errors import UserError
 from lit_opd.estimators.needs import FILLERS, Filler, Seen, fillings, read_needs, write_needs
+from lit_opd.estimators.oracle import verify
 from lit_opd.estimators.oracle.batches import example_batch
-from lit_opd.estimators.oracle.diagnosis import diagnose
 from lit_opd.estimators.oracle.laws import broken_laws
 from lit_opd.functional import Head
 from lit_opd.functional.divergences import forward_kl
@@ -97,7 +97,7 @@ def test_a_new_need_is_a_member_and_a_row_of_the_table(monkeypatch):
     estimator = estimators.build("toy")
     assert write_needs(estimator.needs) == "token+forward"
     assert broken_laws(estimator) == {}
-    assert not diagnose(estimator).dead
+    assert not verify(estimator).dead
     assert example_batch(estimator).kl_BT is not None
     hidden_NH, weight_VH = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     positions = CountedPositions(torch.tensor([0, 1, 2]), torch.zeros(3), TeacherScores(hidden_NH=hidden_NH),
