@@ -14,9 +14,9 @@ from lit_opd.estimators import (  # noqa: F401  (importing registers)
     selection,
     sequence,
     supervised,
-    support,
     tails,
     targets,
+    topk,
     trust,
     weighted,
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_opd.errors import choose
 from lit_opd.functional.divergences import entropy, reverse_kl
-from lit_opd.functional.topk import choose_support
+from lit_opd.functional.support import choose_support
 from lit_opd.types import Need, TokenBatch
 
 __all__ = ["FILLERS", "Filler", "Seen", "fill", "fillings", "needs_of", "read_needs", "write_needs"]
@@ -32,7 +32,7 @@ class Seen:
         scored_support: ids and log-probabilities [..., K or more] of the teacher's most probable tokens, largest first,
             where it was asked for no more than these.
         k: how many tokens of each model a support holds.
-        support: whose most probable tokens it holds, one of `functional.topk.SUPPORTS`.
+        support: whose most probable tokens it holds, one of `functional.support.SUPPORTS`.
         reference_logps: log-probabilities of the sampled tokens under the reference model, [...].
         rewards_B: outcome reward of each sequence.
         groups_B: a number for each sequence, the same for completions of one prompt.

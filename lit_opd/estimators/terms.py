@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from lit_opd.errors import UserError, choose, suggest
 from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term
 from lit_opd.estimators.registry import get, names
-from lit_opd.functional.topk import SUPPORTS
+from lit_opd.functional.support import SUPPORTS
 from lit_opd.types import Need
 
 __all__ = ["build", "build_from"]
