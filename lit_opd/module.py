@@ -96,7 +96,8 @@ class DistillationModule(AcrossProcesses):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.estimator = estimators.build(estimator, **(estimator_kwargs or {}))
+        built = isinstance(estimator, estimators.BoundEstimator)
+        self.estimator = estimator if built else estimators.build(estimator, **(estimator_kwargs or {}))
         self.rollout_config = as_section(RolloutConfig, rollout, "rollout")
         self.optim_config = as_section(OptimConfig, optim, "optim")
         settings = as_section(EvaluationConfig, evaluation, "evaluation")
@@ -130,7 +131,7 @@ class DistillationModule(AcrossProcesses):
     def from_config(cls, config: Config) -> DistillationModule:
         """The module that a configuration describes."""
         return cls(
-            config.student, config.teacher, config.estimator.name, estimator_kwargs=config.estimator.kwargs,
+            config.student, config.teacher, estimators.build_from(config.estimator),
             reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
             lint=config.lint, diagnostics=config.diagnostics,

@@ -13,15 +13,13 @@ from lit_opd import estimators
 from lit_opd.errors import RunError
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.needs import write_needs
-from lit_opd.estimators.oracle.batches import table_for
 from lit_opd.estimators.oracle.claims import CLAIMS
-from lit_opd.estimators.oracle.diagnosis import Diagnosis, diagnose
 from lit_opd.estimators.oracle.laws import LAWS, broken_laws, cases, small_support, works_on_what_it_needs
+from lit_opd.estimators.oracle.verdict import EXACT, Verdict, verify
 
 __all__ = ["check"]
 
 _WIDTH = 100
-_EXACT = 1e-10
 _AT_EQUAL = {"sample": "zero for every sample", "expectation": "zero in expectation only", "never": "not zero"}
 
 _NO_TARGET = "no known gradient: it claims nothing, or changes the optimum"
@@ -51,12 +49,13 @@ def check(reference: str, keywords: Mapping[str, Any]) -> None:
     _print_laws(console, spec, broken)
     failures = _broken_in_words(spec, broken)
     try:
-        diagnosis = diagnose(estimator)
+        found = verify(estimator)
+        numbers, nothing = _gradient_in_words(found), _trains_nothing(found)
     except Exception as error:  # whatever somebody's estimator raises
         failures = failures or [f"raises {type(error).__name__} on small models: {error}"]
     else:
-        _print_gradient(console, estimator, diagnosis)
-        failures += _trains_nothing(diagnosis)
+        _print_gradient(console, found, numbers)
+        failures += nothing
     if failures:
         raise RunError(f"{reference} {', and '.join(failures)}.")
 
@@ -111,38 +110,41 @@ def _print_laws(console: Console, spec: EstimatorSpec, broken: Broken) -> None:
             _print_pairs(console, {"BROKEN": f"{name}{where}: {how}"}, style="red")
 
 
-def _print_gradient(console: Console, estimator: BoundEstimator, found: Diagnosis) -> None:
-    pair = table_for(estimator)
-    size = f"{pair.student_logits_CV.shape[1]} tokens, up to {pair.horizon} positions"
+def _print_gradient(console: Console, found: Verdict, numbers: Mapping[str, str]) -> None:
+    size = f"{found.pair.student_logits_CV.shape[1]} tokens, up to {found.pair.horizon} positions"
     console.print(f"\nGradient, exact on small models ({size})", style="bold")
-    at_equal = "sample" if found.rms_at_equal < _EXACT else "expectation" if found.norm_at_equal < _EXACT else "never"
-    _print_pairs(console, {
+    _print_pairs(console, numbers)
+    console.print()
+    console.print(_comparisons(found))
+
+
+def _gradient_in_words(found: Verdict) -> dict[str, str]:
+    at_equal = "sample" if found.rms_at_equal < EXACT else "expectation" if found.norm_at_equal < EXACT else "never"
+    return {
         "expected": _expected_in_words(found),
         "variance": f"{found.relative_variance:.3g} times that of the sampled reverse KL",
         "at p = q": _AT_EQUAL[at_equal] + (f", norm {found.norm_at_equal:.3g}" if at_equal == "never" else ""),
         "samples": _action_in_words(found),
         "scale": "twice the log-ratios give the same gradient: how far the models are apart is lost"
                  if found.whitened else "",
-    })  # fmt: skip
-    console.print()
-    console.print(_comparisons(found))
+    }  # fmt: skip
 
 
-def _expected_in_words(found: Diagnosis) -> str:
+def _expected_in_words(found: Verdict) -> str:
     if reasons := _trains_nothing(found):
         return f"it {reasons[0]}"
     if _learns_from_demonstrations(found):
         return "zero over the student's own completions: it learns from demonstrations"
     best = found.nearest
     numbers = f"(cosine {best.cosine:.6f}, norm ratio {best.norm_ratio:.3f})"
-    if best.relative_bias < _EXACT:
+    if best.relative_bias < EXACT:
         return f"its expected gradient is that of {best.target} {numbers}"
-    if best.cosine > 1 - _EXACT:
+    if best.cosine > 1 - EXACT:
         return f"its expected gradient points exactly along that of {best.target}, at another length {numbers}"
     return f"its expected gradient is none of these; the nearest is that of {best.target} {numbers}"
 
 
-def _action_in_words(found: Diagnosis) -> str:
+def _action_in_words(found: Verdict) -> str:
     if not found.learns_from_samples:
         return "none: it learns from distributions, not from which token was sampled"
     if _learns_from_demonstrations(found):
@@ -152,13 +154,13 @@ def _action_in_words(found: Diagnosis) -> str:
     return "the factor of log p depends on which token was sampled, as it must"
 
 
-def _comparisons(found: Diagnosis) -> Table:
+def _comparisons(found: Verdict) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
     table.add_column("  beside the gradient of", no_wrap=True)
     for name in ("cosine", "norm ratio", "relative bias"):
         table.add_column(name, justify="right", no_wrap=True)
     for c in found.comparisons:
-        bias = "0" if c.relative_bias < _EXACT else f"{c.relative_bias:.3g}"
+        bias = "0" if c.relative_bias < EXACT else f"{c.relative_bias:.3g}"
         table.add_row(f"  {c.target}", f"{c.cosine:.6f}", f"{c.norm_ratio:.3f}", bias)
     return table
 
@@ -168,11 +170,11 @@ def _broken_in_words(spec: EstimatorSpec, broken: Broken) -> list[str]:
     return [f"breaks {len(names)} of {len(_laws(spec))} laws: {', '.join(names)}"] if names else []
 
 
-def _learns_from_demonstrations(found: Diagnosis) -> bool:
+def _learns_from_demonstrations(found: Verdict) -> bool:
     return found.silent and found.learns_from_samples
 
 
-def _trains_nothing(found: Diagnosis) -> list[str]:
+def _trains_nothing(found: Verdict) -> list[str]:
     if not (found.dead or found.silent) or _learns_from_demonstrations(found):
         return []
     if found.silent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 
 from lit_opd import estimators
@@ -61,8 +60,7 @@ def _families(quote: str = "") -> Iterator[tuple[str, str, list[list[str]]]]:
 
 def _contract(spec: EstimatorSpec) -> Contract:
     """With the defaults; where a keyword has none, as declared."""
-    parameters = inspect.signature(spec.fn).parameters.values()
-    return spec.contract({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY})
+    return spec.contract(spec.defaults)
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:

@@ -70,12 +70,19 @@ class EstimatorConfig(Section):
     """A registered estimator (`python -m lit_opd estimators`), package.module:function or file.py:function."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Its keywords; another estimator begins with its own defaults."""
+    terms: list[Any] = field(default_factory=list)
+    """Instead of a name, a weighted sum of {name, weight, kwargs, weighting: {name, kwargs}}; the last two are optional."""
     masked_tokens: list[Any] = field(default_factory=list)
     """Tokens, as text or ids, whose positions are not counted."""
     aggregation: str = limited("token_mean", one_of("token_mean", "sequence_mean", "sequence_sum"))
     """token_mean | sequence_mean | sequence_sum, over all that is counted in an optimizer step."""
     adapt_gamma_every: int | None = limited(None, at_least(1, null="a fixed gamma"))
     """Choose gamma anew every so many steps; null keeps it."""
+
+    def __post_init__(self) -> None:
+        """Name what a list of terms is, where no other name is given."""
+        if self.terms and self.name == "full_vocab":
+            self.name = "mix"
 
 
 @dataclass

@@ -14,15 +14,15 @@ from lit_opd.estimators import (  # noqa: F401  (importing registers)
     selection,
     sequence,
     supervised,
-    support,
     tails,
     targets,
+    topk,
     trust,
     weighted,
 )
 from lit_opd.estimators.contract import BoundEstimator, Contract, EstimatorSpec, Term, Variant, any_clipped
-from lit_opd.estimators.registry import build, get, names, register_estimator
-from lit_opd.estimators.terms import register_mixture, register_weighting
+from lit_opd.estimators.registry import get, names, register_estimator, register_mixture, register_weighting
+from lit_opd.estimators.terms import build, build_from
 
 __all__ = [
     "BoundEstimator",
@@ -32,6 +32,7 @@ __all__ = [
     "Variant",
     "any_clipped",
     "build",
+    "build_from",
     "get",
     "names",
     "register_estimator",

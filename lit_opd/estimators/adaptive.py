@@ -5,7 +5,7 @@ from __future__ import annotations
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.full import full_logps, with_exact_kl
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.functional import adaptive
+from lit_opd.functional import weighted_divergences
 from lit_opd.types import Estimate, TokenBatch
 
 
@@ -29,7 +29,7 @@ def adaptive_kl(tokens: TokenBatch, *, head_mass: float = 0.5) -> Estimate:
     Returns:
         Loss, and the exact reverse KL as KL estimate.
     """
-    return with_exact_kl(tokens, adaptive.adaptive_kl(*full_logps(tokens), head_mass))
+    return with_exact_kl(tokens, weighted_divergences.adaptive_kl(*full_logps(tokens), head_mass))
 
 
 @register_estimator("todi", needs="full", source="ToDi, arXiv:2505.16297")
@@ -45,12 +45,12 @@ def todi(tokens: TokenBatch) -> Estimate:
     Returns:
         Loss, and the exact reverse KL as KL estimate.
     """
-    return with_exact_kl(tokens, adaptive.todi(*full_logps(tokens)))
+    return with_exact_kl(tokens, weighted_divergences.todi(*full_logps(tokens)))
 
 
 def _check_weighting(weighting: str) -> None:
-    if weighting not in adaptive.WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(adaptive.WEIGHTINGS)}, found {weighting!r}")
+    if weighting not in weighted_divergences.WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(weighted_divergences.WEIGHTINGS)}, found {weighting!r}")
 
 
 @register_estimator(
@@ -78,4 +78,4 @@ def logit_matching(tokens: TokenBatch, *, weighting: str = "teacher") -> Estimat
     Returns:
         Loss in nats squared, and the exact reverse KL as KL estimate.
     """
-    return with_exact_kl(tokens, adaptive.logit_matching(*full_logps(tokens), weighting))
+    return with_exact_kl(tokens, weighted_divergences.logit_matching(*full_logps(tokens), weighting))

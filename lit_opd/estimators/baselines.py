@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from lit_opd.estimators.contract import Variant
-from lit_opd.estimators.registry import register_estimator
+from lit_opd.estimators.registry import register_estimator, register_mixture
 from lit_opd.estimators.sampled import log_ratio, score_function
 from lit_opd.estimators.sequence import check_gamma, counted
-from lit_opd.estimators.support import check_k, support_logps
-from lit_opd.estimators.terms import register_mixture
+from lit_opd.estimators.topk import check_k, support_logps
 from lit_opd.functional.precision import upcast
 from lit_opd.functional.returns import leave_one_out_mean, return_to_go
 from lit_opd.functional.support import support_divergence

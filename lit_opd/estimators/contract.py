@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,18 @@ __all__ = [
     "Contract",
     "EstimatorFn",
     "EstimatorSpec",
+    "Mixture",
     "Term",
     "Variant",
+    "Weighting",
     "any_clipped",
-    "bound_arguments",
 ]
 
 EstimatorFn = Callable[..., Estimate]
+Mixture = Callable[..., Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+Weighting = Callable[..., Tensor]
+
+BASE = "token"  # what a weighting weighs if nothing else is named
 
 
 class Contract(NamedTuple):
@@ -77,11 +82,12 @@ class EstimatorSpec:
         on_policy: is it right only where the student itself wrote the tokens?
         corrects: does it weigh tokens by student over sampler, so that stale or tempered samples do?
         variants: keywords with which the contract is another, or which deserve a test of their own.
-        split: gives, from the keywords, the terms it is made of; None where it is its own only term.
+        kind: an `estimator` maps a `TokenBatch` to an `Estimate`, a `weighting` to the weights of its `base`'s tokens;
+            a `mixture` maps its keywords to the terms of a sum.
     """
 
     name: str
-    fn: EstimatorFn
+    fn: Callable[..., Any]
     family: str = "token"
     target: str | None = None
     unbiased: bool = False
@@ -92,12 +98,32 @@ class EstimatorSpec:
     on_policy: bool = True
     corrects: bool = False
     variants: tuple[Variant, ...] = field(default=(), repr=False)
-    split: Callable[..., tuple[Term, ...]] | None = field(default=None, repr=False)
+    kind: Literal["estimator", "mixture", "weighting"] = "estimator"
 
     @property
     def summary(self) -> str:
         """The first line of the function's docstring."""
         return (inspect.getdoc(self.fn) or "").split("\n")[0]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The keywords it takes, with their defaults; `inspect.Parameter.empty` where one has none."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return own | {"base": BASE} if self.kind == "weighting" else own
+
+    def bind(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All keywords, those that are not given with their defaults.
+
+        Raises:
+            TypeError: one is missing.
+        """
+        own = {key: value for key, value in kwargs.items() if self.kind != "weighting" or key != "base"}
+        batch = () if self.kind == "mixture" else (None,)
+        bound = inspect.signature(self.fn).bind(*batch, **own)
+        bound.apply_defaults()
+        arguments = dict(list(bound.arguments.items())[len(batch) :])
+        return arguments | {"base": kwargs.get("base", BASE)} if self.kind == "weighting" else arguments
 
     def contract(self, keywords: Mapping[str, Any]) -> Contract:
         """The contract with the given keywords: that of the first variant they agree with, else the declared one."""
@@ -113,33 +139,39 @@ class EstimatorSpec:
 
 @dataclass(frozen=True)
 class BoundEstimator:
-    """An estimator with its keywords; calling it maps a `TokenBatch` to an `Estimate`."""
+    """An estimator with its keywords; calling it maps a `TokenBatch` to an `Estimate`.
+
+    Attributes:
+        spec: the function and what it declares.
+        kwargs: the keywords that were given.
+        parts: the terms that it sums; none where it stands for itself.
+    """
 
     spec: EstimatorSpec
     kwargs: Mapping[str, Any]
+    parts: tuple[Term, ...] = ()
 
     def __call__(self, tokens: TokenBatch) -> Estimate:
         """Apply the estimator."""
-        return self.spec.fn(tokens, **self.kwargs)
+        return _sum(self.parts, tokens) if self.parts else self.spec.fn(tokens, **self.kwargs)
 
     @cached_property
     def keywords(self) -> dict[str, Any]:
         """All keywords, those that were not given with their defaults."""
-        return bound_arguments(self.spec.fn, self.kwargs)
+        return self.spec.bind(self.kwargs)
 
     @property
     def contract(self) -> Contract:
         """What the estimator promises with these keywords; weights of another base aim nowhere."""
-        declared = inspect.signature(self.spec.fn).parameters.get("base")
-        if self.spec.split is None or declared is None or self.keywords["base"] == declared.default:
+        if self.spec.kind != "weighting" or self.keywords["base"] == BASE:
             return self.spec.contract(self.keywords)
         at_equal = {term.estimator.contract.at_equal for term in self.terms}
         return Contract(None, False, max(at_equal, key=("sample", "expectation", "never").index))
 
-    @cached_property
+    @property
     def terms(self) -> tuple[Term, ...]:
         """The weighted estimators it is made of; most are their own only term."""
-        return (Term(1.0, self),) if self.spec.split is None else self.spec.split(**self.keywords)
+        return self.parts or (Term(1.0, self),)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -203,14 +235,10 @@ def any_clipped(parts: Iterable[Tensor | None]) -> Tensor | None:
     return reduce(torch.logical_or, known) if known else None
 
 
-def bound_arguments(fn: EstimatorFn, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of an estimator, those that were not given with their defaults.
-
-    Raises:
-        TypeError: one is missing.
-    """
-    bound = inspect.signature(fn).bind(None, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    arguments.pop(next(iter(arguments)))
-    return arguments
+def _sum(terms: tuple[Term, ...], tokens: TokenBatch) -> Estimate:
+    estimates = [(term.weight, term(tokens)) for term in terms]
+    share = sum(weight for weight, _ in estimates)
+    loss = sum(weight * estimate.loss_BT for weight, estimate in estimates)
+    kl = sum(weight * estimate.kl_BT for weight, estimate in estimates)
+    clipped = any_clipped(estimate.clipped_BT for _, estimate in estimates)
+    return Estimate(loss_BT=loss, kl_BT=kl / share, clipped_BT=clipped)  # type: ignore[arg-type]

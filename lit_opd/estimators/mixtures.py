@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_opd.estimators.contract import Variant
-from lit_opd.estimators.terms import register_mixture
+from lit_opd.estimators.registry import register_mixture
+
+Terms = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
-def _check_terms(terms: Mapping[str, Any]) -> None:
-    if not isinstance(terms, Mapping) or not terms:
+def _check_terms(terms: Terms) -> None:
+    if not isinstance(terms, Mapping | list | tuple) or not terms:
         raise ValueError(f"terms must map estimator names to weights, found {terms!r}")
-    weights = [value.get("weight", 0) if isinstance(value, Mapping) else value for value in terms.values()]
-    if sum(weight for weight in weights if isinstance(weight, int | float)) <= 0:
+    values = terms.values() if isinstance(terms, Mapping) else terms
+    weights: list[Any] = [value.get("weight") if isinstance(value, Mapping) else value for value in values]
+    if all(isinstance(weight, int | float) for weight in weights) and sum(weights) <= 0:
         raise ValueError("the weights of a mix must have a positive sum")
 
 
@@ -29,13 +32,14 @@ def _check_terms(terms: Mapping[str, Any]) -> None:
         Variant({"terms": {"token": 1.0, "teacher_topk": {"weight": 1.0, "k": 2}}}, "a score function and a support"),
     ),
 )  # fmt: skip
-def mix(*, terms: Mapping[str, Any]) -> Mapping[str, Any]:
+def mix(*, terms: Terms) -> Terms:
     """Weighted sum of registered estimators: bias and variance are those of its terms, weighted.
 
     Formula: loss_t = sum over terms of weight x loss_t of the term; the logged KL is their weighted mean.
 
     Args:
-        terms: `{name: weight}` or `{name: {weight: w, keyword: value, ...}}`.
+        terms: a list of `{name, weight, kwargs, weighting: {name, kwargs}}`, as under the key `estimator.terms`; or, in
+            short, `{name: weight}` or `{name: {weight: w, keyword: value, ...}}`.
 
     Returns:
         The terms.

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from lit_opd.errors import choose
 from lit_opd.functional.divergences import entropy, reverse_kl
-from lit_opd.functional.topk import choose_support
+from lit_opd.functional.support import choose_support
 from lit_opd.types import Need, TokenBatch
 
 __all__ = ["FILLERS", "Filler", "Seen", "fill", "fillings", "needs_of", "read_needs", "write_needs"]
-
-_TERMS = "terms"  # how no need of one's own is written: that of a mix is what its terms need
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Seen:
         scored_support: ids and log-probabilities [..., K or more] of the teacher's most probable tokens, largest first,
             where it was asked for no more than these.
         k: how many tokens of each model a support holds.
-        support: whose most probable tokens it holds, one of `functional.topk.SUPPORTS`.
+        support: whose most probable tokens it holds, one of `functional.support.SUPPORTS`.
         reference_logps: log-probabilities of the sampled tokens under the reference model, [...].
         rewards_B: outcome reward of each sequence.
         groups_B: a number for each sequence, the same for completions of one prompt.
@@ -150,19 +148,19 @@ def read_needs(key: str, words: str) -> frozenset[Need]:
 
     Args:
         key: of the declaration, for messages.
-        words: `token`, `support` or `full`, with any of the others after it; or `terms`.
+        words: `token`, `support` or `full`, with any of the others after it.
 
     Raises:
         UserError: an unknown word.
     """
     known = {str(need): need for need in FILLERS}
     first, *others = words.split("+")
-    choose(key, first, (*_FIRST, _TERMS))
+    choose(key, first, _FIRST)
     for other in others:
         choose(key, other, [need for need in known if need not in _FIRST])
-    return frozenset(known[word] for word in (first, *others) if word != _TERMS)
+    return frozenset(known[word] for word in (first, *others))
 
 
 def write_needs(needs: frozenset[Need]) -> str:
-    """Write needs as they are declared, such as `token+kl`."""
-    return "+".join(need for need in FILLERS if need in needs) or _TERMS
+    """Write needs as they are declared, such as `token+kl`; a sum has none but those of its `terms`."""
+    return "+".join(need for need in FILLERS if need in needs) or "terms"

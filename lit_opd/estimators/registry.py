@@ -1,21 +1,24 @@
-"""The registry: how an estimator is found by name or path, and how its keywords are bound."""
+"""Register estimators with their contracts, and find them by name or path.
+
+Three kinds of functions are registered: estimators, sums of them, and weights for the tokens of one. The families in
+this room and users' files register, `terms.build` looks up.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lit_opd.errors import UserError, choose, suggest
-from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term, Variant, bound_arguments
+from lit_opd.estimators.contract import EstimatorFn, EstimatorSpec, Mixture, Variant, Weighting
 from lit_opd.estimators.needs import needs_of, read_needs
-from lit_opd.functional.topk import SUPPORTS
 from lit_opd.plugins import import_object
 from lit_opd.types import Need
 
-__all__ = ["build", "get", "names", "register_estimator"]
+__all__ = ["get", "names", "register_estimator", "register_mixture", "register_weighting"]
 
-F = TypeVar("F", bound=EstimatorFn)
+F = TypeVar("F", bound=Callable[..., Any])
 
 FAMILIES = ("token", "sequence", "hybrid")
 AT_EQUAL = ("sample", "expectation", "never")
@@ -34,7 +37,7 @@ def register_estimator(
     on_policy: bool | None = None,
     corrects: bool = False,
     variants: tuple[Variant, ...] = (),
-    split: Callable[..., tuple[Term, ...]] | None = None,
+    kind: Literal["estimator", "mixture", "weighting"] = "estimator",
 ) -> Callable[[F], F]:
     """Register a pure function `(tokens: TokenBatch, *, ...) -> Estimate` under a name, with its contract.
 
@@ -51,7 +54,7 @@ def register_estimator(
             than these.
         corrects: whether it weighs tokens by student over sampler.
         variants: keywords with which the contract is another, or which deserve a test of their own.
-        split: what it is made of; `register_mixture` and `register_weighting` set it.
+        kind: what the function returns; `register_mixture` and `register_weighting` set it.
 
     Raises:
         UserError: an unknown family or need, a name already taken by another function, or a `token` estimator that
@@ -61,7 +64,7 @@ def register_estimator(
     where = f"register_estimator({name!r})"
     choose(f"{where}.at_equal", at_equal, AT_EQUAL)
     choose(f"{where}.family", family, FAMILIES)
-    wanted = read_needs(f"{where}.needs", needs)
+    wanted = frozenset[Need]() if kind == "mixture" else read_needs(f"{where}.needs", needs)
     _check_needs(where, family, wanted)
 
     def register(fn: F) -> F:
@@ -70,11 +73,39 @@ def register_estimator(
             raise UserError(where, "a new name", "a registered one", "Choose another name.")
         sampled = Need.TOKEN in wanted if on_policy is None else on_policy
         _REGISTRY[name] = EstimatorSpec(
-            name, fn, family, target, unbiased, wanted, source, check, at_equal, sampled, corrects, variants, split
+            name, fn, family, target, unbiased, wanted, source, check, at_equal, sampled, corrects, variants, kind
         )
         return fn
 
     return register
+
+
+def register_mixture(name: str, **contract: Any) -> Callable[[Mixture], Mixture]:
+    """Register a weighted sum of estimators under a name.
+
+    The decorated function takes keywords only and returns `{name: weight}` or `{name: {weight: w, keyword: value}}`, or
+    a list of terms as of the key `estimator.terms`. In training every term is computed where it is cheapest: those that
+    see positions inside the head's chunks, the others on whole sequences.
+
+    Args:
+        name: how a configuration selects it.
+        **contract: as of `register_estimator`.
+    """
+    return register_estimator(name, family="hybrid", kind="mixture", **contract)
+
+
+def register_weighting(name: str, *, needs: str = "token", **contract: Any) -> Callable[[Weighting], Weighting]:
+    """Register weights for the tokens of another estimator, its keyword `base`; by default the sampled reverse KL.
+
+    The decorated function maps a whole [B, T] batch to detached weights [B, T]. `base` is a registered name, or a
+    mapping with the key `name` and keywords.
+
+    Args:
+        name: how a configuration selects it.
+        needs: what the weights are made from: `token`, with extras as in `register_estimator`.
+        **contract: as of `register_estimator`, with the default base.
+    """
+    return register_estimator(name, family="hybrid", kind="weighting", needs=needs, **contract)
 
 
 def _check_needs(where: str, family: str, needs: frozenset[Need]) -> None:
@@ -113,43 +144,6 @@ def get(name: str | EstimatorFn) -> EstimatorSpec:
     raise UserError("estimator.name", "a registered estimator or file.py:function", repr(name), suggest(name, names()))
 
 
-def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
-    """An estimator with its keywords bound and checked; no weights are needed.
-
-    Args:
-        name: as in `get`.
-        **kwargs: the estimator's keyword-only hyper-parameters.
-
-    Raises:
-        UserError: an unknown or missing keyword, or a value that cannot work.
-    """
-    spec = get(name)
-    known = _keywords(spec.fn)
-    for key in kwargs:
-        if key not in known:
-            remedy = suggest(key, known) if known else f"{spec.name} takes none."
-            raise UserError(f"estimator.kwargs.{key}", f"a keyword of {spec.name}", "an unknown one", remedy)
-    try:
-        bound = bound_arguments(spec.fn, kwargs)
-        if spec.check is not None:
-            spec.check(**bound)
-        estimator = BoundEstimator(spec, kwargs)
-        _ = estimator.terms  # builds, and so checks, what it is made of
-    except (TypeError, ValueError) as error:
-        raise UserError("estimator.kwargs", f"valid keywords for {spec.name}", str(error), "Correct them.") from error
-    if Need.SUPPORT in spec.needs:
-        if "k" not in bound:
-            raise UserError(
-                "estimator.name", "a keyword `k`, the support size", f"none in {spec.name}", "Add `k: int`."
-            )
-        choose("estimator.kwargs.support", str(bound.get("support", "teacher")), SUPPORTS)
-    return estimator
-
-
 def _spec_of(fn: EstimatorFn, name: str) -> EstimatorSpec:
     registered = next((spec for spec in _REGISTRY.values() if spec.fn is fn), None)
     return registered or EstimatorSpec(name, fn)
-
-
-def _keywords(fn: EstimatorFn) -> list[str]:
-    return [p.name for p in inspect.signature(fn).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators.contract import Variant
-from lit_opd.estimators.terms import register_weighting
+from lit_opd.estimators.registry import register_weighting
 from lit_opd.estimators.weighted import weights_where
 from lit_opd.functional.precision import upcast
 from lit_opd.types import TokenBatch

@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import sampled_reverse_kl
-from lit_opd.estimators.support import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
+from lit_opd.estimators.topk import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
 from lit_opd.functional.divergences import expectation, log_difference, renormalise, reverse_kl
 from lit_opd.functional.precision import upcast
 from lit_opd.functional.support import MASSES, support_divergence

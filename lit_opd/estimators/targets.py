@@ -11,9 +11,9 @@ import torch
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.full import full_logps, with_exact_kl
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.estimators.support import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
+from lit_opd.estimators.topk import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
 from lit_opd.functional.divergences import forward_kl, renormalise
-from lit_opd.functional.targets import interpolate_logps
+from lit_opd.functional.interpolation import interpolate_logps
 from lit_opd.types import Estimate, TokenBatch
 
 

@@ -1,96 +1,105 @@
-"""Estimators made of others: weighted sums, and weights for every token of another estimator."""
+"""Build estimators: bind and check their keywords, and write those made of others as the weighted terms they are.
+
+A sum (`mix`, `minillm`), a weighting with its `base` (`tip`) and the list `estimator.terms` of a configuration all
+become the same terms, which training, the oracle and the linter's probes evaluate one by one. Nothing here needs
+weights: commands and the module build first and load models afterwards.
+"""
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
-from torch import Tensor
+from lit_opd.errors import UserError, choose, suggest
+from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term
+from lit_opd.estimators.registry import get, names
+from lit_opd.functional.support import SUPPORTS
+from lit_opd.types import Need
 
-from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, Term, any_clipped
-from lit_opd.estimators.registry import build, get, register_estimator
-from lit_opd.types import Estimate, TokenBatch
+__all__ = ["build", "build_from"]
 
-__all__ = ["register_mixture", "register_weighting"]
-
-Mixture = Callable[..., Mapping[str, Any]]
-Weighting = Callable[..., Tensor]
-
-_TOKENS = inspect.Parameter("tokens", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_BASE = inspect.Parameter("base", inspect.Parameter.KEYWORD_ONLY, default="token")
+_TERM = ("name", "weight", "kwargs", "weighting")
+_WEIGHTING = ("name", "kwargs")
 
 
-def register_mixture(name: str, **contract: Any) -> Callable[[Mixture], Mixture]:
-    """Register a weighted sum of estimators under a name.
+class _Section(Protocol):
+    """The section `estimator` of a configuration."""
 
-    The decorated function takes keywords only and returns `{name: weight}` or `{name: {weight: w, keyword: value}}`. In
-    training every term is computed where it is cheapest: those that see positions inside the head's chunks, the others
-    on whole sequences.
+    name: str
+    kwargs: dict[str, Any]
+    terms: list[Any]
+
+
+def build_from(section: _Section) -> BoundEstimator:
+    """Build the estimator that the section `estimator` of a configuration describes, by its name or by its terms.
+
+    Raises:
+        UserError: as of `build`, or both name and terms.
+    """
+    if not section.terms:
+        return build(section.name, **section.kwargs)
+    if section.name != "mix" or section.kwargs:
+        found = f"the name {section.name!r} and the keywords {section.kwargs}"
+        raise UserError("estimator.terms", "neither estimator.name nor estimator.kwargs beside it", found, "Drop one.")
+    try:
+        return build("mix", terms=section.terms)
+    except UserError as error:
+        key = "estimator.terms" if error.key == "estimator.kwargs" else error.key
+        raise UserError(key, error.expected, error.found, error.remedy) from error
+
+
+def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
+    """Bind and check an estimator's keywords; no weights are needed.
 
     Args:
-        name: how a configuration selects it.
-        **contract: as of `register_estimator`.
+        name: as in `get`.
+        **kwargs: the estimator's keyword-only hyper-parameters.
+
+    Raises:
+        UserError: an unknown or missing keyword, or a value that cannot work.
     """
-
-    def register(parts: Mixture) -> Mixture:
-        def split(**keywords: Any) -> tuple[Term, ...]:
-            return tuple(term for part in parts(**keywords).items() for term in _read_part(part))
-
-        def estimator(tokens: TokenBatch, **keywords: Any) -> Estimate:
-            return _sum(split(**keywords), tokens)
-
-        _dress(estimator, parts, [_TOKENS, *inspect.signature(parts).parameters.values()])
-        register_estimator(name, family="hybrid", split=split, **{"needs": "terms", **contract})(estimator)
-        return parts
-
-    return register
-
-
-def register_weighting(name: str, *, needs: str = "token", **contract: Any) -> Callable[[Weighting], Weighting]:
-    """Register weights for the tokens of another estimator, its keyword `base`; by default the sampled reverse KL.
-
-    The decorated function maps a whole [B, T] batch to detached weights [B, T]. `base` is a registered name, or a
-    mapping with the key `name` and keywords.
-
-    Args:
-        name: how a configuration selects it.
-        needs: what the weights are made from: `token`, with extras as in `register_estimator`.
-        **contract: as of `register_estimator`, with the default base.
-    """
-
-    def register(weights: Weighting) -> Weighting:
-        def split(*, base: str | Mapping[str, Any], **keywords: Any) -> tuple[Term, ...]:
-            weighting, wanted = functools.partial(weights, **keywords), get(name).needs
-            return tuple(Term(t.weight, t.estimator, weighting, wanted) for t in _build_base(base).terms)
-
-        def estimator(tokens: TokenBatch, *, base: str | Mapping[str, Any] = "token", **keywords: Any) -> Estimate:
-            return _sum(split(base=base, **keywords), tokens)
-
-        own = list(inspect.signature(weights).parameters.values())
-        _dress(estimator, weights, [*own, _BASE])
-        register_estimator(name, family="hybrid", needs=needs, split=split, **contract)(estimator)
-        return weights
-
-    return register
+    spec = get(name)
+    known = spec.defaults
+    for key in kwargs:
+        if key not in known:
+            remedy = suggest(key, known) if known else f"{spec.name} takes none."
+            raise UserError(f"estimator.kwargs.{key}", f"a keyword of {spec.name}", "an unknown one", remedy)
+    try:
+        bound = spec.bind(kwargs)
+        if spec.check is not None:
+            spec.check(**bound)
+        estimator = BoundEstimator(spec, kwargs, _parts(spec, bound))
+    except (TypeError, ValueError) as error:
+        raise UserError("estimator.kwargs", f"valid keywords for {spec.name}", str(error), "Correct them.") from error
+    if Need.SUPPORT in spec.needs:
+        if "k" not in bound:
+            raise UserError(
+                "estimator.name", "a keyword `k`, the support size", f"none in {spec.name}", "Add `k: int`."
+            )
+        choose("estimator.kwargs.support", str(bound.get("support", "teacher")), SUPPORTS)
+    return estimator
 
 
-def _dress(estimator: EstimatorFn, source: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
-    functools.update_wrapper(estimator, source)
-    estimator.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+def _parts(spec: EstimatorSpec, keywords: dict[str, Any]) -> tuple[Term, ...]:
+    """The terms of what is made of others; none of what stands for itself."""
+    if spec.kind == "estimator":
+        return ()
+    if spec.kind == "weighting":
+        own = {key: value for key, value in keywords.items() if key != "base"}
+        return _weighted(spec, own, _base(keywords["base"]).terms)
+    parts = spec.fn(**keywords)
+    if isinstance(parts, Mapping):
+        return tuple(term for name, value in parts.items() for term in _read_short(name, value))
+    return tuple(term for i, part in enumerate(parts) for term in _read_term(f"estimator.terms[{i}]", part))
 
 
-def _sum(terms: tuple[Term, ...], tokens: TokenBatch) -> Estimate:
-    estimates = [(term.weight, term(tokens)) for term in terms]
-    share = sum(weight for weight, _ in estimates)
-    loss = sum(weight * estimate.loss_BT for weight, estimate in estimates)
-    kl = sum(weight * estimate.kl_BT for weight, estimate in estimates)
-    clipped = any_clipped(estimate.clipped_BT for _, estimate in estimates)
-    return Estimate(loss_BT=loss, kl_BT=kl / share, clipped_BT=clipped)  # type: ignore[arg-type]
+def _weighted(spec: EstimatorSpec, keywords: dict[str, Any], terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    weighting = functools.partial(spec.fn, **keywords)
+    return tuple(Term(term.weight, term.estimator, weighting, spec.needs) for term in terms)
 
 
-def _build_base(base: str | Mapping[str, Any]) -> BoundEstimator:
+def _base(base: str | Mapping[str, Any]) -> BoundEstimator:
     keywords = dict(base) if isinstance(base, Mapping) else {"name": base}
     if "name" not in keywords:
         raise ValueError(f"base must be a name, or a mapping with the key name, found {base!r}")
@@ -100,13 +109,49 @@ def _build_base(base: str | Mapping[str, Any]) -> BoundEstimator:
     return estimator
 
 
-def _read_part(part: tuple[str, Any]) -> tuple[Term, ...]:
+def _read_short(name: str, value: Any) -> tuple[Term, ...]:
     """The terms of `name: weight` or `name: {weight: w, keyword: value}`."""
-    name, value = part
     keywords = dict(value) if isinstance(value, Mapping) else {"weight": value}
-    weight = keywords.pop("weight", None)
+    return _term(name, keywords.pop("weight", None), keywords)
+
+
+def _read_term(key: str, part: Any) -> tuple[Term, ...]:
+    """The terms of `{name, weight, kwargs, weighting: {name, kwargs}}`; `key` says where it stands."""
+    _check_keys(key, part, _TERM)
+    terms = _at(key, _term, part["name"], part.get("weight"), part.get("kwargs") or {})
+    wanted = part.get("weighting")
+    if wanted is None:
+        return terms
+    _check_keys(f"{key}.weighting", wanted, _WEIGHTING)
+    choose(f"{key}.weighting.name", wanted["name"], [name for name in names() if get(name).kind == "weighting"])
+    if any(term.weighting is not None for term in terms):
+        raise UserError(f"{key}.weighting", "none", f"one beside the weighting {part['name']!r}", "Drop one of them.")
+    keywords = _at(f"{key}.weighting", build, wanted["name"], **(wanted.get("kwargs") or {})).keywords
+    own = {name: value for name, value in keywords.items() if name != "base"}
+    return _weighted(get(wanted["name"]), own, terms)
+
+
+def _term(name: str, weight: Any, keywords: Mapping[str, Any]) -> tuple[Term, ...]:
     if not isinstance(weight, int | float) or isinstance(weight, bool):
         raise ValueError(f"term {name!r} needs a number as its weight, found {weight!r}")
-    if not get(name).needs:
+    if get(name).kind == "mixture":
         raise ValueError(f"a mix cannot hold a mix, found {name!r}: list the terms side by side")
     return tuple(term._replace(weight=weight * term.weight) for term in build(name, **keywords).terms)
+
+
+def _check_keys(key: str, part: Any, known: tuple[str, ...]) -> None:
+    if not isinstance(part, Mapping) or "name" not in part:
+        raise UserError(key, f"a mapping with the key name, of {', '.join(known)}", repr(part), "Name one.")
+    for word in part:
+        if word not in known:
+            raise UserError(
+                f"{key}.{word}", f"a key of {', '.join(known)}", "an unknown one", suggest(str(word), known)
+            )
+
+
+def _at(key: str, made: Any, *args: Any, **kwargs: Any) -> Any:
+    """Whatever `made` returns; of what is wrong it is told where in the list it stands."""
+    try:
+        return made(*args, **kwargs)
+    except UserError as error:
+        raise UserError(error.key.replace("estimator", key, 1), error.expected, error.found, error.remedy) from error

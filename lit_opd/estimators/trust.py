@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import log_ratio, score_function
-from lit_opd.estimators.support import check_k, support_logps
+from lit_opd.estimators.topk import check_k, support_logps
 from lit_opd.functional.support import support_divergence
 from lit_opd.types import Estimate, TokenBatch
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.outcomes import check_pass_reward, group_mean
+from lit_opd.estimators.registry import register_weighting
 from lit_opd.estimators.sampled import log_ratio
 from lit_opd.estimators.sequence import counted
-from lit_opd.estimators.terms import register_weighting
 from lit_opd.functional.precision import upcast
 from lit_opd.types import TokenBatch
 

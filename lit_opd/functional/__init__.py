@@ -1,6 +1,5 @@
 """Pure maths: tensors in, tensors out, torch only."""
 
-from lit_opd.functional.adaptive import WEIGHTINGS, adaptive_kl, logit_matching, todi
 from lit_opd.functional.divergences import (
     entropy,
     forward_kl,
@@ -21,14 +20,21 @@ from lit_opd.functional.head import (
     head_logits,
     position_losses,
 )
+from lit_opd.functional.interpolation import interpolate_logps
 from lit_opd.functional.precision import log_softmax, upcast
 from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
 from lit_opd.functional.reductions import masked_mean, token_weights
 from lit_opd.functional.returns import k_step_return, leave_one_out_mean, remaining_mean, return_to_go
 from lit_opd.functional.sampling import draw, law_logps, sample_tokens
-from lit_opd.functional.support import MASSES, SUPPORT_DIVERGENCES, support_divergence, support_mass
-from lit_opd.functional.targets import interpolate_logps
-from lit_opd.functional.topk import SUPPORTS, choose_support
+from lit_opd.functional.support import (
+    MASSES,
+    SUPPORT_DIVERGENCES,
+    SUPPORTS,
+    choose_support,
+    support_divergence,
+    support_mass,
+)
+from lit_opd.functional.weighted_divergences import WEIGHTINGS, adaptive_kl, logit_matching, todi
 
 __all__ = [
     "MASSES",

@@ -8,10 +8,42 @@ from torch import Tensor
 from lit_opd.functional.divergences import forward_kl, jsd, renormalise, reverse_kl
 from lit_opd.functional.precision import upcast
 
-__all__ = ["MASSES", "SUPPORT_DIVERGENCES", "support_divergence", "support_mass"]
+__all__ = ["MASSES", "SUPPORTS", "SUPPORT_DIVERGENCES", "choose_support", "support_divergence", "support_mass"]
 
+SUPPORTS = ("teacher", "student", "union", "intersection")
 MASSES = ("truncate", "renormalise", "tail", "generalised")
 SUPPORT_DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+
+def choose_support(student_logps: Tensor, teacher_logps: Tensor, k: int, source: str) -> tuple[Tensor, Tensor]:
+    """The K most probable tokens of the teacher, of the student, or of both.
+
+    Args:
+        student_logps: [..., V] log-probabilities.
+        teacher_logps: [..., V] log-probabilities.
+        k: K, how many of each model.
+        source: one of `SUPPORTS`.
+
+    Returns:
+        Token ids and the mask of the slots that hold one: [..., K], for the union [..., 2K]. No token stands twice.
+
+    Raises:
+        ValueError: an unknown source.
+    """
+    if source not in SUPPORTS:
+        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, found {source!r}")
+    if source == "student":
+        ids = student_logps.topk(k, dim=-1).indices
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    ids = teacher_logps.topk(k, dim=-1).indices
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    if source == "teacher":
+        return ids, everywhere
+    others = student_logps.topk(k, dim=-1).indices
+    shared = ids[..., :, None] == others[..., None, :]
+    if source == "intersection":
+        return ids, shared.any(-1)
+    return torch.cat([ids, others], dim=-1), torch.cat([everywhere, ~shared.any(-2)], dim=-1)
 
 
 def support_divergence(

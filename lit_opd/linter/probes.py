@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_opd.estimators import BoundEstimator, EstimatorSpec, Term
+from lit_opd.estimators import BoundEstimator, Term
 from lit_opd.estimators.oracle.batches import difference, example_batch, loss_and_gradients, per_position, same
-from lit_opd.estimators.oracle.diagnosis import diagnose
+from lit_opd.estimators.oracle.verdict import verify
 from lit_opd.types import Need, TokenBatch
 
 __all__ = ["Probe", "probe"]
@@ -52,12 +52,12 @@ def probe(term: Term) -> Probe:
     term = _with_small_support(term)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            found, (couples, leaks) = diagnose(_alone(term)), _couplings(term)
+            found, (couples, leaks) = verify(_alone(term)), _couplings(term)
+            taught = found.silent and not term.estimator.spec.on_policy and Need.TOKEN in term.estimator.spec.needs
+            silent = found.silent and not taught
+            return Probe(name, size, found.dead, silent, found.ignores_teacher, found.whitened, couples, leaks, taught)
     except Exception as error:  # a user's function fails in a way of its own
         return Probe(name, size, error=f"{type(error).__name__}: {error}")
-    taught = found.silent and not term.estimator.spec.on_policy and Need.TOKEN in term.estimator.spec.needs
-    silent = found.silent and not taught
-    return Probe(name, size, found.dead, silent, found.ignores_teacher, found.whitened, couples, leaks, taught)
 
 
 def _with_small_support(term: Term) -> Term:
@@ -69,9 +69,7 @@ def _with_small_support(term: Term) -> Term:
 
 def _alone(term: Term) -> BoundEstimator:
     """An estimator that is nothing but this term."""
-    return BoundEstimator(
-        EstimatorSpec(term.estimator.spec.name, lambda tokens: term(tokens), split=lambda: (term,)), {}
-    )
+    return BoundEstimator(term.estimator.spec, term.estimator.kwargs, (term._replace(weight=1.0),))
 
 
 def _couplings(term: Term) -> tuple[bool, bool]:

@@ -229,7 +229,7 @@ def _first(facts: Facts, holds: Callable[[Probe], bool]) -> str | None:
 
 
 def _key(facts: Facts) -> str:
-    return "estimator.name" if facts.estimator.spec.split is None else "estimator.kwargs"
+    return "estimator.kwargs" if facts.estimator.parts else "estimator.name"
 
 
 def _sampled(facts: Facts) -> list[str]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from lit_opd.functional import entropy, forward_kl, jsd, log_softmax, position_losses, reverse_kl, upcast
 from lit_opd.functional.head import Stats
-from lit_opd.functional.support import support_mass
-from lit_opd.functional.topk import choose_support
+from lit_opd.functional.support import choose_support, support_mass
 from lit_opd.measures.custom import TokenMeasure, apply_measures
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.types import Rollout, Scores

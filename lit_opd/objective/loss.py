@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator, Term, any_clipped
 from lit_opd.estimators.needs import Seen, fill, needs_of
-from lit_opd.estimators.support import support_logps
+from lit_opd.estimators.topk import support_logps
 from lit_opd.functional import Head, position_losses, support_mass
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel

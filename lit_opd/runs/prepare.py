@@ -30,7 +30,7 @@ def prepare_data(config: Config) -> PromptDataModule:
     Raises:
         UserError: whatever cannot work and shows without weights.
     """
-    estimator = estimators.build(config.estimator.name, **config.estimator.kwargs)
+    estimator = estimators.build_from(config.estimator)
     if Need.REWARDS in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
     if config.estimator.adapt_gamma_every is not None:

@@ -9,8 +9,8 @@ import torch
 from lit_opd import estimators
 from lit_opd.errors import UserError
 from lit_opd.estimators.needs import FILLERS, Filler, Seen, fillings, read_needs, write_needs
+from lit_opd.estimators.oracle import verify
 from lit_opd.estimators.oracle.batches import example_batch
-from lit_opd.estimators.oracle.diagnosis import diagnose
 from lit_opd.estimators.oracle.laws import broken_laws
 from lit_opd.functional import Head, HiddenDistributions
 from lit_opd.functional.divergences import forward_kl
@@ -40,7 +40,6 @@ def test_every_need_fills_fields_of_its_own_and_every_field_has_its_need():
         ("token", {Need.TOKEN}),
         ("support+entropy", {Need.SUPPORT, Need.ENTROPY}),
         ("token+entropy+kl+rewards+groups+reference", set(Need) - {Need.SUPPORT, Need.FULL}),
-        ("terms", set()),
     ],
 )
 def test_needs_are_written_as_they_were_read(words, needs):
@@ -48,10 +47,16 @@ def test_needs_are_written_as_they_were_read(words, needs):
     assert write_needs(read_needs("needs", words)) == words
 
 
+def test_a_sum_needs_what_its_terms_do():
+    minillm = estimators.build("minillm")
+    assert write_needs(minillm.spec.needs) == "terms"
+    assert minillm.needs == {Need.TOKEN, Need.FULL}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("kl", r"needs: expected one of token, support, full, terms, found 'kl'"),
+        ("kl", r"needs: expected one of token, support, full, found 'kl'"),
         ("token+full", r"needs: expected one of entropy, kl, rewards, groups, reference, found 'full'"),
         ("token+entropie", r"found 'entropie'\. Did you mean 'entropy'\?"),
     ],
@@ -92,7 +97,7 @@ def test_a_new_need_is_a_member_and_a_row_of_the_table(monkeypatch):
     estimator = estimators.build("toy")
     assert write_needs(estimator.needs) == "token+forward"
     assert broken_laws(estimator) == {}
-    assert not diagnose(estimator).dead
+    assert not verify(estimator).dead
     assert example_batch(estimator).kl_BT is not None
     hidden_NH, weight_VH = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     scores = Scores(full=HiddenDistributions(hidden_NH, Head(weight_VH), rows=3))

@@ -10,7 +10,10 @@ from lit_opd.errors import UserError
     ("declared", "message"),
     [
         ({"family": "tokens"}, r"register_estimator\('mine'\)\.family: expected one of token, sequence, hybrid"),
-        ({"needs": "logits"}, r"register_estimator\('mine'\)\.needs: expected one of token, support, full, terms"),
+        (
+            {"needs": "logits"},
+            r"\('mine'\)\.needs: expected one of token, support, full, found 'logits'",
+        ),
         ({"needs": "token+klx"}, r"register_estimator\('mine'\)\.needs: .* Did you mean 'kl'\?"),
         ({"at_equal": "always"}, r"register_estimator\('mine'\)\.at_equal: expected one of sample, expectation, never"),
         ({"family": "sequence", "needs": "full"}, r"expected family 'token' where needs is 'support' or 'full'"),

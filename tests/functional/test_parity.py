@@ -17,7 +17,7 @@ from lit_opd.functional import (
     reverse_kl,
     support_divergence,
 )
-from lit_opd.functional.topk import choose_support
+from lit_opd.functional.support import choose_support
 
 DTYPES = [torch.float32, torch.float64]
 TRL_BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_opd import estimators
 from lit_opd.functional import Head, HiddenDistributions, chunks
-from lit_opd.functional.topk import SUPPORTS
+from lit_opd.functional.support import SUPPORTS
 from lit_opd.objective import CountedPositions
 from lit_opd.types import Estimate, Scores
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lit_opd.estimators.contract import BoundEstimator
 from lit_opd.estimators.needs import Seen, fill
-from lit_opd.estimators.oracle import TabularPair, pair_for
-from lit_opd.types import Estimate, Need, TokenBatch
+from lit_opd.estimators.oracle.tabular import pair_for
+from lit_opd.types import Estimate, TokenBatch
 
 __all__ = ["ROUNDING", "Surrogate", "batch_of", "cast", "difference", "difference_where_masked", "example_batch",
-           "loss_and_gradients", "per_position", "same", "spoil_masked", "table_for", "take_rows", "tensors",
+           "loss_and_gradients", "per_position", "same", "spoil_masked", "take_rows", "tensors",
            "vocabulary_for", "with_leaves"]  # fmt: skip
 
 ROUNDING = 1e-12
@@ -24,14 +24,6 @@ Surrogate = Callable[[TokenBatch], Estimate]
 def vocabulary_for(estimator: BoundEstimator) -> int:
     """V: more tokens than the estimator's support holds."""
     return pair_for(estimator).student_logits_CV.shape[1]
-
-
-def table_for(estimator: BoundEstimator, seed: int = 0, horizon: int | None = None, stop: bool = True) -> TabularPair:
-    """Random models of a size that the oracle can write down, with more tokens than the estimator's support."""
-    vocabulary = vocabulary_for(estimator)
-    # What compares the completions of a prompt is evaluated on pairs of them: with many tokens, on short ones.
-    longest = 1 if Need.GROUPS in estimator.needs and vocabulary > 5 else pair_for(estimator).horizon
-    return TabularPair.random(vocabulary, min(horizon or longest, longest), seed, stop=stop)
 
 
 def example_batch(estimator: BoundEstimator, seed: int = 0) -> TokenBatch:

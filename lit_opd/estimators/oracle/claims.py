@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterator
 
 from lit_opd.estimators.contract import BoundEstimator
-from lit_opd.estimators.oracle import TARGETS, TabularPair, exact_gradient, verify
-from lit_opd.estimators.oracle.batches import ROUNDING, table_for
+from lit_opd.estimators.oracle import TARGETS, TabularPair, Verdict, exact_gradient, pair_for, verify
+from lit_opd.estimators.oracle.batches import ROUNDING
 
 __all__ = ["CLAIMS", "Law", "bias_is_as_declared", "gradient_at_equal_models_is_as_declared"]
 
@@ -26,7 +26,7 @@ def bias_is_as_declared(estimator: BoundEstimator) -> str | None:
         return f"its target {target!r} is unknown: known are {', '.join(TARGETS)}"
     # Where all completions of a small model have one reward, there is no gradient to compare with.
     pairs = [pair for pair in _tables(estimator, seed=1) if exact_gradient(pair, target).norm() > 1e-6]
-    biases = [_relative_bias(pair, estimator, target) for pair in pairs]
+    biases = [verify(estimator, pair).compare(target).relative_bias for pair in pairs]
     if not all(map(math.isfinite, biases)):
         return "its expected gradient is not finite"
     if unbiased and max(biases) > ROUNDING:
@@ -38,7 +38,7 @@ def bias_is_as_declared(estimator: BoundEstimator) -> str | None:
 
 def gradient_at_equal_models_is_as_declared(estimator: BoundEstimator) -> str | None:
     """Where the student equals the teacher there is nothing to learn; what pushes on all the same must say so."""
-    verdicts = [verify(estimator, pair) for pair in _tables(estimator, seed=2)]
+    verdicts = [Verdict(estimator, pair) for pair in _tables(estimator, seed=2)]
     silent = all(verdict.rms_at_equal < ROUNDING for verdict in verdicts)
     centred = all(verdict.norm_at_equal < ROUNDING for verdict in verdicts)
     found = "sample" if silent else "expectation" if centred else "never"
@@ -51,13 +51,7 @@ def gradient_at_equal_models_is_as_declared(estimator: BoundEstimator) -> str | 
 CLAIMS: dict[str, Law] = {law.__name__: law for law in (bias_is_as_declared, gradient_at_equal_models_is_as_declared)}
 
 
-def _relative_bias(pair: TabularPair, estimator: BoundEstimator, target: str) -> float:
-    bias = verify(estimator, pair, target).relative_bias
-    assert bias is not None
-    return bias
-
-
 def _tables(estimator: BoundEstimator, seed: int) -> Iterator[TabularPair]:
     for horizon in (1, 3):
         for stop in (False, True):
-            yield table_for(estimator, seed, horizon, stop)
+            yield pair_for(estimator, seed, horizon, stop)

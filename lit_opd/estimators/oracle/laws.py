@@ -49,8 +49,7 @@ def small_support(spec: EstimatorSpec) -> dict[str, int]:
 def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
     """Keywords to test an estimator with: its defaults, where it has any, and its variants, on a small support."""
     small = small_support(spec)
-    parameters = inspect.signature(spec.fn).parameters.values()
-    incomplete = any(p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in small for p in parameters)
+    incomplete = any(default is inspect.Parameter.empty for default in (spec.defaults | small).values())
     variants = [dict(variant.keywords) for variant in spec.variants]
     return tuple(small | keywords for keywords in (variants if variants and incomplete else [{}, *variants]))
 

@@ -19,6 +19,7 @@ from lit_opd.types import Need, TokenBatch
 
 __all__ = [
     "Completions",
+    "Gradients",
     "expected_gradient",
     "sample_gradients",
     "second_moment",
@@ -29,7 +30,24 @@ __all__ = [
 _GROUP = 2
 
 
-def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> tuple[Tensor, Tensor]:
+class Gradients(NamedTuple):
+    """Probability of each sample [S], and its gradient [S, G]."""
+
+    probs_S: Tensor
+    gradients_SG: Tensor
+
+    @property
+    def expected_G(self) -> Tensor:
+        """The expected gradient."""
+        return self.probs_S @ self.gradients_SG
+
+    @property
+    def second_moment(self) -> float:
+        """The expected squared norm of a sample's gradient."""
+        return float(self.probs_S @ self.gradients_SG.square().sum(1))
+
+
+def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> Gradients:
     """What every sample would contribute to the gradient: that of its sum of counted losses.
 
     A mix is evaluated term by term, as in training. Where a term compares the completions of one prompt, a sample is a
@@ -39,9 +57,6 @@ def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> tuple[
         pair: the two models.
         estimator: what to evaluate.
 
-    Returns:
-        Probability of each sample [S], and its gradient [S, G].
-
     Raises:
         ValueError: the estimator's loss is not one value a position, or its support is larger than the vocabulary.
     """
@@ -50,7 +65,7 @@ def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> tuple[
     size = _group_size(estimator)
     samples_SG = torch.cartesian_prod(*[torch.arange(len(ids_BT))] * size).reshape(-1, size)
     probs_S = probabilities(pair, pair.law_logps_CV)[samples_SG].prod(1)
-    return probs_S, sample_gradients(pair, estimator, rows, samples_SG)
+    return Gradients(probs_S, sample_gradients(pair, estimator, rows, samples_SG))
 
 
 class Completions(NamedTuple):
@@ -128,17 +143,15 @@ class _View(NamedTuple):
 
 def expected_gradient(pair: TabularPair, estimator: BoundEstimator) -> Tensor:
     """Exact expectation, over what the sampler writes, of the gradient of a completion's summed loss; [G]."""
-    probs_S, gradients_SG = trajectory_gradients(pair, estimator)
-    return probs_S @ gradients_SG
+    return trajectory_gradients(pair, estimator).expected_G
 
 
 def second_moment(pair: TabularPair, estimator: BoundEstimator) -> float:
     """Expected squared norm of the gradient of one sample; zero only if every sample's gradient is."""
-    probs_S, gradients_SG = trajectory_gradients(pair, estimator)
-    return float(probs_S @ gradients_SG.square().sum(1))
+    return trajectory_gradients(pair, estimator).second_moment
 
 
-def trace_variance(pair: TabularPair, estimator: BoundEstimator) -> float:
+def trace_variance(pair: TabularPair, estimator: BoundEstimator, known: Gradients | None = None) -> float:
     """Trace of the covariance of the gradient, per completion: for pairs, twice that of their mean."""
-    probs_S, gradients_SG = trajectory_gradients(pair, estimator)
+    probs_S, gradients_SG = known or trajectory_gradients(pair, estimator)
     return _group_size(estimator) * float(probs_S @ (gradients_SG - probs_S @ gradients_SG).square().sum(1))

@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["TabularPair"]
+from lit_opd.estimators.contract import BoundEstimator
+from lit_opd.types import Need
+
+__all__ = ["TabularPair", "pair_for"]
 
 _STOP = 0
 
@@ -95,6 +98,15 @@ class TabularPair:
         for step_cV in steps[:-1]:
             levels.append((levels[-1][:, None] * step_cV).flatten())
         return torch.cat(levels)
+
+
+def pair_for(estimator: BoundEstimator, seed: int = 0, horizon: int | None = None, stop: bool = True) -> TabularPair:
+    """Make random models of a size that can be written down, with more tokens than the estimator's support."""
+    vocabulary = max(4, *(term.estimator.support_size + 2 for term in estimator.terms))
+    longest = 3 if vocabulary <= 6 else 2 if vocabulary <= 40 else 1
+    if Need.GROUPS in estimator.needs and vocabulary > 5:
+        longest = 1  # what compares the completions of a prompt is evaluated on pairs of them
+    return TabularPair.random(vocabulary, min(horizon or longest, longest), seed, stop=stop)
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:

@@ -171,7 +171,7 @@ def test_verdict_of_an_unbiased_and_of_a_biased_estimator():
 
 def test_verdict_without_a_target_still_says_what_happens_at_equal_models():
     verdict = verify(build("mix", terms={"token": 1, "sequence": 1}))
-    assert verdict[:4] == (None, None, None, None)
+    assert (verdict.target, verdict.relative_bias, verdict.cosine, verdict.is_unbiased) == (None, None, None, None)
     assert verdict.rms_at_equal == 0
     assert verdict.trace_variance > 0
 

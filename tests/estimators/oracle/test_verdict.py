@@ -6,9 +6,7 @@ import torch
 from lit_opd.estimators import build
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.needs import read_needs
-from lit_opd.estimators.oracle import TARGETS, TabularPair, expected_gradient, trace_variance, verify
-from lit_opd.estimators.oracle.batches import table_for
-from lit_opd.estimators.oracle.diagnosis import diagnose
+from lit_opd.estimators.oracle import TARGETS, TabularPair, expected_gradient, pair_for, trace_variance, verify
 from lit_opd.functional.returns import leave_one_out_mean, return_to_go
 from lit_opd.types import Estimate
 
@@ -103,7 +101,7 @@ CASES = [
 
 @pytest.mark.parametrize(("estimator", "flags"), CASES, ids=[estimator.spec.name for estimator, _ in CASES])
 def test_flags(estimator, flags):
-    found = diagnose(estimator)
+    found = verify(estimator)
     assert {name for name in FLAGS if getattr(found, name)} == flags
 
 
@@ -111,7 +109,7 @@ def test_flags(estimator, flags):
 def test_numbers_are_the_oracles(name):
     estimator = build(name, **({"k": 2} if name == "teacher_topk" else {}))
     pair = TabularPair.random(4, 3, seed=21, stop=True)
-    found = diagnose(estimator, pair)
+    found = verify(estimator, pair)
     assert [c.target for c in found.comparisons] == [target for target in TARGETS if target != "outcome"]
     for comparison in found.comparisons:
         verdict = verify(estimator, pair, comparison.target)
@@ -128,11 +126,11 @@ def test_numbers_are_the_oracles(name):
 
 
 def test_nearest_objective_is_the_one_it_has():
-    assert diagnose(build("token")).nearest.target == "reverse_kl"
-    assert diagnose(build("sequence")).nearest.target == "sequence_reverse_kl"
-    assert diagnose(build("full_vocab", divergence="jsd", teacher_weight=0.2)).nearest.relative_bias < 1e-12
+    assert verify(build("token")).nearest.target == "reverse_kl"
+    assert verify(build("sequence")).nearest.target == "sequence_reverse_kl"
+    assert verify(build("full_vocab", divergence="jsd", teacher_weight=0.2)).nearest.relative_bias < 1e-12
     # With one position two objectives are the same: the first is as good as the other.
-    nearest = diagnose(build("token"), TabularPair.random(4, 1, seed=1)).nearest
+    nearest = verify(build("token"), TabularPair.random(4, 1, seed=1)).nearest
     assert (nearest.target, nearest.relative_bias < 1e-12) == ("sequence_reverse_kl", True)
 
 
@@ -140,36 +138,36 @@ def test_of_parallel_objectives_the_least_biased_is_nearest():
     """With two tokens and one position every gradient lies on one line."""
     pair = TabularPair.random(2, 1, seed=1)
     for name, target in (("k3_loss", "forward_kl"), ("tvd", "tvd"), ("full_vocab", "sequence_reverse_kl")):
-        found = diagnose(build(name), pair)
+        found = verify(build(name), pair)
         assert all(c.cosine == pytest.approx(1) for c in found.comparisons)
         assert found.nearest.target == target
 
 
 def test_outcome_is_compared_where_rewards_are_read():
-    found = diagnose(made(reward_only, "token+rewards"))
+    found = verify(made(reward_only, "token+rewards"))
     assert found.nearest.target == "outcome"
     assert found.nearest.relative_bias < 1e-12
 
 
 def test_direction_of_rounding_errors_is_not_reported():
-    found = diagnose(made(log_ratio_as_loss))
+    found = verify(made(log_ratio_as_loss))
     assert found.expected_norm == 0
     assert found.rms > 0.1
     assert all(c.cosine == 0 and c.norm_ratio == 0 and c.relative_bias == 1 for c in found.comparisons)
 
 
 def test_what_learns_from_samples():
-    assert diagnose(build("token")).learns_from_samples
-    assert diagnose(build("supervised")).learns_from_samples  # from those of demonstrations
-    assert not diagnose(build("full_vocab")).learns_from_samples
-    assert not diagnose(build("teacher_topk", k=2)).learns_from_samples
+    assert verify(build("token")).learns_from_samples
+    assert verify(build("supervised")).learns_from_samples  # from those of demonstrations
+    assert not verify(build("full_vocab")).learns_from_samples
+    assert not verify(build("teacher_topk", k=2)).learns_from_samples
 
 
 def test_tables_are_small_enough_to_write_down():
     for needs in ("support", "support+groups"):
         for k in (2, 5, 16, 64):
             spec = EstimatorSpec("some", lambda tokens, *, k: None, family="sequence", needs=read_needs("needs", needs))
-            pair = table_for(BoundEstimator(spec, {"k": k}))
+            pair = pair_for(BoundEstimator(spec, {"k": k}))
             samples = len(pair.completions()[0]) ** (2 if "groups" in needs else 1)
             assert pair.student_logits_CV.shape[1] > k
             assert samples * pair.student_logits_CV.numel() < 5e6
