@@ -107,8 +107,8 @@ def break_down(recorded: Any, operators: int = 15) -> Breakdown:
         recorded: `profiler.profiler.kineto_results` of a stopped `torch.profiler.profile`, with one step or more.
         operators: how many to list.
     """
-    # Not `key_averages()`, which says not in which phase a head lies, and takes minutes and gigabytes for the million
-    # events of a long rollout: 20 times as long as this tree, which torch's own analyses of a profile walk too.
+    # Not `key_averages()`, which does not say in which phase a head lies: of 100,000 events it takes 8 s of CPU (torch
+    # 2.13), this tree 1.2 s, and a long rollout has a million. torch.profiler's own analyses walk this tree too.
     roots = recorded.experimental_event_tree()
     steps = sorted((root for root in roots if root.name == STEP), key=lambda step: step.start_time_ns)
     phases: dict[str, list[int]] = defaultdict(list)
