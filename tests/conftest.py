@@ -1,8 +1,10 @@
 """Tiny models and a tokenizer of one token a character, shared by all tests; no network, no downloads."""
 
 import copy
+import os
 from dataclasses import dataclass, field
 
+import hypothesis
 import lightning as L
 import pytest
 import torch
@@ -14,6 +16,12 @@ from lit_opd import DistillationModule, PromptDataModule, estimators
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
 from lit_opd.types import Estimate, PromptBatch, Prompts
+
+# Property tests of the gate draw the same examples every time. `HYPOTHESIS_PROFILE=search pytest` draws others each
+# time; what it finds becomes an `@example` of that test.
+hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("search", print_blob=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+=-"

@@ -9,6 +9,7 @@ import torch
 from lit_opd import PromptDataModule
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
+from lit_opd.types import FinishReason
 
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5=", "80-1=", "3=", "4-1="]
 TERMS = {"token": 1.0, "supervised": 0.5, "full_vocab": {"weight": 0.2, "divergence": "forward_kl"}, "hybrid": 0.3}
@@ -62,13 +63,16 @@ def test_every_term_sees_what_it_may(make_model, make_module, fit, full_logits, 
     assert record.metrics[0]["rollout/sampler_gap"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_the_teacher_writes_what_it_would_write(make_model, make_module, fit, make_rows, sample):
+def test_the_teacher_writes_what_it_would_write(make_model, make_module, fit, make_rows, full_logits):
     """A share of 0: all completions are the teacher's own samples, and nothing is left for a score function."""
     student, teacher = make_model(1, torch.float64), make_model(2, torch.float64)
     record, rollout = run(make_module, fit, make_rows(), student, teacher, estimator="token",
                           rollout={"student_share": 0.0, "temperature": 0.5})  # fmt: skip
     assert not rollout.student_wrote_BT.any()
     assert rollout.law.is_student  # the teacher's distribution as it is
+    logps_BTV, ids_BT1 = full_logits(teacher, rollout).log_softmax(-1), rollout.completion_ids_BT[..., None]
+    off_BT = rollout.sampler_logps_BT - logps_BTV.gather(-1, ids_BT1)[..., 0]
+    assert off_BT[rollout.mask_BT].abs().max() < 1e-5
     assert not any(gradient.any() for gradient in record.gradients[0].values())
     unread = ("train/reverse_kl", "train/entropy", "rollout/sampler_gap", "rollout/length", "rollout/eos_frac")
     assert all(record.metrics[0][name].isnan() for name in unread), "not 0: there is nothing to take a mean of"
@@ -80,6 +84,17 @@ def test_the_data_may_write(make_model, make_module, fit, make_rows, tiny_tokeni
     for ids, mask, prompt in zip(rollout.ids_BT, rollout.mask_BT, rollout.prompts.ids_BP, strict=True):
         text = tiny_tokenizer.decode(prompt, skip_special_tokens=True)
         assert tiny_tokenizer.decode(ids[mask]) == text[:1] * 3 + "<eos>"
+
+
+def test_texts_of_the_data_are_repeated_and_cut_as_samples_are(make_model, make_module, fit, make_rows):
+    """Three of every prompt, of two tokens each: the answers are longer, and end without a stop token."""
+    wanted = {"student_share": 0.0, "demonstrations": "data", "num_completions": 3, "max_new_tokens": 2}
+    _, rollout = run(make_module, fit, make_rows(), make_model(1), make_model(2), estimator="supervised",
+                     rollout=wanted)  # fmt: skip
+    assert rollout.prompt_index_B.tolist() == [i for i in range(7) for _ in range(3)]
+    assert rollout.mask_BT.shape == (21, 2)
+    assert rollout.mask_BT.all()
+    assert (rollout.finish_B == FinishReason.LENGTH).all()
 
 
 def test_data_without_answers_is_told(make_model, make_module, make_trainer, fit, make_rows):

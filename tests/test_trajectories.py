@@ -4,7 +4,8 @@ Who changes an objective on purpose records them again, `python tests/test_traje
 
 Where the bounds are from. In float64 two orders of summation differ by 1e-12, but Lightning logs in fp32, whose last
 digit is 1.2e-7. In fp32 other micro-batches, another attention kernel and another instruction set left every loss
-within 1e-6 and every gradient within 4e-6, as far as fp32 is from float64 at the first step. Under bf16-mixed, where
+within 1e-6 and every gradient within 4e-6, as far as fp32 is from float64 at the first step; on another processor the
+same code was 1.1e-5 off at the fourth step, which begins from weights that three steps have rounded. Under bf16-mixed, where
 every product is rounded to 4e-3, they moved losses by up to 5e-3 and gradients by up to 1e-1. There the first weights
 write all tokens, in fp32: bf16 changes about one sampled token in a thousand, and all that follows it.
 """
@@ -202,6 +203,8 @@ def test_training_leaves_the_stored_numbers(name, precision):
     for column, numbers in stored.items():
         bound = bound_of(column, precision)
         for place, (new, old) in enumerate(zip(found[column], numbers, strict=True)):
+            if column == "gradient_along" and precision == "32-true" and place:
+                bound = 2 * bound_of(column, precision)
             if new != (old if bound is None else pytest.approx(old, rel=bound, abs=bound)):
                 wrong.append(f"{column}[{place}] {new:.10g}, stored {old:.10g}, bound {bound}")
     assert not wrong, "\n".join(wrong)

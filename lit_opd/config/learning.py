@@ -71,7 +71,7 @@ class EstimatorConfig(Section):
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Its keywords; another estimator begins with its own defaults."""
     terms: list[Any] = field(default_factory=list)
-    """Instead of a name, a weighted sum of {name, weight, kwargs, weighting: {name, kwargs}}; the last two are optional."""
+    """Instead of a name, a weighted sum: a list of {name, weight, kwargs, weighting: {name, kwargs}}."""
     masked_tokens: list[Any] = field(default_factory=list)
     """Tokens, as text or ids, whose positions are not counted."""
     aggregation: str = limited("token_mean", one_of("token_mean", "sequence_mean", "sequence_sum"))

@@ -20,14 +20,16 @@ from lit_opd.types import SamplingLaw
 GAMMAS = (0.0, 0.5, 1.0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (1.7, None), (1.0, 2.0), (1.7, 2.0)])
 def test_sketches_are_projections_of_the_gradient_of_the_head(
-    scale, softcap, make_model, tiny_tokenizer, make_batch, sample, full_logits
+    scale, softcap, temperature, make_model, tiny_tokenizer, make_batch, sample, full_logits
 ):
     """Every completion's gradient by autograd through dense logits, projected afterwards."""
     student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
     student.config.logit_scale, student.config.final_logit_softcapping = scale, softcap
     policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
+    policies[0].temperature = temperature
     rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
     rollout = rollout.uncount(rollout.ids_BT == 7)
     candidates = [estimators.build("hybrid", gamma=gamma) for gamma in GAMMAS]
@@ -39,7 +41,7 @@ def test_sketches_are_projections_of_the_gradient_of_the_head(
     logits = scale * full_logits(student, rollout), full_logits(teacher, rollout)
     capped = logits[0] if softcap is None else softcap * torch.tanh(logits[0] / softcap)
     logps, taught = (x.log_softmax(-1).gather(-1, rollout.ids_BT[..., None])[..., 0]
-                     for x in (capped, logits[1]))  # fmt: skip
+                     for x in (capped / temperature, logits[1]))  # fmt: skip
     weight_VH = student.lm_head.weight
     left, right = _signs(17, 4, 5, weight_VH), _signs(16, 4, 6, weight_VH)
     for m, gamma in enumerate(GAMMAS):

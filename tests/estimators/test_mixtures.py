@@ -47,6 +47,9 @@ def test_the_exact_single_step_adds_no_noise_of_its_own_action():
      ("minillm", {"single_step_weight": math.nan}, "single_step_weight must be at least 0, found nan"),
      ("mix", {"terms": {}}, "terms must map estimator names to weights, found {}"),
      ("mix", {"terms": {"token": 1.0, "sequence": -1.0}}, "the weights of a mix must have a positive sum"),
+     ("mix", {"terms": {"token": 1.0, "full_vocab": {"divergence": "forward_kl"}}},
+      "term 'full_vocab' needs a number as its weight, found None"),
+     ("mix", {"terms": {"token": True}}, "term 'token' needs a number as its weight, found True"),
      ("mix", {"terms": {"token": 1.0, "minillm": 1.0}}, "a mix cannot hold a mix, found 'minillm'")],
 )  # fmt: skip
 def test_keywords_that_cannot_work_are_refused_before_any_model_loads(name, keywords, message):

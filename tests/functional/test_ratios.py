@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lit_opd.functional import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
@@ -54,6 +54,9 @@ def test_the_band_holds_its_ends_and_drops_the_rest():
 @fast
 @given(logps, st.floats(0, 1))
 def test_the_one_sided_mask_drops_what_became_less_probable(pairs, max_drop):
+    # At the very edge the last bit of an exponential decides, and libraries differ in it.
+    assume(all(p == mu or abs(math.exp(mu) - math.exp(p) - max_drop) > 1e-12 for p, mu in pairs))
+
     def by_hand(p, mu):
         return 0.0 if math.exp(mu) - math.exp(p) > max_drop else math.exp(p - mu)
 

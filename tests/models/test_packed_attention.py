@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from references import padded
+from transformers import AttentionInterface
 
 from lit_opd.models import LanguageModel
 from lit_opd.models import packed_attention as routes
@@ -113,6 +114,14 @@ def test_dropped_weights_have_the_gradient_of_what_was_drawn(route):
     found = attend(query, key, value, layout, SCALE, dropped=0.5)
     (to_value,) = torch.autograd.grad(found, value, upstream)
     torch.testing.assert_close((to_value * value).sum(), (found * upstream).sum(), rtol=1e-10, atol=0)
+
+
+def test_layers_that_name_no_scale_get_one_over_the_root_of_their_width():
+    layout, paths, tensors = inputs(4, 4)
+    as_layers_hand_them = [x.transpose(0, 1)[None] for x in tensors]
+    found, _ = AttentionInterface()[routes.NAME](torch.nn.Module(), *as_layers_hand_them, None, layout=layout)
+    query, *others = tensors
+    torch.testing.assert_close(found[0], naive(query / (SCALE * SIZE**0.5), *others, paths))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
