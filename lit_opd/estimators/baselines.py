@@ -62,7 +62,6 @@ def _centred(tokens: TokenBatch, returns_BT: Tensor) -> Tensor:
 
 @register_estimator(
     "vopd",
-    family="token",
     target="reverse_kl",
     unbiased=True,
     needs="token+kl",
@@ -87,7 +86,6 @@ def vopd(tokens: TokenBatch) -> Estimate:
 
 @register_estimator(
     "vopd_topk",
-    family="token",
     target="reverse_kl",
     unbiased=True,
     needs="support",

@@ -27,10 +27,8 @@ CORRECTIONS = ("full", "truncated", "band", "one_sided")
 
 @register_estimator(
     "importance_k3",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="as described in DeepSeek-V3.2, arXiv:2512.02556",
     corrects=True,
 )
@@ -67,10 +65,8 @@ def _check_correction(correction: str, cap: float, low: float, high: float, max_
 
 @register_estimator(
     "importance_reverse_kl",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="truncated as in G-OPD, arXiv:2602.12125; band as in MOPD, arXiv:2601.02780, and Nemotron-Cascade 2, "
     "arXiv:2603.19220; one-sided as in prime-rl",
     check=_check_correction,
@@ -131,10 +127,8 @@ def _check_clips(clip_low: float, clip_high: float, dual_clip: float) -> None:
 
 @register_estimator(
     "ppo_reverse_kl",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="arXiv:2603.25562, whose training loss this is",
     check=_check_clips,
     corrects=True,

@@ -64,7 +64,6 @@ def _check_divergence(divergence: str, teacher_weight: float, skew: float) -> No
 
 @register_estimator(
     "full_vocab",
-    family="token",
     target="reverse_kl",
     unbiased=True,
     needs="full",

@@ -26,8 +26,6 @@ __all__ = ["hybrid_reverse_kl"]
     "hybrid",
     family="hybrid",
     target="sequence_reverse_kl",
-    unbiased=False,
-    needs="token",
     source="arXiv:2603.25562, discounted return",
     check=check_gamma,
     variants=(

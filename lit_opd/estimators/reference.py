@@ -37,7 +37,6 @@ def _check_exopd(extrapolation: float, max_ratio: float) -> None:
 
 @register_estimator(
     "exopd",
-    family="token",
     needs="token+reference",
     source="G-OPD and ExOPD, arXiv:2602.12125; limits in arXiv:2605.08737",
     check=_check_exopd,
@@ -78,7 +77,6 @@ def _check_reference_weight(reference_weight: float) -> None:
 
 @register_estimator(
     "stable_opd",
-    family="token",
     needs="token+reference",
     source="StableOPD, arXiv:2604.08527 (its divergence constraint, without golden rollouts)",
     check=_check_reference_weight,

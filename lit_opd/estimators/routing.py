@@ -35,7 +35,6 @@ def _check_max_change(max_change: float, **_: object) -> None:
     "rlsd",
     family="hybrid",
     target="outcome",
-    unbiased=False,
     needs=NEEDS,
     source="RLSD, arXiv:2604.03128 (without the decay of the teacher's share)",
     check=_check_max_change,

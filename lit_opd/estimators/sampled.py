@@ -74,10 +74,8 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 @register_estimator(
     "token",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="Thinking Machines Lab, On-Policy Distillation (2025); arXiv:2603.25562, gamma = 0",
 )
 def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
@@ -98,10 +96,8 @@ def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
 
 @register_estimator(
     "k2_loss",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="k2 of Schulman's note on approximating KL; arXiv:2603.25562, whose code has it as mse",
 )
 def k2_loss(tokens: TokenBatch) -> Estimate:
@@ -121,10 +117,8 @@ def k2_loss(tokens: TokenBatch) -> Estimate:
 
 @register_estimator(
     "k3_loss",
-    family="token",
     target="forward_kl",
     unbiased=True,
-    needs="token",
     source="k3 of Schulman's note on approximating KL; arXiv:2603.25562, whose code has it as low_var_kl",
 )
 def k3_loss(tokens: TokenBatch) -> Estimate:
@@ -153,10 +147,7 @@ def _check_clip(max_log_ratio: float) -> None:
 
 @register_estimator(
     "clipped_log_ratio",
-    family="token",
     target="reverse_kl",
-    unbiased=False,
-    needs="token",
     source="arXiv:2603.25562 (clip_log_ratio)",
     check=_check_clip,
     variants=(Variant({"max_log_ratio": 0.5}, "no default; a limit that small models meet"),),

@@ -49,7 +49,6 @@ def _check_share(share: float, **_: object) -> None:
 @register_weighting(
     "entropy_top",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy",
     source="option of the code of arXiv:2603.25562 (top 20 %); arXiv:2604.14084 (50 %)",
     check=_check_share,
@@ -74,7 +73,6 @@ def entropy_top(tokens: TokenBatch, *, share: float = 0.2) -> Tensor:
 @register_weighting(
     "tip",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy+kl",
     source="TIP, arXiv:2604.14084 (soft OR), scaled over the completion instead of the batch",
     check=_check_share,

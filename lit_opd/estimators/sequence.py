@@ -66,7 +66,6 @@ def discounted_reverse_kl(tokens: TokenBatch, gamma: float) -> Estimate:
     family="sequence",
     target="sequence_reverse_kl",
     unbiased=True,
-    needs="token",
     source="arXiv:2603.25562, eq. of the causal return; MiniLLM, arXiv:2306.08543",
 )
 def sequence_reverse_kl(tokens: TokenBatch) -> Estimate:
@@ -94,8 +93,6 @@ def _check_steps(steps: int, gamma: float) -> None:
     "k_step",
     family="sequence",
     target="sequence_reverse_kl",
-    unbiased=False,
-    needs="token",
     source="KETCHUP, arXiv:2504.19024",
     check=_check_steps,
     variants=(
@@ -125,8 +122,6 @@ def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
     "length_normalised",
     family="sequence",
     target="sequence_reverse_kl",
-    unbiased=False,
-    needs="token",
     source="MiniLLM, arXiv:2306.08543 (length normalisation)",
 )
 def length_normalised(tokens: TokenBatch) -> Estimate:

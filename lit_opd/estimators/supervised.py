@@ -19,9 +19,6 @@ from lit_opd.types import Estimate, TokenBatch
 
 @register_estimator(
     "supervised",
-    family="token",
-    target=None,
-    needs="token",
     source="sequence-level distillation, arXiv:1606.07947; the supervised share of GKD, arXiv:2306.13649",
     on_policy=False,
 )

@@ -44,10 +44,7 @@ def _check_outlier(trust: float, outlier: str) -> None:
 
 @register_estimator(
     "tropd",
-    family="token",
     target="reverse_kl",
-    unbiased=False,
-    needs="token",
     source="as described of TrOPD, arXiv:2606.01249",
     check=_check_outlier,
     variants=(
@@ -84,9 +81,7 @@ def _check_forward(trust: float, k: int) -> None:
 
 @register_estimator(
     "tropd_forward",
-    family="token",
     target="reverse_kl",
-    unbiased=False,
     needs="support",
     source="as described of TrOPD, arXiv:2606.01249",
     check=_check_forward,
@@ -127,7 +122,6 @@ def _check_relaxed(mixture: float, entropy_share: float) -> None:
     "reopold",
     family="sequence",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy",
     source="as described of REOPOLD, arXiv:2603.11137",
     check=_check_relaxed,

@@ -52,7 +52,6 @@ def _check_horizon(horizon: int, grow_to: int | None, **_: object) -> None:
 @register_weighting(
     "prefix_opd",
     target="reverse_kl",
-    unbiased=False,
     source="Prefix-OPD, arXiv:2602.15260; TOPD and POPD (growing), arXiv:2605.31490",
     check=_check_horizon,
     variants=(
@@ -88,7 +87,6 @@ def _check_half_life(half_life: float, **_: object) -> None:
 @register_weighting(
     "position_decay",
     target="reverse_kl",
-    unbiased=False,
     source="a smooth form of the prefix of arXiv:2602.15260; early tokens carry most signal, arXiv:2606.22600",
     check=_check_half_life,
     variants=(Variant({"half_life": math.inf, "base": "token"}, "nothing decays", unbiased=True),),
@@ -118,7 +116,6 @@ def _check_iw_gamma(gamma: float, **_: object) -> None:
 @register_weighting(
     "iw_opd",
     target="reverse_kl",
-    unbiased=False,
     source="IW-OPD, arXiv:2606.22600; not normalised, as in TRL",
     check=_check_iw_gamma,
     variants=(Variant({"gamma": 0.0, "base": "token"}, "every weight is one", unbiased=True),),
@@ -145,7 +142,6 @@ def iw_opd(tokens: TokenBatch, *, gamma: float = 0.5) -> Tensor:
 @register_weighting(
     "entropy_weighted",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy",
     source="student entropy as a token's importance, arXiv:2604.14084; weighted rather than selected",
 )
@@ -171,7 +167,6 @@ def entropy_weighted(tokens: TokenBatch) -> Tensor:
 @register_weighting(
     "paced",
     target="reverse_kl",
-    unbiased=False,
     needs="token+rewards+groups",
     source="PACED, arXiv:2603.11178",
     check=check_pass_reward,
