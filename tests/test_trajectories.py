@@ -5,9 +5,9 @@ Who changes an objective on purpose records them again, `python tests/test_traje
 Where the bounds are from. In float64 two orders of summation differ by 1e-12, but Lightning logs in fp32, whose last
 digit is 1.2e-7. In fp32 other micro-batches, another attention kernel and another instruction set left every loss
 within 1e-6 and every gradient within 4e-6, as far as fp32 is from float64 at the first step; on another processor the
-same code was 1.1e-5 off at the fourth step, which begins from weights that three steps have rounded. Under bf16-mixed, where
-every product is rounded to 4e-3, they moved losses by up to 5e-3 and gradients by up to 1e-1. There the first weights
-write all tokens, in fp32: bf16 changes about one sampled token in a thousand, and all that follows it.
+same code was 1.1e-5 off at the fourth step, which begins from weights that three steps have rounded. Under bf16-mixed,
+where every product is rounded to 4e-3, they moved losses by up to 5e-3 and gradients by up to 1e-1. There the first
+weights write all tokens, in fp32: bf16 changes about one sampled token in a thousand, and all that follows it.
 """
 
 import copy

@@ -61,7 +61,7 @@ def check(reference: str, keywords: Mapping[str, Any]) -> None:
 
 
 def _laws(spec: EstimatorSpec) -> dict[str, Any]:
-    """What is not registered declares nothing."""
+    """Choose the laws to ask: what is not registered declares nothing."""
     declares = spec.name in estimators.names()
     return {name: law for name, law in LAWS.items() if declares or name not in CLAIMS}
 

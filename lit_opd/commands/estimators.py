@@ -1,4 +1,4 @@
-"""The registry as a table, made from the code."""
+"""Print the registry as a table, for the command `estimators` and the page in docs/."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ __all__ = ["markdown_table", "print_table"]
 
 FAMILIES = {
     "token": "each position for itself",
-    "sequence": "credit flows to earlier positions",
+    "sequence": "a token also pays for those after it",
     "hybrid": "mixes, weights, outcomes",
 }
-HEADER = ("name", "family", "aims at the gradient of", "unbiased", "needs", "what it is, and what it trades", "source")
+HEADER = (
+    "name",
+    "family",
+    "aims at the gradient of",
+    "unbiased",
+    "needs",
+    "what it does, and what it trades",
+    "source",
+)
 
 
 def markdown_table() -> str:
-    """The registry in Markdown: for each family a heading and a table."""
+    """Write the registry in Markdown, for each family a heading and a table."""
     return "\n\n".join(
         "\n".join([f"### {family}: {what}", "", _line(HEADER), _line(["---"] * len(HEADER)), *map(_line, rows)])
         for family, what, rows in _families(quote="`")
@@ -27,7 +35,7 @@ def markdown_table() -> str:
 
 
 def print_table() -> None:
-    """The registry on the terminal, its columns stacked so that a hundred characters are enough."""
+    """Print the registry on the terminal, its columns stacked so that a hundred characters are enough."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -37,7 +45,7 @@ def print_table() -> None:
     console = terminal if terminal.is_terminal else Console(width=max(100, terminal.width))
     for family, what, rows in _families():
         table = Table(box=box.SIMPLE_HEAD, title=f"{family}: {what}", title_justify="left", show_lines=True)
-        for header in ("name", "aims at the gradient of, and needs", "what it is, and what it trades; source"):
+        for header in ("name", "aims at the gradient of, and needs", "what it does, and what it trades; source"):
             table.add_column(header)
         for name, _, target, unbiased, needs, summary, source in rows:
             aims_at = "-" if target == "-" else f"{target}, {'unbiased' if unbiased == 'yes' else 'biased'}"

@@ -1,4 +1,13 @@
-"""Full-vocabulary estimators whose weights follow the two distributions; each stands still where these are equal."""
+"""Estimators on the whole vocabulary whose weights follow the two distributions.
+
+>>> import torch
+>>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()  # one position, two tokens
+>>> tokens = TokenBatch(
+...     p[:, 0], q[:, 0], p[:, 0], torch.tensor([True]), student_full_logps_BTV=p, teacher_full_logps_BTV=q
+... )
+>>> todi(tokens).loss_BT, adaptive_kl(tokens).loss_BT
+(tensor([0.2747]), tensor([0.1373]))
+"""
 
 from __future__ import annotations
 
@@ -16,7 +25,7 @@ def _check_head_mass(head_mass: float) -> None:
 
 @register_estimator("adaptive_kl", needs="full", source="AKL, arXiv:2404.02657", check=_check_head_mass)
 def adaptive_kl(tokens: TokenBatch, *, head_mass: float = 0.5) -> Estimate:
-    """Forward and reverse KL, weighed at every position by where the distributions differ: in the head or the tail.
+    """Weigh forward against reverse KL by whether the models differ in the teacher's head or in its tail.
 
     Formula, with the head the teacher's most probable tokens up to `head_mass` and g the sum of |p - q| over head or
     tail, held fixed: loss_t = (g_head KL(teacher || student) + g_tail KL(student || teacher)) / (g_head + g_tail).
@@ -34,7 +43,7 @@ def adaptive_kl(tokens: TokenBatch, *, head_mass: float = 0.5) -> Estimate:
 
 @register_estimator("todi", needs="full", source="ToDi, arXiv:2505.16297")
 def todi(tokens: TokenBatch) -> Estimate:
-    """Forward KL on tokens the teacher holds more probable, reverse KL on the others, with a soft switch.
+    """Switch softly, token by token, from forward KL where the teacher is more probable to reverse KL elsewhere.
 
     Formula, with a = sigmoid(log q - log p) held fixed: loss_t = sum over tokens of a q log(q / p) + (1 - a) p
     log(p / q). Exact; the value is the sum of both KLs, the gradient is not.
@@ -65,7 +74,7 @@ def _check_weighting(weighting: str) -> None:
     ),
 )  # fmt: skip
 def logit_matching(tokens: TokenBatch, *, weighting: str = "teacher") -> Estimate:
-    """Squared differences of student and teacher logits up to a shift: pulls where the student's softmax is saturated.
+    """Match logits up to a shift by their squared differences, which pull where the student's softmax is saturated.
 
     Formula: loss_t = half the variance over tokens, under the weights, of log p - log q. With the student's weights
     its gradient is that of the reverse KL; with the teacher's, a token that the student all but forgot is pulled as

@@ -1,8 +1,14 @@
 """Estimators that change the variance of the score function and not its expectation.
 
-Whatever does not depend on the sampled token, given its prefix, may be subtracted from its credit for free. That holds
+Whatever does not depend on the sampled token, given its prefix, may be subtracted from its cost for free. That holds
 where being counted does not depend on the token either: `estimator.masked_tokens` makes it depend, and lets a baseline
 push the mass of the masked tokens.
+
+>>> import torch
+>>> p, q = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
+>>> tokens = TokenBatch(p, q, p, torch.tensor([True]), kl_BT=torch.tensor([0.25]))
+>>> vopd(tokens).loss_BT / p  # log-ratio minus its mean
+tensor([0.4431])
 """
 
 from __future__ import annotations
@@ -43,29 +49,28 @@ def _exact_kl(tokens: TokenBatch) -> Tensor:
 
 
 def _future_kl(tokens: TokenBatch, gamma: float) -> Tensor:
-    """Sum over i > t of gamma^(i - t) KL_i, [B, T]: the expected credit of what follows, given the contexts."""
+    """Sum gamma^(i - t) KL_i over i > t, [B, T]: the expected cost of the tokens that follow, given the contexts."""
     kl_BT = counted(tokens, _exact_kl(tokens))
     return return_to_go(kl_BT, gamma) - kl_BT
 
 
 def _centred(tokens: TokenBatch, returns_BT: Tensor) -> Tensor:
-    """Minus the mean over the other completions of the prompt; past its end a completion has the return 0."""
+    """Subtract the mean over the other completions of the prompt, where a completion has the return 0 past its end."""
     assert tokens.groups_B is not None
     return returns_BT - leave_one_out_mean(returns_BT, tokens.groups_B)
 
 
 @register_estimator(
     "vopd",
-    family="token",
     target="reverse_kl",
     unbiased=True,
     needs="token+kl",
     source="vOPD, arXiv:2605.07865",
 )
 def vopd(tokens: TokenBatch) -> Estimate:
-    """Sampled reverse KL with the exact KL as baseline: often less variance, for the teacher's whole distribution.
+    """Subtract the exact KL from the log-ratio, often for less variance but at the price of the whole distribution.
 
-    Formula, with d_t and KL_t detached: loss_t = (d_t - KL_t) log p(y_t). The credit has mean zero at every prefix.
+    Formula, with d_t and KL_t detached: loss_t = (d_t - KL_t) log p(y_t). The cost has mean zero at every prefix.
     That is not the baseline of least variance: where the models differ on what the student is sure of, the KL is large
     and the rare tokens pay for it. `full_vocab` has the same expectation, needs, and no action noise at all.
 
@@ -81,7 +86,6 @@ def vopd(tokens: TokenBatch) -> Estimate:
 
 @register_estimator(
     "vopd_topk",
-    family="token",
     target="reverse_kl",
     unbiased=True,
     needs="support",
@@ -90,7 +94,7 @@ def vopd(tokens: TokenBatch) -> Estimate:
     on_policy=True,
 )
 def vopd_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
-    """Sampled reverse KL with the teacher's top K as baseline: nears `vopd` as K grows, for K numbers a token.
+    """Subtract the KL on the teacher's top K from the log-ratio, which nears `vopd` as K grows.
 
     Formula, with d_t and the baseline detached: loss_t = (d_t - sum over S of p d) log p(y_t). The sum over the support
     S does not depend on y_t. It nears the KL as the student's mass on S nears 1; over few tokens, which the teacher
@@ -115,7 +119,7 @@ def vopd_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
     **_DISCOUNTED,
 )
 def leave_one_out(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
-    """Return-to-go minus that of the prompt's other completions: takes out their level, adds their noise.
+    """Subtract the return of the prompt's other completions, which takes out their level and adds their noise.
 
     Formula, with R_t = sum over i >= t of gamma^(i - t) d_i detached: loss_t = (R_t - mean of R_t over the other
     completions) log p(y_t). The level is most of the return in long completions; the noise is the smaller the more
@@ -142,7 +146,7 @@ def leave_one_out(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
     **_DISCOUNTED,
 )
 def rao_blackwell_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
-    """Return-to-go with exact KLs for sampled log-ratios: most often less variance, for the teacher's distribution.
+    """Put exact KLs for later sampled log-ratios, most often with less variance, for the teacher's distribution.
 
     Formula, all of it detached: loss_t = (d_t - KL_t + sum over i > t of gamma^(i - t) KL_i) log p(y_t). KL_i is the
     expectation of d_i over y_i, and KL_t the baseline of `vopd`; what stays is the noise of the contexts.
@@ -166,7 +170,7 @@ def rao_blackwell_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
     **_DISCOUNTED,
 )
 def centred_rao_blackwell_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
-    """Exact KLs to come, minus those of the prompt's other completions: the sequence KL without the returns' level.
+    """Score each token by the exact KLs to come minus those of the prompt's other completions, which lack their level.
 
     Formula, all of it detached, with F_t = sum over i > t of gamma^(i - t) KL_i: loss_t = (d_t - KL_t + F_t - mean of
     F_t over the other completions) log p(y_t). The own completion is left out of the mean, which keeps it unbiased;
@@ -191,7 +195,7 @@ def centred_rao_blackwell_return(tokens: TokenBatch, *, gamma: float = 1.0) -> E
     check=check_gamma,
 )
 def future_kl_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
-    """Exact KLs to come as the only credit, centred: what local estimators of the reverse KL lack, to be added to one.
+    """Score each token by the exact KLs to come alone, centred, which is what a local reverse KL lacks.
 
     Formula, all of it detached: loss_t = (F_t - mean of F_t over the prompt's other completions) log p(y_t), with F_t
     as in `centred_rao_blackwell_return`. It leads to prefixes from which the models agree; at gamma 0 it is nothing.
@@ -213,7 +217,7 @@ def future_kl_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
     **_DISCOUNTED,
 )
 def exact_local_return(*, gamma: float = 1.0) -> dict[str, Any]:
-    """Full KL at every position plus exact KLs to come as centred credit: the sequence KL without action noise in it.
+    """Add the exact KLs to come, centred, to the full KL of every position, so that the local part has no action noise.
 
     Formula: the sum of `full_vocab` and `future_kl_return`, loss_t = KL_t + (F_t - mean of F_t over the others) log
     p(y_t). The local part has no action noise; the whole has often less variance than `token`, whose target is local.

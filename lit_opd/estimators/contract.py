@@ -1,4 +1,4 @@
-"""What an estimator declares of itself, and an estimator with its keywords bound."""
+"""Hold what an estimator declares of itself, and bind its keywords."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BASE = "token"  # what a weighting weighs if nothing else is named
 
 
 class Contract(NamedTuple):
-    """What an estimator promises; tests and `check` hold it to every word.
+    """The promise of an estimator, to whose every word tests and `check` hold it.
 
     Attributes:
         target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
@@ -48,7 +48,7 @@ class Contract(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """Keywords that deserve a test of their own, and what the contract is with them.
+    """Keywords that deserve a test of their own, and the contract with them.
 
     Attributes:
         keywords: the keywords; the others keep their defaults.
@@ -72,7 +72,7 @@ class EstimatorSpec:
     Attributes:
         name: the registered name, or the path it was loaded from.
         fn: the pure function.
-        family: `token` (each position for itself), `sequence` (credit flows to earlier positions) or `hybrid`.
+        family: `token` (each position for itself), `sequence` (a token also pays for those after it) or `hybrid`.
         target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
         unbiased: is its expected gradient exactly the target's, on-policy?
         needs: what it asks to see; nothing of its own where it is a sum, which is given what its terms need.
@@ -107,13 +107,13 @@ class EstimatorSpec:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The keywords it takes, with their defaults; `inspect.Parameter.empty` where one has none."""
+        """The keywords it takes and their defaults, `inspect.Parameter.empty` where one has none."""
         parameters = inspect.signature(self.fn).parameters.values()
         own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
         return own | {"base": BASE} if self.kind == "weighting" else own
 
     def bind(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All keywords, those that are not given with their defaults.
+        """Complete the given keywords by the defaults of the others.
 
         Raises:
             TypeError: one is missing.
@@ -126,7 +126,7 @@ class EstimatorSpec:
         return arguments | {"base": kwargs.get("base", BASE)} if self.kind == "weighting" else arguments
 
     def contract(self, keywords: Mapping[str, Any]) -> Contract:
-        """The contract with the given keywords: that of the first variant they agree with, else the declared one."""
+        """Find the contract with the given keywords, the first variant's they agree with, else the declared one."""
         for variant in self.variants:
             if all(keywords.get(key) == value for key, value in variant.keywords.items()):
                 return Contract(
@@ -139,7 +139,7 @@ class EstimatorSpec:
 
 @dataclass(frozen=True)
 class BoundEstimator:
-    """An estimator with its keywords; calling it maps a `TokenBatch` to an `Estimate`.
+    """An estimator with its keywords, which maps a `TokenBatch` to an `Estimate`.
 
     Attributes:
         spec: the function and what it declares.
@@ -157,12 +157,12 @@ class BoundEstimator:
 
     @cached_property
     def keywords(self) -> dict[str, Any]:
-        """All keywords, those that were not given with their defaults."""
+        """All keywords, with defaults for those that were not given."""
         return self.spec.bind(self.kwargs)
 
     @property
     def contract(self) -> Contract:
-        """What the estimator promises with these keywords; weights of another base aim nowhere."""
+        """The promise with these keywords, which is none where a weighting has another base."""
         if self.spec.kind != "weighting" or self.keywords["base"] == BASE:
             return self.spec.contract(self.keywords)
         at_equal = {term.estimator.contract.at_equal for term in self.terms}
@@ -170,22 +170,22 @@ class BoundEstimator:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The weighted estimators it is made of; most are their own only term."""
+        """The weighted estimators it is made of, for most nothing but itself."""
         return self.parts or (Term(1.0, self),)
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What its terms and their weightings ask for together."""
+        """The needs of its terms and their weightings together."""
         return frozenset[Need]().union(*(term.needs for term in self.terms))
 
     @property
     def support(self) -> str:
-        """Whose most probable tokens are compared: by convention its keyword `support`, by default the teacher's."""
+        """The model whose most probable tokens are compared, by convention its keyword `support`."""
         return str(self.keywords.get("support", "teacher"))
 
     @property
     def support_size(self) -> int:
-        """K, by convention its keyword `k`; 0 for an estimator that compares no support."""
+        """The support size, by convention its keyword `k`, or 0 where it compares no support."""
         return int(self.keywords["k"]) if Need.SUPPORT in self.spec.needs else 0
 
     @property
@@ -211,26 +211,26 @@ class Term(NamedTuple):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What estimator and weighting ask for."""
+        """The needs of estimator and weighting together."""
         return self.estimator.spec.needs | self.weighting_needs
 
     @property
     def is_local(self) -> bool:
-        """Whether the estimator may be called on slices of positions."""
+        """True where the estimator may be called on slices of positions."""
         return self.estimator.spec.family == "token"
 
     def factors(self, tokens: TokenBatch) -> Tensor:
-        """The factor of every token of a whole [B, T] batch, detached."""
+        """Weigh every token of a whole [B, T] batch by a detached factor."""
         return torch.ones_like(tokens.teacher_logps_BT) if self.weighting is None else self.weighting(tokens).detach()
 
     def __call__(self, tokens: TokenBatch) -> Estimate:
-        """The estimate on a whole [B, T] batch, weighted token by token but not by `weight`."""
+        """Estimate on a whole [B, T] batch, weighted token by token but not by `weight`."""
         estimate = self.estimator(tokens)
         return estimate if self.weighting is None else estimate.weighted(self.factors(tokens))
 
 
 def any_clipped(parts: Iterable[Tensor | None]) -> Tensor | None:
-    """Where any of the terms of a sum is clipped, from `clipped_BT` of each; None where none sets a limit."""
+    """Find where any of the terms of a sum is clipped, or None where none sets a limit."""
     known = [clipped for clipped in parts if clipped is not None]
     return reduce(torch.logical_or, known) if known else None
 

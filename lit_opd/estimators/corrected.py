@@ -2,6 +2,12 @@
 
 The ratio is the token's own: it corrects what is sampled at a prefix, not how often the sampler comes there. What they
 estimate is the local reverse KL at the sampler's prefixes.
+
+>>> p, q, mu = torch.tensor([[[0.5, 0.5], [0.25, 0.25], [0.05, 0.25]]]).log().unbind(1)  # 10 and 2 times rarer once
+>>> tokens = TokenBatch(p, q, mu, mask_BT=torch.ones_like(p).bool())
+>>> estimate = importance_reverse_kl(tokens, correction="truncated", cap=5.0)
+>>> estimate.loss_BT / p / estimate.kl_BT, estimate.clipped_BT
+(tensor([[5., 2.]]), tensor([[ True, False]]))
 """
 
 from __future__ import annotations
@@ -21,15 +27,13 @@ CORRECTIONS = ("full", "truncated", "band", "one_sided")
 
 @register_estimator(
     "importance_k3",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="as described in DeepSeek-V3.2, arXiv:2512.02556",
     corrects=True,
 )
 def importance_k3(tokens: TokenBatch) -> Estimate:
-    """The k3 value times student over sampler, both differentiated: the reverse KL again, stale samples included.
+    """Differentiate k3 times student over sampler, which gives the reverse KL again, on stale samples too.
 
     Formula, with mu the sampler: loss_t = p/mu (exp(-d_t) - 1 + d_t). Its expectation over mu is the exact KL at the
     position, and the gradient, that of the KL, (p/mu) d_t grad log p(y_t): what the ratio adds turns the forward KL of
@@ -61,10 +65,8 @@ def _check_correction(correction: str, cap: float, low: float, high: float, max_
 
 @register_estimator(
     "importance_reverse_kl",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="truncated as in G-OPD, arXiv:2602.12125; band as in MOPD, arXiv:2601.02780, and Nemotron-Cascade 2, "
     "arXiv:2603.19220; one-sided as in prime-rl",
     check=_check_correction,
@@ -80,7 +82,7 @@ def importance_reverse_kl(
     high: float = 2.0,
     max_drop: float = 0.2,
 ) -> Estimate:
-    """Sampled reverse KL weighed by student over sampler: for stale samples, with a choice of bounds for the weight.
+    """Weigh `token` by student over sampler for stale samples, with a choice of bounds that trade bias for variance.
 
     Formula, with w_t and d_t detached: loss_t = w_t d_t log p(y_t). w_t is made from the ratio r_t = p(y_t) / mu(y_t)
     of student and sampler. Fresh samples have ratio 1 and all corrections are `token`. On stale ones only `full` is
@@ -125,10 +127,8 @@ def _check_clips(clip_low: float, clip_high: float, dual_clip: float) -> None:
 
 @register_estimator(
     "ppo_reverse_kl",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="arXiv:2603.25562, whose training loss this is",
     check=_check_clips,
     corrects=True,
@@ -136,7 +136,7 @@ def _check_clips(clip_low: float, clip_high: float, dual_clip: float) -> None:
 def ppo_reverse_kl(
     tokens: TokenBatch, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 3.0
 ) -> Estimate:
-    """Sampled reverse KL in PPO's dual-clip surrogate: on stale samples it stops where the student has moved enough.
+    """Put the log-ratio into PPO's dual-clip surrogate, which stops on stale samples where the student moved enough.
 
     Formula, with A_t = -d_t detached and r_t = p(y_t) / mu(y_t): loss_t = max(-A_t r_t, -A_t clamp(r_t, 1 - clip_low,
     1 + clip_high)), and where A_t < 0 at most -dual_clip A_t. Fresh samples have ratio 1 and it is `token`; clipped

@@ -1,4 +1,15 @@
-"""Estimators that compare student and teacher on the whole vocabulary."""
+"""Estimators that compare student and teacher on the whole vocabulary.
+
+The sum over all tokens has no action noise, whatever the student samples, and costs the teacher's whole distribution.
+
+>>> import torch
+>>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()  # one position, two tokens
+>>> tokens = TokenBatch(
+...     p[:, 0], q[:, 0], p[:, 0], torch.tensor([True]), student_full_logps_BTV=p, teacher_full_logps_BTV=q
+... )
+>>> full_vocab(tokens).loss_BT, total_variation(tokens).loss_BT
+(tensor([0.1438]), tensor([0.2500]))
+"""
 
 from __future__ import annotations
 
@@ -26,14 +37,14 @@ DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
 
 
 def full_logps(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Student and teacher log-probabilities of the whole vocabulary, [..., V], nats."""
+    """Read student and teacher log-probabilities of the whole vocabulary, [..., V], nats."""
     assert tokens.student_full_logps_BTV is not None
     assert tokens.teacher_full_logps_BTV is not None
     return tokens.student_full_logps_BTV, tokens.teacher_full_logps_BTV
 
 
 def with_exact_kl(tokens: TokenBatch, loss_BT: Tensor) -> Estimate:
-    """The loss, and the exact reverse KL to log."""
+    """Add the exact reverse KL, to log, to a loss."""
     student_logps, teacher_logps = full_logps(tokens)
     return Estimate(loss_BT=loss_BT, kl_BT=reverse_kl(student_logps.detach(), teacher_logps))
 
@@ -53,7 +64,6 @@ def _check_divergence(divergence: str, teacher_weight: float, skew: float) -> No
 
 @register_estimator(
     "full_vocab",
-    family="token",
     target="reverse_kl",
     unbiased=True,
     needs="full",
@@ -73,7 +83,7 @@ def _check_divergence(divergence: str, teacher_weight: float, skew: float) -> No
 def full_vocab(
     tokens: TokenBatch, *, divergence: str = "reverse_kl", teacher_weight: float = 0.5, skew: float = 0.1
 ) -> Estimate:
-    """Divergence over the whole vocabulary at every position: no action noise, for the teacher's whole distribution.
+    """Sum a divergence over the whole vocabulary, without action noise, for the teacher's whole distribution.
 
     Formula: loss_t = the divergence of that name in `functional.divergences`, over all V tokens. The gradient is that
     of the chosen divergence with the prefix held fixed, without sampling noise from the action; it costs the teacher's
@@ -99,7 +109,7 @@ def full_vocab(
 
 @register_estimator("tvd", target="tvd", unbiased=True, needs="full", source="arXiv:2307.15190")
 def total_variation(tokens: TokenBatch) -> Estimate:
-    """Total variation distance at every position: bounded like its gradient, which does not fade near the teacher.
+    """Halve the sum of |p - q| over the vocabulary, bounded like its gradient, which does not fade near the teacher.
 
     Formula: loss_t = half the sum over tokens of |p - q|. By a student logit the gradient is at most p (1 - p),
     whatever the log-ratio, and of one size however small the difference: a token the student all but forgot is not
@@ -131,7 +141,7 @@ def _check_distillm(divergence: str, skew: float) -> None:
     variants=(Variant({"divergence": "skew_forward_kl"}, "the target is the chosen one", target="skew_forward_kl"),),
 )
 def distillm(tokens: TokenBatch, *, divergence: str = "skew_reverse_kl", skew: float = 0.1) -> Estimate:
-    """Skew KL: the KL to a mixture with a share of the first argument, bounded by -log(share) where a KL is not.
+    """Take the KL to a mixture that holds a share of its first argument, which bounds it by -log(share).
 
     Formula, with a = `skew`: loss_t = KL(p || a p + (1 - a) q), or KL(q || a q + (1 - a) p). The optimum is the
     teacher; on the way the pull of tokens that one side holds impossible stays small.
@@ -164,7 +174,7 @@ def _check_forward_weight(forward_weight: float) -> None:
     ),
 )
 def mixed_kl_estimator(tokens: TokenBatch, *, forward_weight: float = 0.5) -> Estimate:
-    """Weighted sum of forward and reverse KL over the whole vocabulary: covers modes and seeks them.
+    """Sum forward and reverse KL over the whole vocabulary with weights, which covers modes and seeks them.
 
     Formula, with a = `forward_weight`: loss_t = a KL(teacher || student) + (1 - a) KL(student || teacher). Exact, but
     infinite where either side holds a token impossible that the other may write; the JSD is the bounded alternative.

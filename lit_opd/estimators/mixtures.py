@@ -1,4 +1,13 @@
-"""Weighted sums of estimators."""
+"""Weighted sums of estimators.
+
+A mix is how terms of several families train together: a configuration lists them as `estimator.terms`, and training
+evaluates each where it is cheapest.
+
+>>> from lit_opd.estimators import build
+>>> estimator = build("mix", terms={"token": 0.5, "teacher_topk": {"weight": 1.0, "k": 8}})
+>>> [(term.weight, term.estimator.spec.name) for term in estimator.terms]
+[(0.5, 'token'), (1.0, 'teacher_topk')]
+"""
 
 from __future__ import annotations
 
@@ -33,7 +42,7 @@ def _check_terms(terms: Terms) -> None:
     ),
 )  # fmt: skip
 def mix(*, terms: Terms) -> Terms:
-    """Weighted sum of registered estimators: bias and variance are those of its terms, weighted.
+    """Sum registered estimators with weights, whose bias and variance are those of the terms.
 
     Formula: loss_t = sum over terms of weight x loss_t of the term; the logged KL is their weighted mean.
 
@@ -59,7 +68,7 @@ def _check_single_step(single_step_weight: float) -> None:
     check=_check_single_step,
 )
 def minillm(*, single_step_weight: float = 1.0) -> Mapping[str, Any]:
-    """Length-normalised return plus the exact KL of the single step: less noise in the credit that is exact.
+    """Add the exact KL of the single step to the length-normalised return, for less noise where the cost is exact.
 
     Formula: the loss of `length_normalised` plus single_step_weight times KL(student || teacher) over the whole
     vocabulary. This token's own log-ratio stands in the return too, so that the single step counts twice.

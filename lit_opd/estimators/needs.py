@@ -1,4 +1,4 @@
-"""What an estimator may ask for: how needs are read and written, and how each one fills a `TokenBatch`.
+"""Read and write what an estimator needs, and fill a `TokenBatch` with it.
 
 Computing a field costs time and memory, so that an estimator declares what it reads and is given no more. Training
 fills the batches of its chunks and sequences by the table `FILLERS`, the oracle and the linter's probes those of their
@@ -24,7 +24,7 @@ __all__ = ["FILLERS", "Filler", "Seen", "fill", "fillings", "needs_of", "read_ne
 
 @dataclass(frozen=True)
 class Seen:
-    """What needs are filled from; what the caller does not have is None, and stays None in the batch.
+    """The sources that needs are filled from, None where the caller has nothing, which then stays None in the batch.
 
     Attributes:
         student_logps_V: the student's log-probabilities [..., V], nats, with grad where it learns.
@@ -55,7 +55,7 @@ class Seen:
 
 
 class Filler(NamedTuple):
-    """How a need is filled.
+    """The way a need is filled.
 
     Attributes:
         per: what has a value each: several tokens of a position (only slices of positions can hold so much), a
@@ -133,7 +133,7 @@ def fill(tokens: TokenBatch, needs: Iterable[Need], seen: Seen) -> TokenBatch:
 
 
 def fillings(needs: Iterable[Need], seen: Seen) -> dict[str, Tensor]:
-    """Compute what `fill` would set: the fields of a `TokenBatch` and their values; arguments as there."""
+    """Compute the fields of a `TokenBatch` and the values that `fill` sets, from the same arguments."""
     found = {name: value for need in needs for name, value in FILLERS[need].values(seen).items()}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -162,5 +162,5 @@ def read_needs(key: str, words: str) -> frozenset[Need]:
 
 
 def write_needs(needs: frozenset[Need]) -> str:
-    """Write needs as they are declared, such as `token+kl`; a sum has none but those of its `terms`."""
+    """Write needs as they are declared, such as `token+kl`, or `terms` for a sum that has none of its own."""
     return "+".join(need for need in FILLERS if need in needs) or "terms"

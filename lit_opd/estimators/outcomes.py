@@ -1,8 +1,12 @@
-"""Distillation together with an outcome reward, which a verifier gives to whole completions.
+"""Estimators that put an outcome reward beside the teacher, which a verifier gives to whole completions.
 
 The advantage of a completion is its reward minus the mean of the *other* completions of its prompt: centred, and still
 unbiased, for the baseline does not depend on the completion. Both parts are sums over the tokens of a completion, so
 that their weights compare a reward with nats a completion.
+
+>>> rewards_B, groups_B = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([7, 7, 7])  # one prompt
+>>> leave_one_out_advantage(rewards_B, groups_B)
+tensor([ 1.0000, -0.5000, -0.5000])
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ _SMALLEST_DEVIATION = 1e-6  # below it rewards are equal up to rounding, which d
 
 
 def group_mean(values_B: Tensor, groups_B: Tensor) -> Tensor:
-    """For each row, the mean over all rows of its group.
+    """Average over all rows of each row's group.
 
     Args:
         values_B: [B] floats.
@@ -48,7 +52,7 @@ def group_mean(values_B: Tensor, groups_B: Tensor) -> Tensor:
 
 
 def leave_one_out_advantage(rewards_B: Tensor, groups_B: Tensor, normalise: bool = False) -> Tensor:
-    """Reward minus the mean reward of the other completions of the prompt.
+    """Subtract the mean reward of the prompt's other completions from each reward.
 
     Args:
         rewards_B: [B].
@@ -71,7 +75,7 @@ def leave_one_out_advantage(rewards_B: Tensor, groups_B: Tensor, normalise: bool
 
 
 def outcome_advantage(tokens: TokenBatch, normalise: bool) -> Tensor:
-    """`leave_one_out_advantage` of the rows of a batch, [B, 1]."""
+    """Compute `leave_one_out_advantage` of the rows of a batch, [B, 1]."""
     assert tokens.rewards_B is not None
     assert tokens.groups_B is not None
     return leave_one_out_advantage(tokens.rewards_B, tokens.groups_B, normalise)[:, None]
@@ -106,7 +110,7 @@ def check_kl_weight(kl_weight: float, **_: object) -> None:
     variants=(Variant({"normalise": True}, "divided by a deviation that depends on the samples", unbiased=False),),
 )
 def outcome(tokens: TokenBatch, *, normalise: bool = False) -> Estimate:
-    """Policy gradient of the outcome reward alone: no teacher, one number a completion.
+    """Follow the outcome reward alone, without a teacher and with one number a completion.
 
     Formula: loss_t = -A log p(y_t), with A the reward minus the mean of the prompt's other completions. Meant for
     comparison, and as a term of a `mix`.
@@ -139,7 +143,7 @@ def outcome(tokens: TokenBatch, *, normalise: bool = False) -> Estimate:
 def outcome_mix(
     tokens: TokenBatch, *, kl_weight: float = 1.0, outcome_weight: float = 1.0, normalise: bool = False
 ) -> Estimate:
-    """Sampled reverse KL plus the policy gradient of the reward: the teacher, tilted towards what is rewarded.
+    """Add the policy gradient of the reward to the sampled reverse KL, which tilts the teacher to what is rewarded.
 
     Formula, with d_t = log p(y_t) - log q(y_t) detached: loss_t = (kl_weight d_t - outcome_weight A) log p(y_t). Its
     expected gradient is the weighted sum of those of the reverse KL, with prefixes fixed, and of minus the reward.
@@ -153,8 +157,8 @@ def outcome_mix(
     Returns:
         Surrogate loss and log-ratio, [B, T].
     """
-    blame_BT = kl_weight * log_ratio(tokens) - outcome_weight * outcome_advantage(tokens, normalise)
-    return score_function(tokens, blame_BT)
+    cost_BT = kl_weight * log_ratio(tokens) - outcome_weight * outcome_advantage(tokens, normalise)
+    return score_function(tokens, cost_BT)
 
 
 def _check_kdrl(kl_as: str, kl_weight: float, **_: object) -> None:
@@ -178,7 +182,7 @@ def _check_kdrl(kl_as: str, kl_weight: float, **_: object) -> None:
     ),
 )  # fmt: skip
 def kdrl(tokens: TokenBatch, *, kl_as: str = "k2", kl_weight: float = 1.0, normalise: bool = False) -> Estimate:
-    """Reward with the KL beside it, in one of three ways that follow three different divergences.
+    """Set the KL beside the reward in one of three ways, which follow three different divergences.
 
     Formula, with d_t = log p(y_t) - log q(y_t). `reward`: the completion's reward is lowered by kl_weight times the sum
     of its d_t before the prompt's completions are compared; expected, the gradient of the *sequence* reverse KL.
@@ -233,7 +237,7 @@ def mopd(
     high: float = 2.0,
     normalise: bool = False,
 ) -> Estimate:
-    """Teacher and reward as one advantage, importance-weighted in a band: stale tokens outside it are dropped.
+    """Add teacher and reward to one advantage, importance-weighted in a band that drops stale tokens outside it.
 
     Formula, with w_t the detached ratio of student over sampler where low <= w_t <= high, else 0:
     loss_t = -w_t (log q(y_t) - log p(y_t) + outcome_weight A) log p(y_t). Off-policy the band bounds the variance and
@@ -250,6 +254,6 @@ def mopd(
         Surrogate loss and log-ratio, [B, T].
     """
     ratio_BT = importance_ratio(tokens.student_logps_BT.detach(), tokens.sampler_logps_BT)
-    blame_BT = log_ratio(tokens) - outcome_weight * outcome_advantage(tokens, normalise)
+    cost_BT = log_ratio(tokens) - outcome_weight * outcome_advantage(tokens, normalise)
     weight_BT = banded_ratio(ratio_BT, low, high)
-    return score_function(tokens, weight_BT * blame_BT, clipped=weight_BT != ratio_BT)
+    return score_function(tokens, weight_BT * cost_BT, clipped=weight_BT != ratio_BT)

@@ -1,4 +1,11 @@
-"""Estimators that know a third, reference model: what the teacher has learnt, or what the student should not leave."""
+"""Estimators that know a third, reference model, as what the teacher comes from or what the student should stay near.
+
+>>> import torch
+>>> p, q, r = (torch.tensor([x]).log() for x in (0.5, 0.25, 0.125))
+>>> tokens = TokenBatch(p, q, p, torch.tensor([True]), reference_logps_BT=r)
+>>> stable_opd(tokens, reference_weight=0.5).loss_BT / p  # log(p / q) + 0.5 log(p / r), in nats
+tensor([1.3863])
+"""
 
 from __future__ import annotations
 
@@ -30,7 +37,6 @@ def _check_exopd(extrapolation: float, max_ratio: float) -> None:
 
 @register_estimator(
     "exopd",
-    family="token",
     needs="token+reference",
     source="G-OPD and ExOPD, arXiv:2602.12125; limits in arXiv:2605.08737",
     check=_check_exopd,
@@ -43,7 +49,7 @@ def _check_exopd(extrapolation: float, max_ratio: float) -> None:
     ),
 )  # fmt: skip
 def exopd(tokens: TokenBatch, *, extrapolation: float = 1.25, max_ratio: float = 5.0) -> Estimate:
-    """Beyond the teacher: the student's gain over a reference is to be that of the teacher, times a factor.
+    """Extrapolate beyond the teacher by making the student's gain over a reference that of the teacher times a factor.
 
     Formula, with p student, q teacher, r reference, w_t = min(p / sampler, max_ratio), all detached:
     loss_t = w_t [log p(y_t) - log r(y_t) - extrapolation (log q(y_t) - log r(y_t))] log p(y_t). The optimum at fixed
@@ -71,7 +77,6 @@ def _check_reference_weight(reference_weight: float) -> None:
 
 @register_estimator(
     "stable_opd",
-    family="token",
     needs="token+reference",
     source="StableOPD, arXiv:2604.08527 (its divergence constraint, without golden rollouts)",
     check=_check_reference_weight,
@@ -82,7 +87,7 @@ def _check_reference_weight(reference_weight: float) -> None:
     ),
 )  # fmt: skip
 def stable_opd(tokens: TokenBatch, *, reference_weight: float = 0.1) -> Estimate:
-    """Sampled reverse KL to the teacher, and some to a reference that holds the student back from running off.
+    """Add some reverse KL to a reference model, which holds the student back from running off.
 
     Formula, with p student, q teacher, r reference, detached:
     loss_t = [log p(y_t) - log q(y_t) + reference_weight (log p(y_t) - log r(y_t))] log p(y_t). The paper also trains on

@@ -95,7 +95,7 @@ def register_mixture(name: str, **contract: Any) -> Callable[[Mixture], Mixture]
 
 
 def register_weighting(name: str, *, needs: str = "token", **contract: Any) -> Callable[[Weighting], Weighting]:
-    """Register weights for the tokens of another estimator, its keyword `base`; by default the sampled reverse KL.
+    """Register weights for the tokens of another estimator, which its keyword `base` names.
 
     The decorated function maps a whole [B, T] batch to detached weights [B, T]. `base` is a registered name, or a
     mapping with the key `name` and keywords.
@@ -121,12 +121,12 @@ _REGISTRY: dict[str, EstimatorSpec] = {}
 
 
 def names() -> list[str]:
-    """The registered names, sorted."""
+    """List the registered names, sorted."""
     return sorted(_REGISTRY)
 
 
 def get(name: str | EstimatorFn) -> EstimatorSpec:
-    """The specification of an estimator.
+    """Find the specification of an estimator.
 
     Args:
         name: a registered name, `package.module:function`, `path/to/file.py:function`, or the function itself. A

@@ -1,7 +1,15 @@
-"""The teacher beside an outcome reward: it scales the reward's credit token by token, or takes over what failed.
+"""Estimators that put the teacher beside an outcome reward: to scale its advantages, or to take over what failed.
 
 Both were published with the student itself as the teacher, shown more than the student sees. Here the teacher is
 whatever the run's teacher is.
+
+>>> p, q = torch.tensor([[0.5], [0.5]]).log(), torch.tensor([[0.25], [0.25]]).log()
+>>> tokens = TokenBatch(
+...     p, q, p, torch.ones_like(p).bool(), rewards_B=torch.tensor([1.0, 0.0]), groups_B=torch.tensor([7, 7])
+... )
+>>> srpo(tokens).loss_BT / p  # the first passes, at the cost -A = -1; the second costs its log-ratio
+tensor([[-1.0000],
+        [ 0.6931]])
 """
 
 from __future__ import annotations
@@ -27,7 +35,6 @@ def _check_max_change(max_change: float, **_: object) -> None:
     "rlsd",
     family="hybrid",
     target="outcome",
-    unbiased=False,
     needs=NEEDS,
     source="RLSD, arXiv:2604.03128 (without the decay of the teacher's share)",
     check=_check_max_change,
@@ -38,11 +45,11 @@ def _check_max_change(max_change: float, **_: object) -> None:
     ),
 )
 def rlsd(tokens: TokenBatch, *, max_change: float = 0.2, normalise: bool = False) -> Estimate:
-    """Policy gradient of the reward, scaled token by token by the teacher, which never turns its direction.
+    """Scale the policy gradient of the reward token by token with the teacher, which never turns its direction.
 
     Formula, with A the outcome advantage, p student and q teacher, all detached:
     loss_t = -A clip((q(y_t) / p(y_t))^sign(A), 1 - max_change, 1 + max_change) log p(y_t). In a completion that did
-    well, tokens that the teacher finds more probable get more of the credit; in one that did badly, less of the blame.
+    well, tokens that the teacher finds more probable get a larger advantage; in one that did badly, a smaller cost.
 
     Args:
         tokens: student and teacher log-probabilities, [B, T], nats; rewards and prompts of the rows, [B].
@@ -73,7 +80,7 @@ def _check_srpo(pass_reward: float, kl_weight: float, **_: object) -> None:
     variants=(Variant({"normalise": True}, "the outcome advantage divided by its deviation"),),
 )
 def srpo(tokens: TokenBatch, *, pass_reward: float = 1.0, kl_weight: float = 1.0, normalise: bool = False) -> Estimate:
-    """Completions that pass learn from the reward, those that fail from the teacher: each signal where it says most.
+    """Learn from the reward where a completion passes and from the teacher where it fails, each where it says most.
 
     Formula, with d_t = log p(y_t) - log q(y_t) and the outcome advantage A detached: loss_t = -A log p(y_t) in a
     completion that passes, kl_weight d_t log p(y_t) in one that fails. Failed completions count in the A of the others.

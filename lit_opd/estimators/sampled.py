@@ -1,9 +1,16 @@
-"""Estimators that need one teacher log-probability a token, each position for itself; and the parts of all such.
+"""Estimators that need one teacher log-probability a token, each position for itself.
 
 A value of the KL at the sampled token (k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, with d the log-ratio) becomes a
-gradient in one of two ways: differentiated as a loss, or detached as the credit of the score function. They differ: k1
-gives the reverse KL's gradient as credit and none at all as a loss; k2 and k3 as losses give the reverse and the
-*forward* KL's.
+gradient in one of two ways: differentiated as a loss, or detached as the cost that weighs the score function. They
+differ: k1 gives the reverse KL's gradient as a cost and none at all as a loss; k2 and k3 as losses give the reverse and
+the *forward* KL's.
+
+>>> p, q = torch.tensor([0.5, 0.25]).log(), torch.tensor([0.25, 0.25]).log()
+>>> tokens = TokenBatch(p, q, p, mask_BT=torch.ones_like(p).bool())
+>>> log_ratio(tokens)
+tensor([0.6931, 0.0000])
+>>> k2_loss(tokens).loss_BT, k3_loss(tokens).loss_BT
+(tensor([0.2402, 0.0000]), tensor([0.1931, 0.0000]))
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ __all__ = ["clipped_log_ratio", "k2_loss", "k3", "k3_loss", "log_ratio", "sample
 
 
 def log_ratio(tokens: TokenBatch) -> Tensor:
-    """Log p - log q of the sampled tokens, with the student's gradient.
+    """Compute log p - log q of the sampled tokens, with the student's gradient.
 
     Args:
         tokens: student and teacher log-probabilities, [B, T] or [N], nats.
@@ -34,27 +41,27 @@ def log_ratio(tokens: TokenBatch) -> Tensor:
 
 
 def score_function(
-    tokens: TokenBatch, credit: Tensor, kl: Tensor | None = None, clipped: Tensor | None = None
+    tokens: TokenBatch, cost: Tensor, kl: Tensor | None = None, clipped: Tensor | None = None
 ) -> Estimate:
-    """The estimate whose gradient is credit x grad log p(y_t); credit is what the token is to blame for.
+    """Weigh the score function by a cost, so that the gradient is cost x grad log p(y_t).
 
     Args:
         tokens: student and teacher log-probabilities, [B, T] or [N], nats.
-        credit: minus the advantage of each token, the same shape; no gradient flows through it, and what stands at
-            masked positions is ignored.
+        cost: of each token, the larger the worse: minus its advantage, the same shape. No gradient flows through
+            it, and values at masked positions are ignored.
         kl: what to log as the KL; None for the log-ratio.
-        clipped: where a limit changed the credit; None where it has none.
+        clipped: where a limit changed the cost; None where it has none.
 
     Returns:
-        Surrogate loss credit x log p(y_t), the KL, and where it is clipped, same shape.
+        Surrogate loss cost x log p(y_t), the KL, and where it is clipped, same shape.
     """
-    counted_credit = credit.detach().masked_fill(~tokens.mask_BT, 0.0)
+    counted_cost = cost.detach().masked_fill(~tokens.mask_BT, 0.0)
     value = log_ratio(tokens) if kl is None else kl
-    return Estimate(loss_BT=counted_credit * upcast(tokens.student_logps_BT), kl_BT=value.detach(), clipped_BT=clipped)
+    return Estimate(loss_BT=counted_cost * upcast(tokens.student_logps_BT), kl_BT=value.detach(), clipped_BT=clipped)
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """exp(-d) - 1 + d: an estimate of the reverse KL that is never negative.
+    """Compute exp(-d) - 1 + d, an estimate of the reverse KL that is never negative.
 
     Args:
         log_ratio: d, any shape, nats.
@@ -67,14 +74,12 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 @register_estimator(
     "token",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="Thinking Machines Lab, On-Policy Distillation (2025); arXiv:2603.25562, gamma = 0",
 )
 def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
-    """Sampled reverse KL: the score function weighted by this token's log-ratio; one number a token, and its noise.
+    """Weigh the score function by this token's log-ratio, which needs one teacher number a token and has its noise.
 
     Formula, with d_t = log p(y_t) - log q(y_t) detached: loss_t = d_t log p(y_t). Over y_t ~ p its expected gradient is
     that of KL(student || teacher) at the position, with the prefix held fixed. Trades variance for needing only one
@@ -91,14 +96,12 @@ def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
 
 @register_estimator(
     "k2_loss",
-    family="token",
     target="reverse_kl",
     unbiased=True,
-    needs="token",
     source="k2 of Schulman's note on approximating KL; arXiv:2603.25562, whose code has it as mse",
 )
 def k2_loss(tokens: TokenBatch) -> Estimate:
-    """Half the squared log-ratio as a loss: the gradient of `token` for every sample, and a value that can be read.
+    """Differentiate half the squared log-ratio, which has the gradient of `token` and a value that can be read.
 
     Formula: loss_t = d_t^2 / 2 with d_t = log p(y_t) - log q(y_t), differentiated: d_t grad log p(y_t).
 
@@ -114,14 +117,12 @@ def k2_loss(tokens: TokenBatch) -> Estimate:
 
 @register_estimator(
     "k3_loss",
-    family="token",
     target="forward_kl",
     unbiased=True,
-    needs="token",
     source="k3 of Schulman's note on approximating KL; arXiv:2603.25562, whose code has it as low_var_kl",
 )
 def k3_loss(tokens: TokenBatch) -> Estimate:
-    """The k3 value as a loss: follows the *forward* KL, though elsewhere it goes by the name of the reverse.
+    """Differentiate the k3 value, which follows the *forward* KL though elsewhere it goes by the name of the reverse.
 
     Formula: loss_t = exp(-d_t) - 1 + d_t with d_t = log p(y_t) - log q(y_t), differentiated: (1 - q/p) grad log p(y_t).
     As a value it is an unbiased estimate of KL(student || teacher), never negative; its expected gradient is that of
@@ -146,16 +147,13 @@ def _check_clip(max_log_ratio: float) -> None:
 
 @register_estimator(
     "clipped_log_ratio",
-    family="token",
     target="reverse_kl",
-    unbiased=False,
-    needs="token",
     source="arXiv:2603.25562 (clip_log_ratio)",
     check=_check_clip,
     variants=(Variant({"max_log_ratio": 0.5}, "no default; a limit that small models meet"),),
 )
 def clipped_log_ratio(tokens: TokenBatch, *, max_log_ratio: float) -> Estimate:
-    """Sampled reverse KL with a bounded log-ratio: loses the tail of the credit for less variance.
+    """Bound the log-ratio that weighs the score function, which loses the tail of the cost for less variance.
 
     Formula, with d_t detached: loss_t = clamp(d_t, -c, c) log p(y_t). Biased as soon as a log-ratio exceeds c.
 

@@ -1,7 +1,11 @@
-"""Selections: weights 1 and 0, for the share of each completion's tokens that matters most.
+"""Weightings by 1 and 0, which keep the share of each completion's tokens that matters most.
 
 Tokens compete within their completion, so that a selection does not depend on what else is in the batch. Of equal ones
 the earlier is kept, and of every completion at least one.
+
+>>> scores, mask = torch.tensor([[3.0, 1.0, 2.0, 9.0]]), torch.tensor([[True, True, True, False]])
+>>> keep_top(scores, mask, share=0.67)
+tensor([[ True, False,  True, False]])
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ _EVERYTHING = (Variant({"share": 1.0, "base": "token"}, "every token is kept", u
 
 
 def keep_top(scores_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:
-    """Which counted tokens have the largest scores of their row.
+    """Keep the counted tokens that have the largest scores of their row.
 
     Args:
         scores_BT: [B, T]; what stands at masked positions is ignored.
@@ -45,14 +49,13 @@ def _check_share(share: float, **_: object) -> None:
 @register_weighting(
     "entropy_top",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy",
     source="option of the code of arXiv:2603.25562 (top 20 %); arXiv:2604.14084 (50 %)",
     check=_check_share,
     variants=_EVERYTHING,
 )
 def entropy_top(tokens: TokenBatch, *, share: float = 0.2) -> Tensor:
-    """Keeps the tokens at which the student is least decided; confident mistakes are never corrected.
+    """Keep the tokens at which the student is least decided, so that confident mistakes are never corrected.
 
     Formula: w_t = 1 at the share of each completion's counted tokens with the largest student entropy, else 0.
 
@@ -70,14 +73,13 @@ def entropy_top(tokens: TokenBatch, *, share: float = 0.2) -> Tensor:
 @register_weighting(
     "tip",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy+kl",
     source="TIP, arXiv:2604.14084 (soft OR), scaled over the completion instead of the batch",
     check=_check_share,
     variants=_EVERYTHING,
 )
 def tip(tokens: TokenBatch, *, share: float = 0.5) -> Tensor:
-    """Keeps the tokens at which the student is undecided, or decided and far from the teacher.
+    """Keep the tokens at which the student is undecided, or decided and far from the teacher.
 
     Formula, with h and k the student's entropy and the exact reverse KL, each scaled to [0, 1] between the smallest and
     the largest of the completion: w_t = 1 at the share of counted tokens with the largest h + k - h k, else 0. Their
@@ -97,7 +99,7 @@ def tip(tokens: TokenBatch, *, share: float = 0.5) -> Tensor:
 
 
 def _scaled(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The counted values of each row, mapped to [0, 1]; 0 where all are equal."""
+    """Map the counted values of each row to [0, 1], or to 0 where all are equal."""
     low_B1 = torch.where(mask_BT, values_BT, torch.inf).amin(1, keepdim=True)
     span_B1 = torch.where(mask_BT, values_BT, -torch.inf).amax(1, keepdim=True) - low_B1
     return torch.where(mask_BT & (span_B1 > 0), (values_BT - low_B1) / span_B1, 0.0)

@@ -1,4 +1,18 @@
-"""Estimators whose credit flows to earlier positions."""
+"""Estimators that charge a token with the log-ratios of the tokens after it.
+
+A prefix decides where a completion goes: the gradient of the KL over whole sequences has, at each token, the sum of all
+later log-ratios, which no single position sees.
+
+>>> import torch
+>>> from lit_opd.estimators import build
+>>> p, q = torch.tensor([[0.5, 0.5, 0.5]]).log(), torch.tensor([[0.5, 0.25, 0.125]]).log()
+>>> tokens = TokenBatch(p, q, p, mask_BT=torch.ones_like(p).bool())
+>>> for name in ("token", "sequence", "length_normalised"):
+...     print(name, build(name)(tokens).loss_BT / p)  # what each token costs, in nats
+token tensor([[0.0000, 0.6931, 1.3863]])
+sequence tensor([[2.0794, 2.0794, 1.3863]])
+length_normalised tensor([[0.6931, 1.0397, 1.3863]])
+"""
 
 from __future__ import annotations
 
@@ -20,7 +34,7 @@ def check_gamma(gamma: float) -> None:
 
 
 def counted(tokens: TokenBatch, values_BT: Tensor) -> Tensor:
-    """The values, detached, and zero where masked: what may be summed into earlier positions.
+    """Detach values and zero them where masked, so that they may be summed into earlier positions.
 
     Masked first: a special token's log-ratio of -58 would leak into every earlier return.
 
@@ -35,7 +49,7 @@ def counted(tokens: TokenBatch, values_BT: Tensor) -> Tensor:
 
 
 def discounted_reverse_kl(tokens: TokenBatch, gamma: float) -> Estimate:
-    """Score function weighted by the discounted sum of this and all later log-ratios.
+    """Weigh the score function by the discounted sum of this and all later log-ratios.
 
     Args:
         tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
@@ -52,11 +66,10 @@ def discounted_reverse_kl(tokens: TokenBatch, gamma: float) -> Estimate:
     family="sequence",
     target="sequence_reverse_kl",
     unbiased=True,
-    needs="token",
     source="arXiv:2603.25562, eq. of the causal return; MiniLLM, arXiv:2306.08543",
 )
 def sequence_reverse_kl(tokens: TokenBatch) -> Estimate:
-    """Sequence reverse KL: the score function weighted by the undiscounted return-to-go; no bias, and most noise.
+    """Weigh the score function by the sum of this and all later log-ratios, without bias and with most noise.
 
     Formula, with d_i detached: loss_t = (sum over i >= t of d_i) log p(y_t). Its expected gradient is exactly that of
     KL(student || teacher) over whole sequences; its second moment can grow with the fourth power of the length.
@@ -80,8 +93,6 @@ def _check_steps(steps: int, gamma: float) -> None:
     "k_step",
     family="sequence",
     target="sequence_reverse_kl",
-    unbiased=False,
-    needs="token",
     source="KETCHUP, arXiv:2504.19024",
     check=_check_steps,
     variants=(
@@ -91,7 +102,7 @@ def _check_steps(steps: int, gamma: float) -> None:
     ),
 )
 def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
-    """Return over a window: this and the next log-ratios; the window's length trades bias for variance.
+    """Sum the log-ratios of a window that begins here, whose length trades bias for variance.
 
     Formula, with d_i detached: loss_t = (sum over i = t .. t + steps - 1 of gamma^(i - t) d_i) log p(y_t). One step is
     `token`; as many as the completion has tokens, without discount, `sequence`.
@@ -111,12 +122,10 @@ def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
     "length_normalised",
     family="sequence",
     target="sequence_reverse_kl",
-    unbiased=False,
-    needs="token",
     source="MiniLLM, arXiv:2306.08543 (length normalisation)",
 )
 def length_normalised(tokens: TokenBatch) -> Estimate:
-    """Mean of this and all later log-ratios as credit: early tokens weigh less than in `sequence`, at its horizon.
+    """Score each token by the mean of this and all later log-ratios, so that early ones weigh less than in `sequence`.
 
     Formula, with d_i detached and n_t the counted positions from t on: loss_t = (1 / n_t) (sum over i >= t of d_i) log
     p(y_t). n_t depends on what is sampled after t, so that the target is no longer a KL: short endings are weighed up.

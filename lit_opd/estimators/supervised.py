@@ -1,4 +1,12 @@
-"""Learning from completions that the student did not write."""
+"""Learn from completions that the student did not write.
+
+They are the share of a rollout that `rollout.student_share` leaves to demonstrations.
+
+>>> p = torch.tensor([[0.5, 0.25]]).log()
+>>> tokens = TokenBatch(p, p, p, torch.ones_like(p).bool(), student_wrote_BT=torch.tensor([[True, False]]))
+>>> supervised(tokens).loss_BT
+tensor([[0.0000, 1.3863]])
+"""
 
 from __future__ import annotations
 
@@ -11,14 +19,11 @@ from lit_opd.types import Estimate, TokenBatch
 
 @register_estimator(
     "supervised",
-    family="token",
-    target=None,
-    needs="token",
     source="sequence-level distillation, arXiv:1606.07947; the supervised share of GKD, arXiv:2306.13649",
     on_policy=False,
 )
 def supervised(tokens: TokenBatch) -> Estimate:
-    """Cross-entropy of demonstrations: no teacher on student mistakes, but a signal where the student never goes.
+    """Imitate demonstrations, which says nothing of the student's own mistakes but reaches where it never goes.
 
     Formula: loss_t = -log p(y_t) at tokens of demonstrations (`rollout.student_share` below 1), 0 at the student's own.
     Where the teacher wrote them, the expected gradient is that of KL(teacher || student) at the teacher's prefixes.

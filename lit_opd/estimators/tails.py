@@ -1,4 +1,15 @@
-"""Estimators on a support made of score functions: weights x log p, of its tokens or of the sampled one outside it."""
+"""Estimators on a support made of score functions: weights x log p, of its tokens or of the sampled one outside it.
+
+>>> p, q = torch.tensor([[0.4, 0.4]]).log(), torch.tensor([[0.6, 0.2]]).log()  # K = 2 of a larger vocabulary
+>>> tokens = TokenBatch(
+...     p[:, 0], q[:, 0], p[:, 0], torch.tensor([True]), completion_ids_BT=torch.tensor([7]),
+...     support_ids_BTK=torch.tensor([[3, 5]]), support_mask_BTK=torch.ones(1, 2).bool(),
+...     student_support_logps_BTK=p, teacher_support_logps_BTK=q,
+... )
+>>> estimate = head_and_tail(tokens, k=2)  # token 7 was sampled, outside the support
+>>> estimate.loss_BT, estimate.kl_BT
+(tensor([0.4866]), tensor([-0.2904]))
+"""
 
 from __future__ import annotations
 
@@ -38,7 +49,7 @@ def _check_weights(k: int, weights: str, **_: object) -> None:
 def topk_weighted_scores(
     tokens: TokenBatch, *, k: int = 16, support: str = "teacher", weights: str = "student"
 ) -> Estimate:
-    """A policy gradient with K tokens a position instead of the sampled one: moves the support's mass by its KL level.
+    """Score K tokens a position instead of the sampled one, which moves the support's mass by the level of its KL.
 
     Formula, with d = log p - log q and w detached: loss_t = sum over S of w d log p. With the student's probabilities
     renormalised over S as weights, the gradient is that of `teacher_topk` plus (sum of w d) times that of the log of
@@ -60,13 +71,13 @@ def topk_weighted_scores(
     else:
         weight = renormalise({"student": student_logps, "teacher": teacher_logps}[weights]).exp()
     # Not above zero: an empty slot, a token the weigher cannot write, or NaN, the weights of an empty support.
-    credit = torch.where(weight > 0, weight * log_difference(student_logps, teacher_logps), 0.0).detach()
-    loss = (credit * student_logps.masked_fill(credit == 0, 0.0)).sum(-1)
+    cost = torch.where(weight > 0, weight * log_difference(student_logps, teacher_logps), 0.0).detach()
+    loss = (cost * student_logps.masked_fill(cost == 0, 0.0)).sum(-1)
     return Estimate(loss_BT=loss, kl_BT=sampled_log_ratio(tokens))
 
 
 def _tail_log_ratio(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Where the sampled token is outside the support, and its detached log-ratio there, zero elsewhere."""
+    """Find where the sampled token is outside the support, and its detached log-ratio there, zero elsewhere."""
     assert tokens.completion_ids_BT is not None
     assert tokens.support_ids_BTK is not None
     assert tokens.support_mask_BTK is not None
@@ -86,7 +97,7 @@ def _tail_log_ratio(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
     variants=OTHER_SUPPORTS,
 )
 def head_and_tail(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
-    """Reverse KL summed exactly over K tokens, and by the score function where the sampled one is outside: unbiased.
+    """Sum the reverse KL over K tokens and sample it outside them, without bias and with the tail's noise alone.
 
     Formula, with d = log p - log q detached and y the sampled token: loss_t = sum over S of p d, plus d_y log p(y) if
     y is outside S. Over y ~ p the expected gradient is that of KL(student || teacher) at the position, whatever S is;
@@ -102,8 +113,8 @@ def head_and_tail(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") 
     """
     student_logps, teacher_logps = support_logps(tokens)
     head = expectation(student_logps.exp(), log_difference(student_logps, teacher_logps).detach())
-    _, credit = _tail_log_ratio(tokens)
-    return Estimate(loss_BT=head + credit * upcast(tokens.student_logps_BT), kl_BT=head.detach() + credit)
+    _, cost = _tail_log_ratio(tokens)
+    return Estimate(loss_BT=head + cost * upcast(tokens.student_logps_BT), kl_BT=head.detach() + cost)
 
 
 @register_estimator(
@@ -122,7 +133,7 @@ def head_and_tail(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") 
 def head_and_tail_published(
     tokens: TokenBatch, *, k: int = 16, support: str = "teacher", corrected: bool = False
 ) -> Estimate:
-    """BIASED by the gradient of the student's mass on K tokens: the head and sampled tail as published.
+    """Sum K tokens and sample the tail as published, BIASED by the gradient of the student's mass on the K.
 
     Formula, with d = log p - log q, only the tail's detached: loss_t = sum over S of p d, plus (d_y + c) log p(y) if
     the sampled token y is outside S. The head is differentiated through log p, which adds the gradient of the mass on
@@ -140,8 +151,8 @@ def head_and_tail_published(
     student_logps, teacher_logps = support_logps(tokens)
     head = reverse_kl(student_logps, teacher_logps)
     outside, log_ratio = _tail_log_ratio(tokens)
-    credit = log_ratio + outside if corrected else log_ratio
-    return Estimate(loss_BT=head + credit * upcast(tokens.student_logps_BT), kl_BT=head.detach() + log_ratio)
+    cost = log_ratio + outside if corrected else log_ratio
+    return Estimate(loss_BT=head + cost * upcast(tokens.student_logps_BT), kl_BT=head.detach() + log_ratio)
 
 
 def _check_entropy_aware(k: int, entropy_threshold: float, mass: str) -> None:
@@ -167,7 +178,7 @@ def _check_entropy_aware(k: int, entropy_threshold: float, mass: str) -> None:
 def entropy_aware(
     tokens: TokenBatch, *, k: int = 16, entropy_threshold: float = 0.8, mass: str = "renormalise"
 ) -> Estimate:
-    """Sampled reverse KL, plus a top-K forward KL where the teacher hesitates: keeps diversity, changes the gradient.
+    """Add a top-K forward KL where the teacher hesitates, which keeps diversity and changes the gradient.
 
     Formula, with H the teacher's entropy and S its K most probable tokens: loss_t = d_t log p(y_t) + [H > threshold]
     KL_S(teacher || student), the second as in `functional.support.support_divergence`. Threshold and `mass` are

@@ -2,6 +2,16 @@
 
 All go by the forward KL. In the reverse direction a geometric target only scales the gradient: KL(p || m) with m
 proportional to p^(1 - t) q^t has t times the gradient of KL(p || q).
+
+>>> from dataclasses import replace
+>>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()  # one position, two tokens
+>>> tokens = TokenBatch(
+...     p[:, 0], q[:, 0], p[:, 0], torch.tensor([True]), student_full_logps_BTV=p, teacher_full_logps_BTV=q
+... )
+>>> for progress in (0.0, 1.0):  # of training: from a target half way to the teacher itself
+...     print(taid(replace(tokens, progress=progress), start=0.5).loss_BT)
+tensor([0.0363])
+tensor([0.1308])
 """
 
 from __future__ import annotations
@@ -30,7 +40,7 @@ def _check_start(start: float) -> None:
     variants=(Variant({"start": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),),
 )
 def taid(tokens: TokenBatch, *, start: float = 0.4) -> Estimate:
-    """Forward KL to a target that wanders from student to teacher in the course of training: small gaps throughout.
+    """Follow a target that wanders from student to teacher in training by the forward KL, with small gaps throughout.
 
     Formula, with t = start + (1 - start) x the share of training done, and m proportional to p^(1 - t) q^t, held
     fixed: loss_t = KL(m || p). Its gradient by the logits is p - m. The share grows linearly; the adaptive schedule of
@@ -60,7 +70,7 @@ def _check_teacher_share(teacher_share: float) -> None:
     variants=(Variant({"teacher_share": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),),
 )
 def veto(tokens: TokenBatch, *, teacher_share: float = 0.5) -> Estimate:
-    """Forward KL to the normalised geometric mean of student and teacher: what the student rules out stays ruled out.
+    """Follow the geometric mean of student and teacher by the forward KL, where what the student rules out stays so.
 
     Formula, with t = `teacher_share` and m proportional to p^(1 - t) q^t, held fixed: loss_t = KL(m || p). Its gradient
     by the logits is p - m: zero only at the teacher, as for the forward KL, but small on tokens either side holds
@@ -88,7 +98,7 @@ def veto(tokens: TokenBatch, *, teacher_share: float = 0.5) -> Estimate:
     variants=OTHER_SUPPORTS,
 )
 def topk_soft_targets(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
-    """Cross-entropy to the teacher cut to K tokens and renormalised: the student learns to write nothing else.
+    """Imitate the teacher cut to K tokens and renormalised, so that the student learns to write nothing else.
 
     Formula, with q' the teacher renormalised over S and p not: loss_t = sum over S of q' (log q' - log p), that is
     KL(q' || p), which has the gradient of the cross-entropy and is zero at its optimum, the truncated teacher. At

@@ -50,7 +50,7 @@ def build_from(section: _Section) -> BoundEstimator:
 
 
 def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
-    """Bind and check an estimator's keywords; no weights are needed.
+    """Bind and check an estimator's keywords, without any weights of models.
 
     Args:
         name: as in `get`.
@@ -82,7 +82,7 @@ def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
 
 
 def _parts(spec: EstimatorSpec, keywords: dict[str, Any]) -> tuple[Term, ...]:
-    """The terms of what is made of others; none of what stands for itself."""
+    """Write what is made of others as terms, none for what stands for itself."""
     if spec.kind == "estimator":
         return ()
     if spec.kind == "weighting":
@@ -110,13 +110,13 @@ def _base(base: str | Mapping[str, Any]) -> BoundEstimator:
 
 
 def _read_short(name: str, value: Any) -> tuple[Term, ...]:
-    """The terms of `name: weight` or `name: {weight: w, keyword: value}`."""
+    """Read `name: weight` or `name: {weight: w, keyword: value}`."""
     keywords = dict(value) if isinstance(value, Mapping) else {"weight": value}
     return _term(name, keywords.pop("weight", None), keywords)
 
 
 def _read_term(key: str, part: Any) -> tuple[Term, ...]:
-    """The terms of `{name, weight, kwargs, weighting: {name, kwargs}}`; `key` says where it stands."""
+    """Read `{name, weight, kwargs, weighting: {name, kwargs}}`, which stands at `key`."""
     _check_keys(key, part, _TERM)
     terms = _at(key, _term, part["name"], part.get("weight"), part.get("kwargs") or {})
     wanted = part.get("weighting")
@@ -150,7 +150,7 @@ def _check_keys(key: str, part: Any, known: tuple[str, ...]) -> None:
 
 
 def _at(key: str, made: Any, *args: Any, **kwargs: Any) -> Any:
-    """Whatever `made` returns; of what is wrong it is told where in the list it stands."""
+    """Call `made`, and tell of what is wrong where in the list it stands."""
     try:
         return made(*args, **kwargs)
     except UserError as error:

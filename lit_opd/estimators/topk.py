@@ -1,4 +1,20 @@
-"""Estimators that compare student and teacher on K tokens a position, and do not look at the sampled one."""
+"""Estimators that compare student and teacher on K tokens a position, and do not look at the sampled one.
+
+One function has all parts to choose from; a table gives the published forms of it their names.
+
+>>> p, q = torch.tensor([[0.4, 0.4]]).log(), torch.tensor([[0.6, 0.2]]).log()  # K = 2 of a larger vocabulary
+>>> tokens = TokenBatch(
+...     p[:, 0], q[:, 0], p[:, 0], torch.tensor([True]), completion_ids_BT=torch.tensor([7]),
+...     support_ids_BTK=torch.tensor([[3, 5]]), support_mask_BTK=torch.ones(1, 2).bool(),
+...     student_support_logps_BTK=p, teacher_support_logps_BTK=q,
+... )
+>>> for mass in MASSES:
+...     print(mass, topk_divergence(tokens, k=2, mass=mass).loss_BT)
+truncate tensor([0.1151])
+renormalise tensor([0.1438])
+tail tensor([0.1151])
+generalised tensor([0.1151])
+"""
 
 from __future__ import annotations
 
@@ -21,7 +37,7 @@ OTHER_SUPPORTS = tuple(
 
 
 def support_logps(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Student and teacher log-probabilities of the support, [..., K], nats, -inf in slots that hold no token."""
+    """Read log-probabilities of the support, student's and teacher's, [..., K], nats, -inf in slots without a token."""
     assert tokens.student_support_logps_BTK is not None
     assert tokens.teacher_support_logps_BTK is not None
     assert tokens.support_mask_BTK is not None
@@ -31,7 +47,7 @@ def support_logps(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
 
 
 def sampled_log_ratio(tokens: TokenBatch) -> Tensor:
-    """Detached log p - log q of the sampled tokens, [...], nats; infinite where the teacher cannot write them."""
+    """Compute log p - log q of the sampled tokens, detached, infinite where the teacher cannot write them."""
     return log_difference(upcast(tokens.student_logps_BT).detach(), upcast(tokens.teacher_logps_BT))
 
 
@@ -83,7 +99,7 @@ def topk_divergence(
     mass: str = "renormalise",
     teacher_weight: float = 0.5,
 ) -> Estimate:
-    """Any divergence on the K most probable tokens of either model, or of both; biased by what is outside.
+    """Sum any divergence over the K most probable tokens of either model or both, biased by what is outside.
 
     Formula: that of `functional.support.support_divergence`. No sampling noise for K numbers a token from the teacher.
     The bias against the divergence over the whole vocabulary goes to zero as both models' mass on the support goes to
@@ -135,7 +151,7 @@ _PRESETS = (
         "teacher_topk", "reverse_kl", "renormalise", own_support="teacher",
         source="arXiv:2603.25562, eq. 6-8 (local support matching)",
         doc="""
-        Reverse KL renormalised on the teacher's top K (local support matching): little noise, blind to mass outside.
+        Renormalise the reverse KL on the teacher's top K (local support matching), with little noise and blind outside.
 
         Formula, on the support S with p' and q' the two distributions renormalised over it: loss_t = sum over S of
         p' (log p' - log q'). No sampling noise; blind to how much mass the student puts outside S, and to K = 1.
@@ -145,7 +161,7 @@ _PRESETS = (
         "student_topk", "reverse_kl", "tail", own_support="student",
         source="SDPO, arXiv:2601.20802; OEL, arXiv:2603.16856 (the student's top K)",
         doc="""
-        Reverse KL on the student's K most probable tokens, all others one bucket: a bound that holds most of it.
+        Sum the reverse KL over the student's top K and one bucket of all others, a lower bound that holds most of it.
 
         Formula, with P and Q the masses on the support S: loss_t = sum over S of p (log p - log q) + (1 - P) log((1 -
         P) / (1 - Q)). Never above the full reverse KL. The student's own tokens carry most of its reverse KL, but the
@@ -155,7 +171,7 @@ _PRESETS = (
         "union_topk", "reverse_kl", "renormalise", own_support="union",
         source="arXiv:2604.13016 (supports of both models)",
         doc="""
-        Reverse KL on the K most probable tokens of student and teacher together, renormalised: K to 2K tokens.
+        Renormalise the reverse KL on the top K of student and teacher together, which are K to 2K tokens.
 
         Formula: that of `teacher_topk`, with S the union. It sees what the student writes and what the teacher would,
         for up to twice the numbers; where both agree on one token and K is 1, there is nothing to compare.""",
@@ -164,7 +180,7 @@ _PRESETS = (
         "topk_truncated_reverse_kl", "reverse_kl", "truncate", at_equal="never", variants=OTHER_SUPPORTS,
         source="verl #5041 (removed there); arXiv:2603.25562 without renormalisation",
         doc="""
-        Plain sum of the reverse KL over K tokens: pushes the student's mass out of the support, even at equality.
+        Sum the reverse KL over K tokens alone, which pushes the student's mass out of the support even at equality.
 
         Formula: loss_t = sum over S of p (log p - log q). At p = q the gradient is that of the student's mass on S, not
         zero, and the value may be negative. Here to compare with; `head_and_tail` and `topk_generalised_reverse_kl`
@@ -174,7 +190,7 @@ _PRESETS = (
         "topk_generalised_reverse_kl", "reverse_kl", "generalised", variants=OTHER_SUPPORTS,
         source="MOPD, arXiv:2606.30406, eq. 5",
         doc="""
-        Reverse KL of unnormalised measures on K tokens: matches them and their mass, blind to the others.
+        Match K tokens and their mass by the reverse KL of unnormalised measures, blind to all other tokens.
 
         Formula: loss_t = sum over S of p (log p - log q) - p + q. Never negative, zero only at p = q on S, and of use
         at K = 1: the truncated form without its drift of the mass.""",
@@ -188,7 +204,7 @@ _PRESETS = (
             Variant({"support": "intersection"}, "the contract does not depend on whose tokens are compared"),
         ),
         doc="""
-        Reverse KL on K tokens and one bucket for all others: a lower bound that sees how much mass is outside.
+        Sum the reverse KL over K tokens and one bucket of all others, a lower bound that sees how much mass is outside.
 
         Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread.""",
     ),
@@ -229,7 +245,7 @@ for _preset in _PRESETS:
 def topk_truncated_forward_kl(
     tokens: TokenBatch, *, k: int = 16, support: str = "teacher", clamp: bool = False
 ) -> Estimate:
-    """Plain sum of the forward KL over K tokens: pulls the student's mass into the support, even at equality.
+    """Sum the forward KL over K tokens alone, which pulls the student's mass into the support even at equality.
 
     Formula: loss_t = sum over S of q (log q - log p). At p = q the gradient is minus that of the student's mass on S.
     The value is negative as soon as the student has more mass on S than the teacher; clamped at zero, as published,

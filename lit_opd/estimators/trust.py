@@ -2,6 +2,12 @@
 
 The log-ratio d of a sampled token is heavy-tailed on one side only: the chance of d < -x is at most exp(-x), whatever
 the teacher, while a token that the teacher would never write has any d. All of these bound d from above.
+
+>>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.005]).log()
+>>> tokens = TokenBatch(p, q, p, mask_BT=torch.ones_like(p).bool())
+>>> estimate = tropd(tokens, trust=2.0)  # the teacher finds the second 100 times less probable
+>>> estimate.loss_BT / p, estimate.clipped_BT
+(tensor([0.6931, 0.0000]), tensor([False,  True]))
 """
 
 from __future__ import annotations
@@ -38,10 +44,7 @@ def _check_outlier(trust: float, outlier: str) -> None:
 
 @register_estimator(
     "tropd",
-    family="token",
     target="reverse_kl",
-    unbiased=False,
-    needs="token",
     source="as described of TrOPD, arXiv:2606.01249",
     check=_check_outlier,
     variants=(
@@ -51,7 +54,7 @@ def _check_outlier(trust: float, outlier: str) -> None:
     ),
 )
 def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimate:
-    """Sampled reverse KL inside a trust region: tokens the teacher finds far less probable are left out, or clipped.
+    """Trust `token` where the teacher finds it not far less probable, and drop or clip the others with a bias.
 
     Formula, with d_t detached and the region d_t <= trust, which is q/p >= exp(-trust): loss_t = d_t log p(y_t) inside,
     0 (`mask`) or trust x log p(y_t) (`clip`) outside. `mask` never tells the student what the teacher would not write;
@@ -78,9 +81,7 @@ def _check_forward(trust: float, k: int) -> None:
 
 @register_estimator(
     "tropd_forward",
-    family="token",
     target="reverse_kl",
-    unbiased=False,
     needs="support",
     source="as described of TrOPD, arXiv:2606.01249",
     check=_check_forward,
@@ -88,7 +89,7 @@ def _check_forward(trust: float, k: int) -> None:
     variants=(Variant({"trust": 0.5}, "no default; a region that small models leave"),),
 )
 def tropd_forward(tokens: TokenBatch, *, trust: float, k: int = 16) -> Estimate:
-    """Sampled reverse KL inside a trust region, forward KL on the teacher's top K outside: says what to write instead.
+    """Trust `token` inside a region and take the forward KL on the teacher's top K outside, which says what to write.
 
     Formula, with d_t detached in the first: loss_t = d_t log p(y_t) where d_t <= trust, elsewhere the sum over the
     support S of q (log q - log p). The latter is the part of KL(teacher || student) that S holds, not renormalised.
@@ -121,7 +122,6 @@ def _check_relaxed(mixture: float, entropy_share: float) -> None:
     "reopold",
     family="sequence",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy",
     source="as described of REOPOLD, arXiv:2603.11137",
     check=_check_relaxed,
@@ -131,7 +131,7 @@ def _check_relaxed(mixture: float, entropy_share: float) -> None:
     ),
 )
 def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -> Estimate:
-    """Reward with a floor, on the tokens where the student is least sure: no heavy negatives, and fewer tokens.
+    """Bound the cost of the tokens where the student is least sure and drop the others, against heavy negatives.
 
     Formula, with the reward R_t = -d_t detached: loss_t = -max(R_t, log(mixture / (1 - mixture))) log p(y_t) on the
     `entropy_share` of each completion's counted tokens, rounded up, where the student's entropy is largest, and 0 on
@@ -149,12 +149,12 @@ def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -
     ceiling = math.log((1 - mixture) / mixture)
     d_BT = log_ratio(tokens)
     kept_BT = _largest(tokens.student_entropy_BT, tokens.mask_BT, entropy_share)
-    credit_BT = torch.where(kept_BT, d_BT.clamp(max=ceiling), 0.0)
-    return score_function(tokens, credit_BT, clipped=kept_BT & (d_BT > ceiling))
+    cost_BT = torch.where(kept_BT, d_BT.clamp(max=ceiling), 0.0)
+    return score_function(tokens, cost_BT, clipped=kept_BT & (d_BT > ceiling))
 
 
 def _largest(values_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:
-    """Where the largest `share` of a row's counted values are, rounded up; of equal values the first."""
+    """Find the largest `share` of a row's counted values, rounded up, and of equal values the first."""
     order_BT = values_BT.masked_fill(~mask_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank_BT, counted_B1 = order_BT.argsort(dim=1), mask_BT.sum(1, keepdim=True)
     # As quotients: share x count can come out a little above a whole number, and would keep one token more.

@@ -1,8 +1,13 @@
-"""Weights by position, by entropy and by prompt: which tokens of another estimator matter how much.
+"""Weightings by position, by entropy and by prompt, of the tokens of another estimator.
 
 A weighting re-weights the loss of its `base` token by token; what it drops still counts where the loss is divided by
 the number of tokens. Weights come from counted tokens alone and are zero elsewhere. With a base that is zero for every
 sample at student == teacher, the optimum stays; what changes is where a student that cannot reach it spends its effort.
+
+>>> p = torch.tensor([[0.5, 0.5, 0.5]]).log()
+>>> tokens = TokenBatch(p, p, p, torch.ones_like(p).bool())
+>>> prefix_opd(tokens, horizon=2), position_decay(tokens, half_life=1.0)
+(tensor([[1., 1., 0.]]), tensor([[1.0000, 0.5000, 0.2500]]))
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ __all__ = ["entropy_weighted", "iw_opd", "paced", "position_decay", "prefix_opd"
 
 
 def weights_where(tokens: TokenBatch, kept_BT: Tensor) -> Tensor:
-    """Weights 1 and 0 in the dtype of the maths: fp32, or float64 where the student's values are.
+    """Turn a mask into weights 1 and 0 in the dtype of the maths, fp32 or float64 where the student's values are.
 
     Args:
         tokens: the student's values, for their dtype.
@@ -47,7 +52,6 @@ def _check_horizon(horizon: int, grow_to: int | None, **_: object) -> None:
 @register_weighting(
     "prefix_opd",
     target="reverse_kl",
-    unbiased=False,
     source="Prefix-OPD, arXiv:2602.15260; TOPD and POPD (growing), arXiv:2605.31490",
     check=_check_horizon,
     variants=(
@@ -57,7 +61,7 @@ def _check_horizon(horizon: int, grow_to: int | None, **_: object) -> None:
     ),
 )
 def prefix_opd(tokens: TokenBatch, *, horizon: int, grow_to: int | None = None) -> Tensor:
-    """Only the first tokens of every completion count: drops the late ones, where a teacher is asked far off its path.
+    """Count only the first tokens of every completion, and drop late ones where a teacher is asked far off its path.
 
     Formula: w_t = 1 at the first h counted tokens, else 0. h is `horizon`, or grows from it to `grow_to` in proportion
     to the share of training that is done. Completions are still sampled whole: to save their cost as the papers do, set
@@ -83,13 +87,12 @@ def _check_half_life(half_life: float, **_: object) -> None:
 @register_weighting(
     "position_decay",
     target="reverse_kl",
-    unbiased=False,
     source="a smooth form of the prefix of arXiv:2602.15260; early tokens carry most signal, arXiv:2606.22600",
     check=_check_half_life,
     variants=(Variant({"half_life": math.inf, "base": "token"}, "nothing decays", unbiased=True),),
 )
 def position_decay(tokens: TokenBatch, *, half_life: float = 256.0) -> Tensor:
-    """Weights fall exponentially along the completion: a prefix without an edge.
+    """Weigh tokens exponentially less along the completion, as a prefix without an edge.
 
     Formula: w_t = 2^(-n_t / half_life), with n_t the number of counted tokens before t; the first weighs 1.
 
@@ -113,13 +116,12 @@ def _check_iw_gamma(gamma: float, **_: object) -> None:
 @register_weighting(
     "iw_opd",
     target="reverse_kl",
-    unbiased=False,
     source="IW-OPD, arXiv:2606.22600; not normalised, as in TRL",
     check=_check_iw_gamma,
     variants=(Variant({"gamma": 0.0, "base": "token"}, "every weight is one", unbiased=True),),
 )
 def iw_opd(tokens: TokenBatch, *, gamma: float = 0.5) -> Tensor:
-    """Weights fall as the completion's log-ratios add up: early tokens matter more, the sooner the student strays.
+    """Weigh early tokens more the sooner the student strays, as the completion's log-ratios add up.
 
     Formula, with |A_t| = |log p(y_t) - log q(y_t)|: w_t = 1 + gamma (1 - c_t), where c_t is the share of the sum of all
     |A| that stands before t. From 1 + gamma at the first token down towards 1; the mean is above 1.
@@ -140,12 +142,11 @@ def iw_opd(tokens: TokenBatch, *, gamma: float = 0.5) -> Tensor:
 @register_weighting(
     "entropy_weighted",
     target="reverse_kl",
-    unbiased=False,
     needs="token+entropy",
     source="student entropy as a token's importance, arXiv:2604.14084; weighted rather than selected",
 )
 def entropy_weighted(tokens: TokenBatch) -> Tensor:
-    """Weights in proportion to the student's entropy: effort goes where the student is undecided.
+    """Weigh tokens in proportion to the student's entropy, so that effort goes where the student is undecided.
 
     Formula: w_t = H_t over its mean over the completion's counted tokens, so that the mean weight is 1. Where the
     student is certain of every token, all weigh 1.
@@ -166,13 +167,12 @@ def entropy_weighted(tokens: TokenBatch) -> Tensor:
 @register_weighting(
     "paced",
     target="reverse_kl",
-    unbiased=False,
     needs="token+rewards+groups",
     source="PACED, arXiv:2603.11178",
     check=check_pass_reward,
 )
 def paced(tokens: TokenBatch, *, pass_reward: float = 1.0) -> Tensor:
-    """Prompts weigh by how open they are: most where half of the completions pass, nothing where all or none do.
+    """Weigh prompts by how open they are, most where half of the completions pass and nothing where all or none do.
 
     Formula: w = 4 r (1 - r), at all tokens of a prompt's completions, with r the share of them that pass; the factor 4
     makes the largest weight 1. With n completions r is known to 1 / n, so that a prompt with a single one weighs 0, and

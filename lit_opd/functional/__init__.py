@@ -1,4 +1,4 @@
-"""Pure maths: tensors in, tensors out, torch only."""
+"""Compute with tensors alone: log-probabilities, divergences, returns, weights and the chunked head."""
 
 from lit_opd.functional.divergences import (
     entropy,

@@ -1,7 +1,8 @@
-"""Divergences between two categorical distributions, given as log-probabilities over the last dimension.
+"""Compare two categorical distributions, given as log-probabilities over the last dimension.
 
 Every function takes student first and teacher second and returns nats, one value per position. Inputs are raised to
-fp32; tokens of probability zero contribute zero, to the value and to the gradient.
+fp32; tokens of probability zero contribute zero, to the value and to the gradient. Estimators differentiate these
+functions, evaluations report them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["entropy", "expectation", "forward_kl", "jsd", "log_difference", "mix
 
 
 def expectation(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum over the last dimension of weights x values, where a weight of zero counts zero whatever the value.
+    """Sum weights x values over the last dimension, where a weight of zero counts zero whatever the value.
 
     Args:
         weights: [..., V], not negative.
@@ -28,6 +29,9 @@ def expectation(weights: Tensor, values: Tensor) -> Tensor:
 
     Returns:
         [...] in the units of `values`.
+
+    >>> expectation(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([1.0, 3.0, torch.inf]))
+    tensor(2.)
     """
     # Two `where`s: the inner one keeps 0 * inf out of the value, the outer one out of the gradient.
     possible = weights > 0
@@ -35,13 +39,17 @@ def expectation(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def log_difference(a_logps: Tensor, b_logps: Tensor) -> Tensor:
-    """`a_logps` - `b_logps` in nats, zero at what both hold impossible."""
+    """Subtract log-probabilities, with zero at what both hold impossible.
+
+    >>> log_difference(torch.tensor([0.0, -torch.inf]), torch.tensor([-2.0, -torch.inf]))
+    tensor([2., 0.])
+    """
     both_impossible = torch.isneginf(a_logps) & torch.isneginf(b_logps)
     return torch.where(both_impossible, 0.0, a_logps) - torch.where(both_impossible, 0.0, b_logps)
 
 
 def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """KL(student || teacher): sum over tokens of p (log p - log q).
+    """Compute KL(student || teacher), the sum over tokens of p (log p - log q).
 
     Args:
         student_logps: [..., V] log-probabilities p, normalised.
@@ -80,7 +88,7 @@ class _ReverseKL(torch.autograd.Function):
 
 
 def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """KL(teacher || student): sum over tokens of q (log q - log p). Arguments as in `reverse_kl`.
+    """Compute KL(teacher || student), the sum over tokens of q (log q - log p), with the arguments of `reverse_kl`.
 
     >>> forward_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
     tensor(0.1308)
@@ -89,7 +97,7 @@ def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 
 
 def mixed_kl(student_logps: Tensor, teacher_logps: Tensor, forward_weight: float) -> Tensor:
-    """Weighted sum of both KLs: a KL(teacher || student) + (1 - a) KL(student || teacher), with a = `forward_weight`.
+    """Compute a KL(teacher || student) + (1 - a) KL(student || teacher), with a = `forward_weight`.
 
     Source: arXiv:2605.16826.
 
@@ -103,6 +111,10 @@ def mixed_kl(student_logps: Tensor, teacher_logps: Tensor, forward_weight: float
 
     Raises:
         ValueError: `forward_weight` outside [0, 1].
+
+    >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    >>> mixed_kl(p, q, forward_weight=0.5), (reverse_kl(p, q) + forward_kl(p, q)) / 2
+    (tensor(0.1373), tensor(0.1373))
     """
     if not 0 <= forward_weight <= 1:
         raise ValueError(f"forward_weight must lie in [0, 1], found {forward_weight}")
@@ -123,7 +135,7 @@ def _mixture(a_logps: Tensor, b_logps: Tensor, a_share: float) -> Tensor:
 
 
 def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence, scaled so that both ends are the KLs.
+    """Compute the generalised Jensen-Shannon divergence, scaled so that both ends are the KLs.
 
     With w = `teacher_weight` and m = w q + (1 - w) p: (w KL(q || m) + (1 - w) KL(p || m)) / (w (1 - w)). As w -> 0
     this tends to the forward KL, as w -> 1 to the reverse KL, and those are returned at the ends. At w = 0.5 it is
@@ -139,6 +151,10 @@ def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.
 
     Raises:
         ValueError: `teacher_weight` outside [0, 1].
+
+    >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    >>> jsd(p, q), jsd(p, q, teacher_weight=1.0) == reverse_kl(p, q)
+    (tensor(0.1353), tensor(True))
     """
     w = teacher_weight
     if not 0 <= w <= 1:
@@ -153,7 +169,7 @@ def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.
 
 
 def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -> Tensor:
-    """KL(q || skew q + (1 - skew) p): the forward KL to a student that holds a share of the teacher.
+    """Compute KL(q || skew q + (1 - skew) p), the forward KL to a student that holds a share of the teacher.
 
     At most -log(skew), even where the student cannot write what the teacher can. Source: DistiLLM, arXiv:2402.03898.
 
@@ -167,15 +183,23 @@ def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -
 
     Raises:
         ValueError: `skew` outside [0, 1).
+
+    >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
+    >>> forward_kl(p, q), skew_forward_kl(p, q, skew=0.5)
+    (tensor(inf), tensor(0.6931))
     """
     return _skewed(teacher_logps, student_logps, skew)
 
 
 def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -> Tensor:
-    """KL(p || skew p + (1 - skew) q): the reverse KL to a teacher that holds a share of the student.
+    """Compute KL(p || skew p + (1 - skew) q), the reverse KL to a teacher that holds a share of the student.
 
     At most -log(skew), even where the teacher cannot write what the student can. Source and arguments as in
     `skew_forward_kl`; the gradient also runs through the student's share of the mixture.
+
+    >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
+    >>> reverse_kl(p, q), skew_reverse_kl(p, q, skew=0.5)
+    (tensor(inf), tensor(0.6931))
     """
     return _skewed(student_logps, teacher_logps, skew)
 
@@ -190,7 +214,7 @@ def _skewed(a_logps: Tensor, b_logps: Tensor, skew: float) -> Tensor:
 
 
 def tvd(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """Total variation distance: half the sum over tokens of |p - q|, 0 to 1.
+    """Compute the total variation distance, half the sum over tokens of |p - q|, from 0 to 1.
 
     Its gradient with respect to the student's logits is bounded whatever the teacher says, and zero at equality, where
     it has a kink. Source: arXiv:2307.15190.
@@ -201,30 +225,39 @@ def tvd(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 
     Returns:
         [...] a difference of probabilities, without unit.
+
+    >>> tvd(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
+    tensor(0.2500)
     """
     return 0.5 * (upcast(student_logps).exp() - upcast(teacher_logps).exp()).abs().sum(-1)
 
 
 def entropy(logps: Tensor) -> Tensor:
-    """Entropy: minus the sum over tokens of p log p.
+    """Compute the entropy, minus the sum over tokens of p log p.
 
     Args:
         logps: [..., V] log-probabilities, normalised.
 
     Returns:
         [...] nats.
+
+    >>> entropy(torch.tensor([0.25, 0.25, 0.25, 0.25]).log())
+    tensor(1.3863)
     """
     logps = upcast(logps)
     return -expectation(logps.exp(), logps)
 
 
 def renormalise(logps: Tensor) -> Tensor:
-    """Log-probabilities of a support, scaled to sum to one over it.
+    """Scale the probabilities of a support to sum to one over it.
 
     Args:
         logps: [..., K] log-probabilities under the full softmax.
 
     Returns:
         [..., K] log-probabilities that sum to one over K.
+
+    >>> renormalise(torch.tensor([0.1, 0.3]).log()).exp()
+    tensor([0.2500, 0.7500])
     """
     return torch.log_softmax(upcast(logps), dim=-1)

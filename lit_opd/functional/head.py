@@ -1,7 +1,8 @@
-"""The vocabulary head, a chunk of positions at a time, with its gradient formed in the forward pass.
+"""Project on the vocabulary a chunk of positions at a time, and form the gradient in the forward pass.
 
 No tensor of all positions by the whole vocabulary ever exists: a chunk of logits is made, its loss differentiated at
-once with respect to these logits, and only the gradients of the hidden states and of the head are kept.
+once with respect to these logits, and only the gradients of the hidden states and of the head are kept. The objective
+runs every estimator in here, scorers and yardsticks read log-probabilities with it.
 """
 
 from __future__ import annotations
@@ -59,36 +60,40 @@ class Head:
     temperature: float = 1.0
 
     def to(self, dtype: torch.dtype) -> Head:
-        """The same head with its tensors in `dtype`."""
+        """Cast the tensors of the head to `dtype`."""
         bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
         return replace(self, weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
 
     def detach(self) -> Head:
-        """The same head without history."""
+        """Cut the head off its history."""
         return replace(
             self, weight_VH=self.weight_VH.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach()
         )
 
     def shape_logits(self, linear_NV: Tensor) -> Tensor:
-        """What becomes of the projection: scale, then soft-cap, then temperature; [N, V] to [N, V]."""
+        """Scale, soft-cap and temper a projection, [N, V] to [N, V]."""
         logits = linear_NV if self.scale == 1 else linear_NV * self.scale
         capped = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         return capped if self.temperature == 1 else capped / self.temperature
 
     def slope(self, logits_NV: Tensor) -> Tensor | float:
-        """Derivative of each logit by its projection, told from the logits; [N, V], or one number for all."""
+        """Differentiate each logit by its projection, from the logits: [N, V], or one number for all."""
         slope = self.scale / self.temperature
         return slope if self.softcap is None else slope * (1 - (logits_NV * self.temperature / self.softcap).square())
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype matrix products run in: autocast's where it is on, else that of the hidden states."""
+    """Tell the dtype matrix products run in: autocast's where it is on, else that of the hidden states.
+
+    >>> compute_dtype(torch.zeros(1, dtype=torch.bfloat16))
+    torch.bfloat16
+    """
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
-    """Logits of the given positions.
+    """Project hidden states on the vocabulary.
 
     Args:
         hidden_NH: [N, H] last hidden states.
@@ -96,12 +101,16 @@ def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
 
     Returns:
         [N, V] unnormalised, fp32 (float64 stays).
+
+    >>> head = Head(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), temperature=0.5)
+    >>> head_logits(torch.tensor([[3.0, 1.0]]), head)
+    tensor([[6., 4.]])
     """
     return head.shape_logits(upcast(_project(hidden_NH, head)))
 
 
 def _project(hidden_NH: Tensor, head: Head) -> Tensor:
-    """The linear part of the logits, in the compute dtype."""
+    """Compute the linear part of the logits, in the compute dtype."""
     dtype, (vocabulary, _) = compute_dtype(hidden_NH), head.weight_VH.shape
     low_NH, slabs = hidden_NH.to(dtype), list(_slabs(vocabulary, hidden_NH.device))
     with torch.autocast(hidden_NH.device.type, enabled=False):
@@ -123,15 +132,22 @@ def _project_slab(low_NH: Tensor, head: Head, slab: slice) -> Tensor:
 
 
 def block_rows(vocabulary: int, device: torch.device) -> int | None:
-    """Positions whose fp32 logits are worked on at once; None where the whole chunk is."""
+    """Tell how many positions' fp32 logits are worked on at once, None for the whole chunk.
+
+    >>> block_rows(vocabulary=2**17, device=torch.device("cpu"))
+    6
+    """
     return max(1, _CPU_BLOCK_BYTES // (4 * vocabulary)) if device.type == "cpu" else None
 
 
 def chunk_rows(vocabulary: int, budget_mib: int, device: torch.device) -> int:
-    """Positions that are projected at once so that the working memory stays within `budget_mib` MiB; at least 1.
+    """Tell how many positions to project at once within a working memory of `budget_mib` MiB, at least 1.
 
     Counted are both models' logits (whose place the gradient takes), in fp32 at the widest, and the copies that the
     elementwise work makes of a block of them.
+
+    >>> chunk_rows(vocabulary=2**17, budget_mib=256, device=torch.device("cpu"))
+    232
     """
     budget, row_bytes = budget_mib * 2**20, 4 * vocabulary
     block = block_rows(vocabulary, device)
@@ -141,7 +157,11 @@ def chunk_rows(vocabulary: int, budget_mib: int, device: torch.device) -> int:
 
 
 def chunks(positions: int, rows: int) -> Iterator[slice]:
-    """Slices of at most `rows` positions that cover all of them in order."""
+    """Cut positions into slices of at most `rows`, in order.
+
+    >>> list(chunks(5, rows=2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
     for start in range(0, positions, rows):
         yield slice(start, min(start + rows, positions))
 
@@ -189,10 +209,10 @@ class HiddenDistributions:
 
 @torch.profiler.record_function("head")
 def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int) -> tuple[Tensor, Stats]:
-    """Sum of a loss over positions, with its gradient formed a chunk at a time.
+    """Sum a loss over positions, and form its gradient a chunk at a time.
 
-    Two sizes: a chunk is projected at once, for a product of many rows reads the head once; within it the loss is
-    differentiated a block at a time, for what is small stays in cache. The gradient takes the place of the logits.
+    There are two sizes. A chunk is projected at once, as a product of many rows reads the head once. In it the loss is
+    differentiated a block at a time, because a small block stays in cache. The gradient takes the place of the logits.
 
     Args:
         hidden_NH: [N, H] student hidden states of the counted positions.
@@ -204,6 +224,15 @@ def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: 
     Returns:
         The scalar loss, differentiable with respect to `hidden_NH` and the head, and the per-position values
         concatenated to [N]. With gradients off, only values are computed.
+
+    >>> head, hidden_NH = Head(torch.eye(2)), torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    >>> def first(logits_cV, part):
+    ...     return logits_cV[:, 0].sum(), {"first": logits_cV[:, 0]}
+    >>> loss, stats = position_losses(hidden_NH, head, first, rows=1)
+    >>> loss.backward()
+    >>> loss.item(), stats["first"], hidden_NH.grad
+    (4.0, tensor([1., 3.]), tensor([[1., 0.],
+            [1., 0.]]))
     """
     dtype = compute_dtype(hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Targets between student and teacher."""
+"""Make targets between student and teacher, for the estimators `taid` and `veto`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["interpolate_logps"]
 
 
 def interpolate_logps(student_logps: Tensor, teacher_logps: Tensor, teacher_share: float) -> Tensor:
-    """Normalised geometric mixture of student and teacher, held fixed: a nearer target than the teacher.
+    """Mix student and teacher geometrically into a target that is nearer than the teacher, and held fixed.
 
     log m = (1 - t) log p + t log q - log Z, the mixture of logits, with t = `teacher_share` and no gradient. Only with
     the forward KL is m an objective of its own: KL(p || m) has t times the gradient of KL(p || q), as log p - log m =
@@ -29,6 +29,9 @@ def interpolate_logps(student_logps: Tensor, teacher_logps: Tensor, teacher_shar
 
     Raises:
         ValueError: `teacher_share` outside [0, 1].
+
+    >>> interpolate_logps(torch.tensor([0.2, 0.8]).log(), torch.tensor([0.8, 0.2]).log(), 0.5).exp()
+    tensor([0.5000, 0.5000])
     """
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share must lie in [0, 1], found {teacher_share}")

@@ -1,6 +1,7 @@
-"""Importance ratios of student over sampler, and ways to bound them.
+"""Weigh stale samples by student over sampler, and bound these weights.
 
-None of these stops the gradient: detach the ratio where it is a weight, leave it where it is the surrogate.
+None of these stops the gradient: detach the ratio where it is a weight, leave it where it is the surrogate. The
+estimators of `estimators.corrected`, `reference` and `outcomes` call them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _MAX_LOG_RATIO = 20.0
 
 
 def importance_ratio(student_logps: Tensor, sampler_logps: Tensor) -> Tensor:
-    """Student over sampler probability of the taken tokens, exp(log p - log mu).
+    """Divide student by sampler probability of the taken tokens, exp(log p - log mu).
 
     Args:
         student_logps: any shape, log-probabilities p of the taken tokens.
@@ -26,13 +27,16 @@ def importance_ratio(student_logps: Tensor, sampler_logps: Tensor) -> Tensor:
     Returns:
         The same shape, without unit, in fp32 (float64 stays). The log-ratio is clamped to [-20, 20], beyond which the
         ratio has no gradient.
+
+    >>> importance_ratio(torch.tensor([0.5, 0.2]).log(), torch.tensor([0.25, 0.4]).log())
+    tensor([2.0000, 0.5000])
     """
     log_ratio = upcast(student_logps) - upcast(sampler_logps)
     return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
 
 
 def truncated_ratio(ratio: Tensor, cap: float) -> Tensor:
-    """min(ratio, cap): truncated importance sampling, biased for bounded variance.
+    """Cap importance ratios at `cap`, which biases for bounded variance.
 
     Args:
         ratio: any shape, importance ratios.
@@ -43,6 +47,9 @@ def truncated_ratio(ratio: Tensor, cap: float) -> Tensor:
 
     Raises:
         ValueError: `cap` is not positive.
+
+    >>> truncated_ratio(torch.tensor([0.5, 8.0]), cap=5.0)
+    tensor([0.5000, 5.0000])
     """
     if not cap > 0:
         raise ValueError(f"cap must be positive, found {cap}")
@@ -50,7 +57,7 @@ def truncated_ratio(ratio: Tensor, cap: float) -> Tensor:
 
 
 def banded_ratio(ratio: Tensor, low: float, high: float) -> Tensor:
-    """The ratio where low <= ratio <= high, else 0: tokens outside the band are dropped, not clipped.
+    """Keep importance ratios between `low` and `high`, and drop tokens outside the band by a ratio of 0.
 
     Source: IcePop; MOPD, arXiv:2601.02780.
 
@@ -64,6 +71,9 @@ def banded_ratio(ratio: Tensor, low: float, high: float) -> Tensor:
 
     Raises:
         ValueError: the ends are no band.
+
+    >>> banded_ratio(torch.tensor([0.1, 1.5, 8.0]), low=0.5, high=2.0)
+    tensor([0.0000, 1.5000, 0.0000])
     """
     if not 0 <= low <= high:
         raise ValueError(f"low and high must satisfy 0 <= low <= high, found {low} and {high}")
@@ -71,7 +81,7 @@ def banded_ratio(ratio: Tensor, low: float, high: float) -> Tensor:
 
 
 def one_sided_ratio(student_logps: Tensor, sampler_logps: Tensor, max_drop: float = 0.2) -> Tensor:
-    """The ratio, but 0 where the token has become less probable by more than `max_drop`.
+    """Divide student by sampler probability, with 0 for tokens that became less probable by more than `max_drop`.
 
     Dropped where mu - p > max_drop, a difference of probabilities: rare tokens are kept whatever their ratio, and so is
     every token that has become more probable. Source: the token mask of prime-rl.
@@ -86,6 +96,10 @@ def one_sided_ratio(student_logps: Tensor, sampler_logps: Tensor, max_drop: floa
 
     Raises:
         ValueError: `max_drop` outside [0, 1].
+
+    >>> student, sampler = torch.tensor([0.1, 0.8, 0.01]).log(), torch.tensor([0.5, 0.4, 0.1]).log()
+    >>> one_sided_ratio(student, sampler, max_drop=0.2)
+    tensor([0.0000, 2.0000, 0.1000])
     """
     if not 0 <= max_drop <= 1:
         raise ValueError(f"max_drop must lie in [0, 1], found {max_drop}")

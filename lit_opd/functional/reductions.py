@@ -1,4 +1,8 @@
-"""How per-token losses become one number: weights whose denominators are counts of the whole optimizer step."""
+"""Turn per-token losses into one number, by weights whose denominators are counts of the whole optimizer step.
+
+A mean over a micro-batch would make the objective depend on how a step is cut up. The training step asks for weights
+before its first micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ __all__ = ["masked_mean", "token_weights"]
 
 
 def token_weights(mask_BT: Tensor, aggregation: str, tokens: Tensor, sequences: Tensor) -> Tensor:
-    """The weight of every token in the loss, so that loss = sum of weight x per-token loss.
+    """Weigh every token, so that loss = sum of weight x per-token loss.
 
     Because the counts are those of the whole optimizer step over all processes, the sum over micro-batches and
     processes does not depend on how the step was cut up.
@@ -28,6 +32,11 @@ def token_weights(mask_BT: Tensor, aggregation: str, tokens: Tensor, sequences: 
 
     Raises:
         ValueError: an unknown aggregation.
+
+    >>> mask = torch.tensor([[True, True], [True, False]])
+    >>> token_weights(mask, "sequence_mean", tokens=torch.tensor(3), sequences=torch.tensor(2))
+    tensor([[0.2500, 0.2500],
+            [0.5000, 0.0000]])
     """
     mask = mask_BT.to(upcast(tokens).dtype)
     if aggregation == "token_mean":
@@ -40,7 +49,7 @@ def token_weights(mask_BT: Tensor, aggregation: str, tokens: Tensor, sequences: 
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over counted positions, in fp32; zero where none is counted.
+    """Average counted positions in fp32, with zero where none is counted.
 
     Args:
         values: any shape.
@@ -48,6 +57,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         A scalar in the units of `values`.
+
+    >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
+    tensor(2.)
     """
     kept = torch.where(mask, upcast(values), 0.0)
     return kept.sum() / mask.sum().clamp(min=1)

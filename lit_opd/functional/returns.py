@@ -1,4 +1,8 @@
-"""Credit that flows to earlier positions, and credit compared with that of other completions."""
+"""Sum costs over later positions, and compare them with those of other completions.
+
+What a token causes shows in the tokens after it: estimators of the families `sequence` and `hybrid` weigh its score by
+these sums, and take out of them what other completions of the prompt have as well.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ __all__ = ["k_step_return", "leave_one_out_mean", "remaining_mean", "return_to_g
 
 
 def return_to_go(values_BT: Tensor, gamma: float) -> Tensor:
-    """Discounted sum of this and all later values: R_t = sum over i >= t of gamma^(i - t) v_i.
+    """Sum this and all later values with a discount, R_t = sum over i >= t of gamma^(i - t) v_i.
 
     The discount is relative to t, so that gamma = 0 gives the values themselves and gamma = 1 plain suffix sums. Mask
     the values first: what is masked must be zero here, or it leaks into every earlier return.
@@ -42,7 +46,7 @@ def return_to_go(values_BT: Tensor, gamma: float) -> Tensor:
 
 
 def k_step_return(values_BT: Tensor, steps: int, gamma: float = 1.0) -> Tensor:
-    """Discounted sum of this value and the next `steps` - 1: sum over i = t .. t + steps - 1 of gamma^(i - t) v_i.
+    """Sum this value and the next `steps` - 1 with a discount, sum over i = t .. t + steps - 1 of gamma^(i - t) v_i.
 
     A hard window on `return_to_go`: one step gives the values themselves, T steps the whole return. Mask the values
     first. Source: KETCHUP, arXiv:2504.19024.
@@ -79,7 +83,7 @@ def k_step_return(values_BT: Tensor, steps: int, gamma: float = 1.0) -> Tensor:
 
 
 def remaining_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean of this and all later counted values: the return-to-go over the number of counted tokens it sums.
+    """Average this and all later counted values, the return-to-go over the number of counted tokens it sums.
 
     Early positions of long completions no longer have the largest returns. Source: the length normalisation of
     MiniLLM, arXiv:2306.08543, with the position itself counted.
@@ -90,6 +94,9 @@ def remaining_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
     Returns:
         [B, T] in the units of the values, fp32 (float64 stays), zero where masked.
+
+    >>> remaining_mean(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, True, True]]))
+    tensor([[3., 4., 6.]])
     """
     values_BT = torch.where(mask_BT, upcast(values_BT), 0.0)
     remaining_BT = mask_BT.flip(1).cumsum(1).flip(1)
@@ -97,7 +104,7 @@ def remaining_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def leave_one_out_mean(values: Tensor, groups_B: Tensor) -> Tensor:
-    """For each row, the mean over the other rows of its group: a baseline that does not depend on the row itself.
+    """Average the other rows of each row's group, as a baseline that does not depend on the row itself.
 
     Args:
         values: [B] or [B, T].

@@ -1,8 +1,8 @@
-"""Drawing tokens: the law in force, and an inverse-CDF draw from given uniforms.
+"""Draw tokens by a sampling law, each by inverting its cumulative distribution at a given uniform number.
 
-Drawing by inverse CDF makes a sample a function of (distribution, uniform number). Given one stream of uniforms for
+Inversion makes a sample a function of (distribution, uniform number). Given one stream of uniforms for
 each row, what a row writes depends neither on its neighbours in the batch nor on how many processes share the work,
-and two models sampled with the same stream share their randomness.
+and two models sampled with the same stream share their randomness. The local rollout engine calls this at every token.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def sample_tokens(
 
     Returns:
         Token ids [B], and their log-probabilities [B] under the law, nats in fp32 (float64 stays).
+
+    >>> logits = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    >>> ids, logps = sample_tokens(logits, SamplingLaw(top_k=1), torch.tensor([0.9]).double())
+    >>> ids, logps.exp()
+    (tensor([1]), tensor([1.]))
     """
     if law.temperature == 0 or _truncates(law):
         logps_BV = law_logps(logits_BV, law, forbidden_ids)
@@ -56,7 +61,7 @@ def _allowed(logits_BV: Tensor, forbidden_ids: Tensor | None) -> Tensor:
 
 
 def law_logps(logits_BV: Tensor, law: SamplingLaw, forbidden_ids: Tensor | None = None) -> Tensor:
-    """Log-probabilities of the next token under the sampling law.
+    """Compute log-probabilities of the next token under the sampling law.
 
     Args:
         logits_BV: [B, V] unnormalised.
@@ -65,6 +70,10 @@ def law_logps(logits_BV: Tensor, law: SamplingLaw, forbidden_ids: Tensor | None 
 
     Returns:
         [B, V] nats in fp32 (float64 stays), -inf at tokens that the law excludes.
+
+    >>> logits = torch.tensor([[0.25, 0.5, 0.25]]).log()
+    >>> law_logps(logits, SamplingLaw(top_p=0.5)).exp()
+    tensor([[0., 1., 0.]])
     """
     logits = _allowed(logits_BV, forbidden_ids)
     if law.temperature == 0:
@@ -104,12 +113,15 @@ def draw(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
     Returns:
         [B] token ids.
+
+    >>> draw(torch.tensor([[0.25, 0.5, 0.25]]).log(), torch.tensor([0.6]).double())
+    tensor([1])
     """
     return _invert(logps_BV.exp(), uniforms_B)[0]
 
 
 def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at which the running sum of the weights passes uniform x total, and the total [B] in float64.
+    """Find the token at which the running sum of the weights passes uniform x total, and the total [B] in float64.
 
     In two levels: first the block of tokens, then the token in it. Sums are running in float64, for over 150k tokens an
     fp32 running sum would lose the tail.

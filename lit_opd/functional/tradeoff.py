@@ -1,4 +1,8 @@
-"""Bias against variance, from the gradients of single samples."""
+"""Judge bias against variance from the gradients of single samples.
+
+A gradient of the whole head is too large to keep for every sample: random features of it have the same inner products
+on average. The adaptation of gamma and the command `measure` compare estimators by them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ __all__ = ["gradient_sketch", "squared_bias_and_variance"]
 
 
 def squared_bias_and_variance(gradients_MSF: Tensor, unbiased: int) -> tuple[Tensor, Tensor]:
-    """How far each of M estimators is off, in expectation and by chance, judged from S samples of each.
+    """Estimate how far each of M estimators is off in expectation and by chance, from S samples of each.
 
     Both are unbiased estimates. The squared bias is the mean, over pairs of different samples, of the inner product of
     their differences from the unbiased estimator, so that noise is not counted as bias; it can come out negative. The
@@ -27,6 +31,10 @@ def squared_bias_and_variance(gradients_MSF: Tensor, unbiased: int) -> tuple[Ten
 
     Raises:
         ValueError: fewer than two samples.
+
+    >>> unbiased, shifted = torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0], [6.0]])  # two samples of each
+    >>> squared_bias_and_variance(torch.stack([unbiased, shifted]), unbiased=0)
+    (tensor([0., 9.]), tensor([1., 1.]))
     """
     gradients = upcast(gradients_MSF)
     samples = gradients.shape[1]
@@ -40,7 +48,7 @@ def squared_bias_and_variance(gradients_MSF: Tensor, unbiased: int) -> tuple[Ten
 
 
 def gradient_sketch(hidden_NH: Tensor, errors_NR: Tensor, projection_HR: Tensor) -> Tensor:
-    """Random features of each position's contribution to the gradient of the head, for one unit of credit.
+    """Sketch each position's contribution to the gradient of the head by random features, per unit of cost.
 
     The gradient of log p(y) by the head's weight is (s (onehot(y) - p)) h^T, with s the derivative of each logit by its
     projection: 1 where nothing scales or caps them. With random projections of both factors, inner products of sums of
@@ -53,5 +61,8 @@ def gradient_sketch(hidden_NH: Tensor, errors_NR: Tensor, projection_HR: Tensor)
 
     Returns:
         [N, R * R] features.
+
+    >>> gradient_sketch(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), torch.ones(2, 1))
+    tensor([[9.]])
     """
     return torch.einsum("nr,ns->nrs", errors_NR, upcast(hidden_NH) @ projection_HR).flatten(1)

@@ -1,4 +1,4 @@
-"""Divergences that weigh tokens or directions by what the two distributions are at the moment.
+"""Weigh tokens or directions of a divergence by what the two distributions are at the moment.
 
 Conventions as in `divergences`: student first, teacher second, log-probabilities over the last dimension, nats out. The
 weights are held fixed: no gradient runs through them.
@@ -18,7 +18,7 @@ WEIGHTINGS = ("student", "teacher", "uniform")
 
 
 def adaptive_kl(student_logps: Tensor, teacher_logps: Tensor, head_mass: float = 0.5) -> Tensor:
-    """Forward and reverse KL, weighed by where the two distributions differ.
+    """Weigh forward and reverse KL by where the two distributions differ.
 
     The head is the smallest set of largest-first teacher tokens whose mass reaches `head_mass`, the tail is the rest.
     With gap the sum of |p - q| over either: gap_head / (gap_head + gap_tail) KL(q || p) + gap_tail / (gap_head +
@@ -34,6 +34,10 @@ def adaptive_kl(student_logps: Tensor, teacher_logps: Tensor, head_mass: float =
 
     Raises:
         ValueError: `head_mass` outside (0, 1].
+
+    >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    >>> adaptive_kl(p, q, head_mass=0.5), adaptive_kl(p, p)
+    (tensor(0.1373), tensor(0.))
     """
     if not 0 < head_mass <= 1:
         raise ValueError(f"head_mass must lie in (0, 1], found {head_mass}")
@@ -55,7 +59,7 @@ def _share_of_head(student_probs: Tensor, teacher_probs: Tensor, head_mass: floa
 
 
 def todi(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """Forward and reverse KL, weighed token by token by which side holds the token more probable.
+    """Weigh forward and reverse KL token by token, by which side holds the token more probable.
 
     Sum over tokens of a q log(q / p) + (1 - a) p log(p / q), with a = sigmoid(log q - log p) = q / (p + q) held fixed.
     The value is KL(q || p) + KL(p || q), as a q - (1 - a) p = q - p; the gradient is not that of this sum. Source:
@@ -67,6 +71,10 @@ def todi(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 
     Returns:
         [...] nats; infinite where one can write what the other cannot.
+
+    >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    >>> todi(p, q), reverse_kl(p, q) + forward_kl(p, q)
+    (tensor(0.2747), tensor(0.2747))
     """
     student_logps, teacher_logps = upcast(student_logps), upcast(teacher_logps)
     log_ratio = log_difference(student_logps, teacher_logps)
@@ -76,7 +84,7 @@ def todi(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 
 
 def logit_matching(student_logps: Tensor, teacher_logps: Tensor, weighting: str = "student") -> Tensor:
-    """Half the variance over tokens of log p - log q: zero where the two models' logits agree up to a shift.
+    """Compute half the variance over tokens of log p - log q, zero where the logits agree up to a shift.
 
     Log-probabilities are logits up to a shift, which a variance does not see; it is also the sum over all pairs of
     tokens of the squared difference of their logit gaps, weighed by w_i w_j / 4. The choice of the weights is ours.
@@ -95,6 +103,10 @@ def logit_matching(student_logps: Tensor, teacher_logps: Tensor, weighting: str 
 
     Raises:
         ValueError: an unknown weighting.
+
+    >>> p = torch.tensor([0.5, 0.5]).log()
+    >>> logit_matching(p, p + 3.0), logit_matching(p, torch.tensor([0.25, 0.75]).log())
+    (tensor(0.), tensor(0.1509))
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, found {weighting!r}")

@@ -1,4 +1,4 @@
-"""What an estimator does, found by trying it on small models: names and declarations do not count."""
+"""Try an estimator on small models to find what it does: names and declarations do not count."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROBED_SUPPORT = 32  # what is wrong with a large support is wrong with a small
 
 
 class Probe(NamedTuple):
-    """What one term of an estimator does on small models.
+    """The behaviour of one term of an estimator on small models.
 
     Attributes:
         name: of its estimator.
@@ -28,7 +28,7 @@ class Probe(NamedTuple):
         silent: no sample has any gradient; not said of what learns from demonstrations, as there are none to try.
         ignores_teacher: another teacher would give the same gradients.
         whitened: twice as large log-ratios would give the same gradients.
-        couples: a token's credit is made of other tokens'.
+        couples: a token's cost is made of other tokens' too.
         leaks: a counted position's gradient depends on values at masked ones.
         taught: it learns from demonstrations alone.
         error: why it could not be tried, else empty.
@@ -47,7 +47,7 @@ class Probe(NamedTuple):
 
 
 def probe(term: Term) -> Probe:
-    """Try one term, with the weights of its tokens, on small models; no randomness of the caller is used up."""
+    """Try one term with the weights of its tokens on small models, with no randomness of the caller used up."""
     name, size = term.estimator.spec.name, term.estimator.support_size
     term = _with_small_support(term)
     try:
@@ -73,7 +73,7 @@ def _alone(term: Term) -> BoundEstimator:
 
 
 def _couplings(term: Term) -> tuple[bool, bool]:
-    """Whether a position's credit depends on others of its sequence, and whether any depends on masked ones."""
+    """Tell whether a position's cost depends on others of its sequence, and whether any depends on masked ones."""
     if term.is_local and term.weighting is None:  # called on slices of counted positions
         return False, False
     alone = _alone(term)

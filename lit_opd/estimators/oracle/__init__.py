@@ -1,4 +1,4 @@
-"""What gradient does an estimator really have? Exact answers, by writing down every completion there is.
+"""Find the exact gradient an estimator has, by writing down every completion there is.
 
 On a tabular model with a few tokens and a few positions all completions can be enumerated, so the expected gradient
 and the variance of an estimator are finite sums: float64 rounding is the only error, and "unbiased" becomes a yes or

@@ -1,4 +1,4 @@
-"""Small random batches that hold what an estimator declares to need and no more, and what it makes of them."""
+"""Make small random batches that hold what an estimator declares to need and no more, and differentiate it on them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Surrogate = Callable[[TokenBatch], Estimate]
 
 
 def vocabulary_for(estimator: BoundEstimator) -> int:
-    """V: more tokens than the estimator's support holds."""
+    """Tell V, more tokens than the estimator's support holds."""
     return pair_for(estimator).student_logits_CV.shape[1]
 
 
 def example_batch(estimator: BoundEstimator, seed: int = 0) -> TokenBatch:
-    """A [4, 5] float64 batch: two prompts of two rows, the last a demonstration; masks with holes and padding."""
+    """Make a [4, 5] float64 batch of two prompts of two rows, the last a demonstration, with holes and padding."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = vocabulary_for(estimator)
     logits = torch.randn(2, 4, 5, vocabulary, generator=generator, dtype=torch.float64)
@@ -36,7 +36,7 @@ def example_batch(estimator: BoundEstimator, seed: int = 0) -> TokenBatch:
 
 
 def batch_of(estimator: BoundEstimator, student_BTV: Tensor, teacher_BTV: Tensor, ids_BT: Tensor) -> TokenBatch:
-    """What an estimator sees of two models, [4, 5, V] log-probabilities, and the sampled tokens, [4, 5]."""
+    """Fill a batch from two models, [4, 5, V] log-probabilities, and the sampled tokens, [4, 5]."""
     student_BT, teacher_BT = (x.gather(-1, ids_BT[..., None]).squeeze(-1) for x in (student_BTV, teacher_BTV))
     wrote_BT = torch.tensor([True, True, True, False])[:, None].expand(ids_BT.shape)
     mask_BT = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 0, 0], [0, 0, 1, 1, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
@@ -55,35 +55,35 @@ def batch_of(estimator: BoundEstimator, student_BTV: Tensor, teacher_BTV: Tensor
 
 
 def tensors(tokens: TokenBatch) -> dict[str, Tensor]:
-    """The fields that hold a tensor."""
+    """Read the fields that hold a tensor."""
     return {f.name: value for f in fields(tokens) if isinstance(value := getattr(tokens, f.name), Tensor)}
 
 
 def per_position(tokens: TokenBatch) -> list[str]:
-    """The names of the fields that hold values of positions, but for the mask."""
+    """Name the fields that hold values of positions, but for the mask."""
     return [name for name, value in tensors(tokens).items() if value.dim() > 1 and name != "mask_BT"]
 
 
 def cast(tokens: TokenBatch, dtype: torch.dtype) -> TokenBatch:
-    """The same numbers, as well as `dtype` can hold them."""
+    """Cast all numbers to `dtype`."""
     values = {name: value.to(dtype) for name, value in tensors(tokens).items() if value.is_floating_point()}
     return replace(tokens, **values)  # type: ignore[arg-type]
 
 
 def spoil_masked(tokens: TokenBatch, name: str, garbage: Callable[[Tensor], Tensor]) -> TokenBatch:
-    """The same batch with other values at the masked positions of one field."""
+    """Put other values at the masked positions of one field."""
     value = getattr(tokens, name)
     mask = tokens.mask_BT.reshape(tokens.mask_BT.shape + (1,) * (value.dim() - 2))
     return replace(tokens, **{name: torch.where(mask, value, garbage(value))})  # type: ignore[arg-type]
 
 
 def take_rows(tokens: TokenBatch, rows_B: Tensor) -> TokenBatch:
-    """The chosen rows alone, and so the batch that a smaller micro-batch would hold."""
+    """Take the chosen rows alone, as a smaller micro-batch would hold them."""
     return replace(tokens, **{name: value[rows_B] for name, value in tensors(tokens).items()})  # type: ignore[arg-type]
 
 
 def with_leaves(tokens: TokenBatch) -> tuple[TokenBatch, dict[str, Tensor]]:
-    """The same batch with fresh leaves for what carries the student's gradient, and these leaves."""
+    """Put fresh leaves in the place of all student log-probabilities, and return them too."""
     values = {name: value for name, value in tensors(tokens).items()
               if name.startswith("student_") and "logps" in name}  # fmt: skip
     leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
@@ -91,7 +91,7 @@ def with_leaves(tokens: TokenBatch) -> tuple[TokenBatch, dict[str, Tensor]]:
 
 
 def loss_and_gradients(estimator: Surrogate, tokens: TokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The masked sum, as training forms it, and its gradient on every student value (zeros where unused)."""
+    """Sum the loss over counted positions, as training does, with its gradient on every student value."""
     tokens, leaves = with_leaves(tokens)
     loss = torch.where(tokens.mask_BT, estimator(tokens).loss_BT, 0.0).sum()
     if not loss.requires_grad:
@@ -101,7 +101,7 @@ def loss_and_gradients(estimator: Surrogate, tokens: TokenBatch) -> tuple[Tensor
 
 
 def difference(estimator: Surrogate, one: TokenBatch, other: TokenBatch) -> str | None:
-    """What the step from one batch to the other does to loss and gradients; None where it does nothing."""
+    """Say what the step from one batch to the other changes, loss or gradient, or None where it changes nothing."""
     (loss, gradients), (other_loss, other_gradients) = (loss_and_gradients(estimator, batch) for batch in (one, other))
     if not same(other_loss, loss):
         return "changes the loss"
@@ -110,7 +110,7 @@ def difference(estimator: Surrogate, one: TokenBatch, other: TokenBatch) -> str 
 
 
 def difference_where_masked(estimator: Surrogate, clean: TokenBatch, dirty: TokenBatch) -> str | None:
-    """As `difference`, for batches that differ at masked positions: there, no gradient may come either."""
+    """Say the `difference` between batches that differ at masked positions, where no gradient may be either."""
     if broken := difference(estimator, clean, dirty):
         return broken
     _, gradients = loss_and_gradients(estimator, dirty)
@@ -119,5 +119,5 @@ def difference_where_masked(estimator: Surrogate, clean: TokenBatch, dirty: Toke
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two float64 tensors are equal up to rounding; no NaN equals another."""
+    """Compare two float64 tensors up to rounding, where no NaN equals another."""
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=ROUNDING)

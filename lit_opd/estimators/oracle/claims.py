@@ -1,4 +1,4 @@
-"""The laws on what an estimator declares: target, bias, and the gradient where there is nothing to learn.
+"""Hold an estimator to what it declares: target, bias, and the gradient where there is nothing to learn.
 
 They say nothing of an estimator that was not registered, and so declares nothing.
 """
@@ -18,7 +18,7 @@ Law = Callable[[BoundEstimator], str | None]
 
 
 def bias_is_as_declared(estimator: BoundEstimator) -> str | None:
-    """Declared unbiased: exactly the target's gradient on all small models. Declared biased: not so on one at least."""
+    """Compare the expected gradient with the target's: equal on all small models where unbiased, else not on all."""
     target, unbiased, _ = estimator.contract
     if target is None:
         return "it declares to be unbiased, but no target" if unbiased else None
@@ -37,7 +37,7 @@ def bias_is_as_declared(estimator: BoundEstimator) -> str | None:
 
 
 def gradient_at_equal_models_is_as_declared(estimator: BoundEstimator) -> str | None:
-    """Where the student equals the teacher there is nothing to learn; what pushes on all the same must say so."""
+    """Look for a gradient where the student equals the teacher, which an estimator must declare."""
     verdicts = [Verdict(estimator, pair) for pair in _tables(estimator, seed=2)]
     silent = all(verdict.rms_at_equal < ROUNDING for verdict in verdicts)
     centred = all(verdict.norm_at_equal < ROUNDING for verdict in verdicts)

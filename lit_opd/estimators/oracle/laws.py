@@ -1,4 +1,4 @@
-"""What every estimator must hold, whoever wrote it: tests over the registry and the `check` command use the same list.
+"""Hold every estimator to the laws, whoever wrote it, in tests over the registry and in the command `check`.
 
 A law takes an estimator with its keywords and returns None where it is held, or one sentence on how it is broken.
 """
@@ -42,12 +42,12 @@ _SUPPORT = 2
 
 
 def small_support(spec: EstimatorSpec) -> dict[str, int]:
-    """The keyword `k` that makes a support fit into small models; nothing for what compares no support."""
+    """Choose the keyword `k` so that a support fits into small models, or nothing where none is compared."""
     return {"k": _SUPPORT} if Need.SUPPORT in spec.needs else {}
 
 
 def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
-    """Keywords to test an estimator with: its defaults, where it has any, and its variants, on a small support."""
+    """List keywords to test an estimator with: its defaults, where it has any, and its variants, on a small support."""
     small = small_support(spec)
     incomplete = any(default is inspect.Parameter.empty for default in (spec.defaults | small).values())
     variants = [dict(variant.keywords) for variant in spec.variants]
@@ -55,7 +55,7 @@ def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
 
 
 def broken_laws(estimator: BoundEstimator, laws: Mapping[str, Law] | None = None) -> dict[str, str]:
-    """The laws that an estimator breaks, each with how; an exception breaks a law too.
+    """Find the laws that an estimator breaks, each with how, where an exception breaks a law too.
 
     Args:
         estimator: what is judged.
@@ -75,7 +75,7 @@ def broken_laws(estimator: BoundEstimator, laws: Mapping[str, Law] | None = None
 
 
 def works_on_what_it_needs(estimator: BoundEstimator) -> str | None:
-    """What is not asked for is not computed: an estimator works on a batch that holds only the fields it declares."""
+    """Call an estimator on a batch with no more than the fields it declares, as others are not computed."""
     try:
         estimator(example_batch(estimator))
     except Exception as error:  # whatever somebody's estimator raises
@@ -88,7 +88,7 @@ def _raises(error: Exception) -> str:
 
 
 def returns_one_value_a_position(estimator: BoundEstimator) -> str | None:
-    """The module sums and divides; an estimator that averages by itself would depend on the micro-batch."""
+    """Demand one value a position, as an estimator that averages by itself would depend on the micro-batch."""
     tokens = example_batch(estimator)
     estimate, expected = estimator(tokens), tuple(tokens.mask_BT.shape)
     for name, value in (("loss", estimate.loss_BT), ("KL", estimate.kl_BT)):
@@ -101,7 +101,7 @@ def returns_one_value_a_position(estimator: BoundEstimator) -> str | None:
 
 
 def only_the_loss_carries_grad(estimator: BoundEstimator) -> str | None:
-    """The loss is differentiated and the KL estimate logged; a KL that carries grad keeps every graph alive."""
+    """Demand a gradient of the loss alone, as a logged KL that carries one keeps every graph alive."""
     estimate = estimator(with_leaves(example_batch(estimator))[0])
     if not estimate.loss_BT.requires_grad:
         return "its loss carries no gradient"
@@ -109,7 +109,7 @@ def only_the_loss_carries_grad(estimator: BoundEstimator) -> str | None:
 
 
 def leaves_its_inputs_alone(estimator: BoundEstimator) -> str | None:
-    """Several estimators may see one batch; what one writes into it, the next would read."""
+    """Forbid changes in place, which the next estimator of the same batch would read."""
     tokens = example_batch(estimator)
     before = {name: value.clone() for name, value in tensors(tokens).items()}
     loss_and_gradients(estimator, tokens)
@@ -118,7 +118,7 @@ def leaves_its_inputs_alone(estimator: BoundEstimator) -> str | None:
 
 
 def float64_stays(estimator: BoundEstimator) -> str | None:
-    """The oracle's answers are exact only in float64: nothing may be rounded on the way."""
+    """Demand float64 of a float64 batch, as the oracle's answers are exact in no other."""
     estimate = estimator(example_batch(estimator))
     for name, value in (("loss", estimate.loss_BT), ("KL", estimate.kl_BT)):
         if value.dtype != torch.float64:
@@ -127,7 +127,7 @@ def float64_stays(estimator: BoundEstimator) -> str | None:
 
 
 def bf16_is_raised_before_any_maths(estimator: BoundEstimator) -> str | None:
-    """A KL in bf16 is noise at the values that matter: what comes in bf16 is computed in fp32."""
+    """Demand fp32 maths of a bf16 batch, as a KL in bf16 is noise at the values that matter."""
     low = cast(example_batch(estimator), torch.bfloat16)
     found, expected = estimator(low), estimator(cast(low, torch.float32))
     for name, value, raised in (("loss", found.loss_BT, expected.loss_BT), ("KL", found.kl_BT, expected.kl_BT)):
@@ -139,7 +139,7 @@ def bf16_is_raised_before_any_maths(estimator: BoundEstimator) -> str | None:
 
 
 def masked_garbage_has_no_effect(estimator: BoundEstimator) -> str | None:
-    """Padding and tokens that the student did not write hold anything: loss and gradients must not depend on it."""
+    """Put garbage at masked positions, as padding may hold anything, and demand the same loss and gradients."""
     tokens, vocabulary = example_batch(estimator), vocabulary_for(estimator)
     generator = torch.Generator().manual_seed(3)
 
@@ -157,7 +157,7 @@ def masked_garbage_has_no_effect(estimator: BoundEstimator) -> str | None:
 
 
 def masked_non_finite_teacher_has_no_effect(estimator: BoundEstimator) -> str | None:
-    """A teacher says -inf, or NaN, of a position it could not score, and 0 times that is NaN: mask by `where`.
+    """Put infinite and NaN scores at masked positions, which only `where` masks, as 0 times NaN is NaN.
 
     The law is for what sees [B, T]: per-position estimators are called on counted positions only.
     """
@@ -174,7 +174,7 @@ def masked_non_finite_teacher_has_no_effect(estimator: BoundEstimator) -> str | 
 
 
 def all_masked_gives_zero(estimator: BoundEstimator) -> str | None:
-    """A micro-batch may hold no counted token at all: it adds nothing, and certainly no NaN."""
+    """Demand zero of a micro-batch without any counted token."""
     tokens = example_batch(estimator)
     loss, gradients = loss_and_gradients(estimator, replace(tokens, mask_BT=torch.zeros_like(tokens.mask_BT)))
     if loss != 0:
@@ -184,7 +184,7 @@ def all_masked_gives_zero(estimator: BoundEstimator) -> str | None:
 
 
 def empty_support_slots_have_no_effect(estimator: BoundEstimator) -> str | None:
-    """A union or an intersection of two supports leaves slots empty, whose values mean nothing."""
+    """Put other values into empty slots, which a union or an intersection of supports leaves."""
     tokens = example_batch(estimator)
     if tokens.support_mask_BTK is None or tokens.support_mask_BTK.all():
         return None
@@ -196,7 +196,7 @@ def empty_support_slots_have_no_effect(estimator: BoundEstimator) -> str | None:
 
 
 def slices_like_the_whole(estimator: BoundEstimator) -> str | None:
-    """An estimator of the `token` family is called on slices of positions, wherever the chunks happen to end."""
+    """Call an estimator of the `token` family on slices of positions, as chunks end anywhere."""
     tokens = example_batch(estimator)
     for term in (term.estimator for term in estimator.terms if term.is_local):
         mask_BT, whole = tokens.mask_BT, term(tokens)
@@ -215,7 +215,7 @@ def slices_like_the_whole(estimator: BoundEstimator) -> str | None:
 
 
 def other_rows_do_not_matter(estimator: BoundEstimator) -> str | None:
-    """Which completions share a micro-batch is an accident; only those of one prompt belong together (`+groups`)."""
+    """Take rows away, as those that share a micro-batch do so by accident, but for `groups` of one prompt."""
     tokens = example_batch(estimator)
     units = [[0], [1], [2], [3]] if tokens.groups_B is None else [[0, 1], [2, 3]]
     whole, (_, inside) = estimator(tokens), loss_and_gradients(estimator, tokens)
@@ -230,7 +230,7 @@ def other_rows_do_not_matter(estimator: BoundEstimator) -> str | None:
 
 
 def one_completion_a_prompt_stays_finite(estimator: BoundEstimator) -> str | None:
-    """The standard deviation of one value is NaN: what compares the completions of a prompt refuses, or copes."""
+    """Leave every prompt one completion, whose standard deviation is NaN, to be refused or coped with."""
     tokens = example_batch(estimator)
     if tokens.groups_B is None:
         return None
@@ -243,7 +243,7 @@ def one_completion_a_prompt_stays_finite(estimator: BoundEstimator) -> str | Non
 
 
 def large_log_ratios_stay_finite(estimator: BoundEstimator) -> str | None:
-    """Student and teacher disagree by e^60 on some tokens of every real run: in fp32, nothing may overflow."""
+    """Let student and teacher disagree by e^60, as on some tokens of every real run, in fp32."""
     tokens = example_batch(estimator)
     assert tokens.completion_ids_BT is not None
     signs = torch.tensor([1.0, -1.0]).repeat(10).view(4, 5, 1)
@@ -259,7 +259,7 @@ def large_log_ratios_stay_finite(estimator: BoundEstimator) -> str | None:
 
 
 def padding_has_no_effect(estimator: BoundEstimator) -> str | None:
-    """A completion of one token is a completion, and gives what it gives beside longer ones."""
+    """Demand of completions of one token what they give beside longer ones."""
     tokens = example_batch(estimator)
     first = torch.zeros_like(tokens.mask_BT)
     first[:, 0] = True
@@ -274,7 +274,7 @@ def padding_has_no_effect(estimator: BoundEstimator) -> str | None:
 
 
 def sampled_token_outside_the_support(estimator: BoundEstimator) -> str | None:
-    """A teacher asked for its top K may not know the sampled token: what learns from the support alone is unhurt.
+    """Let a teacher asked for its top K not know the sampled token, which what learns from the support alone bears.
 
     The law is for support estimators without a gradient on the sampled token's log-probability.
     """

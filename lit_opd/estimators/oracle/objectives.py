@@ -1,4 +1,4 @@
-"""The objectives' own gradients, from the tables and without any sample."""
+"""Compute the objectives' own gradients from the tables, without any sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TARGETS = ("sequence_reverse_kl", "reverse_kl", "forward_kl", "jsd", "skew_rever
 
 
 def exact_gradient(pair: TabularPair, target: str, teacher_weight: float = 0.5, skew: float = 0.1) -> Tensor:
-    """Gradient of an objective with respect to the student's logits, from the tables and without any sample.
+    """Differentiate an objective by the student's logits, from the tables and without any sample.
 
     Every divergence sums, over contexts, the probability to come there times a divergence of the next-token
     distributions. For `sequence_reverse_kl` the gradient also runs through that probability (chain rule of the KL); the
@@ -66,6 +66,6 @@ def _divergence(student_CV: Tensor, teacher_CV: Tensor, target: str, teacher_wei
 
 
 def probabilities(pair: TabularPair, logps_CV: Tensor) -> Tensor:
-    """Probability of each completion under a model, [B]."""
+    """Compute the probability of each completion under a model, [B]."""
     ids_BT, mask_BT, contexts_BT = pair.completions()
     return torch.where(mask_BT, logps_CV[contexts_BT, ids_BT], 0.0).sum(1).exp()

@@ -1,4 +1,4 @@
-"""What every completion contributes to the gradient under an estimator, and the moments of that.
+"""Compute what every completion contributes to the gradient under an estimator, and the moments of that.
 
 Shapes as in `tabular`, and: S samples, which are completions or, for estimators that compare the completions of one
 prompt, all pairs of them; G is C * V, one coordinate for every student logit.
@@ -48,7 +48,7 @@ class Gradients(NamedTuple):
 
 
 def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> Gradients:
-    """What every sample would contribute to the gradient: that of its sum of counted losses.
+    """Compute what every sample contributes to the gradient, that of its sum of counted losses.
 
     A mix is evaluated term by term, as in training. Where a term compares the completions of one prompt, a sample is a
     pair of completions and its gradient the mean of both; otherwise it is one completion.
@@ -78,7 +78,7 @@ class Completions(NamedTuple):
 
 
 def sample_gradients(pair: TabularPair, estimator: BoundEstimator, rows: Completions, samples_SG: Tensor) -> Tensor:
-    """The gradient of each of the given samples, [S, G]: the mean over its completions, `samples_SG` of the rows.
+    """Differentiate each of the given samples, [S, G], as the mean over its completions, `samples_SG` of the rows.
 
     Raises:
         ValueError: as in `trajectory_gradients`.
@@ -117,7 +117,7 @@ class _View(NamedTuple):
     groups_B: Tensor
 
     def tokens(self, term: Term) -> TokenBatch:
-        """Masked positions hold padding, not zeros: forgetting the mask shows."""
+        """Fill the needs of a term, with padding and not zeros at masked positions, so that a forgotten mask shows."""
         student_BTV, teacher_BTV = self.student_BTV, self._log_softmax(self.pair.teacher_logits_CV)
         sampled = TokenBatch(
             self._taken(student_BTV), self._taken(teacher_BTV), self._taken(self.pair.law_logps_CV[self.contexts_BT]),
@@ -142,16 +142,16 @@ class _View(NamedTuple):
 
 
 def expected_gradient(pair: TabularPair, estimator: BoundEstimator) -> Tensor:
-    """Exact expectation, over what the sampler writes, of the gradient of a completion's summed loss; [G]."""
+    """Compute the exact expectation, over what the sampler writes, of the gradient of a completion's loss, [G]."""
     return trajectory_gradients(pair, estimator).expected_G
 
 
 def second_moment(pair: TabularPair, estimator: BoundEstimator) -> float:
-    """Expected squared norm of the gradient of one sample; zero only if every sample's gradient is."""
+    """Compute the expected squared norm of a sample's gradient, zero only if every sample's gradient is."""
     return trajectory_gradients(pair, estimator).second_moment
 
 
 def trace_variance(pair: TabularPair, estimator: BoundEstimator, known: Gradients | None = None) -> float:
-    """Trace of the covariance of the gradient, per completion: for pairs, twice that of their mean."""
+    """Compute the trace of the gradient's covariance per completion, for pairs twice that of their mean."""
     probs_S, gradients_SG = known or trajectory_gradients(pair, estimator)
     return _group_size(estimator) * float(probs_S @ (gradients_SG - probs_S @ gradients_SG).square().sum(1))

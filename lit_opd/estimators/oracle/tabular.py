@@ -41,18 +41,18 @@ class TabularPair:
 
     @classmethod
     def random(cls, vocabulary: int, horizon: int, seed: int, scale: float = 1.0, stop: bool = False) -> TabularPair:
-        """Independent normal logits of standard deviation `scale`; there are `vocabulary` ** `horizon` completions."""
+        """Draw independent normal logits of standard deviation `scale`, for `vocabulary` ** `horizon` completions."""
         generator = torch.Generator().manual_seed(seed)
         shape = (2, sum(_contexts(vocabulary, horizon)), vocabulary)
         student_logits_CV, teacher_logits_CV = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
         return cls(student_logits_CV, teacher_logits_CV, horizon, stop, seed=seed)
 
     def with_equal_models(self) -> TabularPair:
-        """The same student, as its own teacher."""
+        """Make the student its own teacher."""
         return replace(self, teacher_logits_CV=self.student_logits_CV)
 
     def with_sampler(self, shift: float, seed: int = 0) -> TabularPair:
-        """The same models, with completions written by a student of `shift` normal steps ago."""
+        """Let completions be written by a student of `shift` normal steps ago."""
         noise = torch.randn(self.student_logits_CV.shape, generator=_generator(self.seed, seed), dtype=torch.float64)
         return replace(self, sampler_logits_CV=self.student_logits_CV + shift * noise)
 
@@ -69,12 +69,12 @@ class TabularPair:
         return torch.randn(shape, generator=_generator(self.seed, 1), dtype=torch.float64)
 
     def rewards(self) -> Tensor:
-        """The reward, 0 or 1, of each of the `completions`."""
+        """Draw the reward, 0 or 1, of each of the `completions`."""
         draws = torch.rand(len(self.completions()[0]), generator=_generator(self.seed, 2), dtype=torch.float64)
         return (draws > 0.5).double()
 
     def completions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Every completion once: ids [B, T], mask [B, T], and the context each token is chosen from [B, T]."""
+        """List every completion once: ids [B, T], mask [B, T], and the context each token is chosen from [B, T]."""
         vocabulary = self.student_logits_CV.shape[1]
         ids_BT = torch.cartesian_prod(*[torch.arange(vocabulary)] * self.horizon).reshape(-1, self.horizon)
         mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
@@ -90,7 +90,7 @@ class TabularPair:
         return ids_BT, mask_BT, torch.stack(contexts, dim=1)
 
     def reach(self, logps_CV: Tensor) -> Tensor:
-        """Probability that a model with these log-probabilities comes through each context, [C]."""
+        """Compute the probability that a model with these log-probabilities comes through each context, [C]."""
         vocabulary = logps_CV.shape[1]
         goes_on_V = (torch.arange(vocabulary) != _STOP) if self.stop else torch.ones(vocabulary)
         steps = (logps_CV.exp() * goes_on_V).split(_contexts(vocabulary, self.horizon))
@@ -114,5 +114,5 @@ def _generator(seed: int, stream: int) -> torch.Generator:
 
 
 def _contexts(vocabulary: int, horizon: int) -> list[int]:
-    """How many contexts there are of each length."""
+    """Count the contexts of each length."""
     return [vocabulary**length for length in range(horizon)]

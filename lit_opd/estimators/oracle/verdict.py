@@ -1,4 +1,4 @@
-"""What an estimator does, whatever its name: its expected gradient beside every known one, and known ways to fail.
+"""Judge what an estimator does, whatever its name: beside every known gradient, and by known ways to fail.
 
 The laws, the linter's probes, the command `check` and the tests all ask the one `Verdict` that is made here.
 """
@@ -58,12 +58,12 @@ class Verdict:
 
     @cached_property
     def gradients(self) -> Gradients:
-        """Those of all samples."""
+        """The gradients of all samples."""
         return trajectory_gradients(self.pair, self.estimator)
 
     @cached_property
     def at_equal(self) -> Gradients:
-        """Those of all samples where the student is its own teacher."""
+        """The gradients of all samples where the student is its own teacher."""
         return trajectory_gradients(self.pair.with_equal_models(), self.estimator)
 
     def compare(self, target: str) -> Comparison:
@@ -87,17 +87,17 @@ class Verdict:
 
     @property
     def relative_bias(self) -> float | None:
-        """Norm of (expected gradient - target gradient), over that of the target; None without a target."""
+        """Norm of (expected gradient - target gradient) over that of the target, or None without a target."""
         return None if self._with_target is None else self._with_target.relative_bias
 
     @property
     def cosine(self) -> float | None:
-        """Between the expected gradient and the target's; None without a target."""
+        """Cosine between the expected gradient and the target's, or None without a target."""
         return None if self._with_target is None else self._with_target.cosine
 
     @property
     def is_unbiased(self) -> bool | None:
-        """True where the expected gradient is the target's; None without a target."""
+        """True where the expected gradient is the target's, None without a target."""
         return None if self.relative_bias is None else self.relative_bias < EXACT
 
     @cached_property
@@ -108,12 +108,12 @@ class Verdict:
 
     @property
     def nearest(self) -> Comparison:
-        """The objective whose gradient points most nearly the same way; of several, the least biased."""
+        """The objective whose gradient points most nearly the same way, and is least biased among equals."""
         return max(self.comparisons, key=lambda c: (round(c.cosine, 9), -c.relative_bias))
 
     @property
     def expected_norm(self) -> float:
-        """Norm of the expected gradient; 0 where it is nothing but rounding."""
+        """Norm of the expected gradient, 0 where it is nothing but rounding."""
         norm = float(self.gradients.expected_G.norm())
         return 0.0 if norm <= EXACT * self.rms else norm
 
@@ -202,7 +202,7 @@ class Verdict:
 
 
 def declared_target(estimator: BoundEstimator) -> str | None:
-    """The target an estimator declares with its keywords."""
+    """Read the target an estimator declares with its keywords."""
     return estimator.contract.target
 
 
