@@ -83,9 +83,9 @@ def divergence_on_probe(evidence: Evidence, name: str, keywords: dict[str, float
     """Compute the exact mean divergence a counted token of the student's rollout, nats, prefixes held fixed.
 
     Args:
-        evidence: both models, the teacher at its temperature, and the rollout.
-        name: a divergence of `DIVERGENCES`.
-        keywords: the divergence's own.
+        evidence: the student, the teacher at its temperature, and the rollout.
+        name: one of `DIVERGENCES`.
+        keywords: of that divergence.
     """
 
     def compare(logits_cV: Tensor, teacher_cV: Tensor, part: slice) -> Stats:

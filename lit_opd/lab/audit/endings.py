@@ -59,12 +59,7 @@ def teacher_at_ends(evidence: Evidence) -> Finding:
 
 
 def equivalence(evidence: Evidence, ids: list[int]) -> str:
-    """Say how to let the teacher's stop tokens end the student's completions too.
-
-    Args:
-        evidence: names the tokens.
-        ids: stop tokens of the teacher.
-    """
+    """Say how to let these stop tokens of the teacher end the student's completions too."""
     named = ", ".join(f"{index} ({evidence.token(index)})" for index in ids)
     every = [*evidence.student.stop_ids, *ids]
     return (f"Let either ending stop the student: add {named} to eos_token_id in its generation_config.json, as "

@@ -47,7 +47,7 @@ def sample_score(tokens: TokenBatch) -> Estimate:
 
 
 def gradient(evidence: Evidence, index: Tensor | None = None, aggregation: str | None = None) -> list[Tensor]:
-    """Take the estimator's gradient over chosen completions, treated as a whole optimizer step; no weight moves.
+    """Take the estimator's gradient over chosen completions, treated as a whole optimizer step. No weight moves.
 
     Args:
         evidence: models, estimator and rollout.
@@ -94,16 +94,14 @@ def _groups(evidence: Evidence) -> list[Tensor]:
     return [torch.nonzero(torch.isin(unit_B, part)).flatten() for part in parts if len(part)]
 
 
-def flip_test(gradients_GF: Tensor, seed: int = 0) -> FlipTest:
-    """Compare the norm of a sum with those under random signs: exact where each is as likely as its opposite.
+def flip_test(gradients_GF: Tensor) -> FlipTest:
+    """Compare the norm of the sum of independent gradients [G, F] with its norms under random signs.
 
-    Args:
-        gradients_GF: [G, F] independent gradients.
-        seed: of the signs.
+    The test is exact where each gradient is as likely as its opposite.
     """
     wide_GF = gradients_GF.double()
     gram_GG = wide_GF @ wide_GF.T
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     signs_SG = torch.randint(2, (_FLIPS, len(gram_GG)), generator=generator).double() * 2 - 1
     observed, flipped_S = gram_GG.sum(), ((signs_SG @ gram_GG) * signs_SG).sum(1)
     as_long = int((flipped_S >= observed * (1 - 1e-9)).sum())
@@ -117,7 +115,7 @@ def norm(tensors: list[Tensor]) -> float:
 
 
 def cosine(first: list[Tensor], second: list[Tensor]) -> float:
-    """Compute the cosine between two gradients; 0 where one is zero."""
+    """Compute the cosine between two gradients, or 0 where one is zero."""
     inner = float(sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True)))
     lengths = norm(first) * norm(second)
     return inner / lengths if lengths else 0.0

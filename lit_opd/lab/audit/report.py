@@ -1,4 +1,7 @@
-"""Print an audit on the terminal, and write it for other programs; `commands.experiments` calls it."""
+"""Print an audit on the terminal, and write it for other programs.
+
+The command `audit` calls it through `commands.experiments`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def print_audit(audit: Audit) -> None:
 
 
 def check_destination(path: str | None) -> None:
-    """Look whether a file could be written, before minutes of work.
+    """Check that a file could be written, before minutes of work.
 
     Raises:
         UserError: its folder does not exist, or it is a folder itself.

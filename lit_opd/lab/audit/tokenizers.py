@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from os.path import commonprefix  # of any sequences
 from typing import Any
 
 from lit_opd.config import DataConfig
@@ -27,23 +28,15 @@ _FEW = 0.01
 
 
 def vocabulary(student: Any, teacher: Any, student_rows: int, teacher_rows: int) -> Finding:
-    """Check that every id is the same token for both models.
-
-    Args:
-        student: the student's tokenizer.
-        teacher: the teacher's tokenizer.
-        student_rows: rows of the student's output layer.
-        teacher_rows: rows of the teacher's output layer.
-    """
+    """Check that every id is the same token for both tokenizers, with so many rows in the models' output layers."""
     try:
         shared = shared_vocabulary(student, teacher, student_rows, teacher_rows)
     except UserError as error:
         own, other = (set(tokenizer.get_vocab().items()) for tokenizer in (student, teacher))
         differing = len({index for _, index in own ^ other})
-        ids = f"{error.found}; {differing} of {len(own)} ids differ"
-        return conclude(
-            FAIL, ids if differing else f"{error.key} has {error.found}", error.remedy, differing_ids=differing
-        )
+        found = f"{error.found}; {differing} of {len(own)} ids differ"
+        found = found if differing else f"{error.key} has {error.found}"
+        return conclude(FAIL, found, error.remedy, differing_ids=differing)
     padding = abs(student_rows - teacher_rows)
     found = f"{len(student.get_vocab())} ids are the same tokens for both"
     if padding:
@@ -53,11 +46,6 @@ def vocabulary(student: Any, teacher: Any, student_rows: int, teacher_rows: int)
 
 def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
     """Check that both tokenizers render a conversation alike, to the same ids.
-
-    Args:
-        student: the student's tokenizer, which renders the prompts.
-        teacher: the teacher's tokenizer.
-        data: says whether prompts are conversations, and what the system message is.
 
     Raises:
         UserError: the student's tokenizer has no template, or one that refuses a conversation.
@@ -71,7 +59,7 @@ def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
         found = "the teacher's tokenizer has none that takes a conversation, and the teacher reads the student's"
         return conclude(WARN, found, "Choose a teacher that was trained on conversations.")
     if own != other:
-        at = _first_difference(own, other)
+        at = len(commonprefix([own, other]))
         found = (f"a conversation differs from character {at}: the student reads {own[at : at + 20]!r}, the teacher "
                  f"expects {other[at : at + 20]!r}")  # fmt: skip
         return conclude(WARN, found, f"The teacher reads the student's rendering. {_ALIKE}")
@@ -100,12 +88,7 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _difference(own: Sequence[int], other: Sequence[int], token: Callable[[int], str]) -> str:
-    at = _first_difference(own, other)
+def _difference(own: list[int], other: list[int], token: Callable[[int], str]) -> str:
+    at = len(commonprefix([own, other]))
     pieces = [" ".join(map(token, ids[at : at + 2])) or "nothing" for ids in (own, other)]
     return f"{pieces[0]} by the student's, {pieces[1]} by the teacher's"
-
-
-def _first_difference(first: Sequence[Any], second: Sequence[Any]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

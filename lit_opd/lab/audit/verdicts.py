@@ -29,7 +29,7 @@ def conclude(verdict: str, found: str, fix: str = "", **numbers: float) -> Findi
 
 
 def graded(value: float, warn: float, fail: float = math.inf) -> str:
-    """Grade a number by two limits; one that is not a number fails.
+    """Grade a number by two limits, and fail one that is not a number.
 
     Args:
         value: the number.
@@ -44,5 +44,5 @@ def graded(value: float, warn: float, fail: float = math.inf) -> str:
 
 
 def worst(verdicts: Iterable[str]) -> str:
-    """Find the worst of some verdicts; `pass` where there are none."""
+    """Find the worst of some verdicts, or `pass` where there are none."""
     return max(verdicts, key=VERDICTS.index, default=PASS)
