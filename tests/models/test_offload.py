@@ -8,7 +8,7 @@ import torch
 
 from lit_opd import DistillationModule
 from lit_opd.config import TeacherConfig
-from lit_opd.lab.audit.positions import compare_positions
+from lit_opd.lab.audit.readings import compare_positions
 from lit_opd.models import LanguageModel, measure_yardsticks
 from lit_opd.teachers import LocalScorer, Wanted
 from lit_opd.types import SamplingLaw

@@ -1,4 +1,7 @@
-"""Run every check, those without weights first."""
+"""Run every check of the audit, those without weights first.
+
+The command `audit` calls it through `commands.experiments`.
+"""
 
 from __future__ import annotations
 
@@ -17,51 +20,45 @@ from lit_opd.lab.audit.direction import sign_test
 from lit_opd.lab.audit.endings import stop_tokens, teacher_at_ends
 from lit_opd.lab.audit.equal_models import null_test
 from lit_opd.lab.audit.evidence import Evidence, gather
-from lit_opd.lab.audit.findings import FAIL, Finding, worst
 from lit_opd.lab.audit.prefixes import student_prefixes
 from lit_opd.lab.audit.quantization import quantised_teacher
 from lit_opd.lab.audit.ranking import TokenRow, log_ratios, rank_tokens
 from lit_opd.lab.audit.score import sampler_gap, sampling_law
 from lit_opd.lab.audit.tokenizers import chat_template, segmentation, vocabulary
+from lit_opd.lab.audit.verdicts import FAIL, Finding, worst
 from lit_opd.models import load_tokenizer, read_model_config
 from lit_opd.runs.prepare import check_local_teacher
 
 __all__ = ["CHECKS", "Audit", "audit"]
 
-CHECKS: tuple[Callable[[Evidence], Finding], ...] = (
-    segmentation,
-    stop_tokens,
-    teacher_at_ends,
-    log_ratios,
-    null_test,
-    sign_test,
-    sampling_law,
-    sampler_gap,
-    quantised_teacher,
-    student_prefixes,
-)
+# Items that need weights, in the order of the report; two more need tokenizers only.
+CHECKS: dict[str, Callable[[Evidence], Finding]] = {
+    "segmentation": segmentation,
+    "stop tokens": stop_tokens,
+    "teacher at ends": teacher_at_ends,
+    "log-ratio by id": log_ratios,
+    "null test": null_test,
+    "sign test": sign_test,
+    "sampling law": sampling_law,
+    "sampler gap": sampler_gap,
+    "quantised teacher": quantised_teacher,
+    "student prefixes": student_prefixes,
+}
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit came to.
+    """All that an audit found."""
 
-    Attributes:
-        findings: one an item.
-        tokens: the ids that the student wrote, the largest mean log-ratio first; empty where no weights were read.
-        probe: how many prompts, completions and counted tokens were looked at.
-        seconds: how long it took.
-    """
-
-    findings: list[Finding]
-    tokens: list[TokenRow]
-    probe: dict[str, int]
+    findings: dict[str, Finding]  # by item
+    tokens: list[TokenRow]  # the ids that the student wrote, by mean log-ratio; empty where no weights were read
+    probe: dict[str, int]  # how many prompts, completions and counted tokens were looked at
     seconds: float
 
     @property
     def verdict(self) -> str:
-        """The worst of all findings."""
-        return worst(self.findings)
+        """The worst of all verdicts."""
+        return worst(finding.verdict for finding in self.findings.values())
 
     def enforce(self) -> None:
         """Raise where an item fails.
@@ -69,7 +66,7 @@ class Audit:
         Raises:
             RunError: naming the items.
         """
-        failed = [finding.item for finding in self.findings if finding.verdict == FAIL]
+        failed = [item for item, finding in self.findings.items() if finding.verdict == FAIL]
         if failed:
             raise RunError(f"the audit: {len(failed)} of {len(self.findings)} items fail ({', '.join(failed)}).")
 
@@ -77,36 +74,30 @@ class Audit:
 def audit(config: Config) -> Audit:
     """Look for what would spoil a long run: everything is read, nothing is written, no weight moves.
 
-    Args:
-        config: the run.
-
     Raises:
         UserError: whatever `fit` would refuse.
     """
     start = time.perf_counter()
     check_local_teacher(config, "audit")
-    findings = _without_weights(config)
-    if worst(findings) == FAIL:  # every later check compares what ids mean
-        return Audit(findings, [], {}, time.perf_counter() - start)
-    evidence = gather(config)
-    quiet = not Console(file=sys.stderr).is_terminal
+    found = Audit(_without_weights(config), [], {}, time.perf_counter() - start)
+    if found.verdict == FAIL:  # every later check compares what ids mean
+        return found
+    evidence, console = gather(config), Console(file=sys.stderr)
     with evidence.arithmetic():
-        for check in track(CHECKS, "audit", console=Console(file=sys.stderr), transient=True, disable=quiet):
-            findings.append(check(evidence))
+        for item in track(CHECKS, "audit", console=console, transient=True, disable=not console.is_terminal):
+            found.findings[item] = CHECKS[item](evidence)
         tokens = rank_tokens(evidence)
     rollout = evidence.rollout
     probe = {"prompts": len(rollout.prompt_index_B.unique()), "completions": len(rollout),
              "tokens": int(rollout.mask_BT.sum())}  # fmt: skip
-    return Audit(findings, tokens, probe, time.perf_counter() - start)
+    return Audit(found.findings, tokens, probe, time.perf_counter() - start)
 
 
-def _without_weights(config: Config) -> list[Finding]:
-    student, teacher = load_tokenizer(config.student, "student"), load_tokenizer(config.teacher, "teacher")
-    return [
-        vocabulary(student, teacher, _rows(config.student, "student"), _rows(config.teacher, "teacher")),
-        chat_template(student, teacher, config.data),
-    ]
-
-
-def _rows(section: Any, key: str) -> int:
-    return int(read_model_config(section, key).get_text_config().vocab_size)
+def _without_weights(config: Config) -> dict[str, Finding]:
+    sections: dict[str, Any] = {"student": config.student, "teacher": config.teacher}
+    student, teacher = (load_tokenizer(section, key) for key, section in sections.items())
+    rows = [read_model_config(section, key).get_text_config().vocab_size for key, section in sections.items()]
+    return {
+        "vocabulary": vocabulary(student, teacher, *rows),
+        "chat template": chat_template(student, teacher, config.data),
+    }

@@ -1,4 +1,7 @@
-"""The sign test: does one optimizer step bring the student nearer, by the exact divergence on the same prefixes?"""
+"""Run the sign test: one optimizer step has to bring the student nearer, by the exact divergence on fixed prefixes.
+
+`auditing` lists it among its checks.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import torch
 from torch import Tensor
 
 from lit_opd import estimators
+from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.full import DIVERGENCES
 from lit_opd.functional import log_softmax
 from lit_opd.functional.head import Stats
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.audit.findings import FAIL, PASS, WARN, Finding
-from lit_opd.lab.audit.gradients import cosine, gradient, group_gradients
-from lit_opd.lab.audit.positions import compare_positions
+from lit_opd.lab.audit.probe_gradients import cosine, gradient, group_gradients
+from lit_opd.lab.audit.readings import compare_positions
+from lit_opd.lab.audit.verdicts import FAIL, PASS, WARN, Finding, conclude
 from lit_opd.models import LanguageModel
 from lit_opd.optim import build_optimizer, build_scheduler
 
@@ -25,88 +29,82 @@ _MET = 1e-5  # nats: student and teacher are the same as far as fp32 can tell
 _SHORT = 1 / 16
 _CLEAR = 3.0  # standard errors
 _STUCK = 0.9  # share of weights
+# Keywords that an estimator shares with the divergence that it aims at, with their defaults.
+_KEYWORDS = {"jsd": ("teacher_weight", 0.5), "skew_reverse_kl": ("skew", 0.1), "skew_forward_kl": ("skew", 0.1)}
+
+_ROUNDED = "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), or raise optim.lr."
+_UPHILL = (
+    "The gradient points uphill: look for a wrong sign in the estimator, or in estimator.kwargs. Check it: "
+    "python -m lit_opd check NAME."
+)
+_TOO_LONG = "The step is too long: lower optim.lr, or set optim.warmup_steps."
+_TOO_FEW = "The batch may be too small for this estimator: raise data.batch_size or rollout.num_completions."
 
 
 def sign_test(evidence: Evidence) -> Finding:
-    """Whether the run's first optimizer step lowers the divergence that the estimator aims at, on its own batch.
+    """Check that the run's first optimizer step lowers the divergence that the estimator aims at, on its own batch.
 
     The step is made on a copy: no weight of the student moves. Where the estimator declares no divergence, what the
     reverse KL does is only told.
     """
-    target, name, keywords = _aim(evidence)
-    before = divergence_on_probe(evidence, name, keywords)
-    label = name.replace("_", " ")
+    target, name, keywords = _aim(evidence.distiller.estimator)
+    before, label = divergence_on_probe(evidence, name, keywords), name.replace("_", " ")
     if before < _MET:
-        return Finding("sign test", PASS, f"nothing to lower: {label} is {before:.1e} nats a token already")
-    trial = evidence.with_student(_copy(evidence.student))
+        return conclude(PASS, f"nothing to lower: {label} is {before:.1e} nats a token already")
+    trial = evidence.but(student=_copy(evidence.student))
     start = [p.detach().clone() for p in trial.parameters]
     _step(trial)
     after = divergence_on_probe(trial, name, keywords)
-    exact = evidence.with_estimator(estimators.build("full_vocab", divergence=name, **keywords))
-    alike = cosine(gradient(evidence), gradient(exact))
-    found = f"one step takes {label} from {before:.5f} to {after:.5f} nats a token on its batch; cosine with the exact "
-    found += f"gradient {alike:.2f}"
-    numbers = {"before": before, "after": after, "cosine": alike}
+    exact = evidence.but(estimator=estimators.build("full_vocab", divergence=name, **keywords))
+    numbers = {"before": before, "after": after, "cosine": cosine(gradient(evidence), gradient(exact))}
+    found = f"one step takes {label} from {before:.5f} to {after:.5f} nats a token on its batch; cosine with the "
+    found += f"exact gradient {numbers['cosine']:.2f}"
     if after < before:
-        return Finding("sign test", PASS, found, numbers=numbers)
+        return conclude(PASS, found, "", **numbers)
     held = _held(trial.parameters, start)
     if held > _STUCK:
         dtype = str(trial.parameters[0].dtype).removeprefix("torch.")
         found += f"; {held:.1%} of the weights are the same after it, for the step is below the rounding of {dtype}"
-        fix = "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), or raise optim.lr."
-        return Finding("sign test", WARN, found, fix, numbers | {"held": held})
+        return conclude(WARN, found, _ROUNDED, **numbers, held=held)
     if target is None:
-        return Finding("sign test", PASS, f"{found}; the estimator aims elsewhere", numbers=numbers)
+        return conclude(PASS, f"{found}; the estimator aims elsewhere", "", **numbers)
     with torch.no_grad():
         for parameter, origin in zip(trial.parameters, start, strict=True):
             parameter.lerp_(origin, 1 - _SHORT)
-    shorter = divergence_on_probe(trial, name, keywords)
-    return _risen(evidence, exact, target == name, found, numbers | {"shorter": shorter})
-
-
-def _risen(evidence: Evidence, exact: Evidence, is_local: bool, found: str, numbers: dict[str, float]) -> Finding:
-    """What to say of a step after which the divergence is no lower."""
-    along = _along(evidence, exact)
-    numbers |= {"along_exact": along}
-    found += f", {along:+.1f} standard errors from being square to it"
-    if is_local and along < -_CLEAR:
-        fix = ("The gradient points uphill: look for a wrong sign in the estimator, or in estimator.kwargs. Check it: "
-               "python -m lit_opd check NAME.")  # fmt: skip
-        return Finding("sign test", FAIL, found, fix, numbers)
-    if along > _CLEAR or numbers["shorter"] < numbers["before"]:
-        fix = "The step is too long: lower optim.lr, or set optim.warmup_steps."
-        return Finding("sign test", WARN, found, fix, numbers)
-    fix = "The batch may be too small for this estimator: raise data.batch_size or rollout.num_completions."
-    return Finding("sign test", WARN, found, fix, numbers)
+    numbers |= {"shorter": divergence_on_probe(trial, name, keywords), "along_exact": _along(evidence, exact)}
+    found += f", {numbers['along_exact']:+.1f} standard errors from being square to it"
+    if target == name and numbers["along_exact"] < -_CLEAR:
+        return conclude(FAIL, found, _UPHILL, **numbers)
+    too_long = numbers["along_exact"] > _CLEAR or numbers["shorter"] < before
+    return conclude(WARN, found, _TOO_LONG if too_long else _TOO_FEW, **numbers)
 
 
 def divergence_on_probe(evidence: Evidence, name: str, keywords: dict[str, float]) -> float:
-    """The exact mean divergence a counted token of the student's rollout, nats, prefixes held fixed.
+    """Compute the exact mean divergence a counted token of the student's rollout, nats, prefixes held fixed.
 
     Args:
-        evidence: both models, the teacher at its temperature, and the rollout.
-        name: one of those of `functional.divergences`.
-        keywords: its own.
+        evidence: the student, the teacher at its temperature, and the rollout.
+        name: one of `DIVERGENCES`.
+        keywords: of that divergence.
     """
 
     def compare(logits_cV: Tensor, teacher_cV: Tensor, part: slice) -> Stats:
         return {"divergence": DIVERGENCES[name](log_softmax(logits_cV), teacher_cV, **keywords)}
 
-    stats = compare_positions(evidence.student, evidence.teacher, evidence.rollout, evidence.rows, compare)
+    rows = evidence.distiller.head_rows
+    stats = compare_positions(evidence.student, evidence.teacher, evidence.rollout, rows, compare)
     return float(stats["divergence"].double().mean())
 
 
-def _aim(evidence: Evidence) -> tuple[str | None, str, dict[str, float]]:
-    """The estimator's target, the local divergence to watch, and its keywords."""
-    estimator = evidence.estimator
+def _aim(estimator: BoundEstimator) -> tuple[str | None, str, dict[str, float]]:
+    """Find the estimator's target, the local divergence to watch, and its keywords."""
+    # What is not registered declares nothing. It is asked about the reverse KL, which it most likely means.
     registered = estimator.spec.name in estimators.names()
-    # What is not registered declares nothing; it is asked about the reverse KL, which it most likely means.
     target = estimator.contract.target if registered else "reverse_kl"
     name = target if target is not None and target in DIVERGENCES else "reverse_kl"
-    wanted = {"jsd": ("teacher_weight", 0.5), "skew_reverse_kl": ("skew", 0.1), "skew_forward_kl": ("skew", 0.1)}
     keywords = {}
-    if name in wanted:
-        key, default = wanted[name]
+    if name in _KEYWORDS:
+        key, default = _KEYWORDS[name]
         keywords[key] = float(estimator.keywords.get(key, default))
     known = target in DIVERGENCES or target == "sequence_reverse_kl"
     return (target if known else None), name, keywords
@@ -119,7 +117,7 @@ def _copy(student: LanguageModel) -> LanguageModel:
 
 
 def _step(trial: Evidence) -> None:
-    """The first optimizer step of a run, warm-up and clipping as configured."""
+    """Make the first optimizer step of a run, with its warm-up and clipping."""
     optim = trial.config.optim
     for parameter, value in zip(trial.parameters, gradient(trial), strict=True):
         parameter.grad = value
@@ -130,7 +128,7 @@ def _step(trial: Evidence) -> None:
 
 
 def _held(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> float:
-    """The share of the weights with a gradient that a step left as they were, bit for bit."""
+    """Compute the share of the weights with a gradient that a step left as they were, bit for bit."""
     held, pushed = 0, 0
     for parameter, origin in zip(parameters, start, strict=True):
         if parameter.grad is not None:
@@ -141,7 +139,7 @@ def _held(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> float:
 
 
 def _along(evidence: Evidence, exact: Evidence) -> float:
-    """How far the groups' gradients point along the exact one on average, in standard errors of that average."""
+    """Compute how far the groups' gradients point along the exact one, in standard errors of their average."""
     direction_F = group_gradients(exact).mean(0)
     inner_G = (group_gradients(evidence) @ direction_F).double()
     return float(inner_G.mean() / (inner_G.std() / len(inner_G) ** 0.5).clamp(min=1e-30))

@@ -1,4 +1,7 @@
-"""An audit for the terminal, and for other programs."""
+"""Print an audit on the terminal, and write it for other programs.
+
+The command `audit` calls it through `commands.experiments`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from rich.text import Text
 
 from lit_opd.errors import UserError
 from lit_opd.lab.audit.auditing import Audit
-from lit_opd.lab.audit.findings import VERDICTS
+from lit_opd.lab.audit.verdicts import VERDICTS
 from lit_opd.runs.numbers import finite
 
 __all__ = ["check_destination", "print_audit", "write_json"]
@@ -25,25 +28,21 @@ _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def print_audit(audit: Audit) -> None:
-    """The verdicts with their fixes, and the ids with the largest log-ratios.
-
-    Args:
-        audit: what came of it.
-    """
+    """Print the verdicts with their fixes, and the ids with the largest log-ratios."""
     # A file keeps a fixed width; a terminal has its own.
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False, markup=False)
     console.print(_verdicts(audit))
     if audit.tokens:
         console.print("\nIds by mean log-ratio, student minus teacher, over the student's completions", style="bold")
         console.print(_ids(audit))
-    counts = Counter(finding.verdict for finding in audit.findings)
+    counts = Counter(finding.verdict for finding in audit.findings.values())
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     seen = " of " + ", ".join(f"{count} {what}" for what, count in audit.probe.items()) if audit.probe else ""
     console.print(f"\n{said}, in {audit.seconds:.1f} s{seen}")
 
 
 def check_destination(path: str | None) -> None:
-    """Look whether a file could be written, before minutes of work.
+    """Check that a file could be written, before minutes of work.
 
     Raises:
         UserError: its folder does not exist, or it is a folder itself.
@@ -53,15 +52,10 @@ def check_destination(path: str | None) -> None:
 
 
 def write_json(audit: Audit, path: str) -> None:
-    """Everything the audit found, as JSON; what is not a number is null.
-
-    Args:
-        audit: what came of it.
-        path: the file.
-    """
+    """Write everything the audit found as JSON, with null for what is not a number."""
     values = {
         "verdict": audit.verdict,
-        "findings": [asdict(finding) for finding in audit.findings],
+        "findings": [{"item": item} | finding._asdict() for item, finding in audit.findings.items()],
         "tokens": [asdict(row) for row in audit.tokens],
         "probe": audit.probe,
         "seconds": audit.seconds,
@@ -71,10 +65,11 @@ def write_json(audit: Audit, path: str) -> None:
 
 def _verdicts(audit: Audit) -> Table:
     table = _table("item", "", "found")
-    for finding in audit.findings:
-        table.add_row(finding.item, Text(finding.verdict, style=_STYLES[finding.verdict]), finding.found)
+    for item, finding in audit.findings.items():
+        style = _STYLES[finding.verdict]
+        table.add_row(item, Text(finding.verdict, style=style), finding.found)
         if finding.fix:
-            table.add_row("", "", f"-> {finding.fix}", style=_STYLES[finding.verdict])
+            table.add_row("", "", f"-> {finding.fix}", style=style)
     return table
 
 

@@ -1,15 +1,19 @@
-"""Do both models mean the same by an id, and would both write a text with the same ids?"""
+"""Check that both models mean the same by an id, and would write a text with the same ids.
+
+`auditing` calls the first two checks before weights load, and lists the third among the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from os.path import commonprefix  # of any sequences
 from typing import Any
 
 from lit_opd.config import DataConfig
 from lit_opd.data import render
 from lit_opd.errors import UserError
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.audit.findings import FAIL, PASS, WARN, Finding
+from lit_opd.lab.audit.verdicts import FAIL, PASS, WARN, Finding, conclude, graded
 from lit_opd.models import shared_vocabulary
 
 __all__ = ["chat_template", "segmentation", "vocabulary"]
@@ -24,87 +28,67 @@ _FEW = 0.01
 
 
 def vocabulary(student: Any, teacher: Any, student_rows: int, teacher_rows: int) -> Finding:
-    """Whether every id is the same token for both models.
-
-    Args:
-        student: the student's tokenizer.
-        teacher: the teacher's tokenizer.
-        student_rows: rows of the student's output layer.
-        teacher_rows: rows of the teacher's output layer.
-    """
+    """Check that every id is the same token for both tokenizers, with so many rows in the models' output layers."""
     try:
         shared = shared_vocabulary(student, teacher, student_rows, teacher_rows)
     except UserError as error:
         own, other = (set(tokenizer.get_vocab().items()) for tokenizer in (student, teacher))
         differing = len({index for _, index in own ^ other})
-        found = (
-            f"{error.found}; {differing} of {len(own)} ids differ" if differing else f"{error.key} has {error.found}"
-        )
-        return Finding("vocabulary", FAIL, found, error.remedy, {"differing_ids": differing})
+        found = f"{error.found}; {differing} of {len(own)} ids differ"
+        found = found if differing else f"{error.key} has {error.found}"
+        return conclude(FAIL, found, error.remedy, differing_ids=differing)
     padding = abs(student_rows - teacher_rows)
     found = f"{len(student.get_vocab())} ids are the same tokens for both"
     if padding:
         found += f"; one output layer has {padding} rows of padding more, which are cut off"
-    return Finding("vocabulary", PASS, found, numbers={"shared_ids": shared})
+    return conclude(PASS, found, shared_ids=shared)
 
 
 def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
-    """Whether both tokenizers render a conversation alike, to the same ids.
-
-    Args:
-        student: the student's tokenizer, which renders the prompts.
-        teacher: the teacher's tokenizer.
-        data: says whether prompts are conversations, and what the system message is.
+    """Check that both tokenizers render a conversation alike, to the same ids.
 
     Raises:
         UserError: the student's tokenizer has no template, or one that refuses a conversation.
     """
     if not data.chat:
-        return Finding("chat template", PASS, "not used (data.chat=false)")
+        return conclude(PASS, "not used (data.chat=false)")
     own = render({data.prompt_column: _CONVERSATION}, data, student)
     try:
         other = render({data.prompt_column: _CONVERSATION}, data, teacher)
     except UserError:
         found = "the teacher's tokenizer has none that takes a conversation, and the teacher reads the student's"
-        return Finding("chat template", WARN, found, "Choose a teacher that was trained on conversations.")
+        return conclude(WARN, found, "Choose a teacher that was trained on conversations.")
     if own != other:
-        at = _first_difference(own, other)
+        at = len(commonprefix([own, other]))
         found = (f"a conversation differs from character {at}: the student reads {own[at : at + 20]!r}, the teacher "
                  f"expects {other[at : at + 20]!r}")  # fmt: skip
-        return Finding("chat template", WARN, found, f"The teacher reads the student's rendering. {_ALIKE}")
+        return conclude(WARN, found, f"The teacher reads the student's rendering. {_ALIKE}")
     if _encoded(student, own) != _encoded(teacher, own):
-        return Finding("chat template", WARN, "a conversation is rendered alike, but to other ids", _ALIKE)
-    return Finding("chat template", PASS, "a conversation is rendered alike, to the same ids")
+        return conclude(WARN, "a conversation is rendered alike, but to other ids", _ALIKE)
+    return conclude(PASS, "a conversation is rendered alike, to the same ids")
 
 
 def segmentation(evidence: Evidence) -> Finding:
-    """Whether both tokenizers spell the texts of the student's completions alike."""
+    """Check that both tokenizers spell the texts of the student's completions alike."""
     student, teacher, rollout = evidence.student.tokenizer, evidence.teacher.tokenizer, evidence.rollout
     rows = zip(rollout.ids_BT, rollout.real_BT, strict=True)
     texts = [student.decode(ids[mask].tolist()) for ids, mask in rows]
     pairs = [(_encoded(student, text), _encoded(teacher, text)) for text in texts]
     unlike = [pair for pair in pairs if pair[0] != pair[1]]
     share = len(unlike) / len(pairs)
-    found, numbers = f"the tokenizers spell {len(unlike)} of {len(pairs)} completions differently", {"share": share}
+    found = f"the tokenizers spell {len(unlike)} of {len(pairs)} completions differently"
     if unlike:
         found += f": {_difference(*unlike[0], evidence.token)}"
-    if share < _FEW:
-        return Finding("segmentation", PASS, found, numbers=numbers)
     fix = ("Look at the ids ranked below, and mend ends that differ first. To leave out of the count what the teacher "
            "spells otherwise is a stop-gap.")  # fmt: skip
-    return Finding("segmentation", WARN, found, fix, numbers)
+    return conclude(graded(share, _FEW), found, fix, share=share)
 
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _difference(own: Sequence[int], other: Sequence[int], token: Callable[[int], str]) -> str:
-    at = _first_difference(own, other)
+def _difference(own: list[int], other: list[int], token: Callable[[int], str]) -> str:
+    at = len(commonprefix([own, other]))
     pieces = [" ".join(map(token, ids[at : at + 2])) or "nothing" for ids in (own, other)]
     return f"{pieces[0]} by the student's, {pieces[1]} by the teacher's"
-
-
-def _first_difference(first: Sequence[Any], second: Sequence[Any]) -> int:
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

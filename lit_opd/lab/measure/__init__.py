@@ -1,4 +1,4 @@
-"""The estimator microscope: the gradients of several estimators on the same rollouts, against exact targets."""
+"""Compare the gradients of several estimators on the same rollouts with exact targets: the command `measure`."""
 
 from lit_opd.lab.measure.experiment import measure
 from lit_opd.lab.measure.result import Measurement, Row

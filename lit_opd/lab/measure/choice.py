@@ -1,4 +1,4 @@
-"""Which estimators a measurement looks at, and what they are held against."""
+"""Choose the estimators that a measurement looks at, and the targets that they are held against, for `experiment`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _KEYS = ("name", "kwargs", "label")
 
 
 def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
-    """What `measure.estimators` names, by label; without any, `DEFAULT` as far as the configuration allows.
+    """Build the estimators of `measure.estimators`, by label, or those of `DEFAULT` that the configuration allows.
 
     Raises:
         UserError: an entry that is neither a name nor a mapping, an unknown key, a label that comes twice, an estimator
@@ -49,11 +49,12 @@ def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
     given, chosen = list(config.measure.estimators), {}
     for entry in given or DEFAULT:
         label, estimator = _build(entry)
-        missing = _missing(config, estimator)
-        if missing is not None and not given:
+        try:
+            _check_needs(config, estimator)
+        except UserError:
+            if given:
+                raise
             continue
-        if missing is not None:
-            raise missing
         if label in chosen:
             raise UserError("measure.estimators", "labels that differ", f"{label!r} twice", "Give one a `label`.")
         chosen[label] = estimator
@@ -61,46 +62,39 @@ def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
 
 
 def _build(entry: Any) -> tuple[str, BoundEstimator]:
-    if isinstance(entry, str):
-        return entry, _named(entry)
+    entry = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, Mapping) or "name" not in entry:
-        raise UserError(
-            "measure.estimators", "names, or mappings with `name`", repr(entry), "Write e.g. [token, vopd]."
-        )
+        expected = "names, or mappings with `name`"
+        raise UserError("measure.estimators", expected, repr(entry), "Write e.g. [token, vopd].")
     for key in entry:
         if key not in _KEYS:
             raise UserError(f"measure.estimators.{key}", "a known key", "an unknown one", suggest(str(key), _KEYS))
     keywords = dict(entry.get("kwargs") or {})
     label = " ".join([entry["name"], *(f"{name}={value}" for name, value in keywords.items())])
-    return entry.get("label") or label, _named(entry["name"], **keywords)
-
-
-def _named(name: str, **keywords: Any) -> BoundEstimator:
-    """The estimator; what is wrong with it is told of the key that names it here."""
     try:
-        return estimators.build(name, **keywords)
-    except UserError as error:
+        return entry.get("label") or label, estimators.build(entry["name"], **keywords)
+    except UserError as error:  # told of the key that names the estimator here
         key = error.key.replace("estimator.name", "measure.estimators").replace("estimator.", "measure.estimators.")
         raise UserError(key, error.expected, error.found, error.remedy) from error
 
 
-def _missing(config: Config, estimator: BoundEstimator) -> UserError | None:
-    """What the configuration lacks for an estimator."""
+def _check_needs(config: Config, estimator: BoundEstimator) -> None:
+    """Look for what an estimator needs and the configuration lacks.
+
+    Raises:
+        UserError: there is no verifier, a single completion a prompt, or a law that it cannot learn from.
+    """
     name = estimator.spec.name
     if Need.REWARDS in estimator.needs and config.data.verifier is None:
-        return UserError("data.verifier", f"one: {name!r} learns from rewards", "null", "Set it.")
+        raise UserError("data.verifier", f"one: {name!r} learns from rewards", "null", "Set it.")
     if Need.GROUPS in estimator.needs and config.rollout.num_completions < 2:
-        return UserError("rollout.num_completions", f"at least 2: {name!r} compares the completions of a prompt",
-                         config.rollout.num_completions, "Raise it.")  # fmt: skip
-    try:
-        training_law(config.rollout, estimator)
-    except UserError as error:
-        return error
-    return None
+        raise UserError("rollout.num_completions", f"at least 2: {name!r} compares the completions of a prompt",
+                        config.rollout.num_completions, "Raise it.")  # fmt: skip
+    training_law(config.rollout, estimator)
 
 
 def check_supports(chosen: Mapping[str, BoundEstimator], vocabulary: int) -> None:
-    """Look whether every support fits into the vocabulary.
+    """Check that every support fits into the vocabulary.
 
     Raises:
         UserError: one that does not.

@@ -1,4 +1,4 @@
-"""Draw bias against noise, and the direction of every estimator, in one picture; `show` calls it."""
+"""Draw bias against noise, and the direction of every estimator, in one picture, for `show`."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _reach(row: Row) -> float:
 
 
 def _point(ax: Axes, row: Row, key: str, number: int, far: float) -> Any:
-    """Draw an estimator, with an arrow to `far` where its noise has no upper end; return its legend handle."""
+    """Draw an estimator, with an arrow to `far` where its noise has no upper end, and return its legend handle."""
     noise, bias, looks = _inverse(row.signal_to_noise), row.against[key].relative_bias, look(number)
     bars = {"color": looks["color"], "linewidth": 1, "capsize": 2}
     bounded = math.isfinite(noise.high)
@@ -93,7 +93,7 @@ def _point(ax: Axes, row: Row, key: str, number: int, far: float) -> Any:
 
 
 def _inverse(ratio: Interval) -> Interval:
-    """Invert a positive ratio; the upper end is infinite where the lower end of the ratio is not above zero."""
+    """Invert a positive ratio, with an infinite upper end where the lower end of the ratio is not above zero."""
     if ratio.mean <= 0:
         return Interval(math.inf, math.inf, math.inf)
     return Interval(1 / ratio.mean, 1 / ratio.high, 1 / ratio.low if ratio.low > 0 else math.inf)

@@ -1,11 +1,13 @@
-"""A measurement on the terminal, as a picture, and in MLflow."""
+"""Print a measurement on the terminal, and record it with its picture in MLflow.
+
+The command `measure` calls both through `commands.experiments`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from rich import box
@@ -14,35 +16,10 @@ from rich.table import Table
 
 from lit_opd.config import Config, to_flat
 from lit_opd.lab.measure.figure import draw
-from lit_opd.lab.measure.result import Measurement, Row
-from lit_opd.measures.intervals import Interval
+from lit_opd.lab.measure.result import COLUMNS, Measurement
 from lit_opd.tracking import begin_run, git_sha, log_files, log_table, ui_command
 
 __all__ = ["print_measurement", "record"]
-
-
-def _with_ends(interval: Interval) -> str:
-    return f"{_short(interval.mean)} \\[{_short(interval.low)}, {_short(interval.high)}]"
-
-
-def _short(value: float) -> str:
-    if value != value:
-        return "?"
-    return f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "estimator": lambda row: row.label,
-    "bias, local": lambda row: _with_ends(row.against["local"].relative_bias),
-    "bias, sequence": lambda row: _with_ends(row.against["sequence"].relative_bias),
-    "cosine, local": lambda row: _with_ends(row.against["local"].cosine),
-    "cosine, sequence": lambda row: _with_ends(row.against["sequence"].cosine),
-    "signal / noise": lambda row: f"{row.signal_to_noise.mean:.2g} \\[{row.signal_to_noise.low:.2g}, "
-                                  f"{row.signal_to_noise.high:.2g}]",
-    "top 1%": lambda row: f"{row.top_share:.0%}",
-    "ms": lambda row: f"{1000 * row.seconds:.0f}",
-    "MB": lambda row: f"{row.memory_mb:.0f}",
-}  # fmt: skip
 
 NOTES = (
     "bias: norm of (expected gradient - target) over that of the target: the reverse KL at every position with "
@@ -61,12 +38,13 @@ SKETCHED = "intervals are those of the units: the sketch's own error is not in t
 
 
 def print_measurement(measurement: Measurement) -> None:
-    """The table, with 95% intervals and what its columns mean."""
+    """Print the table, with 95% intervals and what its columns mean."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False)
-    for number, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    shown = [column for column in COLUMNS.values() if column.heading]
+    for number, column in enumerate(shown):
+        table.add_column(column.heading, justify="right" if number else "left", no_wrap=True)
     for row in measurement.rows:
-        table.add_row(*(cell(row) for cell in COLUMNS.values()))
+        table.add_row(*(column.show(column.read(row)) for column in shown))
     kept = "" if measurement.sketch == measurement.coordinates else f", sketched to {measurement.sketch}"
     if measurement.interrupted:
         print(f"Interrupted: {measurement.units} of {measurement.units_asked} units were measured.")
@@ -75,17 +53,12 @@ def print_measurement(measurement: Measurement) -> None:
           f"{measurement.tokens} tokens; {measurement.coordinates} coordinates{kept}; 95% intervals\n")  # fmt: skip
     if not measurement.on_policy:
         print(OFF_POLICY)
-    Console(width=Console(width=1000).measure(table).maximum).print(table)
+    Console(width=Console(width=1000, markup=False).measure(table).maximum, markup=False).print(table)
     print("\n" + "\n".join((*NOTES, SKETCHED) if kept else NOTES))
 
 
 def record(config: Config, measurement: Measurement) -> str:
-    """One MLflow run with the configuration, the numbers, a table and the picture; returns where to look.
-
-    Args:
-        config: what was measured.
-        measurement: what was found.
-    """
+    """Write an MLflow run with the configuration, the numbers, a table and the picture, and return where to look."""
     tags = {"estimator": "measure", **measurement.models, "seed": str(config.seed), **git_sha()}
     logger = begin_run(config, tags)
     logger.log_hyperparams({name: value for name, value in to_flat(config).items() if value not in (None, {}, [])})

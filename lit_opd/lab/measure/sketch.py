@@ -1,4 +1,4 @@
-"""A short stand-in for a long gradient."""
+"""Keep a short stand-in for a long gradient, by which `measure` and `audit` compare gradients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sketch:
             ]
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
-        """[size] fp32 (float64 stays), on the CPU; the gradients in the order of the parameters."""
+        """Sketch gradients, in the order of the parameters: [size] fp32 (float64 stays), on the CPU."""
         flat = [upcast(gradient).flatten() for gradient in gradients]
         if self._signs is None:
             return torch.cat(flat).cpu()

@@ -12,7 +12,7 @@ from lit_opd import estimators
 from lit_opd.config import Config, EstimatorConfig, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.distiller import Distiller
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.audit.positions import Positions
+from lit_opd.lab.audit.readings import Readings
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
 from lit_opd.teachers import LocalScorer
@@ -67,7 +67,7 @@ def make_evidence(models, tiny_tokenizer, make_batch):
                         estimator=EstimatorConfig(masked_tokens=list(masked)))  # fmt: skip
         distiller = Distiller(own, estimators.build(estimator, **kwargs), None, {"teacher": LocalScorer(other, 64)}, 64,
                               optim.micro_batch_tokens, config.estimator.aggregation)  # fmt: skip
-        return Evidence(config, distiller, other, rollout, shown, nullcontext)
+        return Evidence(config, distiller, rollout, shown, nullcontext)
 
     return make
 
@@ -87,7 +87,7 @@ def by_hand(tiny_tokenizer):
             "entropy_N": torch.zeros(count), "top_ids_N": torch.tensor(expected), "top_logps_N": torch.zeros(count),
         } | own  # fmt: skip
         return SimpleNamespace(
-            positions=Positions(**values), student=SimpleNamespace(stop_ids=list(stops), tokenizer=tiny_tokenizer),
+            readings=Readings(**values), student=SimpleNamespace(stop_ids=list(stops), tokenizer=tiny_tokenizer),
             teacher=SimpleNamespace(stop_ids=list(teacher_stops)), rollout=range(count),
             config=Config(estimator=EstimatorConfig(masked_tokens=list(masked))),
             token=lambda i: repr(tiny_tokenizer.convert_ids_to_tokens(int(i))),
@@ -112,12 +112,12 @@ def register(registry):
 
 
 @pytest.fixture
-def with_positions():
+def with_readings():
     """The same evidence with other numbers at its positions."""
 
     def run(evidence, **values):
         other = replace(evidence)
-        vars(other)["positions"] = replace(evidence.positions, **values)
+        vars(other)["readings"] = replace(evidence.readings, **values)
         return other
 
     return run

@@ -88,7 +88,7 @@ def test_numbers_that_are_none_are_null_in_json(tmp_path):
 
     nan = float("nan")
     write_json(
-        Audit([Finding("item", "warn", "é", "fix", {"a": nan, "b": 1.0})], [], {}, nan), str(tmp_path / "a.json")
+        Audit({"item": Finding("warn", "é", "fix", {"a": nan, "b": 1.0})}, [], {}, nan), str(tmp_path / "a.json")
     )
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["findings"] == [{"item": "item", "verdict": "warn", "found": "é", "fix": "fix",
@@ -116,7 +116,7 @@ def test_a_small_training_batch_is_enlarged_and_a_small_data_set_is_taken_whole(
 @pytest.mark.parametrize(("precision", "estimator"), [("bf16-mixed", "token"), ("bf16-true", "full_vocab")])
 def test_other_precisions_run_through(precision, estimator):
     found = audit(configured(f"trainer.precision={precision}", f"estimator.name={estimator}"))
-    verdicts = {finding.item: finding.verdict for finding in found.findings}
+    verdicts = {item: finding.verdict for item, finding in found.findings.items()}
     assert verdicts["null test"] == verdicts["sign test"] == "pass"
 
 
@@ -124,4 +124,4 @@ def test_other_precisions_run_through(precision, estimator):
 def test_rewards_groups_and_references_are_there_for_who_asks(estimator):
     words = ("rollout.num_completions=4", "data.batch_size=16", "data.train_size=16")
     found = audit(configured(f"estimator.name={estimator}", *words))
-    assert {finding.item: finding.verdict for finding in found.findings}["null test"] == "pass"
+    assert {item: finding.verdict for item, finding in found.findings.items()}["null test"] == "pass"

@@ -47,22 +47,22 @@ def test_the_local_engine_has_no_gap_under_any_law(make_evidence, law):
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.01, "pass"), (0.05, "warn"), (0.5, "fail")])
-def test_a_gap_is_graded_by_its_mean_size(make_evidence, with_positions, shift, verdict):
+def test_a_gap_is_graded_by_its_mean_size(make_evidence, with_readings, shift, verdict):
     evidence = make_evidence()
-    positions = evidence.positions
+    positions = evidence.readings
     signs_N = torch.where(torch.arange(len(positions.ids_N)) % 2 == 0, 1.0, -1.0)
-    found = sampler_gap(with_positions(evidence, sampler_logps_N=positions.law_logps_N + shift * signs_N))
+    found = sampler_gap(with_readings(evidence, sampler_logps_N=positions.law_logps_N + shift * signs_N))
     assert found.verdict == verdict
     assert found.numbers["mean_abs"] == pytest.approx(shift, rel=1e-3)
     assert (found.fix == "") == (verdict == "pass")
 
 
-def test_the_effective_sample_size_is_of_whole_completions(make_evidence, with_positions):
+def test_the_effective_sample_size_is_of_whole_completions(make_evidence, with_readings):
     evidence = make_evidence()
-    positions = evidence.positions
+    positions = evidence.readings
     # One completion is e^3 times as likely to the trainer as to the sampler.
     first_N = (positions.row_N == 0) & (positions.place_N == 0)
-    found = sampler_gap(with_positions(evidence, sampler_logps_N=positions.law_logps_N - 3.0 * first_N))
+    found = sampler_gap(with_readings(evidence, sampler_logps_N=positions.law_logps_N - 3.0 * first_N))
     weights = torch.cat([torch.tensor([3.0]).exp(), torch.ones(63)])
     assert found.numbers["ess"] == pytest.approx(float(weights.sum() ** 2 / weights.square().sum() / 64), rel=1e-3)
 
@@ -74,11 +74,11 @@ def test_where_every_token_has_its_end_forbidden_nothing_is_compared(make_eviden
 
 
 @pytest.mark.parametrize(("count", "verdict"), [(0, "pass"), (1, "pass"), (12, "warn"), (90, "fail")])
-def test_tokens_that_the_trainers_law_excludes_are_graded_by_their_share(make_evidence, with_positions, count, verdict):
+def test_tokens_that_the_trainers_law_excludes_are_graded_by_their_share(make_evidence, with_readings, count, verdict):
     evidence = make_evidence(law=SamplingLaw(top_p=0.9))
-    law_logps_N = evidence.positions.law_logps_N.clone()
+    law_logps_N = evidence.readings.law_logps_N.clone()
     law_logps_N[:count] = -torch.inf
-    found = sampler_gap(with_positions(evidence, law_logps_N=law_logps_N))
+    found = sampler_gap(with_readings(evidence, law_logps_N=law_logps_N))
     assert found.verdict == verdict
     assert found.numbers["excluded"] == pytest.approx(count / len(law_logps_N))
     assert found.numbers["max_abs"] < 1e-4, "of the tokens that both laws allow"
@@ -86,21 +86,21 @@ def test_tokens_that_the_trainers_law_excludes_are_graded_by_their_share(make_ev
     assert found.fix.startswith("Sample from the whole distribution (rollout.temperature above 0, top_p=1, "
                                 "top_k=0, min_p=0)") == (verdict != "pass")  # fmt: skip
     # An excluded completion has no weight, and all others have one.
-    kept = 1 - len(evidence.positions.row_N[:count].unique()) / len(evidence.rollout)
+    kept = 1 - len(evidence.readings.row_N[:count].unique()) / len(evidence.rollout)
     assert found.numbers["ess"] == pytest.approx(kept, abs=1e-3)
 
 
-def test_laws_without_a_token_in_common_fail(make_evidence, with_positions):
+def test_laws_without_a_token_in_common_fail(make_evidence, with_readings):
     evidence = make_evidence()
-    nothing_N = torch.full_like(evidence.positions.law_logps_N, -torch.inf)
-    found = sampler_gap(with_positions(evidence, law_logps_N=nothing_N))
+    nothing_N = torch.full_like(evidence.readings.law_logps_N, -torch.inf)
+    found = sampler_gap(with_readings(evidence, law_logps_N=nothing_N))
     assert found.verdict == "fail"
     assert (found.numbers["excluded"], found.numbers["ess"]) == (1, 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_what_the_engine_cannot_have_sampled_fails(make_evidence, with_positions, value):
+def test_what_the_engine_cannot_have_sampled_fails(make_evidence, with_readings, value):
     evidence = make_evidence()
-    sampler_logps_N = evidence.positions.sampler_logps_N.clone()
+    sampler_logps_N = evidence.readings.sampler_logps_N.clone()
     sampler_logps_N[3] = value
-    assert sampler_gap(with_positions(evidence, sampler_logps_N=sampler_logps_N)).verdict == "fail"
+    assert sampler_gap(with_readings(evidence, sampler_logps_N=sampler_logps_N)).verdict == "fail"

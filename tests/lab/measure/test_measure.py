@@ -15,9 +15,9 @@ from lit_opd.cli import main
 from lit_opd.errors import UserError
 from lit_opd.lab.measure import experiment, measure
 from lit_opd.lab.measure.choice import chosen_estimators
-from lit_opd.lab.measure.gradients import unit_gradient
 from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product
 from lit_opd.lab.measure.show import print_measurement
+from lit_opd.lab.measure.units import unit_gradient
 
 SMALL = ("measure.units=12", "measure.prompts_per_unit=2", "rollout.num_completions=2", "data.train_size=60",
          "data.validation_size=8",
@@ -105,9 +105,10 @@ def test_ctrl_c_before_there_are_units_enough_leaves_nothing(workspace, interrup
 def test_a_chosen_estimator_that_is_a_target_is_looked_at_once_and_held_against_itself(workspace, monkeypatch):
     looked_at, equal = [], []
 
-    def spy(specimen, estimator, *rest):
+    def spy(distiller, *rest):
+        estimator = distiller.estimator
         looked_at.append((estimator.spec.name, estimator.keywords.get("divergence")))
-        return unit_gradient(specimen, estimator, *rest)
+        return unit_gradient(distiller, *rest)
 
     def spy_on_pairs(own_nP, target_nP):
         equal.append(torch.equal(own_nP, target_nP))
@@ -167,10 +168,10 @@ def looked_at(monkeypatch):
     """What is known of the student at every gradient that is taken, and which estimator took it."""
     seen = []
 
-    def spy(specimen, estimator, *rest):
+    def spy(distiller, parameters, rollout):
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        seen.append((estimator.spec.name, {p.dtype for p in specimen.parameters.values()}, autocast))
-        return unit_gradient(specimen, estimator, *rest)
+        seen.append((distiller.estimator.spec.name, {p.dtype for p in parameters}, autocast))
+        return unit_gradient(distiller, parameters, rollout)
 
     monkeypatch.setattr(experiment, "unit_gradient", spy)
     return seen

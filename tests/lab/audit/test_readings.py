@@ -3,7 +3,7 @@ import torch
 
 def test_what_is_read_is_what_plain_forward_passes_say(make_evidence, full_logits):
     evidence = make_evidence(masked=(5,))
-    found, rollout, mask = evidence.positions, evidence.rollout, evidence.rollout.real_BT
+    found, rollout, mask = evidence.readings, evidence.rollout, evidence.rollout.real_BT
     student, teacher = (
         full_logits(m.model, rollout).log_softmax(-1)[mask] for m in (evidence.student, evidence.teacher)
     )
@@ -21,6 +21,6 @@ def test_what_is_read_is_what_plain_forward_passes_say(make_evidence, full_logit
 
 def test_rows_and_places_are_those_of_the_completions(make_evidence):
     evidence = make_evidence()
-    found, rollout = evidence.positions, evidence.rollout
+    found, rollout = evidence.readings, evidence.rollout
     assert torch.equal(rollout.ids_BT[found.row_N, found.place_N], found.ids_N)
     assert torch.equal(found.row_N.bincount(), rollout.real_BT.sum(1))

@@ -9,7 +9,7 @@ from references import rollout_from
 from lit_opd import estimators, models
 from lit_opd.config import StudentConfig, TeacherConfig, load_config
 from lit_opd.distiller import Distiller
-from lit_opd.lab.measure.gradients import Specimen, allocated_mb, unit_gradient
+from lit_opd.lab.measure.units import allocated_mb, unit_gradient
 from lit_opd.models import LanguageModel
 from lit_opd.teachers import LocalScorer
 from lit_opd.types import FinishReason, SamplingLaw
@@ -18,14 +18,18 @@ TINY = load_config([], ["student.path=${lit_opd:tiny/student}", "teacher.path=${
 
 
 @pytest.fixture(scope="module")
-def specimen():
+def distiller():
     estimator = estimators.build("full_vocab")
     sections = StudentConfig(path=TINY.student.path), TeacherConfig(path=TINY.teacher.path, dtype="float32")
     pair = models.Pair(*sections, estimator)
     student = pair.student.to(torch.device("cpu"))
     scorers = {"teacher": LocalScorer(pair.load("teacher", torch.device("cpu")), 64)}
-    distiller = Distiller(student, estimator, None, scorers, head_rows=64, micro_batch_tokens=10_000)
-    return Specimen(distiller, dict(student.model.named_parameters()))
+    return Distiller(student, estimator, None, scorers, head_rows=64, micro_batch_tokens=10_000)
+
+
+@pytest.fixture(scope="module")
+def parameters(distiller):
+    return list(distiller.student.model.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +42,17 @@ def rollout():
                    torch.full((3,), FinishReason.LENGTH), SamplingLaw(), torch.zeros(3, dtype=torch.long))  # fmt: skip
 
 
-def test_a_unit_is_the_mean_over_completions_of_their_summed_losses(specimen, rollout):
+def test_a_unit_is_the_mean_over_completions_of_their_summed_losses(distiller, parameters, rollout):
     """Against all logits at once, and autograd."""
-    found = unit_gradient(specimen, estimators.build("full_vocab", divergence="reverse_kl"), rollout)
+    reverse_kl = estimators.build("full_vocab", divergence="reverse_kl")
+    found = unit_gradient(distiller.with_estimator(reverse_kl), parameters, rollout)
     ids = torch.cat([rollout.prompts.ids_BP, rollout.ids_BT], dim=1)
-    logps = specimen.distiller.student.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
+    logps = distiller.student.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
     with torch.no_grad():
-        teacher = specimen.distiller.scorers["teacher"].model.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
+        teacher = distiller.scorers["teacher"].model.causal_lm(ids).logits[:, 4:-1].log_softmax(-1)
     kl_BT = (logps.exp() * (logps - teacher)).sum(-1)
     loss = (kl_BT * rollout.mask_BT).sum(1).mean()
-    expected = torch.autograd.grad(loss, list(specimen.parameters.values()))
+    expected = torch.autograd.grad(loss, parameters)
     for mine, other in zip(found.gradients, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
     assert found.token_norms_N.shape == (int(rollout.mask_BT.sum()),)
@@ -55,10 +60,9 @@ def test_a_unit_is_the_mean_over_completions_of_their_summed_losses(specimen, ro
     assert found.seconds > 0
 
 
-def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero(specimen, rollout):
+def test_a_parameter_without_a_part_in_the_loss_has_gradient_zero(distiller, rollout):
     extra = torch.nn.Parameter(torch.ones(3))
-    with_extra = replace(specimen, parameters={"x": extra})
-    (gradient,) = unit_gradient(with_extra, estimators.build("token"), rollout).gradients
+    (gradient,) = unit_gradient(distiller.with_estimator(estimators.build("token")), [extra], rollout).gradients
     assert (gradient == 0).all()
 
 
@@ -77,22 +81,23 @@ def unit(lengths, seed=0):
     ("name", "budget", "whole_prompts"),
     [("full_vocab", 30, False), ("token", 1, False), ("leave_one_out", 30, True), ("outcome_mix", 1, True)],
 )
-def test_micro_batches_within_the_budget_add_up_to_the_unit(specimen, name, budget, whole_prompts, monkeypatch):
+def test_micro_batches_within_the_budget_add_up_to_the_unit(
+    distiller, parameters, name, budget, whole_prompts, monkeypatch
+):
     rollout, seen = unit([3, 9, 12, 2, 7, 7]), []
     rollout = replace(rollout, rewards_B=torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]))
-    estimator, hidden = estimators.build(name), LanguageModel.hidden
+    distiller, hidden = distiller.with_estimator(estimators.build(name)), LanguageModel.hidden
 
     def spy(model, rollout):
-        if model is specimen.distiller.student:
+        if model is distiller.student:
             seen.append(rollout)
         return hidden(model, rollout)
 
     monkeypatch.setattr(LanguageModel, "hidden", spy)
-    whole = unit_gradient(specimen, estimator, rollout)
+    whole = unit_gradient(distiller, parameters, rollout)
     assert len(seen) == 1
     seen.clear()
-    small = replace(specimen, distiller=replace(specimen.distiller, micro_batch_tokens=budget))
-    found = unit_gradient(small, estimator, rollout)
+    found = unit_gradient(replace(distiller, micro_batch_tokens=budget), parameters, rollout)
     alone = 2 if whole_prompts else 1
     assert len(seen) > 1
     for micro in seen:

@@ -1,4 +1,7 @@
-"""What two models say at every token of a rollout."""
+"""Read what two models say at every token of a rollout.
+
+The checks of the audit read `Readings` of the evidence, and call `compare_positions` for numbers of their own.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +17,25 @@ from lit_opd.models import LanguageModel
 from lit_opd.teachers import LocalScorer, Wanted
 from lit_opd.types import Rollout
 
-__all__ = ["Positions", "compare_positions", "read_positions"]
+__all__ = ["Readings", "compare_positions", "read_tokens"]
 
 
 @dataclass(frozen=True)
-class Positions:
-    """Numbers [N] of the tokens of a rollout, row by row, on the CPU; log-probabilities in nats.
-
-    Attributes:
-        ids_N: the tokens.
-        row_N: their completions.
-        place_N: their places in them, from 0.
-        counted_N: False at tokens that do not count in training.
-        sampler_logps_N: of the law that sampled them, as the engine recorded it.
-        law_logps_N: the same, made again from the policy's logits.
-        student_logps_N: of the policy.
-        teacher_logps_N: of the teacher.
-        stop_logps_N: the teacher's of any of the policy's stop tokens.
-        entropy_N: of the teacher.
-        top_ids_N: the teacher's most probable token.
-        top_logps_N: its log-probability.
-    """
+class Readings:
+    """Numbers [N] of the tokens of a rollout, row by row, on the CPU; log-probabilities in nats."""
 
     ids_N: Tensor
-    row_N: Tensor
-    place_N: Tensor
-    counted_N: Tensor
-    sampler_logps_N: Tensor
-    law_logps_N: Tensor
-    student_logps_N: Tensor
+    row_N: Tensor  # their completions
+    place_N: Tensor  # their places in them, from 0
+    counted_N: Tensor  # False at tokens that do not count in training
+    sampler_logps_N: Tensor  # of the law that sampled them, recorded by the engine
+    law_logps_N: Tensor  # of the same law, computed again from the policy's logits
+    student_logps_N: Tensor  # of the policy
     teacher_logps_N: Tensor
-    stop_logps_N: Tensor
-    entropy_N: Tensor
-    top_ids_N: Tensor
-    top_logps_N: Tensor
+    stop_logps_N: Tensor  # the teacher's of any of the policy's stop tokens
+    entropy_N: Tensor  # of the teacher
+    top_ids_N: Tensor  # the teacher's most probable token
+    top_logps_N: Tensor  # its log-probability
 
     @property
     def log_ratio_N(self) -> Tensor:
@@ -63,7 +51,7 @@ def compare_positions(
     rows: int,
     compare: Callable[[Tensor, Tensor, slice], Stats],
 ) -> Stats:
-    """What a function makes of both models' distributions at every counted token.
+    """Apply a function to both models' distributions at every counted token.
 
     Args:
         policy: the one model, in whose precision both heads run.
@@ -76,9 +64,8 @@ def compare_positions(
     Returns:
         The values, of leading shape [N].
     """
-    scores = LocalScorer(teacher, rows).score(rollout, Wanted(full=True))
-    assert scores.full is not None
-    distributions = scores.full
+    distributions = LocalScorer(teacher, rows).score(rollout, Wanted(full=True)).full
+    assert distributions is not None
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         return logits_cV.new_zeros(()), compare(logits_cV, distributions.logps(part), part)
@@ -87,10 +74,10 @@ def compare_positions(
         return position_losses(*policy.hidden(rollout), read, rows)[1]
 
 
-def read_positions(
+def read_tokens(
     policy: LanguageModel, teacher: LanguageModel, rollout: Rollout, rows: int, stop_ids: Sequence[int]
-) -> Positions:
-    """What both models say at every token of every completion, whether it counts or not.
+) -> Readings:
+    """Read both models at every token of every completion, whether it counts or not.
 
     Args:
         policy: wrote the completions.
@@ -100,28 +87,30 @@ def read_positions(
         stop_ids: the tokens that end a completion of the student.
     """
     mask_BT = rollout.real_BT
-    whole = replace(rollout, mask_BT=mask_BT)
-    ids_N1, stops = (
-        rollout.ids_BT[mask_BT][:, None],
-        torch.tensor(stop_ids, dtype=torch.long, device=mask_BT.device),
-    )
+    ids_N1, stops = rollout.ids_BT[mask_BT][:, None], torch.tensor(stop_ids, dtype=torch.long, device=mask_BT.device)
 
     def compare(logits_cV: Tensor, teacher_cV: Tensor, part: slice) -> Stats:
+        def taken(logps_cV: Tensor) -> Tensor:
+            return logps_cV.gather(-1, ids_N1[part]).squeeze(-1)
+
         top = teacher_cV.max(-1)
         return {
-            "law_logps_N": law_logps(logits_cV, rollout.law).gather(-1, ids_N1[part]).squeeze(-1),
-            "student_logps_N": log_softmax(logits_cV).gather(-1, ids_N1[part]).squeeze(-1),
-            "teacher_logps_N": teacher_cV.gather(-1, ids_N1[part]).squeeze(-1),
+            "law_logps_N": taken(law_logps(logits_cV, rollout.law)),
+            "student_logps_N": taken(log_softmax(logits_cV)),
+            "teacher_logps_N": taken(teacher_cV),
             "stop_logps_N": teacher_cV.index_select(-1, stops).logsumexp(-1),
             "entropy_N": entropy(teacher_cV),
             "top_ids_N": top.indices,
             "top_logps_N": top.values,
         }
 
-    stats = compare_positions(policy, teacher, whole, rows, compare)
     row_N, place_N = torch.nonzero(mask_BT, as_tuple=True)
-    return Positions(
-        ids_N=ids_N1[:, 0].cpu(), row_N=row_N.cpu(), place_N=place_N.cpu(), counted_N=rollout.mask_BT[mask_BT].cpu(),
-        sampler_logps_N=rollout.sampler_logps_BT[mask_BT].cpu(),
-        **{name: values.cpu() for name, values in stats.items()},
-    )  # fmt: skip
+    values = {
+        "ids_N": ids_N1[:, 0],
+        "row_N": row_N,
+        "place_N": place_N,
+        "counted_N": rollout.mask_BT[mask_BT],
+        "sampler_logps_N": rollout.sampler_logps_BT[mask_BT],
+        **compare_positions(policy, teacher, replace(rollout, mask_BT=mask_BT), rows, compare),
+    }
+    return Readings(**{name: values_N.cpu() for name, values_N in values.items()})

@@ -1,4 +1,7 @@
-"""Gradients on the probe batch, of all of it and of groups of its completions, and whether a mean of them is zero."""
+"""Take gradients on the probe batch, of all of it and of groups of its completions, and test whether a mean is zero.
+
+The null test, the sign test, the sampling law and the check of quantisation call it.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,42 @@ import torch
 from torch import Tensor
 
 from lit_opd.lab.audit.evidence import Evidence
+from lit_opd.lab.audit.verdicts import graded
 from lit_opd.lab.measure.sketch import Sketch
+from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["FlipTest", "cosine", "flip_test", "gradient", "group_gradients", "norm"]
+__all__ = ["FlipTest", "cosine", "flip_test", "gradient", "group_gradients", "norm", "sample_score"]
 
 _GROUPS = 16
 # A gradient is kept once for every group: that of a larger model as a sketch of so many numbers.
 _SKETCH = 2**22
 _FLIPS = 4095
+_UNLIKELY, _IMPOSSIBLE = 1e-2, 1e-3
 
 
 class FlipTest(NamedTuple):
-    """Whether the mean of independent gradients differs from zero.
+    """A test of whether the mean of independent gradients differs from zero."""
 
-    Attributes:
-        ratio: norm of their sum over its expected norm if each were as likely as its opposite; about 1 where the mean
-            is zero.
-        p_value: how often random signs give a sum as long, or longer.
-    """
+    # Norm of their sum over its expected norm if each were as likely as its opposite; about 1 where the mean is zero.
+    noise_ratio: float
+    p_value: float  # how often random signs give a sum as long, or longer
 
-    ratio: float
-    p_value: float
+    @property
+    def verdict(self) -> str:
+        """The verdict on a mean that has to be zero."""
+        return graded(self.p_value, _UNLIKELY, _IMPOSSIBLE)
+
+    def __str__(self) -> str:
+        return f"{self.noise_ratio:.2f} times as long as noise (p = {self.p_value:.2g})"
+
+
+def sample_score(tokens: TokenBatch) -> Estimate:
+    """Take the log-probability of what was sampled as a loss: its gradient, the score, has mean zero on-policy."""
+    return Estimate(tokens.student_logps_BT, torch.zeros_like(tokens.teacher_logps_BT))
 
 
 def gradient(evidence: Evidence, index: Tensor | None = None, aggregation: str | None = None) -> list[Tensor]:
-    """The estimator's gradient over chosen completions, as if they were all of an optimizer step; no weight moves.
+    """Take the estimator's gradient over chosen completions, treated as a whole optimizer step. No weight moves.
 
     Args:
         evidence: models, estimator and rollout.
@@ -63,9 +77,9 @@ def gradient(evidence: Evidence, index: Tensor | None = None, aggregation: str |
 
 
 def group_gradients(evidence: Evidence) -> Tensor:
-    """Gradients [G, F] of independent groups of completions, each summed over its tokens, on the CPU.
+    """Take gradients [G, F] of independent groups of completions, each summed over its tokens, on the CPU.
 
-    Sums and not means over tokens, for a mean divides by a length that depends on what was sampled. Those of large
+    Sums and not means over tokens, because a mean divides by a length that depends on what was sampled. Those of large
     models are sketched, always by the same signs, so that inner products stand for the whole.
     """
     sketch = Sketch(evidence.parameters, _SKETCH, evidence.config.seed)
@@ -74,23 +88,20 @@ def group_gradients(evidence: Evidence) -> Tensor:
 
 def _groups(evidence: Evidence) -> list[Tensor]:
     # Where completions of a prompt are compared, no group may depend on another through that.
-    whole = "groups" in evidence.estimator.needs
-    unit_B = evidence.rollout.prompt_index_B.cpu() if whole else torch.arange(len(evidence.rollout))
-    return [
-        torch.nonzero(torch.isin(unit_B, part)).flatten() for part in unit_B.unique().tensor_split(_GROUPS) if len(part)
-    ]
+    whole, rollout = evidence.distiller.whole_prompts, evidence.rollout
+    unit_B = rollout.prompt_index_B.cpu() if whole else torch.arange(len(rollout))
+    parts = unit_B.unique().tensor_split(_GROUPS)
+    return [torch.nonzero(torch.isin(unit_B, part)).flatten() for part in parts if len(part)]
 
 
-def flip_test(gradients_GF: Tensor, seed: int = 0) -> FlipTest:
-    """Compare the norm of a sum with those under random signs: exact where each is as likely as its opposite.
+def flip_test(gradients_GF: Tensor) -> FlipTest:
+    """Compare the norm of the sum of independent gradients [G, F] with its norms under random signs.
 
-    Args:
-        gradients_GF: [G, F] independent gradients.
-        seed: of the signs.
+    The test is exact where each gradient is as likely as its opposite.
     """
     wide_GF = gradients_GF.double()
     gram_GG = wide_GF @ wide_GF.T
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     signs_SG = torch.randint(2, (_FLIPS, len(gram_GG)), generator=generator).double() * 2 - 1
     observed, flipped_S = gram_GG.sum(), ((signs_SG @ gram_GG) * signs_SG).sum(1)
     as_long = int((flipped_S >= observed * (1 - 1e-9)).sum())
@@ -99,12 +110,12 @@ def flip_test(gradients_GF: Tensor, seed: int = 0) -> FlipTest:
 
 
 def norm(tensors: list[Tensor]) -> float:
-    """The norm of all tensors together."""
+    """Compute the norm of all tensors together."""
     return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
 
 
 def cosine(first: list[Tensor], second: list[Tensor]) -> float:
-    """The cosine between two gradients; 0 where one is zero."""
+    """Compute the cosine between two gradients, or 0 where one is zero."""
     inner = float(sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True)))
     lengths = norm(first) * norm(second)
     return inner / lengths if lengths else 0.0

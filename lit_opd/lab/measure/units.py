@@ -1,10 +1,12 @@
-"""The gradient of one unit under one estimator, and what it costs."""
+"""Take the gradient of one unit under one estimator, and weigh what it costs.
+
+`experiment` calls it for every unit of prompts and every estimator that it looks at.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -13,50 +15,29 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 from lit_opd.distiller import Distiller
-from lit_opd.estimators import BoundEstimator
 from lit_opd.functional import upcast
 from lit_opd.types import Rollout
 
-__all__ = ["Specimen", "UnitGradient", "allocated_mb", "unit_gradient"]
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """What is measured: the step that training makes, and which of the student's parameters are looked at.
-
-    Attributes:
-        distiller: samples, scores and estimates; its estimator is replaced by each that is measured.
-        parameters: by name.
-    """
-
-    distiller: Distiller
-    parameters: Mapping[str, Tensor]
+__all__ = ["UnitGradient", "allocated_mb", "unit_gradient"]
 
 
 class UnitGradient(NamedTuple):
-    """What one unit says under one estimator.
+    """One unit under one estimator."""
 
-    Attributes:
-        gradients: of the parameters, in their order.
-        token_norms_N: norm of the gradient by each counted token's last hidden state, a micro-batch after the other.
-        seconds: teacher's scores, forward and backward.
-    """
-
-    gradients: list[Tensor]
-    token_norms_N: Tensor
-    seconds: float
+    gradients: list[Tensor]  # of the parameters, in their order
+    token_norms_N: Tensor  # norm of the gradient by each counted token's last hidden state, a micro-batch after another
+    seconds: float  # for the teacher's scores, forward and backward
 
 
-def unit_gradient(specimen: Specimen, estimator: BoundEstimator, rollout: Rollout) -> UnitGradient:
+def unit_gradient(distiller: Distiller, parameters: Sequence[Tensor], rollout: Rollout) -> UnitGradient:
     """Take the gradient of the mean over a unit's completions of their summed losses, as training computes it.
 
     Args:
-        specimen: the models.
-        estimator: whose loss.
+        distiller: the step that training makes, with the estimator that is measured.
+        parameters: those of the student that are looked at.
         rollout: the completions of a unit, with rewards where the estimator wants them.
     """
     start = time.perf_counter()
-    distiller, parameters = specimen.distiller.with_estimator(estimator), list(specimen.parameters.values())
     sums: list[Tensor] = []
     norms = []
     for micro in distiller.score(rollout):
@@ -74,7 +55,7 @@ def unit_gradient(specimen: Specimen, estimator: BoundEstimator, rollout: Rollou
 
 
 def allocated_mb(run: Callable[[], Any], device: torch.device) -> float:
-    """The most memory that tensors take during a call above what there was before, MB."""
+    """Measure the most memory that tensors take during a call above what there was before, MB."""
     with torch.profiler.profile(profile_memory=True) as profiler:
         run()
     changes = sorted(

@@ -4,8 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lit_opd import estimators
-from lit_opd.lab.audit.gradients import _groups, cosine, flip_test, gradient, group_gradients, norm
+from lit_opd.lab.audit.probe_gradients import _groups, cosine, flip_test, gradient, group_gradients, norm
 
 
 def dense_reverse_kl(evidence, full_logits):
@@ -18,10 +17,9 @@ def dense_reverse_kl(evidence, full_logits):
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_counted_tokens(make_evidence, full_logits):
-    evidence = make_evidence(masked=(5,))
-    evidence.config.optim.micro_batch_tokens, kept = 100, evidence.config.optim.micro_batch_tokens
+    evidence = make_evidence(masked=(5,)).but(micro_batch_tokens=100)
+    assert len(evidence.distiller.score(evidence.rollout)) > 4
     found = gradient(evidence)
-    evidence.config.optim.micro_batch_tokens = kept
     expected = torch.autograd.grad(dense_reverse_kl(evidence, full_logits), evidence.parameters)
     assert norm([a - b for a, b in zip(found, expected, strict=True)]) < 1e-5 * norm(list(expected))
     assert norm(list(expected)) > 1e-3
@@ -73,7 +71,7 @@ def test_flipping_signs_is_enumerated_rightly():
     exact = sum(s >= observed - 1e-9 for s in sums) / len(sums)
     found = flip_test(gradients_GF)
     assert found.p_value == pytest.approx(float(exact), abs=0.03)
-    assert found.ratio == pytest.approx(float(observed / gradients_GF.norm()))
+    assert found.noise_ratio == pytest.approx(float(observed / gradients_GF.norm()))
 
 
 def test_noise_is_rarely_taken_for_a_mean_and_a_mean_is_found():
@@ -98,9 +96,9 @@ def test_cosine_and_norm_are_over_all_tensors():
 
 
 def test_of_a_large_model_inner_products_of_all_its_numbers_are_kept(make_evidence, monkeypatch):
-    evidence, size = replace(make_evidence(), estimator=estimators.build("token")), 512
+    evidence, size = make_evidence(estimator="token"), 512
     whole_GF = group_gradients(evidence).double()
-    monkeypatch.setattr("lit_opd.lab.audit.gradients._SKETCH", size)
+    monkeypatch.setattr("lit_opd.lab.audit.probe_gradients._SKETCH", size)
     kept_GF, again_GF = group_gradients(evidence).double(), group_gradients(evidence).double()
     assert kept_GF.shape == (16, size)
     assert whole_GF.shape[1] > 4 * size
