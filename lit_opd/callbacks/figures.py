@@ -46,7 +46,7 @@ class EvaluationFigures(L.Callback):
 
 
 def to_json(curves: Curves, log_ratios: Histogram) -> dict[str, Any]:
-    """Collect everything that the pictures show, point by point; null where there is no number."""
+    """Collect everything that the pictures show, point by point, with null where there is no number."""
     tables = {"mean": curves.means, "low": curves.lows, "high": curves.highs}
     return {
         "confidence": curves.confidence,

@@ -43,7 +43,7 @@ class SaveOnInterrupt(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where Ctrl-C was pressed during the step; in a distributed run, where any process was told."""
+        """Save where Ctrl-C was pressed during the step, in whichever process."""
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             trainer.save_checkpoint(self.path)
             self._saved = True
@@ -65,7 +65,7 @@ class SaveOnInterrupt(L.Callback):
         self._restore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save the weights of before a step that could not be made; say how to go on."""
+        """Save the weights of before a step that could not be made, and say how to go on."""
         self._restore()
         if isinstance(exception, NonFiniteStepError):
             trainer.save_checkpoint(self.path)

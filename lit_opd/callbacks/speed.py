@@ -51,5 +51,5 @@ class StepSpeed(L.Callback):
         self.cost.update(state_dict)
 
     def typical(self) -> dict[str, float]:
-        """Take the median over steps, which a slow first one does not move; of the peak memory, the largest."""
+        """Take the median over steps, which a slow first one does not move, and the largest of the peak memory."""
         return {name: max(values) if name == PEAK else median(values) for name, values in self.steps.items()}

@@ -1,4 +1,4 @@
-"""What is measured: one table of names, and the metrics that fill it. `register_measure` adds a user's own."""
+"""Name what is measured in one table, and fill it. `register_measure` adds a user's own yardstick."""
 
 from lit_opd.measures.custom import register_measure
 from lit_opd.measures.table import Measure, describe, in_order

@@ -1,4 +1,7 @@
-"""Count the tokens of an evaluation by their log-ratio, in summable states: exact over batches and processes."""
+"""Count the tokens of an evaluation by their log-ratio, in summable states: exact over batches and processes.
+
+Why here: a few tokens hold most of a reverse KL, and a mean does not show them. `TokenProfile` feeds it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class Histogram(NamedTuple):
     largest: float
 
     def quantile(self, share: float) -> float:
-        """The value that a share of the tokens lies below, to within a bin; NaN where there are none."""
+        """Find the value that a share of the tokens lies below, to within a bin, or NaN where there are none."""
         total = self.counts.sum()
         if not total:
             return math.nan
@@ -47,7 +50,7 @@ class Histogram(NamedTuple):
         return float(ends[number] + min(max(inside, 0.0), 1.0) * (ends[number + 1] - ends[number]))
 
     def top_share(self, share: float = 0.01) -> float:
-        """Of the sum of all |log-ratio|, what the given share of tokens with the largest holds; NaN where it is 0.
+        """Compute which share of the sum of all |log-ratio| the tokens with the largest hold, or NaN where it is 0.
 
         Exact but for the one bin of |log-ratio| that is split, whose tokens count alike.
         """
@@ -78,7 +81,7 @@ class LogRatioHistogram(Metric):
 
     @staticmethod
     def edges() -> np.ndarray:
-        """[bins + 1] nats; the middle one is exactly zero."""
+        """Place the ends of the bins, [bins + 1] nats, of which the middle one is exactly zero."""
         positive = SCALE * np.sinh(np.linspace(0, np.arcsinh(REACH / SCALE), BINS // 2 + 1))
         return np.concatenate([-positive[:0:-1], positive])
 
@@ -98,6 +101,6 @@ class LogRatioHistogram(Metric):
             self.largest = torch.maximum(self.largest, values.max())
 
     def compute(self) -> Histogram:
-        """The histogram of all tokens so far."""
+        """Read the histogram of all tokens so far."""
         counts, totals = self.counts.cpu().numpy(), self.totals.double().cpu().numpy()
         return Histogram(self.edges(), counts, totals, float(self.least), float(self.largest))

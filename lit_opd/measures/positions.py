@@ -60,7 +60,7 @@ class Curves(NamedTuple):
         return (self.starts[:-1] + self.starts[1:] + 1) / 2
 
     def mean(self, name: str, chosen: np.ndarray | slice = slice(None)) -> float:
-        """Average a value over the tokens at some points; NaN where there are none."""
+        """Average a value over the tokens at some points, NaN where there are none."""
         counts, values = self.counts[chosen], self.means[name][chosen]
         counted = counts > 0
         return float((counts * values)[counted].sum() / counts.sum()) if counted.any() else math.nan
@@ -125,7 +125,7 @@ class PositionMeans(Metric):
         return whole.unflatten(-1, (self.points, self.width)).sum(-1)
 
     def compute(self) -> Curves:
-        """Means and intervals at every point."""
+        """Compute means and intervals at every point."""
         moments = self.moments.double().cpu().numpy()
         counts, prompts = (moments[number, 0].astype(int) for number in (0, 2))
         tables = ratio_interval(moments, self.confidence)
@@ -165,7 +165,7 @@ class TokenProfile(Module):
         self.log_ratios.update(values["log_ratio"][rollout.own_mask_BT])
 
     def compute(self) -> Profile:
-        """Everything that was fed; it is forgotten."""
+        """Read everything that was fed, and forget it."""
         found = Profile(self.curves.compute(), self.log_ratios.compute())
         self.curves.reset()
         self.log_ratios.reset()

@@ -23,17 +23,12 @@ Seen = tuple[Rollout, Mapping[str, Tensor]]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 QUARTERS = 4
-# By quarter of the longest completion; those of support and clips only where the estimator has them.
-_BY_POSITION = {
-    "advantage": "advantage",
-    "student_nll": "student_nll",
-    "teacher_nll": "teacher_nll",
-    "student_mass": "student_mass",
-}
+# By quarter of the longest completion, the mass of a support only where the estimator has one.
+BY_QUARTER = ("advantage", "student_nll", "teacher_nll", "student_mass")
 
 
 def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
-    """Sums over the counted tokens that the student wrote, for the means that every step logs.
+    """Sum values over the counted tokens that the student wrote, for the means that every step logs.
 
     Args:
         seen: micro-batches, at least one.
@@ -56,7 +51,7 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
 def step_report(
     update: Mapping[str, float], rollout: Mapping[str, float], seconds: Mapping[str, float], peak_mb: float
 ) -> dict[str, float]:
-    """Name the metrics that every step logs; but for the mass of a support the same keys whatever the estimator.
+    """Name the metrics that every step logs, which but for a support's mass are those of every estimator.
 
     Args:
         update: totals of the last update: `loss` and `grad_norm`; over the tokens that the student wrote, `kl`,
@@ -86,7 +81,7 @@ def step_report(
 
 
 def observed_tokens(seen: Sequence[Seen], horizon: int) -> dict[str, Tensor]:
-    """The tokens of an update that the student wrote and that count, one value each.
+    """Collect the tokens of an update that the student wrote and that count, one value each.
 
     Args:
         seen: micro-batches.
@@ -121,7 +116,7 @@ def _tokens_of(rollout: Rollout, stats: Mapping[str, Tensor], horizon: int) -> d
 
 
 def token_numbers(tokens: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers that sum up the tokens of an update.
+    """Sum up the tokens of an update in a few numbers.
 
     `advantage/*`: quantiles, mean, standard deviation, skew, and the share of the sum of absolute values that the
     largest 1% of tokens hold. `position/*_q1` to `q4`: means by quarter of the horizon. `rollout/sampler_ess`: the
@@ -138,9 +133,9 @@ def token_numbers(tokens: Mapping[str, Tensor]) -> dict[str, float]:
     if not len(tokens["advantage"]):
         return {}
     numbers = _advantages(tokens["advantage"])
-    for name, key in _BY_POSITION.items():
-        if key in tokens:
-            numbers |= _by_quarter(f"train_position/{name}", tokens[key], tokens["quarter"])
+    for name in BY_QUARTER:
+        if name in tokens:
+            numbers |= _by_quarter(f"train_position/{name}", tokens[name], tokens["quarter"])
     weights = tokens["sampler_log_ratio"].exp()
     numbers["rollout/sampler_ess"] = weights.sum() ** 2 / (len(weights) * weights.square().sum())
     numbers["rollout/sampler_gap_max"] = tokens["sampler_log_ratio"].abs().amax()
@@ -172,7 +167,7 @@ def _advantages(values: Tensor) -> dict[str, Tensor]:
 
 
 def quantiles(values_N: Tensor, shares: Sequence[float]) -> Tensor:
-    """Quantiles of any number of values, interpolated as `torch.quantile` does, which refuses more than 2^24.
+    """Compute quantiles of any number of values, where `torch.quantile`, which interpolates alike, refuses 2^24.
 
     Args:
         values_N: [N] at least one.
@@ -196,7 +191,7 @@ def _by_quarter(name: str, values: Tensor, quarter: Tensor) -> dict[str, Tensor]
 
 
 def gradient_noise(optimizer: torch.optim.Optimizer) -> tuple[float, float] | None:
-    """Signal and noise of the gradient, from the running moments that Adam and its kin keep anyway.
+    """Estimate signal and noise of the gradient from the running moments that Adam and its kin keep anyway.
 
     With m and v the debiased moments of gradients g = G + noise of total variance S, E sum v = |G|^2 + S and E |m|^2 =
     |G|^2 + c S, where c = (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)) after t steps. Solved for both, S / |G|^2 times

@@ -137,7 +137,7 @@ YARDSTICKS = names_of("token")
 
 
 def look_up(name: str) -> Measure | None:
-    """Find a measure by its name, with or without what logging puts around it; None where nothing is known of it.
+    """Find a measure by its name, with or without what logging puts around it, or None.
 
     >>> look_up("position/reverse_kl_q2").title
     'reverse KL, quarter 2 of the positions'
@@ -156,7 +156,7 @@ def look_up(name: str) -> Measure | None:
 
 
 def describe(name: str) -> Measure:
-    """Look up a measure by name; an unknown one gets its own name as title and no direction.
+    """Look up a measure by name, where an unknown one gets its own name as title and no direction.
 
     >>> describe("reverse_kl").axis
     'reverse KL (nats/token)'

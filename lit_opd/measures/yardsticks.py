@@ -95,7 +95,7 @@ class Yardsticks(Metric):
         self.rows.append(torch.stack([torch.stack(pair, dim=1) for pair in pairs.values()], dim=1))
 
     def compute(self) -> PerPrompt:
-        """Everything that was fed, in the order of the prompts' numbers whatever process measured them."""
+        """Read everything that was fed, in the order of the prompts' numbers whatever process measured them."""
         if not self.columns:
             return PerPrompt([], {}, {})
         numbers, rows = dim_zero_cat(self.numbers), dim_zero_cat(self.rows)

@@ -28,7 +28,7 @@ NOT_IN_NAMES = r"""[/:.%"']"""  # of MLflow's models
 
 @rank_zero_only
 def log_datasets(logger: RunLogger, data: PromptDataModule) -> None:
-    """Fill the run's Dataset column; once more on resuming adds nothing."""
+    """Fill the run's Dataset column, to which resuming adds nothing."""
     logger.experiment.log_inputs(str(logger.run_id), dataset_inputs(data))
 
 

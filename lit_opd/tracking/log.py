@@ -18,7 +18,7 @@ __all__ = ["log_files", "log_metrics", "log_table", "log_tag", "logger_of"]
 
 
 def logger_of(trainer: L.Trainer) -> MLFlowLogger | None:
-    """Find the MLflow logger of the first process; None in the others, and where there is none."""
+    """Find the MLflow logger of the first process, None in the others and where there is none."""
     found = [logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)]
     return found[0] if found and trainer.is_global_zero else None
 

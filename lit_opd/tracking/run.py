@@ -26,7 +26,7 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log what is a number; a mean over nothing is no point of a curve."""
+        """Log what is a number, as a mean over nothing is no point of a curve."""
         super().log_metrics({name: value for name, value in metrics.items() if not math.isnan(value)}, step)
 
     @rank_zero_only

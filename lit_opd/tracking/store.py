@@ -22,7 +22,7 @@ SQLITE = b"SQLite format 3\0"
 
 
 def check_tracking(uri: str) -> None:
-    """Find out in seconds whether a tracking URI can answer; MLflow itself would retry for minutes.
+    """Find out in seconds whether a tracking URI can answer, where MLflow itself would retry for minutes.
 
     Raises:
         UserError: an unknown kind of URI, a server that does not answer, a folder that does not exist.

@@ -32,7 +32,7 @@ STATE = {
 
 @rank_zero_only
 def offer_view(logger: RunLogger) -> None:
-    """Add the view to the experiment of a run; one that somebody changed there stays."""
+    """Add the view to the experiment of a run, unless it has one, which somebody may have changed."""
     client, experiment, now = logger.experiment, str(logger.experiment_id), int(time.time() * 1000)
     if VIEW_TAG not in client.get_experiment(experiment).tags:
         view = {"name": VIEW_NAME, "createdAt": now, "updatedAt": now, "state": json.dumps(STATE)}
