@@ -46,7 +46,7 @@ class Config:
     trainer: dict[str, Any] = field(default_factory=dict)
     """Any argument of lightning.Trainer."""
     callbacks: list[Any] = field(default_factory=list)
-    """Further callbacks of the trainer: package.module:name, file.py:name, or {path: ..., kwargs: {...}}."""
+    """Further callbacks of `fit`: package.module:name, file.py:name, or {path: ..., kwargs: {...}}."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The yardsticks on held-out prompts."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
