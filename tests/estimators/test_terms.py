@@ -34,6 +34,7 @@ def described(estimator):
 def test_terms_are_the_mix_that_the_short_form_says():
     listed, short = of(LISTED), build("mix", terms=SHORT)
     assert described(listed) == described(short)
+    assert [term.weight for term in listed.terms] == [0.5, 2, 1.0]
     found, expected = (estimator(example_batch(estimator)) for estimator in (listed, short))
     assert torch.equal(found.loss_BT, expected.loss_BT)
     assert torch.equal(found.kl_BT, expected.kl_BT)
