@@ -7,37 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_opd.config import Config
 from lit_opd.data import PromptDataModule
-from lit_opd.distiller import Distiller
 from lit_opd.module import DistillationModule
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer
 
-__all__ = ["Bench", "set_up"]
+__all__ = ["set_up"]
 
 
-class Bench(NamedTuple):
-    """A step that is ready to be made.
-
-    Attributes:
-        module: holds the models.
-        distiller: the module's step.
-        arithmetic: opens the precision that a training step runs in.
-    """
-
-    module: DistillationModule
-    distiller: Distiller
-    arithmetic: Callable[[], AbstractContextManager[Any]]
-
-
-def set_up(config: Config, data: PromptDataModule) -> Bench:
+def set_up(
+    config: Config, data: PromptDataModule
+) -> tuple[DistillationModule, Callable[[], AbstractContextManager[Any]]]:
     """Load the models of a run and assemble its step, with the weights that training would begin from.
 
     Args:
         config: the run.
         data: its prompts, with the verifier.
+
+    Returns:
+        The module with its `distiller`, and what opens the precision that a training step runs in.
 
     Raises:
         UserError: whatever cannot work and has not shown in the data.
@@ -46,4 +36,5 @@ def set_up(config: Config, data: PromptDataModule) -> Bench:
     module = DistillationModule.from_config(config)
     trainer.precision_plugin.convert_module(module)
     module.to(trainer.strategy.root_device)
-    return Bench(module, module.assemble(data.verifier), trainer.precision_plugin.forward_context)
+    module.distiller = module.assemble(data.verifier)
+    return module, trainer.precision_plugin.forward_context

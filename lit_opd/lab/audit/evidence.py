@@ -92,13 +92,13 @@ def gather(config: Config) -> Evidence:
     """
     L.seed_everything(config.seed, verbose=False)
     data = prepare_data(config)
-    module, distiller, arithmetic = set_up(config, data)
+    module, arithmetic = set_up(config, data)
     batch = data.transfer_batch_to_device(_first_prompts(config, data), module.device, 0)
     count, length = config.rollout.num_completions, config.rollout.max_new_tokens
     # Of the student alone, whatever share of a training batch is its own.
     own = Sampled(module.engine, module.student, module.law, count, length, config.seed)
     shown = Sampled(LocalEngine(), module.teacher, SamplingLaw(), count, length, config.seed, Author.TEACHER)
-    distiller = replace(distiller, source=own)
+    distiller = replace(module.distiller, source=own)
     with arithmetic():
         return Evidence(config, distiller, distiller.sample(batch), shown.complete(batch), arithmetic)
 

@@ -55,15 +55,16 @@ def measure(config: Config) -> Measurement:
     chosen, size = chosen_estimators(config), config.measure.prompts_per_unit
     data = prepare_data(replace(config, data=replace(config.data, batch_size=size)))
     _check_prompts(config, data)
-    module, distiller, arithmetic = set_up(_asking(config, chosen), data)
+    module, arithmetic = set_up(_asking(config, chosen), data)
     check_supports(chosen, module.pair.vocabulary)
     parameters = _parameters(config, module.student)
     looked_at, labels = _with_targets(chosen, module.law.is_student)
     sketch = Sketch(parameters, config.measure.sketch, config.seed)
     judged = any(Need.REWARDS in estimator.needs for estimator in looked_at.values())
-    units = track(_units(config, distiller, data, judged), "units of prompts", config.measure.units, transient=True)
+    units = _units(config, module.distiller, data, judged)
     with arithmetic():
-        seen = _look(units, distiller, parameters, looked_at, sketch)
+        shown = track(units, "units of prompts", config.measure.units, transient=True)
+        seen = _look(shown, module.distiller, parameters, looked_at, sketch)
     exact = {key: torch.stack(seen[label].sketches).double() for key, label in labels.items()}
     return Measurement(
         rows=[_row(label, estimator, seen[label], exact, size) for label, estimator in chosen.items()],
@@ -105,10 +106,10 @@ def _check_prompts(config: Config, data: PromptDataModule) -> None:
 
 def _asking(config: Config, chosen: Mapping[str, BoundEstimator]) -> Config:
     """Make the same run with the estimator that asks for most models: one that reads a reference, where any does."""
-    known = estimators.build("full_vocab")
-    asking = next((e for e in chosen.values() if Need.REFERENCE in e.needs), known)
     masked = config.estimator.masked_tokens
-    return replace(config, estimator=EstimatorConfig(asking.spec.name, dict(asking.keywords), masked))
+    asking = next((e for e in chosen.values() if Need.REFERENCE in e.needs), estimators.build("full_vocab"))
+    section = EstimatorConfig(name=asking.spec.name, kwargs=dict(asking.keywords), masked_tokens=masked)
+    return replace(config, estimator=section)
 
 
 def _parameters(config: Config, student: LanguageModel) -> list[Tensor]:

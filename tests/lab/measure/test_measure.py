@@ -218,6 +218,13 @@ def test_gradients_are_taken_in_the_arithmetic_of_training(workspace, looked_at,
     assert all(math.isfinite(row.trace_variance.mean) for row in found.rows)
 
 
+def test_a_reference_and_rewards_are_there_for_who_asks(workspace):
+    asking = "measure.estimators=[token,exopd,outcome]"
+    rows = measure(configured(workspace, *SMALL, asking, "measure.units=4")).rows
+    assert [row.label for row in rows] == ["token", "exopd", "outcome"]
+    assert all(math.isfinite(row.trace_variance.mean) for row in rows)
+
+
 def test_greedy_sampling_leaves_those_that_do_not_learn_from_samples(workspace):
     greedy = chosen_estimators(configured(workspace, "rollout.temperature=0"))
     whole = chosen_estimators(configured(workspace))
