@@ -77,7 +77,7 @@ def test_terms_and_a_name_are_two_answers(section):
     [
         (["token"], r"estimator\.terms\[0\]: expected a mapping with the key name"),
         ([{"weight": 1.0}], r"estimator\.terms\[0\]: expected a mapping with the key name"),
-        ([FORWARD, {"name": "token", "wieght": 1.0}], r"estimator\.terms\[1\]\.wieght: .* Did you mean 'weight'\?"),
+        ([FORWARD, {"name": "token", "wait": 1.0}], r"estimator\.terms\[1\]\.wait: .* Did you mean 'weight'\?"),
         ([FORWARD, {"name": "tokens", "weight": 1.0}], r"estimator\.terms\[1\]\.name: .* Did you mean 'token'\?"),
         ([{**FORWARD, "kwargs": {"skw": 1}}], r"estimator\.terms\[0\]\.kwargs\.skw: .* Did you mean 'skew'\?"),
         ([{**FORWARD, "kwargs": {"skew": 1}}], r"estimator\.terms\[0\]\.kwargs: .* skew must lie in \[0, 1\)"),
