@@ -70,7 +70,7 @@ def test_the_teacher_writes_what_it_would_write(make_model, make_module, fit, ma
                           rollout={"student_share": 0.0, "temperature": 0.5})  # fmt: skip
     assert not rollout.student_wrote_BT.any()
     assert rollout.law.is_student  # the teacher's distribution as it is
-    logps_BTV, ids_BT1 = full_logits(teacher, rollout).log_softmax(-1), rollout.completion_ids_BT[..., None]
+    logps_BTV, ids_BT1 = full_logits(teacher, rollout).log_softmax(-1), rollout.ids_BT[..., None]
     off_BT = rollout.sampler_logps_BT - logps_BTV.gather(-1, ids_BT1)[..., 0]
     assert off_BT[rollout.mask_BT].abs().max() < 1e-5
     assert not any(gradient.any() for gradient in record.gradients[0].values())

@@ -8,7 +8,7 @@ import torch
 
 from lit_opd import estimators
 from lit_opd.functional import head as head_module
-from lit_opd.models import LanguageModel
+from lit_opd.models import forward
 from lit_opd.rollout import local
 from lit_opd.types import Estimate
 
@@ -74,7 +74,7 @@ def test_compute_dtypes(
     spy_on_bodies(student, teacher, seen)
     spy_on_heads(student, teacher, seen, monkeypatch)
     # What is tried out beforehand, in the dtype of the weights, is not what is measured.
-    monkeypatch.setattr(LanguageModel, "_try_packing", lambda self: None)
+    monkeypatch.setattr(forward, "disagreement", lambda model, way: None)
     monkeypatch.setattr(local, "check_cache", lambda policy: None)
     record = fit(module, precision=precision, limit_val_batches=1)
     assert seen["sample"] == seen["train"] == seen["student head"] == {student_dtype}

@@ -143,7 +143,7 @@ def needs_of(needs: Iterable[Need], *per: str) -> frozenset[Need]:
     return frozenset(need for need in needs if FILLERS[need].per in per)
 
 
-def read_needs(key: str, words: str) -> frozenset[Need]:
+def read_needs(key: str, words: str | Iterable[Need]) -> frozenset[Need]:
     """Read needs as they are declared, such as `token+kl`.
 
     Args:
@@ -154,7 +154,7 @@ def read_needs(key: str, words: str) -> frozenset[Need]:
         UserError: an unknown word.
     """
     known = {str(need): need for need in FILLERS}
-    first, *others = words.split("+")
+    first, *others = words.split("+") if isinstance(words, str) else write_needs(frozenset(words)).split("+")
     choose(key, first, _FIRST)
     for other in others:
         choose(key, other, [need for need in known if need not in _FIRST])

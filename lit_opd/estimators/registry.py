@@ -7,7 +7,7 @@ this room and users' files register, `terms.build` looks up.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 from lit_opd.errors import UserError, choose, suggest
@@ -30,7 +30,7 @@ def register_estimator(
     family: str = "token",
     target: str | None = None,
     unbiased: bool = False,
-    needs: str = "token",
+    needs: str | Iterable[Need] = "token",
     source: str = "",
     check: Callable[..., None] | None = None,
     at_equal: str = "sample",
