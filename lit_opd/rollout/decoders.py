@@ -1,4 +1,7 @@
-"""What runs the model's body while it samples: any Hugging Face model over its own cache."""
+"""Run the body of any Hugging Face model token by token, over the model's own cache.
+
+`LocalEngine` samples with a `Decoder`. This one serves every architecture, `FusedDecoder` the Llama-like ones faster.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ _ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 class Decoder(Protocol):
-    """The body of a model, one token a row at a time."""
+    """The body of a model, run for one token a row at a time."""
 
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """Read the prompts.
 
         Args:
             batch: prompts.
-            num_completions: rows that continue each prompt; they share its computation.
+            num_completions: rows that continue each prompt.
             length: the most tokens that will be written.
 
         Returns:
@@ -35,19 +38,16 @@ class Decoder(Protocol):
         ...
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Append one token to every row; returns the hidden states [B, H] that predict the next."""
+        """Append one token to every row and return the hidden states [B, H] that predict the next."""
         ...
 
     def keep(self, index: Tensor) -> bool:
-        """Go on with the chosen rows only, in that order; False, and nothing changed, where rows cannot leave."""
+        """Keep only the chosen rows, in that order, or change nothing and return False where rows cannot leave."""
         ...
 
 
 class CacheDecoder:
-    """Any model that Hugging Face generates with, over the cache that the model makes for itself.
-
-    Args:
-        policy: the model.
+    """A decoder for any model that Hugging Face generates with, over the cache that the model makes for itself.
 
     Raises:
         UserError: the model takes no cache, or gives none back.
@@ -66,7 +66,7 @@ class CacheDecoder:
         if num_completions == 1:
             return hidden_BH
         self._seen_BL = self._seen_BL.repeat_interleave(num_completions, dim=0)
-        if not self.only_attends:  # other states cannot be handed to several rows: each reads its prompt
+        if not self.only_attends:  # a recurrent state cannot be repeated for several rows, so each reads its prompt
             self._cache = None
             return self._read(ids_BP.repeat_interleave(num_completions, dim=0))
         self._cache.batch_repeat_interleave(num_completions)
@@ -78,7 +78,7 @@ class CacheDecoder:
         return self._read(ids_B[:, None])
 
     def keep(self, index: Tensor) -> bool:
-        """See `Decoder.keep`. States of other layers than attention cannot be chosen from."""
+        """See `Decoder.keep`. Rows cannot be selected from states of other layers than attention."""
         if not self.only_attends:
             return False
         self._cache.batch_select_indices(index)
@@ -87,11 +87,11 @@ class CacheDecoder:
 
     @property
     def only_attends(self) -> bool:
-        """Whether all that the cache holds, once prompts were read, is keys and values by position."""
+        """True where the cache, once prompts were read, holds nothing but keys and values by position."""
         return {type(layer) for layer in getattr(self._cache, "layers", [None])} <= _ATTENTION_LAYERS
 
     def _read(self, ids_BL: Tensor) -> Tensor:
-        # A body without attention would apply the mask of what it has read to what it reads now.
+        # transformers' bodies without attention multiply new inputs by the mask, which must then hold these alone.
         layers = getattr(self._cache, "layers", [])
         recurs = bool(layers) and not any(isinstance(layer, DynamicLayer) for layer in layers)
         mask_BL = self._seen_BL[:, -ids_BL.shape[1] :] if recurs else self._seen_BL
@@ -105,8 +105,8 @@ class CacheDecoder:
 def check_cache(policy: LanguageModel) -> None:
     """Compare a few tokens, decoded over the model's own cache, with a plain forward pass of each row.
 
-    Keys and values of attention are trusted. What else a cache may hold, a recurrent state, sees the padding of its
-    row unless the model takes care.
+    A cache of keys and values alone is trusted. A recurrent state also reads the padding of its row, unless the model
+    masks it.
 
     Raises:
         UserError: they differ, or there is no cache.
@@ -125,7 +125,7 @@ def check_cache(policy: LanguageModel) -> None:
             own = policy.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool))
             own_2H = upcast(own.last_hidden_state[0, -2:])
             off = ((found_2H - own_2H).norm() / own_2H.norm()).item()
-            if not off < (1e-3 if states[0].dtype == own_2H.dtype else 0.25):  # the rounding of bf16 may differ
+            if not off < (1e-3 if states[0].dtype == own_2H.dtype else 0.25):  # bf16 rounds differently
                 raise _refusal(policy, f"is off by {off:.2g} over its cache")
 
 

@@ -1,9 +1,9 @@
-"""The body of a Llama-like model, written for decoding.
+"""Run the body of a Llama-like model token by token, faster than its own code does.
 
-Sampling is one token a row at a time, where a general implementation spends most of its time on what is not a matrix
-product: casting weights, growing its cache, masks, many small operations. Here weights are cast once a rollout, the
-projections that share an input are one product, the cache has its final size from the beginning, and the prompts'
-shared beginnings are computed once.
+For one token a row, a general implementation spends most of its time outside matrix products: casting weights, growing
+its cache, making masks, starting many small operations. Here weights are cast once a rollout, projections that share an
+input are one product, the cache has its final size from the beginning, and the prompts' shared beginnings are computed
+once. `LocalEngine` uses it where the model's structure allows.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["FusedDecoder", "why_not_fused"]
 
 
 def why_not_fused(policy: LanguageModel) -> str | None:
-    """Why `FusedDecoder` cannot run a model; None where its structure is one that it knows."""
+    """Say why `FusedDecoder` cannot run a model, None where it knows the model's structure."""
     reason = unlike_llama(policy.body)
     if reason:
         return reason
     layers = [part for layer in policy.body.layers for part in (*layer.self_attn.children(), *layer.mlp.children())]
-    # Exactly this class: an adapter or a quantised layer is another.
+    # The class itself, for some adapters and quantised layers are subclasses of it.
     projections = [
         part for part in layers if isinstance(getattr(part, "weight", None), Tensor) and part.weight.dim() > 1
     ]
@@ -43,7 +43,7 @@ def why_not_fused(policy: LanguageModel) -> str | None:
 
 
 def _decode_products(layer: Any, dtype: torch.dtype, rows: int) -> LayerProducts:
-    """The products of a layer in the dtype of decoding; those that share an input are joined to one."""
+    """Make the products of a layer in the dtype of decoding, joining those that share an input."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, rows)
     sizes = [attention.q_proj.out_features + attention.k_proj.out_features, attention.v_proj.out_features]
@@ -74,12 +74,12 @@ def _joined(parts: list[nn.Linear], dtype: torch.dtype, rows: int) -> Product:
 class FusedDecoder:
     """A `Decoder` for models whose `why_not_fused` is None.
 
-    The cache is aligned on the right of the prompts, so that all rows write the same column; what is left of a shorter
-    prompt is masked.
+    Prompts end at the same column of the cache, so that all rows write the same column. Columns before the beginning of
+    a shorter prompt are masked.
 
     Args:
-        policy: the model; its weights are read, and copied in the dtype of the products, now.
-        rows: how many it will mostly decode.
+        policy: the model; its weights are copied now, in the dtype of the products.
+        rows: how many rows it will mostly decode.
     """
 
     def __init__(self, policy: LanguageModel, rows: int) -> None:
@@ -132,7 +132,7 @@ class FusedDecoder:
 
             def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
                 cache[0][:, :, column], cache[1][:, :, column] = key, value
-                # The queries of a group stand where several positions would: its keys are read once for all of them.
+                # A group's queries take the place of positions, so that the kernel reads its keys once for them all.
                 grouped = query.view(len(query), self._groups, -1, self._size)
                 keys, values = cache[0][:, :, : column + 1], cache[1][:, :, : column + 1]
                 return scaled_dot_product_attention(grouped, keys, values, bias_B11L, scale=self._scale)
@@ -151,7 +151,7 @@ class FusedDecoder:
     def _reserve(self, rows: int, width: int, length: int) -> None:
         weight = self._body.embed_tokens.weight
         shape = (2, rows, self._groups, width + length, self._size)
-        # Zeros: a masked column that held a NaN would still give one.
+        # Zeros, for uninitialised memory may hold NaN, and 0 x NaN in a masked column is NaN.
         self._caches = [torch.zeros(shape, dtype=self.dtype, device=weight.device) for _ in self._layers]
         self._bias_BL = torch.zeros(rows, width + length, dtype=self.dtype, device=weight.device)
         self._cos_L1D, self._sin_L1D = rotation(
