@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.functional import Head, compute_dtype, upcast
-from lit_opd.models.llama import is_tied, llama_hidden, tied_embedding, unlike_llama
+from lit_opd.models.llama import has_hooks, is_tied, llama_hidden, tied_embedding, unlike_llama
 from lit_opd.models.packed_attention import packed_layers, unsupported
 from lit_opd.models.packing import Layout, gather_rows, layout_of, pack
 from lit_opd.types import Rollout
@@ -24,7 +24,7 @@ from lit_opd.types import Rollout
 if TYPE_CHECKING:
     from lit_opd.models.language_model import LanguageModel
 
-__all__ = ["Forward", "LlamaForward", "PackedForward", "PaddedForward", "choose_forward", "circumstances"]
+__all__ = ["Forward", "LlamaForward", "PackedForward", "PaddedForward", "choose_forward", "circumstances", "distance"]
 
 _log = logging.getLogger(__name__)
 
@@ -105,9 +105,7 @@ class LlamaForward:
 
 def circumstances(body: Any) -> Hashable:
     """Describe what decides how a body can run and may change after it was made: hooks, shards, checkpointing."""
-    parts = list(body.modules())
-    heard = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    return heard, any(type(p.data) is not Tensor for p in body.parameters()), _recomputes(body)
+    return has_hooks(body.modules()), any(type(p.data) is not Tensor for p in body.parameters()), _recomputes(body)
 
 
 def choose_forward(model: LanguageModel) -> Forward:
@@ -144,12 +142,20 @@ def disagreement(model: LanguageModel, forward: LlamaForward | PackedForward) ->
         for row, path in zip(rows, paths, strict=True):
             row_1L = torch.tensor([row], device=model.device)
             own_LH = upcast(model.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool)).last_hidden_state[0])
-            off = ((packed_NH[path] - own_LH).norm() / own_LH.norm()).item()
-            # Packing adds the same numbers in another order. Many layers of bf16 may amplify that to several per cent,
-            # whereas a token that sees the wrong keys is off by about its own size.
-            if not off < (1e-3 if packed_NH.dtype == model.output_layer.weight.dtype else 0.25):
+            off = distance(packed_NH[path], own_LH, exact=packed_NH.dtype == model.output_layer.weight.dtype)
+            if off is not None:
                 return f"its packed hidden states are off by {off:.2g}"
     return None
+
+
+def distance(found: Tensor, expected: Tensor, exact: bool) -> float | None:
+    """Compute the relative distance of two tensors of hidden states, None where rounding explains it.
+
+    Two ways to run a body add the same numbers in another order. Many layers of bf16 (not `exact`) may amplify that to
+    several per cent, whereas a token that sees the wrong keys is off by about its own size.
+    """
+    off = ((found - expected).norm() / expected.norm()).item()
+    return None if off < (1e-3 if exact else 0.25) else off
 
 
 def _recomputes(body: Any) -> bool:

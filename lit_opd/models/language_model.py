@@ -53,9 +53,14 @@ class LanguageModel:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, key: str, own_precision: bool = False, temperature: float = 1.0,
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        key: str,
+        own_precision: bool = False,
+        temperature: float = 1.0,
         offload: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.tokenizer, self.key, self.own_precision = model, tokenizer, key, own_precision
         self.temperature = temperature
         # Shared by the copies of this object, as the weights are.
@@ -81,12 +86,12 @@ class LanguageModel:
         """The output layer, cut to the tokens that all models share."""
         layer, size = self.output_layer, self.vocabulary
         weight, bias = self._place.head or (layer.weight, getattr(layer, "bias", None))
-        if self._place.offload:  # a kept head must not move when the layer's parameters move to main memory
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
         if size < len(weight):
             weight, bias = weight[:size], None if bias is None else bias[:size]
         scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
-        return Head(weight, bias, scale, getattr(self.config, "final_logit_softcapping", None), self.temperature)
+        head = Head(weight, bias, scale, getattr(self.config, "final_logit_softcapping", None), self.temperature)
+        # A kept head must not move when an offloaded model's parameters move to main memory.
+        return head.detach() if self._place.offload else head
 
     def untempered(self) -> LanguageModel:
         """Copy this object, not its weights, at temperature 1: yardsticks and the model's own samples need that."""
@@ -143,11 +148,12 @@ class LanguageModel:
         """
         layer = self.causal_lm.get_output_embeddings()
         if layer is None or not hasattr(layer, "weight"):
-            raise UserError(f"{self.key}.path", "a causal language model with an output layer",
-                            type(self.causal_lm).__name__, "Name the folder of a causal language model.")  # fmt: skip
+            expected, found = "a causal language model with an output layer", type(self.causal_lm).__name__
+            raise UserError(f"{self.key}.path", expected, found, "Name the folder of a causal language model.")
         if hasattr(layer, "base_layer"):
-            raise UserError(f"{self.key}.lora", "an output layer without adapter: its weight is used directly",
-                            "one on it", "Leave it out of target_modules, or name it in modules_to_save.")  # fmt: skip
+            expected = "an output layer without adapter: its weight is used directly"
+            remedy = "Leave it out of target_modules, or name it in modules_to_save."
+            raise UserError(f"{self.key}.lora", expected, "one on it", remedy)
         return layer
 
     @contextmanager

@@ -7,7 +7,7 @@ layers, `FusedDecoder` samples with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from lit_opd.models.packing import Layout
 
 __all__ = [
     "LayerProducts",
+    "has_hooks",
     "is_tied",
     "llama_hidden",
     "rms_norm",
@@ -40,6 +41,7 @@ _ROTATIONS = {"default", "linear", "llama3", "yarn"}
 # rounding to bf16 would hide a factor on a residual, or a layer without rotation.
 _PROVEN = {"llama", "mistral", "qwen2", "qwen3"}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Turn = tuple[Tensor, Tensor]
 
 
 def unlike_llama(body: Any) -> str | None:
@@ -71,8 +73,12 @@ def unlike_llama(body: Any) -> str | None:
         return "its weights are too coarse to compare it with Llama"
     if any(type(parameter.data) is not Tensor for parameter in body.parameters()):
         return "its weights are sharded"
-    # A module with hooks is called itself, so that its hooks run.
-    return "it has hooks" if any(part._forward_hooks or part._forward_pre_hooks for part in parts + norms) else None
+    return "it has hooks" if has_hooks(parts + norms) else None
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Tell whether a module has forward hooks, which run only where the module itself is called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _children(module: nn.Module | None) -> set[str]:
@@ -108,8 +114,7 @@ class LayerProducts:
 
 
 def _of(module: Any, x: Tensor) -> Tensor:
-    listened_to = module._forward_hooks or module._forward_pre_hooks
-    if type(module) is nn.Linear and module.weight.dtype != x.dtype and not listened_to:
+    if type(module) is nn.Linear and module.weight.dtype != x.dtype and not has_hooks([module]):
         return _CastLinear.apply(x, module.weight, module.bias)
     return module(x)
 
@@ -191,7 +196,7 @@ def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Ten
     return rms_norm(hidden_NH, body.norm, hidden_NH.dtype)
 
 
-def rotation(body: Any, positions_N: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotation(body: Any, positions_N: Tensor, like: Tensor) -> Turn:
     """Make cosine and signed sine [N, 1, D], which turn queries and keys at these positions."""
     cos, sin = body.rotary_emb(like, positions_N[None])
     half = sin.shape[-1] // 2
@@ -199,9 +204,8 @@ def rotation(body: Any, positions_N: Tensor, like: Tensor) -> tuple[Tensor, Tens
 
 
 def run_layer(
-    layer: Any, products: LayerProducts, hidden_NH: Tensor, turn: tuple[Tensor, Tensor], attention: Attention,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    layer: Any, products: LayerProducts, hidden_NH: Tensor, turn: Turn, attention: Attention, dtype: torch.dtype
+) -> Tensor:
     """Run one layer on the residual stream and return the new stream [N, H].
 
     Args:

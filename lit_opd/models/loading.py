@@ -83,8 +83,7 @@ def load_frozen(config: TeacherConfig, tokenizer: Any = None, key: str = "teache
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, key)
     extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config, key)}
     model = _load_weights(config, key, extra)
-    return LanguageModel(model, tokenizer, key, own_precision=True, temperature=config.temperature,
-                         offload=config.offload).freeze()  # fmt: skip
+    return LanguageModel(model, tokenizer, key, True, config.temperature, config.offload).freeze()
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -96,8 +95,8 @@ def _check_path(config: ModelConfig, key: str) -> None:
     path = Path(config.path).expanduser()
     looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
-        raise UserError(f"{key}.path", "a model folder with a config.json", f"none in {config.path!r}",
-                        "Name the folder that save_pretrained wrote.")  # fmt: skip
+        expected, remedy = "a model folder with a config.json", "Name the folder that save_pretrained wrote."
+        raise UserError(f"{key}.path", expected, f"none in {config.path!r}", remedy)
     if config.gguf_file is not None and path.is_dir() and not (path / config.gguf_file).is_file():
         raise UserError(f"{key}.gguf_file", f"a file in {config.path!r}", f"no {config.gguf_file!r}", "Correct it.")
     if looks_local and not path.is_dir():

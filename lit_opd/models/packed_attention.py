@@ -36,9 +36,14 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def attend(
-    query_NHD: Tensor, key_NGD: Tensor, value_NGE: Tensor, layout: Layout, scale: float, window: int | None = None,
+    query_NHD: Tensor,
+    key_NGD: Tensor,
+    value_NGE: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
     dropped: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Let every token of a layout attend to itself and to the tokens that lead to it.
 
     Args:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count, takewhile
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from lit_opd.functional.precision import upcast
 from lit_opd.types import Rollout
 
 __all__ = ["Layout", "as_bias", "gather_rows", "layout_of", "pack"]
@@ -63,9 +64,8 @@ class Layout:
     @property
     def distances_SLM(self) -> Tensor:
         """Position of the query minus position of the key, which an attention window limits."""
-        return self.positions_N[self.queries_SL][:, :, None] - torch.arange(
-            self.keys_SM.shape[1], device=self.keys_SM.device
-        )
+        positions_M = torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device)
+        return self.positions_N[self.queries_SL][:, :, None] - positions_M
 
 
 _LAYOUTS: WeakKeyDictionary[Rollout, tuple[Layout, Tensor]] = WeakKeyDictionary()
@@ -164,7 +164,7 @@ def _pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
     prompts = _rows(*rollout.prompts)
     completions = _rows(rollout.ids_BT, rollout.real_BT)
     # Tokens after the last one that predicts a counted token are left out. A row that counts none keeps its prompt.
-    counted = [[t for t, yes in zip(count(), row) if yes] for row in rollout.mask_BT.tolist()]
+    counted = [[t for t, yes in enumerate(row) if yes] for row in rollout.mask_BT.tolist()]
     sequences = [
         (prompt + completion)[: len(prompt) + (places[-1] if places else 0)] or prompt
         for prompt, completion, places in zip(prompts, completions, counted, strict=True)
@@ -193,7 +193,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        wide = upstream if upstream.dtype == torch.float64 else upstream.float()
+        wide = upcast(upstream)
         sums = wide.new_zeros(ctx.rows, *upstream.shape[index.dim() :])
         sums.index_add_(0, index.flatten(), wide.flatten(0, index.dim() - 1))
         return sums.to(upstream.dtype), None

@@ -113,8 +113,8 @@ def _check_sections(models: dict[str, Any]) -> None:
     for key, model in given.items():
         # Freezing it would freeze the student, and training the student would move it.
         if key != "student" and any(id(p) in mine for p in model.parameters()):
-            raise UserError(key, "a model of its own", "one that shares weights with the student",
-                            "Pass copy.deepcopy(model).")  # fmt: skip
+            found = "one that shares weights with the student"
+            raise UserError(key, "a model of its own", found, "Pass copy.deepcopy(model).")
 
 
 def _name_of(model: Any) -> str:

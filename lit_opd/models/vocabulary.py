@@ -30,8 +30,8 @@ def shared_vocabulary(
     for index in sorted(student.keys() | other.keys()):
         if student.get(index) != other.get(index):
             found = f"id {index} is {student.get(index)!r} for the student and {other.get(index)!r} for the {key}"
-            raise UserError(f"{key}.path", "the student's tokenizer, id by id", found,
-                            f"Choose a {key} and a student of one tokenizer family.")  # fmt: skip
+            remedy = f"Choose a {key} and a student of one tokenizer family."
+            raise UserError(f"{key}.path", "the student's tokenizer, id by id", found, remedy)
     shared, tokens = min(student_rows, other_rows), max(student) + 1
     if shared < tokens:
         short = "student" if student_rows < other_rows else key

@@ -14,9 +14,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lit_opd.errors import UserError
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
+from lit_opd.models.forward import distance
 from lit_opd.types import PromptBatch, Prompts
 
-__all__ = ["CacheDecoder", "Decoder", "check_cache"]
+__all__ = ["CacheDecoder", "Decoder", "check_cache", "probe"]
 
 _ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -102,6 +103,13 @@ class CacheDecoder:
         return output.last_hidden_state[:, -1]
 
 
+def probe(policy: LanguageModel) -> tuple[PromptBatch, Tensor]:
+    """Make two prompts of different lengths, and the next token [4] of two rows each, to compare decoders on."""
+    ids_BP = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
+    mask_BP = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
+    return PromptBatch(Prompts(ids_BP, mask_BP), rows=[{}, {}], batch=0, places=[0, 1]), ids_BP[0, :4]
+
+
 def check_cache(policy: LanguageModel) -> None:
     """Compare a few tokens, decoded over the model's own cache, with a plain forward pass of each row.
 
@@ -111,11 +119,10 @@ def check_cache(policy: LanguageModel) -> None:
     Raises:
         UserError: they differ, or there is no cache.
     """
-    ids_BP = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
-    mask_BP = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
-    decoder, next_B = CacheDecoder(policy), ids_BP[0, :4]
+    decoder, (batch, next_B) = CacheDecoder(policy), probe(policy)
+    ids_BP, mask_BP = batch.prompts
     with torch.autocast(policy.device.type, enabled=False):
-        states = [decoder.prefill(PromptBatch(Prompts(ids_BP, mask_BP), [{}, {}], 0, [0, 1]), 2, 1)]
+        states = [decoder.prefill(batch, 2, 1)]
         if decoder.only_attends:
             return
         states.append(decoder.step(next_B))
@@ -124,13 +131,12 @@ def check_cache(policy: LanguageModel) -> None:
             row_1L = torch.cat([ids_BP[row // 2][mask_BP[row // 2]], next_B[row : row + 1]])[None]
             own = policy.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool))
             own_2H = upcast(own.last_hidden_state[0, -2:])
-            off = ((found_2H - own_2H).norm() / own_2H.norm()).item()
-            if not off < (1e-3 if states[0].dtype == own_2H.dtype else 0.25):  # bf16 rounds differently
+            off = distance(found_2H, own_2H, exact=states[0].dtype == own_2H.dtype)
+            if off is not None:
                 raise _refusal(policy, f"is off by {off:.2g} over its cache")
 
 
 def _refusal(policy: LanguageModel, why: str) -> UserError:
-    return UserError(
-        f"{policy.key}.path", "a model that can be sampled token by token over a cache of its own",
-        f"{type(policy.body).__name__}, which {why}", "Name another model, or sample with rollout.engine=vllm.",
-    )  # fmt: skip
+    expected, found = "a model that can be sampled token by token over a cache of its own", type(policy.body).__name__
+    remedy = "Name another model, or sample with rollout.engine=vllm."
+    return UserError(f"{policy.key}.path", expected, f"{found}, which {why}", remedy)

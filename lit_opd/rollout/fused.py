@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lit_opd.functional.head import compute_dtype
 from lit_opd.models import LanguageModel
-from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama
+from lit_opd.models.llama import LayerProducts, has_hooks, rms_norm, rotation, run_layer, unlike_llama
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import pack
 from lit_opd.rollout.products import Product, make_product
@@ -32,10 +32,8 @@ def why_not_fused(policy: LanguageModel) -> str | None:
         return reason
     layers = [part for layer in policy.body.layers for part in (*layer.self_attn.children(), *layer.mlp.children())]
     # The class itself, for some adapters and quantised layers are subclasses of it.
-    projections = [
-        part for part in layers if isinstance(getattr(part, "weight", None), Tensor) and part.weight.dim() > 1
-    ]
-    if any(part._forward_hooks or part._forward_pre_hooks for part in projections):
+    projections = [p for p in layers if isinstance(getattr(p, "weight", None), Tensor) and p.weight.dim() > 1]
+    if has_hooks(projections):
         return "it has hooks"
     if any(type(part) is not nn.Linear for part in projections) or len(projections) != 7 * len(policy.body.layers):
         return "its projections are not plain linear layers"
@@ -57,12 +55,7 @@ def _decode_products(layer: Any, dtype: torch.dtype, rows: int) -> LayerProducts
         gate, up = gate_up(x).chunk(2, dim=-1)
         return gate, up
 
-    return LayerProducts(
-        qk_v,
-        _joined([attention.o_proj], dtype, rows),
-        halves,
-        _joined([mlp.down_proj], dtype, rows),
-    )
+    return LayerProducts(qk_v, _joined([attention.o_proj], dtype, rows), halves, _joined([mlp.down_proj], dtype, rows))
 
 
 def _joined(parts: list[nn.Linear], dtype: torch.dtype, rows: int) -> Product:
@@ -112,8 +105,7 @@ class FusedDecoder:
 
             def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
                 for kept, new in zip(cache, (key, value), strict=True):
-                    prompts = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
-                    kept[:, :, :width] = prompts
+                    kept[:, :, :width] = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
                 return attend(query, key, value, layout, self._scale)
 
             hidden_NH = run_layer(layer, products, hidden_NH, turn, attention, self.dtype)
@@ -154,7 +146,6 @@ class FusedDecoder:
         # Zeros, for uninitialised memory may hold NaN, and 0 x NaN in a masked column is NaN.
         self._caches = [torch.zeros(shape, dtype=self.dtype, device=weight.device) for _ in self._layers]
         self._bias_BL = torch.zeros(rows, width + length, dtype=self.dtype, device=weight.device)
-        self._cos_L1D, self._sin_L1D = rotation(
-            self._body, torch.arange(width + length, device=weight.device), weight[:1]
-        )
+        positions_L = torch.arange(width + length, device=weight.device)
+        self._cos_L1D, self._sin_L1D = rotation(self._body, positions_L, weight[:1])
         self._column = width

@@ -16,10 +16,11 @@ from lit_opd.functional import sample_tokens
 from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
-from lit_opd.rollout.decoders import CacheDecoder, Decoder, check_cache
+from lit_opd.models.forward import distance
+from lit_opd.rollout.decoders import CacheDecoder, Decoder, check_cache, probe
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
 from lit_opd.rollout.products import make_product
-from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw
+from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["LocalEngine"]
 
@@ -72,18 +73,14 @@ class LocalEngine:
 
 def _disagreement(policy: LanguageModel) -> str | None:
     """Say how the two decoders differ on a few tokens, None where only by rounding."""
-    ids = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
-    mask = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
-    batch = PromptBatch(Prompts(ids, mask), rows=[{}, {}], batch=0, places=[0, 1])
+    batch, next_B = probe(policy)
     with torch.autocast(policy.device.type, enabled=False):
         fused, cached = FusedDecoder(policy, 4), CacheDecoder(policy)
         pairs = [(fused.prefill(batch, 2, 1), cached.prefill(batch, 2, 1))]
-        pairs.append((fused.step(ids[0, :4]), cached.step(ids[0, :4])))
+        pairs.append((fused.step(next_B), cached.step(next_B)))
     found, expected = (upcast(torch.cat(parts)) for parts in zip(*pairs, strict=True))
-    error = ((found - expected).norm() / expected.norm()).item()
-    # The decoders add the same numbers in another order, which many layers of bf16 may amplify to several per cent.
-    exact = policy.head.weight_VH.dtype == expected.dtype
-    return None if error < (1e-3 if exact else 0.25) else f"its hidden states would be off by {error:.2g}"
+    off = distance(found, expected, exact=policy.head.weight_VH.dtype == expected.dtype)
+    return None if off is None else f"its hidden states would be off by {off:.2g}"
 
 
 def _decode(

@@ -54,7 +54,10 @@ CONNECTIONS = 512
 PROBE = SamplingLaw(temperature=2.0)  # far from 1, so that log-probabilities of the unprocessed law stand out
 PROBE_ROWS, PROBE_TOKENS = 4, 8
 OPENER = build_opener(ProxyHandler({}))  # urllib would obey http_proxy; a server on our file system needs no proxy
-START = "Start it: VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT_FOLDER --logprobs-mode processed_logprobs"
+START = "Start it: VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT_FOLDER --logprobs-mode processed_logprobs."
+ALONE = "Start one server for each run."
+SERVE_STUDENT = "Serve the student's own folder."
+LOOK = "Look at what the server prints."
 
 
 class _Refusal(UserError):
@@ -94,29 +97,28 @@ class VllmEngine:
             self._check_law(policy, batch, uniforms_BT)
         rollout = self._complete(policy, batch, law, num_completions, uniforms_BT)
         if (found := self._label()) != label:
-            raise UserError("rollout.server", "a server of this run alone", f"other weights on it ({found})",
-                            "Start one server for each run.")  # fmt: skip
+            raise UserError("rollout.server", "a server of this run alone", f"other weights on it ({found})", ALONE)
         return rollout
 
     def _meet(self, policy: LanguageModel) -> torch.dtype:
         """Check that the server's vocabulary is the student's, and return the dtype served."""
         info = self._call("/server_info?config_format=json")
         rows = _rows(policy)
-        expected, remedy = f"a model with the student's vocabulary ({rows})", "Serve the student's own folder."
+        expected = f"a model with the student's vocabulary ({rows})"
         # vLLM does not tell the size of its vocabulary, but refuses a bias on a token that it does not have.
         body = {"prompt": [0], "max_tokens": 1}
         try:
             self._call("/v1/completions", body | {"logit_bias": {str(rows - 1): 0.0}})
         except _Refusal as error:
-            raise UserError("rollout.server", expected, f"a smaller one ({error.found})", remedy) from error
+            raise UserError("rollout.server", expected, f"a smaller one ({error.found})", SERVE_STUDENT) from error
         with suppress(_Refusal):
             self._call("/v1/completions", body | {"logit_bias": {str(rows): 0.0}})
-            raise UserError("rollout.server", expected, "a larger one", remedy)
+            raise UserError("rollout.server", expected, "a larger one", SERVE_STUDENT)
         try:
             return getattr(torch, info["vllm_config"]["model_config"]["dtype"].removeprefix("torch."))
         except KeyError as error:
-            raise UserError("rollout.server", f"a vLLM server at {self.url}", f"an answer without {error}",
-                            f"{START}.") from error  # fmt: skip
+            found = f"an answer without {error}"
+            raise UserError("rollout.server", f"a vLLM server at {self.url}", found, START) from error
 
     def _load(self, folder: str, label: str) -> None:
         """Make the server load the weights of a folder, and drop its prefix cache."""
@@ -124,8 +126,7 @@ class VllmEngine:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
         # vLLM keeps keys and values of prompts, which the old weights computed.
         if not self._call("/reset_prefix_cache?reset_running_requests=true", {}).get("success"):
-            raise UserError("rollout.server", "a prefix cache that can be dropped", "one in use",
-                            "Start one server for each run.")  # fmt: skip
+            raise UserError("rollout.server", "a prefix cache that can be dropped", "one in use", ALONE)
         self._call("/update_weight_version", {"new_version": label})
 
     def _label(self) -> str:
@@ -138,14 +139,14 @@ class VllmEngine:
         seeds_BT = uniforms_BT[:: len(uniforms_BT) // prompts][:PROBE_ROWS, :PROBE_TOKENS]
         rollout = self._complete(policy, part, PROBE, 1, seeds_BT)
         found_N = rollout.sampler_logps_BT[rollout.mask_BT]
-        error, raw_error = (float((found_N - _own_logps(policy, rollout, law)).abs().mean())
-                            for law in (PROBE, SamplingLaw()))  # fmt: skip
+        errors = [float((found_N - _own_logps(policy, rollout, law)).abs().mean()) for law in (PROBE, SamplingLaw())]
+        error, raw_error = errors
         if error > 0.01 and raw_error < error / 4:
-            raise UserError("rollout.server", "log-probabilities of the sampling law", "those at temperature 1",
-                            "Start the server with --logprobs-mode processed_logprobs.")  # fmt: skip
+            remedy = "Start the server with --logprobs-mode processed_logprobs."
+            raise UserError("rollout.server", "log-probabilities of the sampling law", "those at temperature 1", remedy)
         if not error < 0.5:  # in bf16 a few hundredths
-            raise UserError("rollout.server", "the student's log-probabilities", f"others, off by {error:.2g} nats",
-                            "Serve the student's own folder.")  # fmt: skip
+            found = f"others, off by {error:.2g} nats"
+            raise UserError("rollout.server", "the student's log-probabilities", found, SERVE_STUDENT)
 
     def _complete(
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
@@ -173,26 +174,26 @@ class VllmEngine:
         if not ids or not logps or len(ids) != len(logps):
             raise UserError("rollout.server", "token ids with their log-probabilities", "none", "Use vLLM 0.32.")
         if len(ids) < body["max_tokens"] and ids[-1] not in body["stop_token_ids"]:
-            raise UserError("rollout.server", "completions up to a stop token or rollout.max_new_tokens",
-                            f"one ended by {choice['finish_reason']!r}", "Look at what the server prints.")  # fmt: skip
+            expected = "completions up to a stop token or rollout.max_new_tokens"
+            raise UserError("rollout.server", expected, f"one ended by {choice['finish_reason']!r}", LOOK)
         return ids, logps
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Ask the server by GET, or by POST where there is a body, and return its answer."""
-        data = None if body is None else json.dumps(body).encode()
+        data, asked = None if body is None else json.dumps(body).encode(), path.partition("?")[0]
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with OPENER.open(request, timeout=SECONDS) as answer:
                 return json.loads(answer.read())
         except HTTPError as error:
             if error.code == 404:
-                raise UserError("rollout.server", f"a vLLM server in development mode at {self.url}",
-                                f"no {path.partition('?')[0]}", f"{START}.") from error  # fmt: skip
+                expected = f"a vLLM server in development mode at {self.url}"
+                raise UserError("rollout.server", expected, f"no {asked}", START) from error
             kind = _Refusal if error.code == 400 else UserError
-            raise kind("rollout.server", f"an answer from {path.partition('?')[0]}", f"{error.code}: {_message(error)}",
-                       "Look at what the server prints.") from error  # fmt: skip
+            found = f"{error.code}: {_message(error)}"
+            raise kind("rollout.server", f"an answer from {asked}", found, LOOK) from error
         except (OSError, HTTPException, ValueError) as error:
-            raise UserError("rollout.server", f"a vLLM server at {self.url}", str(error), f"{START}.") from error
+            raise UserError("rollout.server", f"a vLLM server at {self.url}", str(error), START) from error
 
 
 def _settings(policy: LanguageModel, law: SamplingLaw, length: int) -> dict[str, Any]:
