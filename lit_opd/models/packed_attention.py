@@ -127,9 +127,18 @@ class _PlainAttention(torch.autograd.Function):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, layout: Layout,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """Call `attend` as Hugging Face layers call their attention: [1, H, N, D] in, [1, N, H, E] out."""
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
     if unknown:

@@ -52,7 +52,7 @@ class Layout:
 
     @cached_property
     def seen_SLM(self) -> Tensor:
-        """True where a query may look at a key; padding queries look at the first."""
+        """True where a query may look at a key. Padding queries look at the first key."""
         return torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device) <= self.last_seen_SL[:, :, None]
 
     def bias(self, dtype: torch.dtype) -> Tensor:

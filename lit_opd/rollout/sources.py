@@ -157,9 +157,14 @@ def student_writes(seed: int, draws: Sequence[tuple[int, int]], share: float) ->
 
 
 def build_source(
-    config: RolloutConfig, law: SamplingLaw, seed: int, engine: RolloutEngine, student: LanguageModel,
-    teacher: LanguageModel | None, texts_of: TextsOf,
-) -> RolloutSource:  # fmt: skip
+    config: RolloutConfig,
+    law: SamplingLaw,
+    seed: int,
+    engine: RolloutEngine,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    texts_of: TextsOf,
+) -> RolloutSource:
     """Make the configured source.
 
     Args:
