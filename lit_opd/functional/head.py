@@ -33,11 +33,11 @@ ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Stats]]
 
 # Live fp32 copies of a block of logits at the peak: the two models' logits, log-probabilities, gradient, temporaries.
 _COPIES = 8
-# On a CPU, a block that stays in a core's cache while some thirty elementwise passes go over it; an accelerator has
-# the bandwidth, and wants few and large kernels.
+# A block of logits on a CPU, which stays in a core's cache while some thirty elementwise passes go over it. An
+# accelerator has the bandwidth for whole chunks, and is faster with few and large kernels.
 _CPU_BLOCK_BYTES = 3 * 2**20
-# On a CPU, tokens of the vocabulary whose weights are cast and multiplied at once: a low-precision copy of the head,
-# its layout for the kernel and a product as large as it would each be half of the head again.
+# Tokens of the vocabulary whose weights are cast and multiplied at once on a CPU: for all of them, the low-precision
+# copy, its layout for oneDNN's kernel and the gradient's product would each take half of the head's memory again.
 _CPU_SLAB = 4096
 
 
@@ -46,8 +46,8 @@ class Head:
     """The last layer of a language model.
 
     Attributes:
-        weight_VH: [V, H] projection.
-        bias_V: [V] or None.
+        weight_VH: projection.
+        bias_V: added to it, or None.
         scale: factor on the logits (Cohere; 1 / logits_scaling in Granite).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma), or None.
         temperature: divides the logits at the very end; another value than 1 gives another distribution.
@@ -65,10 +65,9 @@ class Head:
         return replace(self, weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
 
     def detach(self) -> Head:
-        """Cut the head off its history."""
-        return replace(
-            self, weight_VH=self.weight_VH.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach()
-        )
+        """Cut the head off its autograd graph."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def shape_logits(self, linear_NV: Tensor) -> Tensor:
         """Scale, soft-cap and temper a projection, [N, V] to [N, V]."""
@@ -83,7 +82,7 @@ class Head:
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Tell the dtype matrix products run in: autocast's where it is on, else that of the hidden states.
+    """Tell the dtype that matrix products run in: autocast's where it is on, else that of the hidden states.
 
     >>> compute_dtype(torch.zeros(1, dtype=torch.bfloat16))
     torch.bfloat16
@@ -143,8 +142,8 @@ def block_rows(vocabulary: int, device: torch.device) -> int | None:
 def chunk_rows(vocabulary: int, budget_mib: int, device: torch.device) -> int:
     """Tell how many positions to project at once within a working memory of `budget_mib` MiB, at least 1.
 
-    Counted are both models' logits (whose place the gradient takes), in fp32 at the widest, and the copies that the
-    elementwise work makes of a block of them.
+    The memory holds both models' logits in fp32, whose place the gradient takes, and the copies that elementwise work
+    makes of a block of them.
 
     >>> chunk_rows(vocabulary=2**17, budget_mib=256, device=torch.device("cpu"))
     232
@@ -167,9 +166,9 @@ def chunks(positions: int, rows: int) -> Iterator[slice]:
 
 
 class HiddenDistributions:
-    """The distributions of a frozen model at N positions: its last hidden states together with their head.
+    """The distributions of a frozen model at N positions, kept as its last hidden states together with their head.
 
-    Logits are projected many positions at a time, for a product of many rows reads the head once, and handed out a few
+    Logits are projected many positions at a time, so that one product reads the head once for all, and handed out a few
     at a time. No gradient reaches the model.
 
     Args:
@@ -198,7 +197,7 @@ class HiddenDistributions:
             self._projected_cV = _project(self.hidden_NH[start : start + self.rows], self.head)
             self._start = start
         logits = self.head.shape_logits(upcast(self._projected_cV[part.start - start : part.stop - start]))
-        if part.stop >= len(self):  # scores outlive the pass that reads them; a projection is as large as a chunk
+        if part.stop >= len(self):  # free a projection, as large as a chunk, once it was read: scores live longer
             self._start, self._projected_cV = -1, self.hidden_NH[:0]
         return logits
 
@@ -211,7 +210,7 @@ class HiddenDistributions:
 def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int) -> tuple[Tensor, Stats]:
     """Sum a loss over positions, and form its gradient a chunk at a time.
 
-    There are two sizes. A chunk is projected at once, as a product of many rows reads the head once. In it the loss is
+    A chunk is projected at once, so that one product reads the head once for many rows. Within it the loss is
     differentiated a block at a time, because a small block stays in cache. The gradient takes the place of the logits.
 
     Args:
@@ -250,7 +249,7 @@ def _run_chunks(
         fixed = fixed.to(dtype)  # cast once, not at every chunk
     sources = (hidden_NH, head.weight_VH, head.bias_V)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in sources]
-    # Sums over chunks are wide: a bf16 sum of many small chunks loses most of what each adds.
+    # Gradients are summed over chunks in fp32, for a sum in bf16 rounds away most of what each small chunk adds.
     widths = (hidden_NH.dtype, *(None if x is None else upcast(x[:0]).dtype for x in sources[1:]))
     gradients = [
         torch.zeros_like(x, dtype=width) if w and x is not None else None
@@ -268,7 +267,7 @@ def _run_chunks(
             loss, stats = chunk_loss(head.shape_logits(projected), place)
             total += loss.detach()
             for name, value in stats.items():
-                # One place for all: what stayed of every block would lie in the way of the next one's memory.
+                # Copied into one tensor, for small tensors kept from every block would fragment memory.
                 if name not in collected:
                     collected[name] = value.new_empty(len(hidden), *value.shape[1:])
                 collected[name][place] = value.detach()
@@ -288,7 +287,7 @@ def _accumulate(
     for slab in _slabs(len(weight), weight.device):
         if grad_hidden is not None:
             to_hidden_cH += grad_cV[:, slab] @ weight[slab].to(grad_cV.dtype)
-        if grad_weight is not None and grad_weight.dtype == grad_cV.dtype:  # no product as large as the slab
+        if grad_weight is not None and grad_weight.dtype == grad_cV.dtype:  # makes no product as large as the slab
             grad_weight[slab].addmm_(grad_cV[:, slab].T, hidden_cH)
         elif grad_weight is not None:
             grad_weight[slab] += grad_cV[:, slab].T @ hidden_cH
@@ -299,7 +298,7 @@ def _accumulate(
 
 
 class _WithGradients(torch.autograd.Function):
-    """A scalar whose gradients are already known."""
+    """A scalar whose gradients are known before the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *sources: Tensor | None) -> Tensor:

@@ -1,4 +1,7 @@
-"""Students and teachers: loading, vocabulary check, scoring."""
+"""Load, check and run the language models of a run: student, teacher and reference.
+
+`Pair` checks what the user named and loads it. Scorers, rollout engines and yardsticks run what it loaded.
+"""
 
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config

@@ -1,8 +1,8 @@
-"""Three ways to run a model's body over prompts and completions, and the choice between them.
+"""Run a model's body over prompts and completions in one of three ways, and choose the way.
 
-Packed rows share their beginnings and need no padding, so they are read with less work; not every architecture can be
-run that way. The choice is made once a model, by its structure and by comparing hidden states on a few tokens, and says
-its reason. Called by `LanguageModel.hidden`.
+Packed rows share their beginnings and need no padding, so the body has less work, but not every architecture can run
+packed. The choice is made once a model, from the body's structure and a comparison of hidden states on a few tokens.
+`LanguageModel.hidden` calls it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.functional import Head, compute_dtype, upcast
-from lit_opd.models.llama import is_tied, llama_hidden, tied_embedding, unlike_llama
+from lit_opd.models.llama import has_hooks, is_tied, llama_hidden, tied_embedding, unlike_llama
 from lit_opd.models.packed_attention import packed_layers, unsupported
 from lit_opd.models.packing import Layout, gather_rows, layout_of, pack
 from lit_opd.types import Rollout
@@ -24,13 +24,15 @@ from lit_opd.types import Rollout
 if TYPE_CHECKING:
     from lit_opd.models.language_model import LanguageModel
 
-__all__ = ["Forward", "LlamaForward", "PackedForward", "PaddedForward", "choose_forward", "circumstances"]
+__all__ = ["Forward", "LlamaForward", "PackedForward", "PaddedForward", "choose_forward", "circumstances", "distance"]
 
 _log = logging.getLogger(__name__)
 
 
 class Forward(Protocol):
-    """A way to run a model's body; it keeps nothing of the model, so copies of a model share it.
+    """A way to run a model's body.
+
+    It keeps nothing of the model, so copies of a model share it.
 
     Attributes:
         reason: why the body runs this way.
@@ -39,12 +41,12 @@ class Forward(Protocol):
     reason: str
 
     def hidden(self, model: LanguageModel, rollout: Rollout) -> tuple[Tensor, Head]:
-        """Read a rollout; see `LanguageModel.hidden`."""
+        """Read a rollout, as `LanguageModel.hidden` says."""
         ...
 
 
 class PaddedForward:
-    """Runs any body, with every row padded to the longest and nothing shared."""
+    """The way that any body runs: every row padded to the longest, and nothing shared."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -60,7 +62,7 @@ class PaddedForward:
 
 
 class PackedForward:
-    """Runs a Hugging Face body over packed rows, with its attention replaced by one that knows their layout."""
+    """A Hugging Face body over packed rows, its attention replaced by one that knows their layout."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -71,7 +73,7 @@ class PackedForward:
         return gather_rows(self.packed(model, layout), predictors_N), model.head
 
     def packed(self, model: LanguageModel, layout: Layout) -> Tensor:
-        """Read the tokens of a layout; returns their hidden states [N, H]."""
+        """Compute hidden states [N, H] of the tokens of a layout."""
         body = model.body
         with model.precision(), packed_layers(body):
             inputs = {"input_ids": layout.ids_N[None], "position_ids": layout.positions_N[None], "layout": layout}
@@ -79,7 +81,7 @@ class PackedForward:
 
 
 class LlamaForward:
-    """Runs bodies built like Llama's by this package's own layers, over packed rows."""
+    """A body built like Llama's, run over packed rows by this package's own layers."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -95,23 +97,21 @@ class LlamaForward:
         return gather_rows(self.packed(model, layout, embedded_NH), predictors_N), head
 
     def packed(self, model: LanguageModel, layout: Layout, embedded_NH: Tensor | None = None) -> Tensor:
-        """Read the tokens of a layout, embedded already or not; returns their hidden states [N, H]."""
+        """Compute hidden states [N, H] of the tokens of a layout, which may be embedded already."""
         with model.precision():
             dtype = compute_dtype(model.output_layer.weight[:0])
             return llama_hidden(model.body, layout, dtype, embedded_NH)
 
 
 def circumstances(body: Any) -> Hashable:
-    """Describe what may change after a model is made and decides how it can run: hooks, shards, checkpointing."""
-    parts = list(body.modules())
-    heard = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    return heard, any(type(p.data) is not Tensor for p in body.parameters()), _recomputes(body)
+    """Describe what decides how a body can run and may change after it was made: hooks, shards, checkpointing."""
+    return has_hooks(body.modules()), any(type(p.data) is not Tensor for p in body.parameters()), _recomputes(body)
 
 
 def choose_forward(model: LanguageModel) -> Forward:
-    """Choose the fastest way that gives a body's own hidden states, and say where rows must be padded."""
+    """Choose the fastest way that gives a body's own hidden states, and warn where rows must be padded."""
     body = model.body
-    # Layers that run again in the backward pass would find their own attention put back.
+    # Checkpointed layers run again in the backward pass, when `packed_layers` has put their own attention back.
     if _recomputes(body):
         return PaddedForward("its layers run again in the backward pass (gradient checkpointing)")
     unlike = unlike_llama(body)
@@ -129,8 +129,8 @@ def choose_forward(model: LanguageModel) -> Forward:
 
 @torch.no_grad()
 def disagreement(model: LanguageModel, forward: LlamaForward | PackedForward) -> str | None:
-    """Compare hidden states of packed rows with those of each row alone; None where they are equal up to rounding."""
-    # Rows that share a beginning, of unequal lengths, longer than the window that a small model may have.
+    """Say how hidden states of packed rows differ from those of each row alone, None where only by rounding."""
+    # Rows of unequal lengths that share a beginning, the longest longer than the attention window of a small model.
     ids = [i % model.vocabulary for i in range(24)]
     rows = [ids, ids[:20] + ids[:2], ids[3:9]]
     with model.evaluating(), torch.autocast(model.device.type, enabled=False):
@@ -142,12 +142,20 @@ def disagreement(model: LanguageModel, forward: LlamaForward | PackedForward) ->
         for row, path in zip(rows, paths, strict=True):
             row_1L = torch.tensor([row], device=model.device)
             own_LH = upcast(model.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool)).last_hidden_state[0])
-            off = ((packed_NH[path] - own_LH).norm() / own_LH.norm()).item()
-            # The same sums in another order. Many layers of bf16 may grow that to several per cent; a token that sees
-            # what it should not, or not what it should, is off by as much as it has.
-            if not off < (1e-3 if packed_NH.dtype == model.output_layer.weight.dtype else 0.25):
+            off = distance(packed_NH[path], own_LH, exact=packed_NH.dtype == model.output_layer.weight.dtype)
+            if off is not None:
                 return f"its packed hidden states are off by {off:.2g}"
     return None
+
+
+def distance(found: Tensor, expected: Tensor, exact: bool) -> float | None:
+    """Compute the relative distance of two tensors of hidden states, None where rounding explains it.
+
+    Two ways to run a body add the same numbers in another order. Many layers of bf16 (not `exact`) may amplify that to
+    several per cent, whereas a token that sees the wrong keys is off by about its own size.
+    """
+    off = ((found - expected).norm() / expected.norm()).item()
+    return None if off < (1e-3 if exact else 0.25) else off
 
 
 def _recomputes(body: Any) -> bool:

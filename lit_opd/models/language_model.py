@@ -1,4 +1,8 @@
-"""A causal language model as distillation needs it: hidden states, the head, the stop tokens."""
+"""Give a causal language model the interface that distillation needs: hidden states, head, stop tokens.
+
+Logits of all positions at once would not fit in memory, so a model hands out its hidden states and its head apart.
+`Pair` makes these objects. Scorers, rollout engines and yardsticks use them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ __all__ = ["LanguageModel"]
 
 @dataclass
 class _Place:
-    """Where the weights of an offloaded model work, and its output layer, which stays there."""
+    """The device that an offloaded model works on, and its output layer, which stays there."""
 
     offload: bool
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -33,8 +37,8 @@ class _Place:
 class LanguageModel:
     """A Hugging Face causal language model with its tokenizer.
 
-    Deliberately no `nn.Module`: whoever trains it registers `.model`; a frozen teacher stays out of checkpoints,
-    optimizers and train mode because nothing registers it.
+    It is no `nn.Module` on purpose: the trainer registers the student's `.model`, and a frozen teacher, which nobody
+    registers, stays out of checkpoints, optimizers and train mode.
 
     Args:
         model: a causal language model, or a `peft` wrapper of one.
@@ -42,16 +46,21 @@ class LanguageModel:
         key: `student`, `teacher` or `reference`, for messages.
         own_precision: run the body in the dtype of its weights, whatever autocast is in force.
         temperature: divides the logits wherever the model is asked for a distribution.
-        offload: keep the weights in main memory, but for the output layer, except while the model is `present`.
+        offload: keep the weights in main memory while the model is not `present`, all but the output layer.
 
     Raises:
         UserError: the model's logits cannot be rebuilt from its last hidden states.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, key: str, own_precision: bool = False, temperature: float = 1.0,
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        key: str,
+        own_precision: bool = False,
+        temperature: float = 1.0,
         offload: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.tokenizer, self.key, self.own_precision = model, tokenizer, key, own_precision
         self.temperature = temperature
         # Shared by the copies of this object, as the weights are.
@@ -69,7 +78,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.output_layer.weight.device
 
     @property
@@ -77,29 +86,30 @@ class LanguageModel:
         """The output layer, cut to the tokens that all models share."""
         layer, size = self.output_layer, self.vocabulary
         weight, bias = self._place.head or (layer.weight, getattr(layer, "bias", None))
-        if self._place.offload:  # who holds on to it must not see it leave with the layer
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
         if size < len(weight):
             weight, bias = weight[:size], None if bias is None else bias[:size]
         scale = getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
-        return Head(weight, bias, scale, getattr(self.config, "final_logit_softcapping", None), self.temperature)
+        head = Head(weight, bias, scale, getattr(self.config, "final_logit_softcapping", None), self.temperature)
+        # A kept head must not move when an offloaded model's parameters move to main memory.
+        return head.detach() if self._place.offload else head
 
     def untempered(self) -> LanguageModel:
-        """The same model at temperature 1: what the yardsticks and samples of its own are made with."""
+        """Copy this object, not its weights, at temperature 1: yardsticks and the model's own samples need that."""
         other = copy.copy(self)
         other.temperature = 1.0
         return other
 
     def freeze(self) -> LanguageModel:
-        """No gradient for any weight, eval mode, and the head checked; returns itself."""
+        """Turn gradients off, switch to eval mode and check the head, and return the model."""
         self.model.requires_grad_(False).eval()
         self.check_head()
         return self
 
     def to(self, device: torch.device) -> LanguageModel:
-        """Move the weights, except quantised ones, which stay where they were loaded; returns itself.
+        """Move the weights and return the model.
 
-        Of an offloaded model only the output layer moves, until it is `present`.
+        Quantised weights stay where they were loaded. Of an offloaded model only the output layer moves, the rest
+        when it is `present`.
         """
         if self._place.offload:
             self._place.device = device
@@ -116,7 +126,7 @@ class LanguageModel:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Every token that ends a completion: what the tokenizer, the generation config or the config names."""
+        """All tokens that end a completion: those that tokenizer, generation config and config name."""
         generation = getattr(self.causal_lm, "generation_config", None)
         named = [getattr(source, "eos_token_id", None) for source in (self.tokenizer, self.config, generation)]
         flat = [i for ids in named for i in (ids if isinstance(ids, list | tuple) else [ids])]
@@ -125,7 +135,7 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills unused positions; what it is never matters, it is masked."""
+        """The token that fills masked positions, where its value has no effect."""
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.stop_ids or [0])[0]
 
@@ -138,16 +148,17 @@ class LanguageModel:
         """
         layer = self.causal_lm.get_output_embeddings()
         if layer is None or not hasattr(layer, "weight"):
-            raise UserError(f"{self.key}.path", "a causal language model with an output layer",
-                            type(self.causal_lm).__name__, "Name the folder of a causal language model.")  # fmt: skip
+            expected, found = "a causal language model with an output layer", type(self.causal_lm).__name__
+            raise UserError(f"{self.key}.path", expected, found, "Name the folder of a causal language model.")
         if hasattr(layer, "base_layer"):
-            raise UserError(f"{self.key}.lora", "an output layer without adapter: its weight is used directly",
-                            "one on it", "Leave it out of target_modules, or name it in modules_to_save.")  # fmt: skip
+            expected = "an output layer without adapter: its weight is used directly"
+            remedy = "Leave it out of target_modules, or name it in modules_to_save."
+            raise UserError(f"{self.key}.lora", expected, "one on it", remedy)
         return layer
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """Keep the weights of an offloaded model where it works; afterwards they go back to main memory."""
+        """Bring the weights of an offloaded model to its device, and take them back to main memory afterwards."""
         comes = self._place.head is not None
         if comes:
             self._place.head = None
@@ -160,7 +171,7 @@ class LanguageModel:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Keep the weights present and dropout off; afterwards every module is in the mode it was in."""
+        """Keep the weights present and dropout off, and restore every module's mode afterwards."""
         modes = [(part, part.training) for part in self.model.modules()]
         self.model.eval()
         try:
@@ -172,13 +183,13 @@ class LanguageModel:
 
     @contextmanager
     def precision(self, cache_casts: bool = False) -> Iterator[None]:
-        """The arithmetic of this model: its weights' own, or the autocast in force.
+        """Compute in this model's precision: that of its weights, or the autocast in force.
 
         Args:
             cache_casts: keep low-precision copies of fp32 weights until the context ends, so that many forward passes
-                over unchanged weights cast them once. Only right where no gradient is taken and no weight changes.
+                cast them once. Correct only where no gradient is taken and no weight changes.
         """
-        device = self.head.weight_VH.device.type  # where it works, also while it is away
+        device = self.head.weight_VH.device.type  # of the head, for an offloaded body may be in main memory now
         enabled = torch.is_autocast_enabled(device) and not self.own_precision
         dtype = torch.get_autocast_dtype(device)
         try:
@@ -186,11 +197,12 @@ class LanguageModel:
                 yield
         finally:
             if cache_casts:
-                # Within an outer autocast the cache would outlive this context, and the next optimizer step.
+                # torch empties the cache when the outermost autocast ends, which may be after an optimizer step: the
+                # next pass would then run with the old weights.
                 torch.clear_autocast_cache()
 
     def run_body(self, ids_BL: Tensor, mask_BL: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
-        """The body's output for the last `ids_BL.shape[1]` positions of `mask_BL`.
+        """Run the body over the last `ids_BL.shape[1]` positions of `mask_BL`.
 
         Positions count real tokens only, so that left padding changes nothing.
 
@@ -198,7 +210,7 @@ class LanguageModel:
             ids_BL: [B, L] new tokens.
             mask_BL: [B, past + L] True at real tokens, the cached ones included; [B, L] for a body without attention.
             cache: keys and values of the past, or None.
-            use_cache: whether to return a cache.
+            use_cache: return a cache.
         """
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL.long(), "use_cache": use_cache}
         if self.takes_positions:
@@ -210,7 +222,7 @@ class LanguageModel:
 
     @property
     def forward(self) -> Forward:
-        """The way this model's body runs, chosen again where hooks, shards or checkpointing came later."""
+        """The way in which the body runs, chosen anew when hooks, shards or checkpointing were added."""
         found = circumstances(self.body)
         if found not in self._forwards:
             self._forwards[found] = choose_forward(self)
@@ -223,8 +235,8 @@ class LanguageModel:
             rollout: prompts, completions, and which of their tokens count.
 
         Returns:
-            [N, H] hidden states that predict each counted token, row by row, in the dtype the body ran in; and the
-            head to use with them, which is not `head` where weights are tied, so that their gradients meet.
+            [N, H] hidden states that predict each counted token, row by row, in the dtype the body ran in, and the
+            head to use with them. Where weights are tied that is not `head`, so that both gradients add up in place.
         """
         forward = self.forward if rollout.mask_BT.any() else PaddedForward("nothing is counted")
         return forward.hidden(self, rollout)
@@ -234,16 +246,16 @@ class LanguageModel:
         """Compare the model's own logits with those rebuilt from hidden states, on a few tokens.
 
         Raises:
-            UserError: they differ: the model does more after its last hidden state than is known here.
+            UserError: they differ, for the model does more after its last hidden state than `Head` knows.
         """
-        # Small ids, no special meaning: any tokens show whether the two paths agree.
+        # Any tokens show whether the two paths agree.
         ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
         mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
         with self.evaluating(), torch.autocast(self.device.type, enabled=False):
             own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[0])
             rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.untempered().head)
         error = (own[:, : self.vocabulary] - rebuilt).abs().max().item() / max(own.abs().max().item(), 1e-6)
-        if not error < 0.02:  # the same products, so only the rounding of bf16 may differ
+        if not error < 0.02:  # both are the same products, rounded to bf16 at different places
             found = f"{type(self.causal_lm).__name__}, off by {error:.2g}"
             expected = "a model whose logits are a projection of its last hidden states"
             raise UserError(f"{self.key}.path", expected, found, "This architecture is not supported yet.")

@@ -1,12 +1,13 @@
-"""The layers of Llama and what is built like it, run over a packed layout.
+"""Run the layers of Llama, and of models built like it, over a packed layout.
 
-The same mathematics as the Hugging Face body, with what surrounds the matrix products written to touch memory less: a
-norm, a gated activation and an attention that keep their inputs and compute the rest again in the backward pass.
+The mathematics is that of the Hugging Face body. Norm, gated activation and attention use less memory here, for they
+keep only their inputs and compute the rest again in the backward pass. `LlamaForward` trains and scores with these
+layers, `FusedDecoder` samples with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from lit_opd.models.packing import Layout
 
 __all__ = [
     "LayerProducts",
+    "has_hooks",
     "is_tied",
     "llama_hidden",
     "rms_norm",
@@ -33,18 +35,19 @@ __all__ = [
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# Rotations by position alone: others depend on the length of the sequence.
+# Rotations that depend on the position alone. Others also depend on the length of the sequence.
 _ROTATIONS = {"default", "linear", "llama3", "yarn"}
-# Known to be Llama in all that is computed. Of others only a comparison in fp32 can tell: rounding to bf16 would hide
-# a factor on a residual, or a layer without rotation.
+# Models whose code is known to compute what Llama's does. Others are compared by numbers, and need fp32 weights for it:
+# rounding to bf16 would hide a factor on a residual, or a layer without rotation.
 _PROVEN = {"llama", "mistral", "qwen2", "qwen3"}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Turn = tuple[Tensor, Tensor]
 
 
 def unlike_llama(body: Any) -> str | None:
-    """What tells a body's structure from Llama's; None where nothing does.
+    """Say how a body's structure differs from Llama's, None where it does not.
 
-    Structure is not all, for a body may scale what others do not: whoever asks compares numbers too.
+    Bodies of equal structure may still scale differently, so the caller compares numbers too.
     """
     if not all(hasattr(body, name) for name in ("embed_tokens", "layers", "norm", "rotary_emb")):
         return "its body is not built like Llama's"
@@ -70,8 +73,12 @@ def unlike_llama(body: Any) -> str | None:
         return "its weights are too coarse to compare it with Llama"
     if any(type(parameter.data) is not Tensor for parameter in body.parameters()):
         return "its weights are sharded"
-    # A module that somebody listens to runs itself.
-    return "it has hooks" if any(part._forward_hooks or part._forward_pre_hooks for part in parts + norms) else None
+    return "it has hooks" if has_hooks(parts + norms) else None
+
+
+def has_hooks(modules: Iterable[nn.Module]) -> bool:
+    """Tell whether a module has forward hooks, which run only where the module itself is called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def _children(module: nn.Module | None) -> set[str]:
@@ -83,10 +90,10 @@ class LayerProducts:
     """The matrix products of a layer, as functions of [N, H].
 
     Attributes:
-        qk_v: queries and keys, and values.
-        out: what follows attention.
-        gate_up: the two halves of the MLP.
-        down: its end.
+        qk_v: to queries and keys in one tensor, and to values.
+        out: from the output of attention back to the residual stream.
+        gate_up: to the two halves of the MLP.
+        down: from the MLP back to the residual stream.
     """
 
     qk_v: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -96,7 +103,7 @@ class LayerProducts:
 
     @classmethod
     def of(cls, layer: Any) -> LayerProducts:
-        """Those of the layer's own modules, adapters and quantised weights included."""
+        """Take the products of a layer's own modules, with their adapters and quantised weights."""
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             lambda x: (torch.cat([_of(attention.q_proj, x), _of(attention.k_proj, x)], -1), _of(attention.v_proj, x)),
@@ -107,14 +114,16 @@ class LayerProducts:
 
 
 def _of(module: Any, x: Tensor) -> Tensor:
-    listened_to = module._forward_hooks or module._forward_pre_hooks
-    if type(module) is nn.Linear and module.weight.dtype != x.dtype and not listened_to:
+    if type(module) is nn.Linear and module.weight.dtype != x.dtype and not has_hooks([module]):
         return _CastLinear.apply(x, module.weight, module.bias)
     return module(x)
 
 
 class _CastLinear(torch.autograd.Function):
-    """A product in the dtype of x, whose cast weight is not kept but cast again: all of them together are a model."""
+    """A product in the dtype of x that casts its weight again in the backward pass.
+
+    The cast weights of all layers, kept for the backward pass, would be a second model in memory.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,15 +143,16 @@ class _CastLinear(torch.autograd.Function):
 
 
 def is_tied(embedding: nn.Module, weight_VH: Tensor) -> bool:
-    """Whether an embedding is a plain look-up in this very weight."""
+    """Tell whether an embedding is a plain look-up in this weight."""
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq
     return plain and embedding.weight is weight_VH and not embedding._forward_hooks
 
 
 def tied_embedding(ids_N: Tensor, embedding: nn.Embedding) -> tuple[Tensor, Tensor]:
-    """Embeddings [N, H], and the same weight for the head: their gradients meet before they reach it.
+    """Look up embeddings [N, H], and return the same weight for the head.
 
-    Otherwise the embedding would make a second gradient as large as the vocabulary, all but N of whose rows are zero.
+    The embedding's gradient is then added to the head's in place. By itself it would be a second tensor as large as
+    the vocabulary, all but N of whose rows are zero.
     """
     return _TiedEmbedding.apply(ids_N, embedding.weight, embedding.padding_idx)
 
@@ -158,20 +168,20 @@ class _TiedEmbedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, to_hidden_NH: Tensor, to_weight_VH: Tensor) -> tuple[None, Tensor, None]:
         (ids_N,) = ctx.saved_tensors
-        if ctx.padding is not None:  # as torch's embedding does, also where a model wrote this token
+        if ctx.padding is not None:  # torch's embedding gives this token no gradient, even where a model wrote it
             to_hidden_NH = to_hidden_NH.masked_fill((ids_N == ctx.padding)[:, None], 0.0)
-        # In place: the head makes its gradient for this node alone.
+        # In place, for no other node of the graph has the head's gradient.
         return None, to_weight_VH.index_add_(0, ids_N, to_hidden_NH.to(to_weight_VH.dtype)), None
 
 
 def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Tensor | None = None) -> Tensor:
-    """Hidden states [N, H] of the tokens of a layout.
+    """Compute hidden states [N, H] of the tokens of a layout.
 
     Args:
         body: one whose `unlike_llama` is None.
         layout: the tokens.
         dtype: of the matrix products.
-        embedded_NH: their embeddings, where they are made already.
+        embedded_NH: the tokens' embeddings; looked up where None.
     """
     hidden_NH = body.embed_tokens(layout.ids_N) if embedded_NH is None else embedded_NH
     turn = rotation(body, layout.positions_N, hidden_NH)
@@ -186,23 +196,22 @@ def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Ten
     return rms_norm(hidden_NH, body.norm, hidden_NH.dtype)
 
 
-def rotation(body: Any, positions_N: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine [N, 1, D] that turn queries and keys at these positions."""
+def rotation(body: Any, positions_N: Tensor, like: Tensor) -> Turn:
+    """Make cosine and signed sine [N, 1, D], which turn queries and keys at these positions."""
     cos, sin = body.rotary_emb(like, positions_N[None])
     half = sin.shape[-1] // 2
     return cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], dim=-1)
 
 
 def run_layer(
-    layer: Any, products: LayerProducts, hidden_NH: Tensor, turn: tuple[Tensor, Tensor], attention: Attention,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """One layer.
+    layer: Any, products: LayerProducts, hidden_NH: Tensor, turn: Turn, attention: Attention, dtype: torch.dtype
+) -> Tensor:
+    """Run one layer on the residual stream and return the new stream [N, H].
 
     Args:
         layer: the module, for its norms and sizes.
         products: its matrix products.
-        hidden_NH: [N, H], the residual stream.
+        hidden_NH: the residual stream.
         turn: from `rotation`.
         attention: maps queries [N, heads, D], keys and values [N, groups, D] to [N, heads, D].
         dtype: of the matrix products.
@@ -227,7 +236,7 @@ def run_layer(
 
 
 def rms_norm(x: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
-    """`norm(x)` in `dtype`, for a module with `weight` and `variance_epsilon`; its maths in fp32 (float64 stays)."""
+    """Apply a norm with `weight` and `variance_epsilon`, in fp32 (float64 stays), and return the result in `dtype`."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon, dtype)
     return _normed(x, norm.weight, norm.variance_epsilon, dtype)[0]
@@ -260,7 +269,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """silu(gate) x up, from which only the two are kept."""
+    """The product silu(gate) x up, which keeps nothing but gate and up for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

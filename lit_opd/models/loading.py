@@ -1,4 +1,8 @@
-"""Loading models and tokenizers from folders or a hub, with mistakes told before any weight is read."""
+"""Load models and tokenizers from folders or a hub.
+
+Errors of other libraries become `UserError`s that name a configuration key, where possible before any weight is read.
+`Pair` loads models here. Linter and audit read tokenizers and `config.json`, without the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ ModelConfig = StudentConfig | TeacherConfig
 
 
 def load_tokenizer(config: ModelConfig, key: str) -> Any:
-    """The tokenizer of a model folder or hub name.
+    """Load the tokenizer of a model folder or hub name.
 
     Raises:
         UserError: there is none.
@@ -34,7 +38,7 @@ def load_tokenizer(config: ModelConfig, key: str) -> Any:
 
 
 def read_model_config(config: ModelConfig, key: str) -> Any:
-    """The model's `config.json`; no weights are read.
+    """Read a model's `config.json`, and none of its weights.
 
     Raises:
         UserError: there is none, or it is not a causal language model's.
@@ -53,11 +57,7 @@ def read_model_config(config: ModelConfig, key: str) -> Any:
 
 
 def load_student(config: StudentConfig, tokenizer: Any = None) -> LanguageModel:
-    """The student with trainable weights; with `lora`, only its adapters are trainable.
-
-    Args:
-        config: where it lies, its dtype, LoRA keywords (those of `peft.LoraConfig`), gradient checkpointing.
-        tokenizer: already loaded, or None.
+    """Load the student, with trainable weights or, under `lora`, trainable adapters only.
 
     Raises:
         UserError: the folder cannot be read, or `peft` is missing or refuses the keywords.
@@ -75,12 +75,7 @@ def load_student(config: StudentConfig, tokenizer: Any = None) -> LanguageModel:
 
 
 def load_frozen(config: TeacherConfig, tokenizer: Any = None, key: str = "teacher") -> LanguageModel:
-    """A frozen model, in its own dtype or quantised by bitsandbytes, in eval mode.
-
-    Args:
-        config: where it lies, its dtype or quantisation, its temperature.
-        tokenizer: already loaded, or None.
-        key: `teacher` or `reference`, for messages.
+    """Load a frozen model in eval mode, in its own dtype or quantised by bitsandbytes.
 
     Raises:
         UserError: the folder cannot be read, or bitsandbytes is missing.
@@ -88,12 +83,11 @@ def load_frozen(config: TeacherConfig, tokenizer: Any = None, key: str = "teache
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, key)
     extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config, key)}
     model = _load_weights(config, key, extra)
-    return LanguageModel(model, tokenizer, key, own_precision=True, temperature=config.temperature,
-                         offload=config.offload).freeze()  # fmt: skip
+    return LanguageModel(model, tokenizer, key, True, config.temperature, config.offload).freeze()
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """Names of the weights that training does not change, tied ones under each of their names."""
+    """List the names of the weights that training does not change, tied ones under each of their names."""
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
@@ -101,8 +95,8 @@ def _check_path(config: ModelConfig, key: str) -> None:
     path = Path(config.path).expanduser()
     looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
-        raise UserError(f"{key}.path", "a model folder with a config.json", f"none in {config.path!r}",
-                        "Name the folder that save_pretrained wrote.")  # fmt: skip
+        expected, remedy = "a model folder with a config.json", "Name the folder that save_pretrained wrote."
+        raise UserError(f"{key}.path", expected, f"none in {config.path!r}", remedy)
     if config.gguf_file is not None and path.is_dir() and not (path / config.gguf_file).is_file():
         raise UserError(f"{key}.gguf_file", f"a file in {config.path!r}", f"no {config.gguf_file!r}", "Correct it.")
     if looks_local and not path.is_dir():
@@ -127,7 +121,7 @@ def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(f"{key}.path", "readable weights", config.path, error) from error
     model, found = loaded
-    if found["missing_keys"]:  # Hugging Face would go on with random ones
+    if found["missing_keys"]:  # transformers only warns, and fills them with random numbers
         lacking = f"{config.path!r} without {min(found['missing_keys'])}"
         raise UserError(f"{key}.path", "weights for all that config.json names", lacking, "Correct or replace them.")
     return model
@@ -153,7 +147,7 @@ def _quantization(config: TeacherConfig, key: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "8bit":
-        # It says at every product of every layer that it computes in fp16.
+        # bitsandbytes warns at every product of every layer that it computes in fp16, which buries other output.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     compute_dtype = getattr(torch, config.dtype)

@@ -1,4 +1,8 @@
-"""Attention over a packed layout, put in the place of a Hugging Face model's own."""
+"""Compute attention over a packed layout, and put it in the place of a Hugging Face model's own.
+
+Hugging Face's attention knows rows with padding, not a tree of tokens. `PackedForward` replaces it in any body, and
+the layers of `llama` call `attend` directly.
+"""
 
 from __future__ import annotations
 
@@ -20,26 +24,32 @@ from lit_opd.models.packing import Layout, as_bias, gather_rows
 __all__ = ["attend", "packed_layers", "unsupported"]
 
 NAME = "lit_opd_packed"
-# Under this size plain products beat the fused kernel on a CPU, whose backward pass is slow there.
+# Bytes of attention weights under which plain products beat PyTorch's fused kernel on a CPU: its backward pass is slow.
 _PLAIN_BYTES = 64 * 2**20
-# Where the fused kernel takes a mask and keys that heads share. On CUDA only the one that makes all weights does.
+# Devices whose fused kernel takes a mask together with keys that heads share (`enable_gqa`). On CUDA PyTorch falls back
+# to a kernel that makes all weights at once, so that keys are repeated there instead.
 _SHARING = {"cpu"}
-# Keywords of layers that say nothing about which token sees which, and how.
+# Keywords that Hugging Face layers pass and that do not change which token sees which.
 _HARMLESS = {"cache_position", "is_causal", "output_attentions", "output_hidden_states", "output_router_logits",
              "past_key_values", "position_embeddings", "position_ids", "return_dict", "use_cache"}  # fmt: skip
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def attend(
-    query_NHD: Tensor, key_NGD: Tensor, value_NGE: Tensor, layout: Layout, scale: float, window: int | None = None,
+    query_NHD: Tensor,
+    key_NGD: Tensor,
+    value_NGE: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
     dropped: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """Causal attention of every token of a layout to what leads to it.
+) -> Tensor:
+    """Let every token of a layout attend to itself and to the tokens that lead to it.
 
     Args:
-        query_NHD: [N, H, D].
-        key_NGD: [N, G, D], with G a divisor of H.
-        value_NGE: [N, G, E]; in a few architectures E is not D.
+        query_NHD: queries of H heads.
+        key_NGD: keys of G groups of heads, with G a divisor of H.
+        value_NGE: values; in a few architectures E is not D.
         layout: which tokens see which.
         scale: factor on the products.
         window: a query sees at most this many keys, itself included; None for all.
@@ -50,7 +60,7 @@ def attend(
     """
     seen_SLM = layout.seen_SLM if window is None else layout.seen_SLM & (layout.distances_SLM < window)
     bias_SLM = layout.bias(query_NHD.dtype) if window is None else as_bias(seen_SLM, query_NHD.dtype)
-    # As [segment, head, place, D]: all queries of a key's group together, so that a key is read once for them.
+    # Laid out as [segment, head, place, D].
     query, key, value = (
         gather_rows(values, index).transpose(1, 2)
         for values, index in ((query_NHD, layout.queries_SL), (key_NGD, layout.keys_SM), (value_NGE, layout.keys_SM))
@@ -65,7 +75,7 @@ def attend(
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, seen_SLM: Tensor, scale: float, dropped: float) -> Tensor:
-    """Attention in PyTorch's kernels: [S, H, L, D] by [S, G, M, D] and [S, G, M, E] to [S, H, L, E]."""
+    """Attend with PyTorch's kernels: [S, H, L, D] by [S, G, M, D] and [S, G, M, E] to [S, H, L, E]."""
     repeats = query.shape[1] // key.shape[1]
     shared = repeats > 1 and query.device.type in _SHARING
     if repeats > 1 and not shared:
@@ -74,24 +84,28 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, seen_SLM: Tensor, scale: f
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, bias_SLM: Tensor, scale: float, dropped: float) -> Tensor:
-    """Attention in plain products: [S, H, L, D] by [S, G, M, D] and [S, G, M, E] to [S, G, H / G x L, E]."""
-    if dropped:  # what is random cannot be computed again
+    """Attend with plain products: [S, H, L, D] by [S, G, M, D] and [S, G, M, E] to [S, G, H / G x L, E]."""
+    if dropped:  # dropout draws anew each time, so the weights cannot be recomputed in the backward pass
         return dropout(_weights(query, key, bias_SLM, scale), dropped).to(value.dtype) @ value
     return _PlainAttention.apply(query, key, value, bias_SLM, scale)
 
 
 def _weights(query: Tensor, key: Tensor, bias_SLM: Tensor, scale: float) -> Tensor:
-    """Attention weights [S, G, H / G x L, M] in fp32 (float64 stays)."""
+    """Compute attention weights [S, G, H / G x L, M] in fp32 (float64 stays)."""
     segments, groups, keys, size = key.shape
-    # Wide before the product: scores that are rounded to bf16 are off by per cents where they are large.
-    with torch.autocast(query.device.type, enabled=False):  # it would make the product narrow again
+    # In fp32, and autocast off, which would cast back: large scores rounded to bf16 change weights by several per cent.
+    # The queries of a key's group lie side by side, so that the key is read once for all of them.
+    with torch.autocast(query.device.type, enabled=False):
         scores = upcast(query * scale).reshape(segments, groups, -1, size) @ upcast(key).transpose(-1, -2)
     scores.view(segments, groups, -1, query.shape[2], keys).add_(bias_SLM[:, None, None])
     return torch.softmax(scores, dim=-1)
 
 
 class _PlainAttention(torch.autograd.Function):
-    """Keeps queries, keys and values; the weights, the largest of all that a layer makes, are computed again."""
+    """Attention that keeps queries, keys and values, and recomputes its weights in the backward pass.
+
+    The weights are the largest tensor that a layer makes.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias_SLM: Tensor, scale: float) -> Tensor:
@@ -113,10 +127,19 @@ class _PlainAttention(torch.autograd.Function):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, layout: Layout,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """`attend` with the signature that Hugging Face layers call: [1, H, N, D] in, [1, N, H, E] out."""
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Call `attend` as Hugging Face layers call their attention: [1, H, N, D] in, [1, N, H, E] out."""
     unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
     if unknown:
         raise NotImplementedError(f"its attention has {', '.join(unknown)}")
@@ -131,7 +154,7 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 def unsupported(body: Any) -> str | None:
-    """Why a body's attention cannot be replaced, as far as its configuration tells; else None."""
+    """Say why a body's attention cannot be replaced, None where its configuration speaks of no reason."""
     if not getattr(body, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     layers = set(getattr(body.config, "layer_types", None) or ())
@@ -142,7 +165,7 @@ def unsupported(body: Any) -> str | None:
 
 @contextmanager
 def packed_layers(body: Any) -> Iterator[None]:
-    """Inside, the body's layers attend by `attend`, and take `layout=`."""
+    """Make the body's layers attend by `attend`, and take `layout=`, while the context is open."""
     own = body.config._attn_implementation
     body.config._attn_implementation = NAME
     try:

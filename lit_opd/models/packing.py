@@ -1,8 +1,9 @@
-"""Sequences laid end to end, with every shared beginning held once.
+"""Lay sequences end to end, with every shared beginning held once.
 
 Completions of one prompt repeat it, and chat templates begin every prompt with the same words. A causal model gives a
-token the same hidden state whatever follows it, so a beginning that several rows share needs to be computed only once:
-the rows form a tree, and each of its nodes is one token. No padding enters the model's body either.
+token the same hidden state whatever follows it, so a beginning that several rows share is computed once. The rows form
+a tree, each of whose nodes is one token, and no padding enters the model's body. `PackedForward` and `LlamaForward`
+read rollouts this way, `FusedDecoder` reads prompts.
 """
 
 from __future__ import annotations
@@ -10,27 +11,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count, takewhile
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from lit_opd.functional.precision import upcast
 from lit_opd.types import Rollout
 
 __all__ = ["Layout", "as_bias", "gather_rows", "layout_of", "pack"]
 
-# A shared beginning of fewer tokens is not worth a segment of its own, for segments are padded to one length.
+# The fewest tokens that make a shared beginning a segment of its own: segments are padded to one length.
 _WORTH_SPLITTING = 16
 
 
 @dataclass(frozen=True)
 class Layout:
-    """N tokens of a tree, and the S segments that attention sees: chains of tokens, each with all that leads to it.
+    """N tokens of a tree, cut into the S segments that attention sees.
+
+    A segment is a chain of tokens, its queries. Its keys are these tokens and all that lead to them.
 
     Attributes:
-        ids_N: token ids. A few at the end may be filler, which no segment has.
+        ids_N: token ids; a few at the end may be filler, which no segment holds.
         positions_N: place of each token in its sequence, from 0.
         queries_SL: the tokens of each segment; 0 where there is none.
         keys_SM: the tokens that lead to the end of each segment, from the first of the sequence; 0 where there is none.
@@ -48,47 +52,42 @@ class Layout:
 
     @cached_property
     def seen_SLM(self) -> Tensor:
-        """True where a query may look at a key; queries that do not exist look at the first."""
+        """True where a query may look at a key. Padding queries look at the first key."""
         return torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device) <= self.last_seen_SL[:, :, None]
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """Make what is added to attention scores, 0 where seen, once for all layers of a pass."""
+        """Make the mask that is added to attention scores, once for all layers of a pass."""
         if dtype not in self._biases:
             self._biases[dtype] = as_bias(self.seen_SLM, dtype)
         return self._biases[dtype]
 
     @property
     def distances_SLM(self) -> Tensor:
-        """Position of the query minus that of the key: what a window limits."""
-        return self.positions_N[self.queries_SL][:, :, None] - torch.arange(
-            self.keys_SM.shape[1], device=self.keys_SM.device
-        )
+        """Position of the query minus position of the key, which an attention window limits."""
+        positions_M = torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device)
+        return self.positions_N[self.queries_SL][:, :, None] - positions_M
 
 
 _LAYOUTS: WeakKeyDictionary[Rollout, tuple[Layout, Tensor]] = WeakKeyDictionary()
 
 
 def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention scores: 0 where seen, minus infinity elsewhere."""
+    """Turn a mask into numbers to add to attention scores: 0 where seen, minus infinity elsewhere."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def pack(sequences: Sequence[list[int]], device: torch.device) -> tuple[Layout, list[list[int]]]:
-    """Lay out sequences.
-
-    Args:
-        sequences: token ids of each row; none is empty.
-        device: of the tensors.
+    """Lay out sequences of token ids, none of them empty.
 
     Returns:
-        The layout, and for each row the tokens of the layout that it consists of.
+        The layout, and for each row the indices of its tokens in the layout.
     """
     paths: list[list[int]] = [[] for _ in sequences]
     ids: list[int] = []
     owner: list[int] = []
     own_start, branch = [0] * len(sequences), [0] * len(sequences)
     previous: int | None = None
-    # In lexicographic order, a row shares its longest beginning with the row before it.
+    # In lexicographic order, no earlier row shares a longer beginning with a row than the one before it.
     for row in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         sequence = sequences[row]
         shared = 0 if previous is None else _shared(sequences[previous], sequence)
@@ -114,7 +113,7 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _split(start: int, branch: int, stop: int) -> list[tuple[int, int]]:
-    """A row's own tokens, cut where others branch off, so that segments have like lengths."""
+    """Cut a row's own tokens where other rows branch off, so that segments have similar lengths."""
     if start == stop:
         return []
     return [(start, branch), (branch, stop)] if start + _WORTH_SPLITTING <= branch < stop else [(start, stop)]
@@ -141,16 +140,19 @@ def _layout(ids: list[int], segments: list[tuple[list[int], int]], device: torch
 
 
 def _rounded(length: int, unit: int) -> int:
-    """A length that comes again: ever new ones leave the allocator with holes that fit nothing. Short ones stay."""
+    """Round a length up to a multiple of `unit`, unless it is short.
+
+    Lengths that never repeat fragment the allocator's memory: freed blocks fit no later tensor.
+    """
     return length if length < 8 * unit else -(-length // unit) * unit
 
 
 def layout_of(rollout: Rollout) -> tuple[Layout, Tensor]:
-    """Lay out prompts and completions, once a rollout: every model that reads it finds the layout made.
+    """Lay out prompts and completions, once for all models that read the rollout.
 
     Returns:
-        The layout, and for each of the counted tokens, row by row, the token of the layout that predicts it. Masks of
-        the layout are made for each reader anew, for they are much larger than the rest.
+        The layout, and for each counted token, row by row, the index of the token that predicts it. Every call returns
+        a fresh copy of the layout, so that its attention masks, much larger than the rest, live only as long as a pass.
     """
     if rollout not in _LAYOUTS:
         _LAYOUTS[rollout] = _pack_rollout(rollout)
@@ -161,8 +163,8 @@ def layout_of(rollout: Rollout) -> tuple[Layout, Tensor]:
 def _pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
     prompts = _rows(*rollout.prompts)
     completions = _rows(rollout.ids_BT, rollout.real_BT)
-    # What nothing counted follows is not computed; a row without a counted token keeps its prompt.
-    counted = [[t for t, yes in zip(count(), row) if yes] for row in rollout.mask_BT.tolist()]
+    # Tokens after the last one that predicts a counted token are left out. A row that counts none keeps its prompt.
+    counted = [[t for t, yes in enumerate(row) if yes] for row in rollout.mask_BT.tolist()]
     sequences = [
         (prompt + completion)[: len(prompt) + (places[-1] if places else 0)] or prompt
         for prompt, completion, places in zip(prompts, completions, counted, strict=True)
@@ -180,7 +182,7 @@ def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Row selection whose gradient is summed in fp32, for a shared beginning collects one from every row."""
+    """Row selection whose gradient is summed in fp32, for a token of a shared beginning gets one from every row."""
 
     @staticmethod
     def forward(ctx: Any, values_NF: Tensor, index: Tensor) -> Tensor:
@@ -191,12 +193,12 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        wide = upstream if upstream.dtype == torch.float64 else upstream.float()
+        wide = upcast(upstream)
         sums = wide.new_zeros(ctx.rows, *upstream.shape[index.dim() :])
         sums.index_add_(0, index.flatten(), wide.flatten(0, index.dim() - 1))
         return sums.to(upstream.dtype), None
 
 
 def gather_rows(values_NF: Tensor, index: Tensor) -> Tensor:
-    """`values_NF[index]`, shape [*index, F], with a gradient summed in fp32 whatever the dtype."""
+    """Select rows `values_NF[index]`, of shape [*index, F], with a gradient summed in fp32 whatever the dtype."""
     return _GatherRows.apply(values_NF, index)

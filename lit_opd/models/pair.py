@@ -1,4 +1,8 @@
-"""The models of a run: what they are given as, and whether they fit, checked before any weight loads."""
+"""Bring the models of a run together, and check that they fit before any weight loads.
+
+A model is given as a path, a section of the configuration or a module in memory. The training module, which `measure`
+and `audit` use too, gets its models from a `Pair`.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,15 @@ Reference = str | FrozenConfig | nn.Module | None
 
 
 class Pair:
-    """A student, ready to train, and a teacher, with a reference where one is needed, that load later.
+    """A student, ready to train, and the frozen models that load when they are first asked for.
 
     Args:
         student: a path or hub name, a section of the configuration, or a model in memory.
-        teacher: the same; None where the teacher is no model in this process.
-        estimator: says whether there is a reference, and how many tokens are compared at a position.
+        teacher: given in one of these ways; None where the teacher is no model in this process.
+        estimator: says whether a reference is needed, and how many tokens are compared at a position.
         tokenizer: the student's; needed for a model in memory, else read from its folder.
         teacher_tokenizer: the teacher's; for a model in memory by default the student's.
-        reference: as the teacher; None, or a section without a path, is the student as it is given here.
+        reference: given as the teacher is; None, or a section without a path, is the student as it is now.
 
     Raises:
         UserError: a folder that cannot be read, tokenizers or vocabularies that do not fit, K above the vocabulary.
@@ -73,14 +77,14 @@ class Pair:
         self._loaded: dict[str, LanguageModel] = {}
 
     def load(self, key: str, device: torch.device) -> LanguageModel:
-        """The frozen `teacher` or `reference`, on a device; where it was given as a path, its weights are read once."""
+        """Return the frozen `teacher` or `reference` on a device, reading its weights at the first call."""
         if key not in self._loaded:
             self._loaded[key] = _as_frozen(*self._frozen[key], key)
             self._loaded[key].vocabulary = self.vocabulary
         return self._loaded[key].to(device)
 
     def names(self) -> dict[str, str]:
-        """What the models and the teacher's quantisation are called in a run's tags."""
+        """Name the models, and the teacher's quantisation, for a run's tags."""
         own = self.student.causal_lm.config._name_or_path or type(self.student.model).__name__
         frozen = {key: _name_of(model) for key, (model, _) in self._frozen.items()}
         teacher, _ = self._frozen.get("teacher", (None, None))
@@ -95,7 +99,7 @@ def _as_reference(reference: Reference, student: StudentConfig | nn.Module) -> T
     keys = dict(vars(section))
     if section.path is None:
         if isinstance(student, nn.Module):
-            return copy.deepcopy(student)  # now: the checkpoint of a resumed run comes later
+            return copy.deepcopy(student)  # copied now, before a resumed run loads its checkpoint into the student
         keys |= {key: getattr(student, key) for key in ("path", "gguf_file", "trust_remote_code")}
     return TeacherConfig(**keys)
 
@@ -109,8 +113,8 @@ def _check_sections(models: dict[str, Any]) -> None:
     for key, model in given.items():
         # Freezing it would freeze the student, and training the student would move it.
         if key != "student" and any(id(p) in mine for p in model.parameters()):
-            raise UserError(key, "a model of its own", "one that shares weights with the student",
-                            "Pass copy.deepcopy(model).")  # fmt: skip
+            found = "one that shares weights with the student"
+            raise UserError(key, "a model of its own", found, "Pass copy.deepcopy(model).")
 
 
 def _name_of(model: Any) -> str:
@@ -120,7 +124,7 @@ def _name_of(model: Any) -> str:
 
 
 def _has_tokenizer_of(student: Any, model: Any) -> bool:
-    # A model in memory has no folder to look into; one in the student's own folder needs no second look.
+    # A model in memory has no folder to read a tokenizer from, and the student's own folder was read already.
     if isinstance(model, nn.Module) or isinstance(student, nn.Module):
         return isinstance(model, nn.Module)
     return (model.path, model.gguf_file) == (student.path, student.gguf_file)
@@ -146,7 +150,7 @@ def _as_student(student: Any, tokenizer: Any) -> LanguageModel:
     else:
         loaded = LanguageModel(student, tokenizer, "student")
         loaded.check_head()
-    # Hugging Face loads in eval mode and Lightning keeps the mode it finds: dropout would never be on.
+    # transformers loads in eval mode and Lightning keeps the mode that it finds: dropout would never be on.
     loaded.model.train()
     return loaded
 

@@ -1,4 +1,8 @@
-"""Tokens and ids: all models must mean the same by them, checked id by id before any weights load."""
+"""Check that all models of a run mean the same token by the same id, and look up ids of tokens.
+
+Divergences are sums over ids, and would be meaningless otherwise. `Pair` and the audit compare vocabularies before any
+weight loads, and configuration keys that name tokens are looked up here.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +17,10 @@ __all__ = ["shared_vocabulary", "token_ids"]
 def shared_vocabulary(
     student_tokenizer: Any, other_tokenizer: Any, student_rows: int, other_rows: int, key: str = "teacher"
 ) -> int:
-    """How many ids the student and another model share.
+    """Count the ids, from 0, that the student and another model share.
 
-    The tokenizers must agree on every id. The output layers may differ in padding rows behind the last real token.
-
-    Args:
-        student_tokenizer: the student's tokenizer.
-        other_tokenizer: the other model's tokenizer.
-        student_rows: rows of the student's output layer.
-        other_rows: rows of the other model's output layer.
-        key: `teacher` or `reference`, for messages.
-
-    Returns:
-        The number of ids, from 0, that both output layers have.
+    The tokenizers must agree on every id. The output layers, of so many rows, may differ in padding rows behind the
+    last real token.
 
     Raises:
         UserError: naming the first id on which the tokenizers differ, or the layer that is too short.
@@ -35,8 +30,8 @@ def shared_vocabulary(
     for index in sorted(student.keys() | other.keys()):
         if student.get(index) != other.get(index):
             found = f"id {index} is {student.get(index)!r} for the student and {other.get(index)!r} for the {key}"
-            raise UserError(f"{key}.path", "the student's tokenizer, id by id", found,
-                            f"Choose a {key} and a student of one tokenizer family.")  # fmt: skip
+            remedy = f"Choose a {key} and a student of one tokenizer family."
+            raise UserError(f"{key}.path", "the student's tokenizer, id by id", found, remedy)
     shared, tokens = min(student_rows, other_rows), max(student) + 1
     if shared < tokens:
         short = "student" if student_rows < other_rows else key
@@ -46,12 +41,7 @@ def shared_vocabulary(
 
 
 def token_ids(tokenizer: Any, tokens: Iterable[str | int], key: str) -> list[int]:
-    """The ids of single tokens given as text or as ids.
-
-    Args:
-        tokenizer: whose vocabulary they are of.
-        tokens: texts or ids.
-        key: the configuration key they come from, for messages.
+    """Look up the ids of single tokens, given as texts or as ids under a configuration key.
 
     Raises:
         UserError: a text that is no single token, or an id that no token has.

@@ -1,7 +1,7 @@
-"""The yardsticks: what every run is measured by, whatever its estimator.
+"""Measure the yardsticks, by which runs of all estimators are compared.
 
-Always on completions sampled at temperature 1, untruncated; every divergence is exact over the vocabulary at each
-position of these completions.
+They are measured on completions sampled at temperature 1 without truncation, and every divergence is exact over the
+vocabulary at each position of these completions. Evaluations call this.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lit_opd.types import Rollout, Scores
 
 __all__ = ["OF_TOKENS", "measure_yardsticks"]
 
-# What is measured with a teacher that scores sampled tokens only.
+# The yardsticks that a teacher which scores sampled tokens only can give.
 OF_TOKENS = ("teacher_nll", "log_ratio", "student_entropy")
 
 
@@ -37,11 +37,11 @@ def measure_yardsticks(
 
     Args:
         policy: the model that wrote the completions.
-        teacher: what the teacher says of their counted tokens: whole distributions, or of the sampled tokens only.
-        rollout: completions.
+        teacher: the teacher's scores of the counted tokens: whole distributions, or of the sampled tokens only.
+        rollout: the completions.
         rows: positions a chunk of the head.
         support_size: K, how many of each model's most probable tokens are compared; at most the vocabulary.
-        measures: further functions of both distributions, by name: a user's own yardsticks.
+        measures: a user's own yardsticks, functions of both distributions by name.
 
     Returns:
         Every name of `measures.table.YARDSTICKS` (nats; `top1_agreement` is 0 or 1; `jsd` is the plain Jensen-Shannon
@@ -72,7 +72,7 @@ def measure_yardsticks(
         stats |= {"teacher_nll": -teacher_logps, "log_ratio": student.gather(-1, taken_c1).squeeze(-1) - teacher_logps}
         return logits_cV.new_zeros(()), stats
 
-    # The head too in the policy's own precision, or a teacher would differ from itself.
+    # The head runs in the policy's own precision too, or a teacher as policy would differ from itself.
     with policy.evaluating(), policy.precision():
         _, stats = position_losses(*policy.hidden(rollout), read, rows)
     blank_BT = torch.zeros(mask_BT.shape, dtype=torch.float32, device=mask_BT.device)
@@ -95,7 +95,7 @@ def _of_distributions(student_cV: Tensor, teacher_cV: Tensor, stop_ids: Tensor) 
 
 
 def _supports(student_cV: Tensor, teacher_cV: Tensor, size: int) -> Stats:
-    """How far the two models' most probable tokens are the same, and how much each model gives to the teacher's."""
+    """Compare the two models' most probable tokens, and each model's probability of the teacher's."""
     k = min(size, student_cV.shape[-1])
     ids_cK, shared_cK = choose_support(student_cV, teacher_cV, k, "intersection")
     return {

@@ -1,4 +1,8 @@
-"""Rollouts: sampling completions, and cutting them into micro-batches."""
+"""Get completions to train on or to evaluate, and cut them into updates and micro-batches.
+
+A source completes prompts, most often by an engine that samples from a model. `Distiller` and `evaluate` ask for
+rollouts.
+"""
 
 from lit_opd.rollout.batching import EVALUATION_STREAM, TRAINING_STREAM, micro_batches, split_updates, uniforms
 from lit_opd.rollout.engine import RolloutEngine, build_engine

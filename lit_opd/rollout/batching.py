@@ -1,4 +1,8 @@
-"""Cutting a rollout into updates and micro-batches."""
+"""Name the random numbers of a rollout, and cut its rows into updates and micro-batches.
+
+Numbers and updates follow from a prompt's place in the whole batch, so that a run draws and learns the same whatever
+the number of processes. Sources and evaluations draw here, `Distiller` and the training module cut.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,12 @@ from lit_opd.types import Rollout
 
 __all__ = ["EVALUATION_STREAM", "TRAINING_STREAM", "micro_batches", "split_updates", "uniforms"]
 
-# Set the draws of training and of evaluations apart: the second number of a seed.
+# The second number of a seed, which keeps draws of training and of evaluations apart.
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1
 
 
 def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completions: int, length: int) -> Tensor:
-    """The randomness of a rollout: one stream for each completion, named by (seed, draw, completion).
+    """Draw the random numbers of a rollout, one stream for each completion, named by (seed, draw, completion).
 
     Args:
         seed: the seed, and a number that sets training apart from evaluation.
@@ -39,10 +43,7 @@ def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completi
 def split_updates(
     places: Sequence[int], num_completions: int, updates: int, prompts: int, whole_prompts: bool = False
 ) -> list[Tensor]:
-    """Row indices of each optimizer update: the rollout batch of all processes, cut into equal parts in order.
-
-    Which update a row belongs to follows from its place in the whole batch, so it is the same whatever the number of
-    processes.
+    """Choose the rows of each optimizer update, by cutting the batch of all processes into equal parts in order.
 
     Args:
         places: of this process's prompts in the whole batch.
@@ -61,13 +62,13 @@ def split_updates(
 
 
 def micro_batches(rollout: Rollout, index: Tensor, budget: int, whole_prompts: bool = False) -> list[Tensor]:
-    """Rows of each micro-batch: the chosen rows sorted by length, at most `budget` tokens with padding together.
+    """Choose the rows of each micro-batch: rows of similar length, at most `budget` tokens with their padding.
 
     Args:
         rollout: all rows.
         index: the rows to use.
-        budget: rows x (longest prompt + longest completion) that a micro-batch may hold; what does not fit and
-            cannot be cut stands alone.
+        budget: rows x (longest prompt + longest completion) that a micro-batch may hold. A row, or a prompt's rows,
+            above it is a micro-batch by itself.
         whole_prompts: keep the chosen completions of a prompt together.
 
     Returns:

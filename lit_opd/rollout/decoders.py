@@ -1,4 +1,7 @@
-"""What runs the model's body while it samples: any Hugging Face model over its own cache."""
+"""Run the body of any Hugging Face model token by token, over the model's own cache.
+
+`LocalEngine` samples with a `Decoder`. This one serves every architecture, `FusedDecoder` the Llama-like ones faster.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,23 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lit_opd.errors import UserError
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
+from lit_opd.models.forward import distance
 from lit_opd.types import PromptBatch, Prompts
 
-__all__ = ["CacheDecoder", "Decoder", "check_cache"]
+__all__ = ["CacheDecoder", "Decoder", "check_cache", "probe"]
 
 _ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 class Decoder(Protocol):
-    """The body of a model, one token a row at a time."""
+    """The body of a model, run for one token a row at a time."""
 
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """Read the prompts.
 
         Args:
             batch: prompts.
-            num_completions: rows that continue each prompt; they share its computation.
+            num_completions: rows that continue each prompt.
             length: the most tokens that will be written.
 
         Returns:
@@ -35,19 +39,16 @@ class Decoder(Protocol):
         ...
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Append one token to every row; returns the hidden states [B, H] that predict the next."""
+        """Append one token to every row and return the hidden states [B, H] that predict the next."""
         ...
 
     def keep(self, index: Tensor) -> bool:
-        """Go on with the chosen rows only, in that order; False, and nothing changed, where rows cannot leave."""
+        """Keep only the chosen rows, in that order, or change nothing and return False where rows cannot leave."""
         ...
 
 
 class CacheDecoder:
-    """Any model that Hugging Face generates with, over the cache that the model makes for itself.
-
-    Args:
-        policy: the model.
+    """A decoder for any model that Hugging Face generates with, over the cache that the model makes for itself.
 
     Raises:
         UserError: the model takes no cache, or gives none back.
@@ -66,7 +67,7 @@ class CacheDecoder:
         if num_completions == 1:
             return hidden_BH
         self._seen_BL = self._seen_BL.repeat_interleave(num_completions, dim=0)
-        if not self.only_attends:  # other states cannot be handed to several rows: each reads its prompt
+        if not self.only_attends:  # a recurrent state cannot be repeated for several rows, so each reads its prompt
             self._cache = None
             return self._read(ids_BP.repeat_interleave(num_completions, dim=0))
         self._cache.batch_repeat_interleave(num_completions)
@@ -78,7 +79,7 @@ class CacheDecoder:
         return self._read(ids_B[:, None])
 
     def keep(self, index: Tensor) -> bool:
-        """See `Decoder.keep`. States of other layers than attention cannot be chosen from."""
+        """See `Decoder.keep`. Rows cannot be selected from states of other layers than attention."""
         if not self.only_attends:
             return False
         self._cache.batch_select_indices(index)
@@ -87,11 +88,11 @@ class CacheDecoder:
 
     @property
     def only_attends(self) -> bool:
-        """Whether all that the cache holds, once prompts were read, is keys and values by position."""
+        """True where the cache, once prompts were read, holds nothing but keys and values by position."""
         return {type(layer) for layer in getattr(self._cache, "layers", [None])} <= _ATTENTION_LAYERS
 
     def _read(self, ids_BL: Tensor) -> Tensor:
-        # A body without attention would apply the mask of what it has read to what it reads now.
+        # transformers' bodies without attention multiply new inputs by the mask, which must then hold these alone.
         layers = getattr(self._cache, "layers", [])
         recurs = bool(layers) and not any(isinstance(layer, DynamicLayer) for layer in layers)
         mask_BL = self._seen_BL[:, -ids_BL.shape[1] :] if recurs else self._seen_BL
@@ -102,20 +103,26 @@ class CacheDecoder:
         return output.last_hidden_state[:, -1]
 
 
+def probe(policy: LanguageModel) -> tuple[PromptBatch, Tensor]:
+    """Make two prompts of different lengths, and the next token [4] of two rows each, to compare decoders on."""
+    ids_BP = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
+    mask_BP = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
+    return PromptBatch(Prompts(ids_BP, mask_BP), rows=[{}, {}], batch=0, places=[0, 1]), ids_BP[0, :4]
+
+
 def check_cache(policy: LanguageModel) -> None:
     """Compare a few tokens, decoded over the model's own cache, with a plain forward pass of each row.
 
-    Keys and values of attention are trusted. What else a cache may hold, a recurrent state, sees the padding of its
-    row unless the model takes care.
+    A cache of keys and values alone is trusted. A recurrent state also reads the padding of its row, unless the model
+    masks it.
 
     Raises:
         UserError: they differ, or there is no cache.
     """
-    ids_BP = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
-    mask_BP = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
-    decoder, next_B = CacheDecoder(policy), ids_BP[0, :4]
+    decoder, (batch, next_B) = CacheDecoder(policy), probe(policy)
+    ids_BP, mask_BP = batch.prompts
     with torch.autocast(policy.device.type, enabled=False):
-        states = [decoder.prefill(PromptBatch(Prompts(ids_BP, mask_BP), [{}, {}], 0, [0, 1]), 2, 1)]
+        states = [decoder.prefill(batch, 2, 1)]
         if decoder.only_attends:
             return
         states.append(decoder.step(next_B))
@@ -124,13 +131,12 @@ def check_cache(policy: LanguageModel) -> None:
             row_1L = torch.cat([ids_BP[row // 2][mask_BP[row // 2]], next_B[row : row + 1]])[None]
             own = policy.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool))
             own_2H = upcast(own.last_hidden_state[0, -2:])
-            off = ((found_2H - own_2H).norm() / own_2H.norm()).item()
-            if not off < (1e-3 if states[0].dtype == own_2H.dtype else 0.25):  # the rounding of bf16 may differ
+            off = distance(found_2H, own_2H, exact=states[0].dtype == own_2H.dtype)
+            if off is not None:
                 raise _refusal(policy, f"is off by {off:.2g} over its cache")
 
 
 def _refusal(policy: LanguageModel, why: str) -> UserError:
-    return UserError(
-        f"{policy.key}.path", "a model that can be sampled token by token over a cache of its own",
-        f"{type(policy.body).__name__}, which {why}", "Name another model, or sample with rollout.engine=vllm.",
-    )  # fmt: skip
+    expected, found = "a model that can be sampled token by token over a cache of its own", type(policy.body).__name__
+    remedy = "Name another model, or sample with rollout.engine=vllm."
+    return UserError(f"{policy.key}.path", expected, f"{found}, which {why}", remedy)

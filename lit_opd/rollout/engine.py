@@ -1,4 +1,8 @@
-"""What any rollout engine offers; the local decode loop is one, a vLLM server another."""
+"""Define what a rollout engine is, and make the configured one.
+
+Engines are the decode loop of this process, a vLLM server, and classes of a user's own. Training and evaluations sample
+with the engine that `rollout.engine` names.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ __all__ = ["RolloutEngine", "build_engine"]
 
 
 class RolloutEngine(Protocol):
-    """Completes prompts and says under which law."""
+    """A sampler of completions that says under which law it sampled."""
 
     def sample(
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
@@ -34,16 +38,18 @@ class RolloutEngine(Protocol):
                 An engine with a random generator of its own may use them as seeds only.
 
         Returns:
-            Completions with `sampler_logps_BT` under the law that really sampled them.
+            Completions with `sampler_logps_BT` under the law that sampled them.
         """
         ...
 
 
 def build_engine(config: RolloutConfig) -> RolloutEngine:
-    """Make the configured engine; one of a user's own is called with the section. A server is first asked on sampling.
+    """Make the configured engine, calling a user's own class or function with the section.
+
+    No server is asked before the first sampling.
 
     Raises:
-        UserError: no such class or function, or what it makes cannot sample.
+        UserError: no such class or function, or the object it makes cannot sample.
     """
     if config.engine == "local":
         return LocalEngine()

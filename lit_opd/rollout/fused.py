@@ -1,9 +1,9 @@
-"""The body of a Llama-like model, written for decoding.
+"""Run the body of a Llama-like model token by token, faster than its own code does.
 
-Sampling is one token a row at a time, where a general implementation spends most of its time on what is not a matrix
-product: casting weights, growing its cache, masks, many small operations. Here weights are cast once a rollout, the
-projections that share an input are one product, the cache has its final size from the beginning, and the prompts'
-shared beginnings are computed once.
+For one token a row, a general implementation spends most of its time outside matrix products: casting weights, growing
+its cache, making masks, starting many small operations. Here weights are cast once a rollout, projections that share an
+input are one product, the cache has its final size from the beginning, and the prompts' shared beginnings are computed
+once. `LocalEngine` uses it where the model's structure allows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lit_opd.functional.head import compute_dtype
 from lit_opd.models import LanguageModel
-from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama
+from lit_opd.models.llama import LayerProducts, has_hooks, rms_norm, rotation, run_layer, unlike_llama
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import pack
 from lit_opd.rollout.products import Product, make_product
@@ -26,16 +26,14 @@ __all__ = ["FusedDecoder", "why_not_fused"]
 
 
 def why_not_fused(policy: LanguageModel) -> str | None:
-    """Why `FusedDecoder` cannot run a model; None where its structure is one that it knows."""
+    """Say why `FusedDecoder` cannot run a model, None where it knows the model's structure."""
     reason = unlike_llama(policy.body)
     if reason:
         return reason
     layers = [part for layer in policy.body.layers for part in (*layer.self_attn.children(), *layer.mlp.children())]
-    # Exactly this class: an adapter or a quantised layer is another.
-    projections = [
-        part for part in layers if isinstance(getattr(part, "weight", None), Tensor) and part.weight.dim() > 1
-    ]
-    if any(part._forward_hooks or part._forward_pre_hooks for part in projections):
+    # The class itself, for some adapters and quantised layers are subclasses of it.
+    projections = [p for p in layers if isinstance(getattr(p, "weight", None), Tensor) and p.weight.dim() > 1]
+    if has_hooks(projections):
         return "it has hooks"
     if any(type(part) is not nn.Linear for part in projections) or len(projections) != 7 * len(policy.body.layers):
         return "its projections are not plain linear layers"
@@ -43,7 +41,7 @@ def why_not_fused(policy: LanguageModel) -> str | None:
 
 
 def _decode_products(layer: Any, dtype: torch.dtype, rows: int) -> LayerProducts:
-    """The products of a layer in the dtype of decoding; those that share an input are joined to one."""
+    """Make the products of a layer in the dtype of decoding, joining those that share an input."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, rows)
     sizes = [attention.q_proj.out_features + attention.k_proj.out_features, attention.v_proj.out_features]
@@ -57,12 +55,7 @@ def _decode_products(layer: Any, dtype: torch.dtype, rows: int) -> LayerProducts
         gate, up = gate_up(x).chunk(2, dim=-1)
         return gate, up
 
-    return LayerProducts(
-        qk_v,
-        _joined([attention.o_proj], dtype, rows),
-        halves,
-        _joined([mlp.down_proj], dtype, rows),
-    )
+    return LayerProducts(qk_v, _joined([attention.o_proj], dtype, rows), halves, _joined([mlp.down_proj], dtype, rows))
 
 
 def _joined(parts: list[nn.Linear], dtype: torch.dtype, rows: int) -> Product:
@@ -74,12 +67,12 @@ def _joined(parts: list[nn.Linear], dtype: torch.dtype, rows: int) -> Product:
 class FusedDecoder:
     """A `Decoder` for models whose `why_not_fused` is None.
 
-    The cache is aligned on the right of the prompts, so that all rows write the same column; what is left of a shorter
-    prompt is masked.
+    Prompts end at the same column of the cache, so that all rows write the same column. Columns before the beginning of
+    a shorter prompt are masked.
 
     Args:
-        policy: the model; its weights are read, and copied in the dtype of the products, now.
-        rows: how many it will mostly decode.
+        policy: the model; its weights are copied now, in the dtype of the products.
+        rows: how many rows it will mostly decode.
     """
 
     def __init__(self, policy: LanguageModel, rows: int) -> None:
@@ -112,8 +105,7 @@ class FusedDecoder:
 
             def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
                 for kept, new in zip(cache, (key, value), strict=True):
-                    prompts = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
-                    kept[:, :, :width] = prompts
+                    kept[:, :, :width] = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
                 return attend(query, key, value, layout, self._scale)
 
             hidden_NH = run_layer(layer, products, hidden_NH, turn, attention, self.dtype)
@@ -132,7 +124,7 @@ class FusedDecoder:
 
             def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
                 cache[0][:, :, column], cache[1][:, :, column] = key, value
-                # The queries of a group stand where several positions would: its keys are read once for all of them.
+                # A group's queries take the place of positions, so that the kernel reads its keys once for them all.
                 grouped = query.view(len(query), self._groups, -1, self._size)
                 keys, values = cache[0][:, :, : column + 1], cache[1][:, :, : column + 1]
                 return scaled_dot_product_attention(grouped, keys, values, bias_B11L, scale=self._scale)
@@ -151,10 +143,9 @@ class FusedDecoder:
     def _reserve(self, rows: int, width: int, length: int) -> None:
         weight = self._body.embed_tokens.weight
         shape = (2, rows, self._groups, width + length, self._size)
-        # Zeros: a masked column that held a NaN would still give one.
+        # Zeros, for uninitialised memory may hold NaN, and 0 x NaN in a masked column is NaN.
         self._caches = [torch.zeros(shape, dtype=self.dtype, device=weight.device) for _ in self._layers]
         self._bias_BL = torch.zeros(rows, width + length, dtype=self.dtype, device=weight.device)
-        self._cos_L1D, self._sin_L1D = rotation(
-            self._body, torch.arange(width + length, device=weight.device), weight[:1]
-        )
+        positions_L = torch.arange(width + length, device=weight.device)
+        self._cos_L1D, self._sin_L1D = rotation(self._body, positions_L, weight[:1])
         self._column = width

@@ -1,4 +1,7 @@
-"""Verdicts on completions: what a verifier says of their texts."""
+"""Give completions their rewards, by a verifier that reads their texts.
+
+`Distiller` asks for the rewards of training, evaluations for those that they report.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,9 @@ Verifier = Callable[[str, Mapping[str, Any]], float]
 
 
 def judge(tokenizer: Any, batch: PromptBatch, rollout: Rollout, verifier: Verifier) -> Tensor:
-    """Ask a verifier for the reward of every completion.
+    """Ask a verifier for the reward of every completion, [B] in fp32.
 
-    Args:
-        tokenizer: decodes completions; special tokens are left out.
-        batch: the prompts, for their rows.
-        rollout: the completions.
-        verifier: maps a completion's text and its prompt's row to a reward.
-
-    Returns:
-        [B] rewards, fp32.
+    The verifier maps a completion's text, without special tokens, and its prompt's row to a reward.
     """
     rows = [batch.rows[i] for i in rollout.prompt_index_B.tolist()]
     texts = completion_texts(tokenizer, rollout)

@@ -1,4 +1,7 @@
-"""The law that training samples with."""
+"""Make the law that training samples with, and refuse one under which nothing could be learned.
+
+The training module and `measure` ask for it before any model samples.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ __all__ = ["training_law"]
 
 
 def training_law(config: RolloutConfig, estimator: BoundEstimator) -> SamplingLaw:
-    """The configured law.
+    """Make the configured sampling law.
 
     Raises:
-        UserError: greedy sampling for an estimator that learns from the chance of what was sampled.
+        UserError: greedy sampling, for an estimator that weighs samples by their probability.
     """
     if config.temperature == 0:
         for term in estimator.terms:

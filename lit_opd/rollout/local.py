@@ -1,4 +1,8 @@
-"""The local engine: a decode loop in this process."""
+"""Sample completions in this process, by a decode loop over the model at hand.
+
+This is the default engine. It needs no server, samples exactly under the recorded law, and takes the fastest decoder
+that the model allows.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +16,24 @@ from lit_opd.functional import sample_tokens
 from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
-from lit_opd.rollout.decoders import CacheDecoder, Decoder, check_cache
+from lit_opd.models.forward import distance
+from lit_opd.rollout.decoders import CacheDecoder, Decoder, check_cache, probe
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
 from lit_opd.rollout.products import make_product
-from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw
+from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["LocalEngine"]
 
 _log = logging.getLogger(__name__)
 
-# Rows leave the batch when this share of it has finished: moving the cache costs about as much as a step.
+# The share of rows that must have finished before they leave the batch: moving the cache costs about as much as a step.
 _FINISHED_SHARE = 0.25
-# An accelerator is asked rarely whether all rows have finished, for every answer is waited for.
+# Steps between looks at finished rows on an accelerator, where each look waits for all work in its queue.
 _ASK_EVERY = 16
 
 
 class LocalEngine:
-    """Samples with the model at hand, in this process."""
+    """The engine that samples in this process."""
 
     def __init__(self) -> None:
         self._disagreements: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
@@ -38,15 +43,15 @@ class LocalEngine:
     def sample(
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
     ) -> Rollout:
-        """Complete every prompt; see `RolloutEngine.sample`. Prompts are prefilled once for all their completions."""
-        # No dropout: the sampler must be the law that the log-probabilities are of.
+        """Complete every prompt, as `RolloutEngine.sample` says, reading each once for all its completions."""
+        # Without dropout, for the recorded log-probabilities are those of the whole model.
         with policy.evaluating(), policy.precision(cache_casts=True):
             decoder = self.decoder(policy, len(uniforms_BT))
             ids_BT, logps_BT, mask_BT, stopped_B = _decode(policy, decoder, batch, law, num_completions, uniforms_BT)
         return Rollout.completed(batch, num_completions, ids_BT, mask_BT, logps_BT, stopped_B, law)
 
     def decoder(self, policy: LanguageModel, rows: int) -> Decoder:
-        """The fastest decoder of `rows` rows that the model allows.
+        """Make the fastest decoder of `rows` rows that the model allows.
 
         Raises:
             UserError: no decoder continues this model's rows exactly.
@@ -67,19 +72,15 @@ class LocalEngine:
 
 
 def _disagreement(policy: LanguageModel) -> str | None:
-    """What tells the two decoders apart on a few tokens; None where nothing does."""
-    ids = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
-    mask = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
-    batch = PromptBatch(Prompts(ids, mask), rows=[{}, {}], batch=0, places=[0, 1])
+    """Say how the two decoders differ on a few tokens, None where only by rounding."""
+    batch, next_B = probe(policy)
     with torch.autocast(policy.device.type, enabled=False):
         fused, cached = FusedDecoder(policy, 4), CacheDecoder(policy)
         pairs = [(fused.prefill(batch, 2, 1), cached.prefill(batch, 2, 1))]
-        pairs.append((fused.step(ids[0, :4]), cached.step(ids[0, :4])))
+        pairs.append((fused.step(next_B), cached.step(next_B)))
     found, expected = (upcast(torch.cat(parts)) for parts in zip(*pairs, strict=True))
-    error = ((found - expected).norm() / expected.norm()).item()
-    # The same sums in another order; many layers of bf16 may grow that to several per cent.
-    exact = policy.head.weight_VH.dtype == expected.dtype
-    return None if error < (1e-3 if exact else 0.25) else f"its hidden states would be off by {error:.2g}"
+    off = distance(found, expected, exact=policy.head.weight_VH.dtype == expected.dtype)
+    return None if off is None else f"its hidden states would be off by {off:.2g}"
 
 
 def _decode(
@@ -90,11 +91,11 @@ def _decode(
     num_completions: int,
     uniforms_BT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token ids, log-probabilities and mask [B, T], and which rows met a stop token [B]."""
+    """Sample token ids, log-probabilities and mask [B, T], and say which rows met a stop token [B]."""
     (rows, length), device = uniforms_BT.shape, uniforms_BT.device
     stop_ids = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
     ids_BT = torch.full((rows, length), policy.pad_id, device=device)
-    # The dtype said, here as elsewhere: under bf16-true torch's default is bf16.
+    # With its dtype, for Lightning's bf16-true makes bf16 torch's default.
     logps_BT = torch.zeros((rows, length), dtype=torch.float32, device=device)
     mask_BT = torch.zeros((rows, length), dtype=torch.bool, device=device)
     stopped_B = torch.zeros(rows, dtype=torch.bool, device=device)

@@ -1,4 +1,8 @@
-"""Matrix products with a few rows, many times over the same weights."""
+"""Make matrix products of a few rows fast, where the same weights are used many times.
+
+Decoding multiplies a handful of rows by every weight at every token. `FusedDecoder` and `LocalEngine` call this once a
+rollout.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ Product = Callable[[Tensor], Tensor]
 
 
 def make_product(weight_OI: Tensor, bias_O: Tensor | None, rows: int) -> Product:
-    """`linear(x, weight, bias)` as a function of x [N, I] alone.
+    """Make `linear(x, weight, bias)` a function of x [N, I] alone.
 
-    On a CPU in bf16 the weight is laid out once as oneDNN's kernels want it; left as it is, every call does so again,
-    and decoding, which reads each weight for a handful of rows, takes twice as long.
+    On a CPU in bf16, oneDNN's kernels want another layout of the weight, and make it anew at every call, so that
+    decoding takes twice as long. Here the weight is laid out once.
 
     Args:
         weight_OI: [O, I] in the dtype of the product.

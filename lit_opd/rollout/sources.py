@@ -23,7 +23,7 @@ from lit_opd.types import Author, PromptBatch, Prompts, Rollout, SamplingLaw
 
 __all__ = ["Mixed", "RolloutSource", "Sampled", "TextsOf", "Written", "build_source", "student_writes"]
 
-# Sets the draws of who writes apart from those of the tokens: the last number of a seed.
+# The second number of a seed, which keeps the draws of who writes apart from those of the tokens.
 _WHO_WRITES = 2
 
 TextsOf = Callable[[Sequence[Mapping[str, Any]]], list[str]]
@@ -33,23 +33,13 @@ class RolloutSource(Protocol):
     """A source of completions."""
 
     def complete(self, batch: PromptBatch) -> Rollout:
-        """Complete every prompt; completions of one prompt are neighbours."""
+        """Complete every prompt, with the completions of one prompt next to each other."""
         ...
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Completions that a model samples.
-
-    Attributes:
-        engine: samples.
-        policy: the model.
-        law: what it samples under.
-        count: completions a prompt.
-        length: the longest completion, in tokens.
-        seed: of the draws.
-        author: the model's role.
-    """
+    """Completions that a model samples: `count` a prompt, of at most `length` tokens, in the role of `author`."""
 
     engine: RolloutEngine
     policy: LanguageModel
@@ -60,21 +50,21 @@ class Sampled:
     author: Author = Author.STUDENT
 
     def complete(self, batch: PromptBatch) -> Rollout:
-        """Sample every prompt's completions, by draws that the prompt's place in the run names."""
+        """Sample every prompt's completions, by random numbers that follow from the prompt's place in the run."""
         numbers_BT = uniforms((self.seed, TRAINING_STREAM), batch.draws, self.count, self.length)
         device = batch.prompts.ids_BP.device
         rollout = self.engine.sample(self.policy, batch, self.law, self.count, numbers_BT.to(device))
         if self.author == Author.STUDENT:
             return rollout
-        # An engine calls what its policy samples the student's; what it knows to be somebody else's stays.
+        # Engines mark tokens that their policy samples as the student's. Tokens marked otherwise keep their author.
         return replace(rollout, author_BT=rollout.author_BT.masked_fill(rollout.student_wrote_BT, self.author))
 
 
 @dataclass(frozen=True)
 class Written:
-    """Completions that the data holds, each repeated, ended by the policy's stop token and cut to a length.
+    """Completions that the data holds, ended by the policy's stop token, cut to `length`, repeated `count` times.
 
-    Nobody sampled them: their `sampler_logps_BT` are 0.
+    No model sampled them, so their `sampler_logps_BT` are 0.
 
     Attributes:
         policy: the model whose tokenizer and stop token are used.
@@ -136,7 +126,7 @@ class Mixed:
 
 
 def _joined(parts: Sequence[Rollout], order: Tensor) -> Rollout:
-    """Put rollouts of one batch together, under the law of the first, and their rows into an order."""
+    """Join rollouts of one batch, under the law of the first, with their rows in an order."""
     width = max(part.ids_BT.shape[1] for part in parts)
 
     def join(name: str) -> Tensor:
@@ -155,7 +145,7 @@ def _joined(parts: Sequence[Rollout], order: Tensor) -> Rollout:
 
 
 def student_writes(seed: int, draws: Sequence[tuple[int, int]], share: float) -> Tensor:
-    """Draw which prompts the student completes itself, [prompts]; a draw does not depend on its neighbours.
+    """Draw which prompts the student completes itself, [prompts], each independently of the others.
 
     Args:
         seed: of the run.
@@ -167,16 +157,21 @@ def student_writes(seed: int, draws: Sequence[tuple[int, int]], share: float) ->
 
 
 def build_source(
-    config: RolloutConfig, law: SamplingLaw, seed: int, engine: RolloutEngine, student: LanguageModel,
-    teacher: LanguageModel | None, texts_of: TextsOf,
-) -> RolloutSource:  # fmt: skip
+    config: RolloutConfig,
+    law: SamplingLaw,
+    seed: int,
+    engine: RolloutEngine,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    texts_of: TextsOf,
+) -> RolloutSource:
     """Make the configured source.
 
     Args:
         config: how many completions, how long, which share is the student's, who writes the rest.
-        law: what the student samples under; the teacher samples its own distribution.
-        seed: of everything that is sampled.
-        engine: samples.
+        law: the student's; the teacher samples at temperature 1, untruncated.
+        seed: of all draws.
+        engine: samples completions of student and teacher.
         student: the model that learns.
         teacher: writes demonstrations where `demonstrations` is `teacher`; None where it cannot sample.
         texts_of: looks up the completions that the data holds, where `demonstrations` is `data`.

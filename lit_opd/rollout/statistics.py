@@ -1,4 +1,7 @@
-"""What a rollout looks like: the numbers that warn of length inflation and loops."""
+"""Compute numbers of a rollout that warn of length inflation and loops.
+
+The training module logs them for every rollout, summed over all processes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ NGRAM = 4
 
 
 def repetition(ids_BT: Tensor, mask_BT: Tensor, n: int = NGRAM) -> Tensor:
-    """Share of n-grams of each completion that occurred earlier in it.
+    """Compute the share of each completion's n-grams that occurred earlier in it.
 
     Args:
         ids_BT: [B, T] tokens.
@@ -31,11 +34,11 @@ def repetition(ids_BT: Tensor, mask_BT: Tensor, n: int = NGRAM) -> Tensor:
 
 
 def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
-    """Sums over sequences of length, truncation, end by a stop token and repetition, and the number of sequences.
+    """Sum length, truncation, ends by a stop token and repetition over the student's sequences, and count these.
 
     Demonstrations, which the student did not write, are left out.
     """
-    # Of the row as a whole: its first token says who wrote it.
+    # The author of the first token is that of the row.
     own_B = rollout.student_wrote_BT[:, 0]
     if not own_B.all():
         rollout = rollout.rows(torch.nonzero(own_B).flatten())

@@ -1,8 +1,8 @@
 """Bring a model's weights to an engine that samples in another process.
 
-`VllmEngine` calls it before every rollout. Weights are known by a label, which the engine keeps beside them: they are
-written and loaded only where the engine has another label, because the model was trained, or because the engine was
-started anew or given other weights by another run.
+`VllmEngine` calls this before every rollout. Weights have a label, which the engine keeps beside them. They are written
+and loaded only where the engine's label differs: the model was trained, the engine was restarted, or another run gave
+it weights.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class WeightSync:
-    """Keeps the weights of an engine equal to a model's.
+    """Brings weights to one engine, whose processes on a machine wait for each other.
 
     Args:
-        engine: its address; processes of one machine that bring weights to it wait for each other.
-        held: says the label of the weights that the engine holds.
-        load: has the engine load `model.safetensors` of a folder, and keep the label given.
+        engine: its address.
+        held: asks the engine for the label of its weights.
+        load: makes the engine load `model.safetensors` of a folder, and keep the label given.
     """
 
     def __init__(self, engine: str, held: Callable[[], str], load: Callable[[str, str], None]) -> None:
@@ -42,17 +42,15 @@ class WeightSync:
         self._lock = Path(tempfile.gettempdir()) / f"lit_opd-{hashlib.sha256(engine.encode()).hexdigest()[:16]}.lock"
 
     def push(self, model: nn.Module, dtype: torch.dtype | None) -> str:
-        """Replace the engine's weights where they are not the model's; returns the label they are known by.
+        """Replace the engine's weights where they are not the model's, and return their label.
 
-        Args:
-            model: whose weights.
-            dtype: that of floating-point weights in the engine; None for their own.
+        Floating-point weights are written in `dtype`, or in their own where it is None.
         """
         label = weights_label(model)
         if self.held() == label:
             return label
         with FileLock(self._lock):
-            if self.held() != label:  # another process of this run may have been faster
+            if self.held() != label:  # another process of this run may have loaded them while this one waited
                 with tempfile.TemporaryDirectory(prefix="lit_opd-") as folder:
                     write_weights(model, folder, dtype)
                     self.load(folder, label)
@@ -60,10 +58,10 @@ class WeightSync:
 
 
 def weights_label(model: nn.Module) -> str:
-    """Name the weights as they are, by the sum of every tensor's bits.
+    """Label a model's weights by the sum of every tensor's bits, the same in every process.
 
-    The same weights have the same label in every process. Not torch's version counters: a step of a fused optimizer,
-    the default here, leaves them as they are (torch 2.13), as does whatever writes through `.data`.
+    Torch's version counters (2.13) would be cheaper, but fused optimizers, the default here, and writes through `.data`
+    do not count.
 
     Raises:
         UserError: the model is sharded, so that no process has its weights.
@@ -76,22 +74,23 @@ def weights_label(model: nn.Module) -> str:
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """Add up a tensor's bits, as integers as wide as it allows: of 64 bits this is as fast as memory is read."""
+    """Add up a tensor's bits as integers, the widest possible: those of 64 bits are added as fast as memory is read."""
     flat_N = tensor.contiguous().flatten()
     width = math.gcd(8, flat_N.nbytes, flat_N.storage_offset() * flat_N.element_size())
     return flat_N.view(INTEGERS[width]).sum(dtype=torch.int64)
 
 
 def write_weights(model: Any, folder: str, dtype: torch.dtype | None) -> None:
-    """Write the weights as the hub names them, adapters merged in a copy, to `model.safetensors` in a folder."""
-    # Not save_pretrained, which writes nothing in processes other than the first.
+    """Write a model's weights, as the hub names them and with adapters merged, to `model.safetensors` in a folder."""
+    # transformers' save_pretrained writes nothing in processes other than the first, so it is not used.
     from transformers.core_model_loading import revert_weight_conversion
 
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
     weights, seen = {}, set()
+    # safetensors refuses tensors that share memory, so tied weights are written once, under their first name.
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:  # tied weights once, under their first name
+        if tensor.data_ptr() not in seen:
             weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         seen.add(tensor.data_ptr())
     save_file(revert_weight_conversion(model, weights), Path(folder) / "model.safetensors")
