@@ -1,4 +1,4 @@
-"""The step of on-policy distillation without Lightning: sample, score, estimate.
+"""Make the step of on-policy distillation without Lightning: sample, score, estimate.
 
 Training (`module`), the measurement of gradients and the audit run the same `Distiller`, so that what is measured is
 what trains. Loops over processes, backward passes and optimizer steps are their callers'.
@@ -61,7 +61,7 @@ class Distiller:
 
     @property
     def asks(self) -> dict[str, Wanted]:
-        """What the estimator asks of each scorer."""
+        """The scores that the estimator asks of each scorer."""
         asks = {"teacher": wanted_by(self.estimator)}
         return asks | ({"reference": Wanted()} if Need.REFERENCE in self.estimator.needs else {})
 

@@ -20,7 +20,7 @@ SHOWN = ("train/reverse_kl", "val/reverse_kl", "val/accuracy", "rollout/length",
 
 
 class StepProgress(ProgressBar):
-    """Steps done, time left, reverse KL, held-out results, length and speed; a passing bar for evaluations."""
+    """Steps done, time left, reverse KL, held-out results, length and speed, with a passing bar for evaluations."""
 
     def __init__(self) -> None:
         super().__init__()

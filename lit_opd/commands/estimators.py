@@ -1,4 +1,7 @@
-"""Print the registry as a table, for the command `estimators` and the page in docs/."""
+"""Print the registry as a table.
+
+The command `estimators` prints it on the terminal, and `tools/make_docs.py` into the page in docs/.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ def _families(quote: str = "") -> Iterator[tuple[str, str, list[list[str]]]]:
 
 
 def _contract(spec: EstimatorSpec) -> Contract:
-    """With the defaults; where a keyword has none, as declared."""
+    """Read the contract that an estimator has with its defaults, or as declared where a keyword has none."""
     return spec.contract(spec.defaults)
 
 

@@ -1,4 +1,7 @@
-"""Run an experiment of `lab/` and print its report: the commands `measure`, `compare` and `audit`."""
+"""Run an experiment of `lab/` and print its report.
+
+The command line calls it for `measure`, `compare` and `audit`.
+"""
 
 from __future__ import annotations
 

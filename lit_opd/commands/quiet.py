@@ -1,4 +1,7 @@
-"""Silence what other libraries print, so that what a run prints is what a user needs."""
+"""Silence what other libraries print, so that what a run prints is what a user needs.
+
+Every command that loads a model calls it first. In Python nothing is silenced.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Train a student, or measure one: the commands `fit`, `validate` and `test`."""
+"""Train a student, or measure one, and print the table.
+
+The command line calls it for `fit`, `validate` and `test`. In Python, `runs.train` and `runs.evaluate` do the work.
+"""
 
 from __future__ import annotations
 

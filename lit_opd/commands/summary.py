@@ -1,4 +1,7 @@
-"""Print the results of a run as a table for the terminal."""
+"""Print the results of a run as a table for the terminal.
+
+`running` calls it at the end of `fit`, `validate` and `test`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Serve MLflow's own pages on the runs of a configuration, for this machine alone."""
+"""Serve MLflow's own pages on the runs of a configuration, for this machine alone.
+
+The command line calls it for `ui`, so that nobody has to spell the address of the store.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Describe how a run learns: the sections of sampling, the objective and the optimizer's step."""
+"""Describe how a run learns: the sections of sampling, the objective and the optimizer's step.
+
+`load_config` fills and checks them. The module takes them, or mappings of their keys.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class RolloutConfig(Section):
     """Who writes demonstrations: teacher | data (data.answer_column)."""
 
     def check(self, name: str) -> None:
-        """See `Section.check`."""
+        """Check every value, and those that have to agree."""
         super().check(name)
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"{name}.min_new_tokens", f"at most {name}.max_new_tokens ({self.max_new_tokens})",

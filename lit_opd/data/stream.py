@@ -1,4 +1,8 @@
-"""Pick the rows of every training batch, and load picked rows as batches; the data module puts the two together."""
+"""Pick the rows of every training batch, and load picked rows as batches.
+
+Why here: the picks are a function of the seed alone, whatever the processes and interruptions. The data module makes a
+`PromptStream` for training, and gives Lightning a `PromptLoader`.
+"""
 
 from __future__ import annotations
 

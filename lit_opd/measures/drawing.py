@@ -27,13 +27,13 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
-    "axes.titley": 1.0,  # looking for a place that nothing else takes costs a third of the drawing
+    "axes.titley": 1.0,  # matplotlib's own search for a free place takes a third of the drawing
     "grid.alpha": 0.25,
 }
 
 
 def look(number: int) -> dict[str, Any]:
-    """Give the number-th thing that is drawn its colour, marker and line style; 70 of them look different.
+    """Give the number-th thing that is drawn its colour, marker and line style, different for the first 70.
 
     >>> look(1)
     {'color': '#D55E00', 'marker': 's', 'linestyle': '-'}

@@ -103,7 +103,7 @@ def run(
     logger: RunLogger,
     checkpoint: Path | None,
 ) -> Outcome:
-    """Measure, train, measure and export, with everything built. See `train`."""
+    """Measure, train, measure again and export, with everything built, as `train` does."""
     if checkpoint is None:
         measured = measure_before(config, trainer, module, data)
         if trainer.is_global_zero:

@@ -1,4 +1,7 @@
-"""Name the files of a run's folder, and see that no run begins in the folder of another."""
+"""Name the files of a run's folder, and see that no run begins in the folder of another.
+
+`train` claims and fills the folder. The command `export` and the runs of a comparison look into it.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ NEAREST = {FULL: "full_vocab", SUPPORT: "teacher_topk", TOKEN: "token"}
 
 
 def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | None:
-    """Find the scorer that is not a model in this process; None where the teacher is one.
+    """Find the teacher that is not a model in this process, or None where it is one.
 
     Args:
         teacher: a scorer, a section whose `kind` names one by path, or a model, a path or a section of a local one.

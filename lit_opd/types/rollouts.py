@@ -1,4 +1,4 @@
-"""Prompts, and the completions of a rollout with the law that sampled them.
+"""Hold prompts, and the completions of a rollout with the law that sampled them.
 
 Made by data and rollout sources, read by every room above.
 """

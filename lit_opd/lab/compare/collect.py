@@ -1,4 +1,7 @@
-"""Read from MLflow what runs measured, prompt by prompt and along the way, and what it cost; `command` calls this."""
+"""Read from MLflow what runs measured, prompt by prompt and along the way, and what it cost.
+
+`command` calls this. Runs leave nothing else behind that a comparison reads, so runs of any age can be compared.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +61,10 @@ class RunResult:
 
 
 def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
-    """Read the results of runs, in the order in which they began; the id of a comparison stands for its runs.
+    """Read the results of runs, in the order in which they began.
 
-    A run that was recorded twice because its first beginning was lost counts once, as it was last.
+    The id of a comparison stands for its runs. A run that was recorded twice because its first beginning was lost
+    counts once, as it was last.
 
     Raises:
         UserError: no run, or no such run; two runs that cannot be told apart; one without results prompt by prompt
@@ -120,13 +124,13 @@ def _children(client: MlflowClient, run: MlflowRun) -> list[MlflowRun]:
 
 
 def _history(client: MlflowClient, run: MlflowRun, name: str) -> dict[int, float]:
-    """Map steps to values; a resumed run may have logged a step twice, and the later one counts."""
+    """Map steps to values, of which the later one counts where a resumed run logged a step twice."""
     points = client.get_metric_history(run.info.run_id, name)
     return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
 
 def _prompts(client: MlflowClient, run: MlflowRun) -> tuple[tuple[str, ...], dict[str, list[float]]]:
-    """Read the hashes of the prompts, and yardstick -> the mean of each; not a number where nothing was counted."""
+    """Read the hashes of the prompts, and yardstick -> the mean of each, NaN where nothing was counted."""
     run_id = run.info.run_id
     if not any(file.path == PROMPTS_FILE for file in client.list_artifacts(run_id)):
         if run.info.status != "FINISHED":

@@ -1,6 +1,6 @@
 """Make of finished runs all that a comparison found: rankings, quality at equal cost, costs, curves, gaps.
 
-`command` calls this; `document` and `pictures` show what comes of it.
+`command` calls this. `document` and `pictures` show what comes of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a variant's training took, as means over its finished runs; None where it was not recorded."""
+    """The costs of a variant's training, as means over its finished runs, None where nothing was recorded."""
 
     variant: str
     steps: float | None
@@ -86,7 +86,7 @@ class Report:
 
 
 def make_report(runs: Sequence[RunResult]) -> Report:
-    """Compare runs; those that did not finish are named and left out.
+    """Compare the runs that finished, and name those that did not.
 
     Raises:
         UserError: runs that cannot be paired: other prompts, or a variant and seed that finished twice; seeds of one
@@ -106,7 +106,7 @@ def make_report(runs: Sequence[RunResult]) -> Report:
 
 
 def rank_at(yardstick: str, curves: Curves, cost: str) -> EqualCost | None:
-    """Rank the variants where every run has spent as much as the one that spent least; None where none has a value."""
+    """Rank the variants where every run has spent as much as the one that spent least, or None without a value."""
     budget = min((getattr(run[-1], cost) for by_seed in curves.values() for run in by_seed.values()), default=0.0)
     values: dict[str, dict[int, list[float]]] = {}
     for variant, by_seed in curves.items():

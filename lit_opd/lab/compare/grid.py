@@ -30,7 +30,7 @@ OWN = {
 
 @dataclass
 class Tracking:
-    """Where the comparison and its runs are recorded."""
+    """The store that records the comparison and its runs."""
 
     uri: str = TrackingConfig.uri
     experiment: str = "compare"
@@ -73,22 +73,22 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Its `output_dir`."""
+        """The `output_dir` of the run."""
         return Path(self.config.output_dir)
 
     @property
     def file(self) -> Path:
-        """Its configuration, from which it is started."""
+        """The configuration file from which it is started."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """The file of all that it printed."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Comparison:
-    """Build a comparison from YAML files and dotted overrides; `variants` becomes a mapping.
+    """Build a comparison, with `variants` as a mapping, from YAML files and dotted overrides.
 
     Raises:
         UserError: an unknown key or a wrong type; no base, no variants or no seeds; one of them twice; a key that is

@@ -1,4 +1,7 @@
-"""Draw learning curves over what they cost; `document` calls this, and `tools/make_results.py`."""
+"""Draw learning curves over what they cost.
+
+`document` calls this, and so does `tools/make_results.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Check all runs of a comparison before the first of them starts, and before any weights load; `command` calls this."""
+"""Check all runs of a comparison before the first of them starts, and before any weights load.
+
+`command` calls this: a mistake in the last variant would otherwise show hours later.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from lit_opd.config import load_config, to_flat
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import Run, within
+from lit_opd.measures.custom import load_measures
 from lit_opd.runs.folder import RunFolder
 from lit_opd.runs.lightning_trainer import build_trainer
 from lit_opd.runs.prepare import prepare_data
@@ -35,7 +39,7 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
 
 
 def check_recorded(runs: Sequence[Run], client: MlflowClient) -> None:
-    """See that MLflow still has every run that was begun.
+    """Look up in MLflow every run that was begun.
 
     Raises:
         UserError: a run of a folder that is not in the store, or was deleted there.
@@ -56,6 +60,8 @@ def check_recorded(runs: Sequence[Run], client: MlflowClient) -> None:
 def _prepare(run: Run) -> PromptDataModule:
     try:
         build_trainer(run.config, RunFolder(run.folder))
+        # Into the table of measures of this process too, whose report asks it for titles and directions.
+        load_measures(run.config.evaluation.measures)
         return prepare_data(run.config)
     except UserError as error:
         raise UserError(f"variants.{run.variant}: {error.key}", error.expected, error.found, error.remedy) from error
