@@ -153,8 +153,8 @@ class DistillationModule(AcrossProcesses):
         if precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
             raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", precision, "Use bf16-mixed.")
         if stage == "fit" and Need.REWARDS in self.estimator.needs and self.verifier is None:
-            raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
-                            "Set data.verifier=package.module:function.")  # fmt: skip
+            expected, found = f"one, for {self.estimator.spec.name!r} learns from rewards", "none"
+            raise UserError("data.verifier", expected, found, "Set data.verifier=package.module:function.")
         self.distiller = self.assemble(self.verifier, with_reference=stage == "fit")
 
     def assemble(self, verifier: Verifier | None, with_reference: bool = True) -> Distiller:

@@ -45,8 +45,8 @@ class RolloutConfig(Section):
         """Check every value, and those that have to agree."""
         super().check(name)
         if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(f"{name}.min_new_tokens", f"at most {name}.max_new_tokens ({self.max_new_tokens})",
-                            self.min_new_tokens, f"Lower it or raise {name}.max_new_tokens.")  # fmt: skip
+            expected, found = f"at most {name}.max_new_tokens ({self.max_new_tokens})", self.min_new_tokens
+            raise UserError(f"{name}.min_new_tokens", expected, found, f"Lower it or raise {name}.max_new_tokens.")
         if self.engine == "vllm":
             self._check_served(name)
 

@@ -99,8 +99,8 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
     ids = encode([render(row, config, tokenizer) for row in rows], config, tokenizer)
     for index, prompt in enumerate(ids):
         if not prompt:
-            raise UserError("data.prompt_column", "prompts of at least one token", f"an empty one in row {index}",
-                            "Remove it, or begin data.prompt_template with text.")  # fmt: skip
+            expected, remedy = "prompts of at least one token", "Remove it, or begin data.prompt_template with text."
+            raise UserError("data.prompt_column", expected, f"an empty one in row {index}", remedy)
     limit = config.max_prompt_tokens
     long = sum(len(prompt) > limit for prompt in ids)
     if config.overlong == "truncate":
@@ -108,8 +108,8 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
         return EncodedPrompts(list(rows), kept, truncated=long)
     if long and (config.overlong == "error" or long == len(ids)):
         found = f"{long} of {len(ids)} longer, the longest with {max(map(len, ids))}"
-        raise UserError("data.max_prompt_tokens", f"prompts of at most {limit} tokens", found,
-                        "Raise it, or set data.overlong=truncate to keep the end of long prompts.")  # fmt: skip
+        remedy = "Raise it, or set data.overlong=truncate to keep the end of long prompts."
+        raise UserError("data.max_prompt_tokens", f"prompts of at most {limit} tokens", found, remedy)
     fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= limit]
     return EncodedPrompts([rows[i] for i in fitting], [ids[i] for i in fitting], dropped=long)
 
@@ -158,16 +158,16 @@ def _worked_turns(config: DataConfig) -> list[dict[str, str]]:
 
 def _apply_chat(messages: list[Mapping[str, Any]], config: DataConfig, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
-        raise UserError("data.chat", "false, as the tokenizer has no chat template", "true",
-                        "Set data.chat=false or use a tokenizer with a chat template.")  # fmt: skip
+        remedy = "Set data.chat=false or use a tokenizer with a chat template."
+        raise UserError("data.chat", "false, as the tokenizer has no chat template", "true", remedy)
     if config.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever the tokenizer's own template raises
         cause = f"{type(error).__name__}: {error}"
-        raise UserError("data.chat", "messages that the tokenizer's chat template accepts", cause,
-                        "Check the roles and data.system_prompt.") from error  # fmt: skip
+        remedy = "Check the roles and data.system_prompt."
+        raise UserError("data.chat", "messages that the tokenizer's chat template accepts", cause, remedy) from error
 
 
 def _end_of(prompt: list[int], limit: int, bos: int | None) -> list[int]:

@@ -132,8 +132,8 @@ def _own_callback(key: str, entry: Any) -> L.Callback:
         raise UserError(key, expected, repr(entry), "Write e.g. callbacks=[mine.py:MyCallback].")
     callback = call_object(key, path, **kwargs)
     if not isinstance(callback, L.Callback):
-        raise UserError(key, "a lightning.Callback", f"{path}, which makes a {type(callback).__name__}",
-                        "Derive it from lightning.Callback.")  # fmt: skip
+        remedy = "Derive it from lightning.Callback."
+        raise UserError(key, "a lightning.Callback", f"{path}, which makes a {type(callback).__name__}", remedy)
     return callback
 
 

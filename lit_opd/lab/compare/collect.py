@@ -78,8 +78,8 @@ def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
         results = {(r.variant, r.seed): r for r in (read_run(client, r) for r in _children(client, run) or [run])}
         for key in results.keys() & found.keys():
             pair = f"{found[key].run_id} and {results[key].run_id} are both {key[0]!r} with seed {key[1]}"
-            raise UserError("--from-runs", "one run of every variant and seed", pair,
-                            "Leave one out, or give one another tag `variant` in MLflow.")  # fmt: skip
+            remedy = "Leave one out, or give one another tag `variant` in MLflow."
+            raise UserError("--from-runs", "one run of every variant and seed", pair, remedy)
         found |= results
     return list(found.values())
 
@@ -95,8 +95,8 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     tokens, seconds = (histories.get(name, {}) for name in SPENT)
     known = sorted(tokens.keys() & seconds.keys())
     if run.info.status == "FINISHED" and not known:
-        raise UserError("--from-runs", f"runs that logged {' and '.join(SPENT)}", f"neither in {run.info.run_id}",
-                        "Run it again.")  # fmt: skip
+        found, remedy = f"neither in {run.info.run_id}", "Run it again."
+        raise UserError("--from-runs", f"runs that logged {' and '.join(SPENT)}", found, remedy)
     curves = {
         name.removeprefix("val/"): [Point(s, tokens[s], seconds[s], history[s]) for s in known if s in history]
         for name, history in histories.items() if name.startswith("val/")

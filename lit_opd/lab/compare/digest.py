@@ -148,8 +148,8 @@ def _check_pairs(finished: Sequence[RunResult]) -> None:
 def _check_same_settings(first: RunResult, run: RunResult) -> None:
     for key in _differing([first, run]):
         one, other = (f"{result.settings.get(key)!r} in {_name(result)}" for result in (first, run))
-        raise UserError("runs", f"one {key} for all seeds of {run.variant!r}", f"{one} and {other}",
-                        "Make one of them anew, or give it another tag `variant` in MLflow.")  # fmt: skip
+        remedy = "Make one of them anew, or give it another tag `variant` in MLflow."
+        raise UserError("runs", f"one {key} for all seeds of {run.variant!r}", f"{one} and {other}", remedy)
 
 
 def _check_prompts(first: RunResult, run: RunResult) -> None:

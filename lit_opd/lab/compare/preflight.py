@@ -75,5 +75,5 @@ def _check_folder(run: Run) -> None:
     for key in sorted(held.keys() | wanted.keys()):
         if held.get(key) != wanted.get(key) and not within(key, ("tracking",)):
             found = f"one in {str(run.folder)!r} with {key} {held.get(key)!r} instead of {wanted.get(key)!r}"
-            raise UserError("output_dir", "a new folder, or runs of this comparison", found,
-                            "Set output_dir=NEW, or delete that run's folder to make it anew.")  # fmt: skip
+            remedy = "Set output_dir=NEW, or delete that run's folder to make it anew."
+            raise UserError("output_dir", "a new folder, or runs of this comparison", found, remedy)
