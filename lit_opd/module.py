@@ -109,9 +109,9 @@ class DistillationModule(AcrossProcesses):
         as_section(EstimatorConfig, {"aggregation": aggregation}, "estimator")
         self.law = training_law(self.rollout_config, self.estimator)
         self.engine = engine or build_engine(self.rollout_config)
-        linter.check(self.estimator, self.rollout_config, self.optim_config, student, teacher,
-                     masked_tokens=masked_tokens, tokenizer=tokenizer,
-                     allow=as_section(LintConfig, lint, "lint").allow)  # fmt: skip
+        allow = as_section(LintConfig, lint, "lint").allow
+        checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
+        linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
         self.scorer = own_scorer(teacher, student, tokenizer)
         if self.scorer is not None:
             check_gives(self.scorer, self.estimator, self.rollout_config)
@@ -169,8 +169,8 @@ class DistillationModule(AcrossProcesses):
         scorers = build_scorers(self.pair, self.scorer, asking, rows, self.device)
         # Only a model in this process can sample too.
         self.teacher = scorers["teacher"].model if isinstance(scorers["teacher"], LocalScorer) else None
-        source = build_source(self.rollout_config, self.law, self.seed, self.engine, self.student, self.teacher,
-                              self.demonstrations)  # fmt: skip
+        sampling = (self.rollout_config, self.law, self.seed, self.engine)
+        source = build_source(*sampling, self.student, self.teacher, self.demonstrations)
         return Distiller(
             self.student, self.estimator, source, scorers, rows, self.optim_config.micro_batch_tokens,
             self.aggregation, self.masked_ids, verifier,

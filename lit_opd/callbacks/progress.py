@@ -38,15 +38,9 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar at the step the run begins with."""
-        total = trainer.max_steps if trainer.max_steps > 0 else None
-        self._bar = tqdm(
-            desc="distil",
-            total=total,
-            initial=trainer.global_step,
-            unit="step",
-            disable=not self._enabled,
-            mininterval=0.5,
-        )
+        total, begun = trainer.max_steps if trainer.max_steps > 0 else None, trainer.global_step
+        own = {"unit": "step", "disable": not self._enabled, "mininterval": 0.5}
+        self._bar = tqdm(desc="distil", total=total, initial=begun, **own)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Advance to the present step."""

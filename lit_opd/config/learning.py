@@ -58,11 +58,11 @@ class RolloutConfig(Section):
             remedy = f"Set {name}.server=http://127.0.0.1:8000; how to start one: lit_opd/rollout/vllm.py."
             raise UserError(f"{name}.server", f"the address of a vLLM server {engine}", found, remedy)
         if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
-            raise UserError(f"{name}.temperature", f"0, or from 0.01 to 2, {engine}", self.temperature,
-                            f"Set {name}.temperature=1, or {name}.engine=local.")  # fmt: skip
+            remedy = f"Set {name}.temperature=1, or {name}.engine=local."
+            raise UserError(f"{name}.temperature", f"0, or from 0.01 to 2, {engine}", self.temperature, remedy)
         if self.min_p > 0 and self.top_p < 1:  # vLLM cuts min_p first, and this library last: two laws
-            raise UserError(f"{name}.min_p", f"0 where {name}.top_p cuts, {engine}", self.min_p,
-                            f"Set one of the two, or {name}.engine=local.")  # fmt: skip
+            remedy = f"Set one of the two, or {name}.engine=local."
+            raise UserError(f"{name}.min_p", f"0 where {name}.top_p cuts, {engine}", self.min_p, remedy)
 
 
 @dataclass

@@ -108,8 +108,8 @@ class PromptDataModule(L.LightningDataModule):
         before = self._loaded_state.get("stream", self._identity())
         changed = [key for key, value in self._identity().items() if before[key] != value]
         if stream.position and changed:
-            rank_zero_warn(f"{', '.join(changed)} changed since the checkpoint was written: training goes on with "
-                           f"batch {stream.position}, but of another sequence of prompts.")  # fmt: skip
+            told = f"training goes on with batch {stream.position}, but of another sequence of prompts."
+            rank_zero_warn(f"{', '.join(changed)} changed since the checkpoint was written: {told}")
         return PromptLoader(self.train_prompts, stream, pad_token_id(self.tokenizer))
 
     def val_dataloader(self) -> PromptLoader | list[Any]:
@@ -241,5 +241,6 @@ class PromptDataModule(L.LightningDataModule):
         if self.context_length is not None and longest + self.max_new_tokens > self.context_length:
             room = self.context_length - self.max_new_tokens
             expected = f"prompts of at most {room} tokens (context {self.context_length} - {self.max_new_tokens} new)"
-            raise UserError("data.max_prompt_tokens", expected, f"a prompt longer than the context, of {longest}",
-                            f"Set data.max_prompt_tokens={room} or lower rollout.max_new_tokens.")  # fmt: skip
+            found = f"a prompt longer than the context, of {longest}"
+            remedy = f"Set data.max_prompt_tokens={room} or lower rollout.max_new_tokens."
+            raise UserError("data.max_prompt_tokens", expected, found, remedy)

@@ -62,8 +62,8 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
         return _apply_chat([*_worked_turns(config), {"role": "user", "content": text}], config, tokenizer)
     if not _are_messages(prompt):
         found = f"{type(prompt).__name__} in column {config.prompt_column!r}"
-        raise UserError("data.prompt_column", "text or a list of {role, content} messages", found,
-                        "Choose another column.")  # fmt: skip
+        expected, remedy = "text or a list of {role, content} messages", "Choose another column."
+        raise UserError("data.prompt_column", expected, found, remedy)
     if not config.chat:
         raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
     return _apply_chat(list(prompt), config, tokenizer)
@@ -82,8 +82,8 @@ def encode(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> list[lis
         return plain
     special = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
     end = tokenizer.eos_token_id
-    return [s[:-1] if s[-1:] == [end] and p[-1:] != [end] and len(s) > len(p) else s
-            for p, s in zip(plain, special, strict=True)]  # fmt: skip
+    pairs = zip(plain, special, strict=True)
+    return [s[:-1] if s[-1:] == [end] and p[-1:] != [end] and len(s) > len(p) else s for p, s in pairs]
 
 
 def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: Any) -> EncodedPrompts:
@@ -139,9 +139,9 @@ def _fill(row: Mapping[str, Any], config: DataConfig) -> str:
     try:
         return config.prompt_template.format(**{**row, "prompt": row[config.prompt_column]})
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UserError("data.prompt_template", f"only {{prompt}} and columns ({', '.join(map(str, row))}) in braces",
-                        f"{config.prompt_template!r} ({type(error).__name__}: {error})",
-                        "Write {{ and }} for braces that are text.") from error  # fmt: skip
+        expected = f"only {{prompt}} and columns ({', '.join(map(str, row))}) in braces"
+        found = f"{config.prompt_template!r} ({type(error).__name__}: {error})"
+        raise UserError("data.prompt_template", expected, found, "Write {{ and }} for braces that are text.") from error
 
 
 def _are_messages(prompt: Any) -> bool:

@@ -164,8 +164,8 @@ def _reasoning_gym(config: DataConfig) -> tuple[list[Row], list[Row]]:
     if not train:
         found, remedy = "none", "Lower data.validation_size or make the task larger in data.kwargs."
         raise UserError("data.validation_size", f"{config.path} to have questions that are not held out", found, remedy)
-    rank_zero_warn(f"data.train_size={config.train_size}: {config.path} gave only {len(train)} questions that are "
-                   "not held out for validation.")  # fmt: skip
+    told = f"{config.path} gave only {len(train)} questions that are not held out for validation."
+    rank_zero_warn(f"data.train_size={config.train_size}: {told}")
     return train, validation
 
 

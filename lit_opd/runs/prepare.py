@@ -39,8 +39,8 @@ def prepare_data(config: Config) -> PromptDataModule:
             expected = "at least 2 for estimator.adapt_gamma_every, which compares prompts"
             raise UserError("data.batch_size", expected, config.data.batch_size, "Raise it, or set that to null.")
     check_groups(config, estimator)
-    linter.check(estimator, config.rollout, config.optim, config.student, config.teacher,
-                 masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)  # fmt: skip
+    sections = config.rollout, config.optim, config.student, config.teacher
+    linter.check(estimator, *sections, masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)
     check_optimizer(config.optim)
     contexts = [_context_length(section, key) for key, section in _folders(config, estimator).items()]
     tokenizer = load_tokenizer(config.student, "student")

@@ -54,9 +54,7 @@ class RunResult:
     prompts: tuple[str, ...]  # hash of every validation prompt, in order; the same in all runs that may be paired
     per_prompt: dict[str, list[float]]  # by yardstick, in the order of `prompts`
     curves: dict[str, list[Point]] = field(default_factory=dict)  # by yardstick: means over all prompts, by step
-    cost: dict[str, float] = field(
-        default_factory=dict
-    )  # steps; tokens, seconds until the last evaluation; peak memory
+    cost: dict[str, float] = field(default_factory=dict)  # steps, tokens and seconds when last evaluated, peak memory
     settings: dict[str, str] = field(default_factory=dict)  # what it learned from and how, by key
 
 
@@ -106,8 +104,8 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     cost = {"steps": float(steps), "tokens": tokens.get(last, 0.0), "seconds": seconds.get(last, 0.0)}
     cost |= {"peak_memory_mb": run.data.metrics[PEAK]} if PEAK in run.data.metrics else {}
     prompts, per_prompt = _prompts(client, run)
-    return RunResult(_variant(run), int(run.data.tags.get("seed", 0)), run.info.status, run.info.run_id, prompts,
-                     per_prompt, curves, cost, _settings(run))  # fmt: skip
+    variant, seed, info = _variant(run), int(run.data.tags.get("seed", 0)), run.info
+    return RunResult(variant, seed, info.status, info.run_id, prompts, per_prompt, curves, cost, _settings(run))
 
 
 def _get_run(client: MlflowClient, run_id: str) -> MlflowRun:

@@ -155,11 +155,10 @@ def _check_same_settings(first: RunResult, run: RunResult) -> None:
 def _check_prompts(first: RunResult, run: RunResult) -> None:
     if run.prompts != first.prompts:
         common = len(set(run.prompts) & set(first.prompts))
-        raise UserError(
-            "runs", f"the {len(first.prompts)} validation prompts of {_name(first)}, in their order, in all",
-            f"{len(run.prompts)} in {_name(run)}, {common} of them the same",
-            "Compare runs of one validation set: leave the others out, or train them again with the same data.",
-        )  # fmt: skip
+        expected = f"the {len(first.prompts)} validation prompts of {_name(first)}, in their order, in all"
+        found = f"{len(run.prompts)} in {_name(run)}, {common} of them the same"
+        remedy = "Compare runs of one validation set: leave the others out, or train them again with the same data."
+        raise UserError("runs", expected, found, remedy)
     for key, values in run.per_prompt.items():
         if len(values) != len(run.prompts):
             expected = f"a value of {key} for each of {len(run.prompts)} prompts"

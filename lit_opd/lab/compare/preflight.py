@@ -29,11 +29,12 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
         UserError: a variant that cannot work; variants with other validation prompts; a folder that holds another run.
     """
     prepared = [(run, _prepare(run)) for run in runs if run.seed == runs[0].seed]
-    first, expected = prepared[0]
+    first, base = prepared[0]
     for run, data in prepared:
-        if data.validation_hashes != expected.validation_hashes and not any(within(k, ("data",)) for k in may_differ):
-            raise UserError(f"variants.{run.variant}", f"the validation prompts of {first.variant!r}, token by token",
-                            "others", "Give them the same data and the same tokenizer.")  # fmt: skip
+        if data.validation_hashes != base.validation_hashes and not any(within(k, ("data",)) for k in may_differ):
+            expected = f"the validation prompts of {first.variant!r}, token by token"
+            remedy = "Give them the same data and the same tokenizer."
+            raise UserError(f"variants.{run.variant}", expected, "others", remedy)
     for run in runs:
         _check_folder(run)
 

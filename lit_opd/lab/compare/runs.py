@@ -71,8 +71,9 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
             parent = json.loads(notes.read_text())["mlflow_run_id"]
             held = client.get_experiment(client.get_run(parent).info.experiment_id).name
             if held != tracking.experiment:
-                raise UserError("tracking.experiment", f"{held!r}, in which this comparison is recorded",
-                                repr(tracking.experiment), "Set it back, or set output_dir=NEW.")  # fmt: skip
+                found, remedy = repr(tracking.experiment), "Set it back, or set output_dir=NEW."
+                expected = f"{held!r}, in which this comparison is recorded"
+                raise UserError("tracking.experiment", expected, found, remedy)
         else:
             known = client.get_experiment_by_name(tracking.experiment)
             experiment = known.experiment_id if known else client.create_experiment(tracking.experiment)
