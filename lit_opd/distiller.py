@@ -106,11 +106,6 @@ class Distiller:
         return token_weights(mask_BT, self.aggregation, tokens, sequences)
 
     def estimate(self, micro: ScoredRollout, weights_BT: Tensor) -> Loss:
-        """Sum the estimator's losses over a micro-batch, to be differentiated.
-
-        Args:
-            micro: completions with their scores.
-            weights_BT: weight of every token, from `weights`.
-        """
+        """Sum the estimator's losses over a micro-batch, to be differentiated."""
         with self.student.present():
             return student_loss(self.student, micro, self.estimator, weights_BT, self.head_rows)

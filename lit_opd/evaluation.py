@@ -75,16 +75,7 @@ class Evaluation(nn.Module):
         self, policy: LanguageModel, teacher: Scorer, batch: PromptBatch, engine: RolloutEngine,
         verifier: Verifier | None, rows: int,
     ) -> None:  # fmt: skip
-        """Sample and measure one batch of prompts.
-
-        Args:
-            policy: whose completions are measured: the student, or the teacher itself.
-            teacher: scores them, at temperature 1.
-            batch: prompts.
-            engine: samples.
-            verifier: judges completions, or None.
-            rows: positions a chunk of the head.
-        """
+        """Sample one batch of prompts with `policy`, the student or the teacher itself, and measure what it wrote."""
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
         device = batch.prompts.ids_BP.device

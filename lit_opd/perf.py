@@ -133,13 +133,7 @@ def break_down(recorded: Any, operators: int = 15) -> Breakdown:
 
 
 def _count(event: Any, around: str, phases: dict[str, list[int]], work: dict[str, list[int]]) -> int:
-    """Add the own times of an event, and of the events in it, to what is found.
-
-    Args:
-        event: a node of the profiler's tree.
-        around: the phase it lies in.
-        phases: own times by phase.
-        work: own times by operator.
+    """Add the own times of an event, which lies in the phase `around`, and of the events in it, to what is found.
 
     Returns:
         The nanoseconds that phases in the event take.

@@ -20,13 +20,10 @@ __all__ = ["SaveOnInterrupt"]
 
 
 class SaveOnInterrupt(L.Callback):
-    """Saves a checkpoint on Ctrl-C and on a non-finite step.
+    """Saves a checkpoint to `path` on Ctrl-C and on a non-finite step.
 
     The first Ctrl-C lets the step under way finish, saves, and ends the run; the second ends it at once, with what the
     last checkpoint holds. A non-finite step has not moved the weights, so they are saved as they are.
-
-    Args:
-        path: the checkpoint to write.
     """
 
     def __init__(self, path: str | Path) -> None:

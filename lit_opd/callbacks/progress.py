@@ -75,17 +75,8 @@ class StepProgress(ProgressBar):
         """Close the evaluation's bar."""
         self._evaluation.close()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Open the bar of an evaluation: `test` measures like `validate`."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Advance."""
-        self.on_validation_batch_end(trainer, pl_module)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the evaluation's bar."""
-        self.on_validation_end(trainer, pl_module)
+    # `test` measures like `validate`.
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
 
 def _label(name: str) -> str:

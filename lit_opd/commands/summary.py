@@ -34,11 +34,7 @@ def print_outcome(config: Config, outcome: Outcome) -> None:
 
 
 def perf_line(perf: Mapping[str, float]) -> str:
-    """Say in one line what a step cost.
-
-    Args:
-        perf: medians of `perf/*` over steps.
-    """
+    """Say in one line what a step cost, from medians of `perf/*`."""
     value = {name.removeprefix("perf/"): number for name, number in perf.items()}
     shares = ", ".join(
         f"{name} {value[f'{name}_s'] / value['step_s']:.0%}" for name in ("rollout", "teacher", "student")

@@ -22,10 +22,7 @@ class Section:
     """A section of the configuration."""
 
     def check(self, name: str) -> None:
-        """Check every value that needs no model and no data to be judged.
-
-        Args:
-            name: of the section, for messages.
+        """Check every value that needs no model and no data to be judged, in the section `name`.
 
         Raises:
             UserError: naming the first key whose value is out of its range.

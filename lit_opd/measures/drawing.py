@@ -52,11 +52,7 @@ def plain(text: str) -> str:
 
 
 def style(size: float = 10) -> AbstractContextManager[None]:
-    """Draw in the common style for as long as the context is open.
-
-    Args:
-        size: of the letters, in points.
-    """
+    """Draw in the common style, with letters of `size` points, for as long as the context is open."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE | {"font.size": size})
@@ -76,12 +72,7 @@ def figure(width: float, height: float, layout: Literal["constrained"] | None = 
 
 
 def png(drawn: Figure, dpi: int = 150) -> bytes:
-    """Turn a figure into the bytes of a PNG.
-
-    Args:
-        drawn: the figure.
-        dpi: pixels of an inch.
-    """
+    """Turn a figure into the bytes of a PNG, with `dpi` pixels an inch."""
     target = io.BytesIO()
     drawn.savefig(target, format="png", dpi=dpi)
     return target.getvalue()

@@ -86,11 +86,7 @@ class LogRatioHistogram(Metric):
         return np.concatenate([-positive[:0:-1], positive])
 
     def update(self, log_ratio_N: Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            log_ratio_N: nats.
-        """
+        """Add tokens by their log-ratios, in nats."""
         values = log_ratio_N.detach().double()
         edges = torch.from_numpy(self.edges()).to(values.device)
         bins = torch.bucketize(values, edges, right=True)

@@ -51,12 +51,7 @@ class CountedPositions:
         )  # fmt: skip
 
     def chunk(self, student_logits_cV: Tensor, part: slice) -> Chunk:
-        """Read student and teacher at the positions `part`.
-
-        Args:
-            student_logits_cV: [c, V] fp32, with grad.
-            part: the slice of positions the chunk covers.
-        """
+        """Read the student's logits [c, V] (fp32, with grad) and the teacher at the positions `part`."""
         student_cV, ids_c = torch.log_softmax(student_logits_cV, dim=-1), self.ids_N[part]
         teacher_cV = None if self.teacher.full is None else self.teacher.full.logps(part)
         reference_c = None if self.reference_logps_N is None else self.reference_logps_N[part]

@@ -35,10 +35,6 @@ class Bench(NamedTuple):
 def set_up(config: Config, data: PromptDataModule) -> Bench:
     """Load the models of a run and assemble its step, with the weights that training would begin from.
 
-    Args:
-        config: the run.
-        data: its prompts, with the verifier.
-
     Raises:
         UserError: whatever cannot work and has not shown in the data.
     """

@@ -78,11 +78,6 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
 
     The logger comes when all checks are done, for making it asks MLflow.
 
-    Args:
-        config: the run.
-        folder: where it writes.
-        profile: record where the time of a few steps goes.
-
     Raises:
         UserError: whatever `lightning.Trainer` refuses; two profilers; a callback that cannot be made.
     """

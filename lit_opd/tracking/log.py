@@ -24,25 +24,13 @@ def logger_of(trainer: L.Trainer) -> MLFlowLogger | None:
 
 
 def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
-    """Log numbers from a callback, at once and whatever `trainer.log_every_n_steps`.
-
-    Args:
-        trainer: whose loggers get them.
-        values: by name.
-        step: optimizer steps done.
-    """
+    """Log numbers from a callback, at once and whatever `trainer.log_every_n_steps`."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step)
 
 
 def log_tag(logger: MLFlowLogger | None, key: str, value: str) -> None:
-    """Tag the run.
-
-    Args:
-        logger: from `logger_of`; None logs nothing.
-        key: of the tag.
-        value: of the tag.
-    """
+    """Tag the run, where there is a logger."""
     if logger is not None:
         logger.experiment.set_tag(logger.run_id, key, value)
 

@@ -28,11 +28,6 @@ LEGEND_CHARACTERS = 88
 def draw_curves(curves: Sequence[Curve], variants: Sequence[str], yardstick: str) -> bytes | None:
     """Draw learning curves over steps, tokens and seconds: means over seeds, bands from the least seed to the most.
 
-    Args:
-        curves: of any yardsticks.
-        variants: in the order that gives them their colours.
-        yardstick: its name.
-
     Returns:
         A PNG; None where there is nothing to draw.
     """
