@@ -36,25 +36,13 @@ def log_tag(logger: MLFlowLogger | None, key: str, value: str) -> None:
 
 
 def log_table(logger: MLFlowLogger | None, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-    """Append rows to a table of the run, which MLflow shows as such.
-
-    Args:
-        logger: from `logger_of`; None logs nothing.
-        columns: name -> a value for each row.
-        file: the artifact, `NAME.json`.
-    """
+    """Append rows, by name of their column, to the table `NAME.json` of the run, where there is a logger."""
     if logger is not None:
         logger.experiment.log_table(logger.run_id, dict(columns), file)
 
 
 def log_files(logger: MLFlowLogger | None, files: Mapping[str, bytes | str], folder: str | None = None) -> None:
-    """Keep files as artifacts of the run.
-
-    Args:
-        logger: from `logger_of`; None logs nothing.
-        files: name -> content.
-        folder: of the artifacts; None is the run's own.
-    """
+    """Keep files (name -> content) as artifacts of the run, in a folder of it or its own, where there is a logger."""
     if logger is None:
         return
     with TemporaryDirectory() as place:
