@@ -75,7 +75,7 @@ def encode(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> list[lis
     A chat template has written the special tokens already, so none are added to it. To plain text the tokenizer adds
     its own, except an end of sequence: the student has to go on from there.
     """
-    if not texts:  # which fast tokenizers refuse
+    if not texts:  # Transformers' fast tokenizers refuse an empty list
         return []
     plain = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     if config.chat:

@@ -140,7 +140,7 @@ def _load_dataset(key: str, name: str, **kwargs: Any) -> list[Row]:
     datasets = import_extra("data.source", "datasets", "demo")
     try:
         return datasets.load_dataset(name, **kwargs).to_list()
-    except Exception as error:  # whatever its readers and the network raise
+    except Exception as error:  # datasets passes on whatever its readers and the network raise
         what = kwargs.get("data_files", name)
         cause = f"{type(error).__name__}: {error.__cause__ or error}"
         remedy = "Check data.path, data.split and data.kwargs."

@@ -104,10 +104,10 @@ def _math(config: DataConfig) -> Verifier:
 def _same_mathematics(completion: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    # Its time limit is a signal, which only the main thread may set; elsewhere there is none.
+    # math_verify's time limit is a signal, which only the main thread may set: elsewhere there is none.
     on_main_thread = threading.current_thread() is threading.main_thread()
     seconds: Any = MATH_SECONDS if on_main_thread else None
-    # A bare formula such as x^2+1 is found only between dollars.
+    # math_verify finds a bare formula such as x^2+1 only between dollars.
     wanted = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", parsing_timeout=seconds)
     given = parse(completion, parsing_timeout=seconds)
     return bool(verify(wanted, given, timeout_seconds=seconds))
@@ -128,5 +128,5 @@ def _score(completion: str, row: Mapping[str, Any], *, task: Any, prompt_column:
     entry = {"question": row[prompt_column], "answer": row[answer_column], "metadata": row["metadata"]}
     try:
         return float(task.score_answer(extract_answer(completion) or completion.strip(), entry))
-    except Exception:  # some tasks raise on text that they cannot parse, and no text of a model may end a run
+    except Exception:  # some reasoning_gym tasks raise on text that they cannot parse, and no text may end a run
         return 0.0
