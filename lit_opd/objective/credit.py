@@ -67,9 +67,9 @@ def credit_sketches(
     for candidate in candidates:
         with torch.enable_grad():
             loss = (weights_BT * torch.where(mask_BT, candidate(tokens).loss_BT, 0.0)).sum()
-            (credit_BT,) = torch.autograd.grad(loss, tokens.student_logps_BT)
+            (coefficients_BT,) = torch.autograd.grad(loss, tokens.student_logps_BT)
         blank_BF = features_NF.new_zeros(len(mask_BT), features_NF.shape[1])
-        sketches.append(blank_BF.index_add(0, row_of_N, credit_BT[mask_BT][:, None] * features_NF))
+        sketches.append(blank_BF.index_add(0, row_of_N, coefficients_BT[mask_BT][:, None] * features_NF))
     return torch.stack(sketches)
 
 
