@@ -160,9 +160,7 @@ class DistillationModule(AcrossProcesses):
     def assemble(self, verifier: Verifier | None, with_reference: bool = True) -> Distiller:
         """Load the frozen models, now that the device is known, and put the parts of a step together.
 
-        Args:
-            verifier: judges completions; None where nothing does.
-            with_reference: load the reference too, where the estimator asks for one.
+        The reference is loaded `with_reference`, where the estimator asks for one.
         """
         rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib, self.device)
         asking = self.estimator if with_reference else estimators.build("token")
@@ -216,11 +214,7 @@ class DistillationModule(AcrossProcesses):
 
     @phase("student")
     def estimate(self, update: list[ScoredRollout]) -> dict[str, float]:
-        """Accumulate the gradient of one update, and leave `seen` for callbacks.
-
-        Returns:
-            Totals over all processes: the loss, the sums of `token_sums`, and the counts of tokens and sequences.
-        """
+        """Accumulate the gradient of one update, leave `seen` for callbacks, and return totals over all processes."""
         self.seen = []
         masks = [micro.rollout.mask_BT for micro in update]
         counts = self.total({"tokens": sum(m.sum() for m in masks), "sequences": sum(m.any(1).sum() for m in masks)})
@@ -313,11 +307,7 @@ class DistillationModule(AcrossProcesses):
         torch.set_rng_state(checkpoint["torch_rng_state"])
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Read the completions that the data holds for the rows.
-
-        Raises:
-            UserError: prompts that are not those of a `PromptDataModule`, or a row without a completion.
-        """
+        """Read the completions that the data holds for the rows, which only a `PromptDataModule` does."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "demonstrations"):
             raise UserError("rollout.demonstrations", "prompts of a PromptDataModule", "none", "Set it to teacher.")
