@@ -59,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     fit = _command(commands, "fit", _fit, "distil the student from the teacher")
     fit.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue the run in output_dir")
-    fit.add_argument("--profile", action="store_true", help="record where the time of a few steps goes: a table of "
-                     "phases and a chrome trace, in output_dir/profile and in MLflow")  # fmt: skip
-    for name, what in (("validate", "measure the student on the validation prompts"),
-                       ("test", "the same, reported as test results")):  # fmt: skip
+    left = "a table of phases and a chrome trace, in output_dir/profile and in MLflow"
+    fit.add_argument("--profile", action="store_true", help=f"record where the time of a few steps goes: {left}")
+    test = ("test", "the same, reported as test results")
+    for name, what in (("validate", "measure the student on the validation prompts"), test):
         _command(commands, name, _evaluate, what).add_argument(
             "--checkpoint", metavar="FILE", help="default: the student as configured, untrained"
         )
@@ -73,18 +73,18 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", metavar="FILE", help="write the numbers there too")
     ui = _command(commands, "ui", _ui, "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
-    compare = _command(commands, "compare", _compare, "make runs that differ in one thing, with several seeds, and say "
-                       "which is better")  # fmt: skip
+    what = "make runs that differ in one thing, with several seeds, and say which is better"
+    compare = _command(commands, "compare", _compare, what)
     compare.add_argument(
         "--from-runs", metavar="ID", nargs="+", default=[], help="compare runs that MLflow has, and make none"
     )
     compare.add_argument("--json", metavar="FILE", help="write the report's numbers to a file too")
     audit = _command(commands, "audit", _audit, "look for what would spoil a long run, before it")
     audit.add_argument("--json", metavar="FILE", help="write every finding there too")
-    check = commands.add_parser(
-        "check", help="hold an estimator to the laws and say whose gradient it has", usage="lit_opd check "
-        "NAME|FILE.py:FUNCTION [key=value ...]", description="the laws it holds and the gradient it has, exactly",
-    )  # fmt: skip
+    what = "hold an estimator to the laws and say whose gradient it has"
+    told = "the laws it holds and the gradient it has, exactly"
+    usage = "lit_opd check NAME|FILE.py:FUNCTION [key=value ...]"
+    check = commands.add_parser("check", help=what, usage=usage, description=told)
     check.add_argument("estimator", metavar="NAME|FILE.py:FUNCTION", help="registered, or of your own")
     check.set_defaults(run=_check, overrides=[])
     listing = commands.add_parser("estimators", help="list the registered estimators with their contracts")

@@ -1,4 +1,4 @@
-"""The step of on-policy distillation without Lightning: sample, score, estimate.
+"""Make the step of on-policy distillation without Lightning: sample, score, estimate.
 
 Training (`module`), the measurement of gradients and the audit run the same `Distiller`, so that what is measured is
 what trains. Loops over processes, backward passes and optimizer steps are their callers'.
@@ -61,7 +61,7 @@ class Distiller:
 
     @property
     def asks(self) -> dict[str, Wanted]:
-        """What the estimator asks of each scorer."""
+        """The scores that the estimator asks of each scorer."""
         asks = {"teacher": wanted_by(self.estimator)}
         return asks | ({"reference": Wanted()} if Need.REFERENCE in self.estimator.needs else {})
 
@@ -106,11 +106,6 @@ class Distiller:
         return token_weights(mask_BT, self.aggregation, tokens, sequences)
 
     def estimate(self, micro: ScoredRollout, weights_BT: Tensor) -> Loss:
-        """Sum the estimator's losses over a micro-batch, to be differentiated.
-
-        Args:
-            micro: completions with their scores.
-            weights_BT: weight of every token, from `weights`.
-        """
+        """Sum the estimator's losses over a micro-batch, to be differentiated."""
         with self.student.present():
             return student_loss(self.student, micro, self.estimator, weights_BT, self.head_rows)

@@ -1,4 +1,8 @@
-"""One evaluation: sample at temperature 1 on fixed prompts and seeds, measure the yardsticks, keep examples to read."""
+"""Evaluate: sample at temperature 1 on fixed prompts and seeds, measure the yardsticks, keep examples to read.
+
+Why here: students of all estimators are measured alike, whatever they were trained on. The module feeds an `Evaluation`
+with every batch of held-out prompts, and logs what it finds.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ def tell_left_out(teacher: Scorer, config: EvaluationConfig) -> None:
 
 
 class Evaluation(nn.Module):
-    """Accumulates the yardsticks over batches.
+    """The yardsticks of one evaluation, accumulated over batches.
 
     Args:
         config: completions a prompt, seed, pass@k, how many examples to keep.
@@ -71,16 +75,7 @@ class Evaluation(nn.Module):
         self, policy: LanguageModel, teacher: Scorer, batch: PromptBatch, engine: RolloutEngine,
         verifier: Verifier | None, rows: int,
     ) -> None:  # fmt: skip
-        """Sample and measure one batch of prompts.
-
-        Args:
-            policy: whose completions are measured: the student, or the teacher itself.
-            teacher: scores them, at temperature 1.
-            batch: prompts.
-            engine: samples.
-            verifier: judges completions, or None.
-            rows: positions a chunk of the head.
-        """
+        """Sample one batch of prompts with `policy`, the student or the teacher itself, and measure what it wrote."""
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
         device = batch.prompts.ids_BP.device
@@ -93,14 +88,18 @@ class Evaluation(nn.Module):
         self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
 
     def finish(self) -> tuple[dict[str, Interval], list[Example]]:
-        """Every metric with its interval, and the examples; all are reset, and what is kept is of this evaluation."""
+        """Compute every metric with its interval, and begin anew.
+
+        Returns:
+            The metrics by name, and the examples. `per_prompt` and `profile` keep the rest of what was measured.
+        """
         self.per_prompt, self.profile = self.yardsticks.compute(), self.tokens.compute()
         self.yardsticks.reset()
         examples, self.examples = self.examples, []
         return self.per_prompt.intervals(), examples
 
     def to_log(self, prefix: str, results: Mapping[str, Interval]) -> dict[str, float]:
-        """What an evaluation logs: means and ends of intervals under a prefix, and of `val` the means by position."""
+        """Name what is logged: means and ends of intervals under a prefix, and of `val` the means by position."""
         values = {f"{prefix}/{name}": interval.mean for name, interval in results.items()}
         for end in ("low", "high"):
             values |= {f"{prefix}_interval/{name}_{end}": getattr(i, end) for name, i in results.items()}

@@ -1,4 +1,8 @@
-"""The algorithm: sample, score, estimate, step."""
+"""Run the algorithm under Lightning: sample, score, estimate, step.
+
+Why here: a Lightning module brings devices, precision, processes, checkpoints and callbacks to the `Distiller`'s step.
+`runs` makes one of a configuration, and a user's own script makes one of two models.
+"""
 
 from __future__ import annotations
 
@@ -105,13 +109,15 @@ class DistillationModule(AcrossProcesses):
         as_section(EstimatorConfig, {"aggregation": aggregation}, "estimator")
         self.law = training_law(self.rollout_config, self.estimator)
         self.engine = engine or build_engine(self.rollout_config)
-        linter.check(self.estimator, self.rollout_config, self.optim_config, student, teacher,
-                     masked_tokens=masked_tokens, tokenizer=tokenizer,
-                     allow=as_section(LintConfig, lint, "lint").allow)  # fmt: skip
+        allow = as_section(LintConfig, lint, "lint").allow
+        checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
+        linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
         self.scorer = own_scorer(teacher, student, tokenizer)
         if self.scorer is not None:
             check_gives(self.scorer, self.estimator, self.rollout_config)
             tell_left_out(self.scorer, settings)
+        # Before any weights load: it imports the user's own yardsticks, which may be misspelt.
+        self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, support_size)
         local: Any = teacher if self.scorer is None else None
         self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student = self.pair.student
@@ -120,7 +126,6 @@ class DistillationModule(AcrossProcesses):
         self.distiller: Any = None
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
-        self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, support_size)
         self.results: dict[str, dict[str, Interval]] = {}
         self.examples: list[Example] = []
         self.seen: list[Seen] = []
@@ -129,7 +134,7 @@ class DistillationModule(AcrossProcesses):
 
     @classmethod
     def from_config(cls, config: Config) -> DistillationModule:
-        """The module that a configuration describes."""
+        """Make the module that a configuration describes."""
         return cls(
             config.student, config.teacher, estimators.build_from(config.estimator),
             reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
@@ -148,31 +153,29 @@ class DistillationModule(AcrossProcesses):
         if precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
             raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", precision, "Use bf16-mixed.")
         if stage == "fit" and Need.REWARDS in self.estimator.needs and self.verifier is None:
-            raise UserError("data.verifier", f"one, for {self.estimator.spec.name!r} learns from rewards", "none",
-                            "Set data.verifier=package.module:function.")  # fmt: skip
+            expected, found = f"one, for {self.estimator.spec.name!r} learns from rewards", "none"
+            raise UserError("data.verifier", expected, found, "Set data.verifier=package.module:function.")
         self.distiller = self.assemble(self.verifier, with_reference=stage == "fit")
 
     def assemble(self, verifier: Verifier | None, with_reference: bool = True) -> Distiller:
         """Load the frozen models, now that the device is known, and put the parts of a step together.
 
-        Args:
-            verifier: judges completions; None where nothing does.
-            with_reference: load the reference too, where the estimator asks for one.
+        The reference is loaded `with_reference`, where the estimator asks for one.
         """
         rows = chunk_rows(self.pair.vocabulary, self.optim_config.head_chunk_mib, self.device)
         asking = self.estimator if with_reference else estimators.build("token")
         scorers = build_scorers(self.pair, self.scorer, asking, rows, self.device)
         # Only a model in this process can sample too.
         self.teacher = scorers["teacher"].model if isinstance(scorers["teacher"], LocalScorer) else None
-        source = build_source(self.rollout_config, self.law, self.seed, self.engine, self.student, self.teacher,
-                              self.demonstrations)  # fmt: skip
+        sampling = (self.rollout_config, self.law, self.seed, self.engine)
+        source = build_source(*sampling, self.student, self.teacher, self.demonstrations)
         return Distiller(
             self.student, self.estimator, source, scorers, rows, self.optim_config.micro_batch_tokens,
             self.aggregation, self.masked_ids, verifier,
         )  # fmt: skip
 
     def on_train_start(self) -> None:
-        """Forget, in Lightning's count of batches, one that was begun and never made.
+        """Forget the batch that Lightning counts as begun and that was never made.
 
         After resuming from a checkpoint that an interrupted step left behind, Lightning goes on to count it as begun.
         The next checkpoint at the end of a batch then looks like another interrupted one, and what resumes from that
@@ -183,7 +186,7 @@ class DistillationModule(AcrossProcesses):
             batches.reset_on_restart()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample, score, estimate, step."""
+        """Sample, score, estimate and step."""
         watch = Stopwatch(self.device)
         rollout = self.distiller.sample(batch)
         watch.lap("rollout_s")
@@ -197,25 +200,25 @@ class DistillationModule(AcrossProcesses):
         self.log_dict(self.at_step(step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))), batch_size=1)
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
-        """Which rows of the rollout each optimizer update is made of."""
+        """Divide the rows of the rollout among the optimizer updates."""
         prompts = int(self.total({"prompts": len(batch.rows)})["prompts"])
         completions, updates = self.rollout_config.num_completions, self.optim_config.updates_per_rollout
         return split_updates(batch.places, completions, updates, prompts, self.distiller.whole_prompts)
 
     @property
     def progress(self) -> float:
-        """The share of training that is done, 0 to 1; 0 where nothing tells how long it will be."""
+        """The share of training that is done, 0 to 1, or 0 where nothing tells how long it will be."""
         steps = self.trainer.estimated_stepping_batches * self.optim_config.updates_per_rollout
         known = [limit for limit in (self.trainer.max_steps, steps) if limit > 0]
         return min(1.0, self.global_step / min(known, default=math.inf))
 
     @phase("student")
     def estimate(self, update: list[ScoredRollout]) -> dict[str, float]:
-        """Accumulate the gradient of one update; returns totals over all processes, and leaves `seen` for callbacks."""
+        """Accumulate the gradient of one update, leave `seen` for callbacks, and return totals over all processes."""
         self.seen = []
         masks = [micro.rollout.mask_BT for micro in update]
         counts = self.total({"tokens": sum(m.sum() for m in masks), "sequences": sum(m.any(1).sum() for m in masks)})
-        # Of a dtype said: under bf16-true torch's default is bf16, which cannot count to 257.
+        # Not `torch.zeros` alone: under bf16-true Lightning makes bf16 torch's default, which cannot count to 257.
         zero = upcast(torch.zeros((), device=self.device).to(self.dtype))
         tokens, sequences = zero + counts["tokens"], zero + counts["sequences"]
         total = zero.clone()
@@ -232,10 +235,10 @@ class DistillationModule(AcrossProcesses):
 
     @phase("optimizer")
     def step(self, totals: dict[str, float], batch: PromptBatch) -> None:
-        """One optimizer step; nothing moves where the loss or the gradient is not finite.
+        """Make one optimizer step, unless the loss or the gradient is not finite.
 
         Raises:
-            NonFiniteStepError: naming the batch.
+            NonFiniteStepError: naming the batch. No weight has moved then.
         """
         optimizer: Any = self.optimizers()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -274,12 +277,12 @@ class DistillationModule(AcrossProcesses):
         self.log_dict(self.at_step(self.evaluation.to_log(prefix, results)))
 
     def at_step(self, values: dict[str, float]) -> dict[str, float]:
-        """The values, placed on the curves by optimizer steps done, and not by batches begun."""
+        """Place values on the curves by optimizer steps done, and not by batches begun as Lightning would."""
         return values | {"step": float(self.global_step)}
 
     @contextmanager
     def judging_teacher(self) -> Iterator[None]:
-        """Evaluations inside measure the teacher's own completions: what the student is to reach."""
+        """Measure the teacher's own completions, which the student is to reach, in evaluations inside."""
         self.judged = "teacher"
         try:
             yield
@@ -287,7 +290,7 @@ class DistillationModule(AcrossProcesses):
             self.judged = "student"
 
     def configure_optimizers(self) -> Any:
-        """Any optimizer and scheduler of torch, by name."""
+        """Build the optimizer and the scheduler, which may be any of torch, by name."""
         optimizer = build_optimizer(self.optim_config, self.model.parameters())
         scheduler = build_scheduler(self.optim_config, optimizer)
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -304,7 +307,7 @@ class DistillationModule(AcrossProcesses):
         torch.set_rng_state(checkpoint["torch_rng_state"])
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """The completions that the data holds for the rows."""
+        """Read the completions that the data holds for the rows, which only a `PromptDataModule` does."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "demonstrations"):
             raise UserError("rollout.demonstrations", "prompts of a PromptDataModule", "none", "Set it to teacher.")
@@ -312,5 +315,5 @@ class DistillationModule(AcrossProcesses):
 
     @property
     def verifier(self) -> Any:
-        """What judges completions: the data module's."""
+        """The data module's verifier, which judges completions, or None."""
         return getattr(getattr(self.trainer, "datamodule", None), "verifier", None)

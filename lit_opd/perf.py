@@ -56,7 +56,7 @@ class Stopwatch:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory ever used, in MB: the accelerator's, or the resident size of this process on a CPU."""
+    """Read the most memory ever used, in MB: the accelerator's, or the resident size of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -65,7 +65,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """What a phase or an operator takes of the mean recorded step, without what is nested in it.
+    """The time of a phase or an operator in the mean recorded step, without what is nested in it.
 
     Attributes:
         seconds: its own.
@@ -80,7 +80,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the time of the recorded steps went.
+    """The time of the recorded steps, by phase and by operator.
 
     Attributes:
         steps: how many were recorded.
@@ -133,13 +133,10 @@ def break_down(recorded: Any, operators: int = 15) -> Breakdown:
 
 
 def _count(event: Any, around: str, phases: dict[str, list[int]], work: dict[str, list[int]]) -> int:
-    """Add an event's own time, and those of the events in it, to what is found; returns the nanoseconds of its phases.
+    """Add the own times of an event, which lies in the phase `around`, and of the events in it, to what is found.
 
-    Args:
-        event: a node of the profiler's tree.
-        around: the phase it lies in.
-        phases: own times by phase.
-        work: own times by operator.
+    Returns:
+        The nanoseconds that phases in the event take.
     """
     # Allocations and calls of an accelerator's runtime are nodes too: their time is the operator's.
     children = [child for child in event.children if child.tag == _EventType.TorchOp]

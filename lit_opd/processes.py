@@ -1,4 +1,8 @@
-"""What the processes of a run do together."""
+"""Count over all processes of a run.
+
+Why here: under data parallelism a loss needs the tokens of the whole step, and Lightning's own averages would weigh
+every process alike. The module is an `AcrossProcesses`.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,12 @@ class AcrossProcesses(L.LightningModule):
     """A Lightning module that counts over all processes."""
 
     def total(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Sums over all processes, in one exchange."""
+        """Sum values over all processes, in one exchange."""
         stacked = torch.stack([torch.as_tensor(v, device=self.device).float() for v in values.values()])
         reduced = self.trainer.strategy.reduce(stacked, reduce_op="sum")
         return dict(zip(values, reduced.tolist(), strict=True))
 
     def gradients_kept_local(self, local: bool) -> AbstractContextManager[None]:
-        """Within it, backward passes exchange no gradients between processes; the last micro-batch does it once."""
+        """Keep backward passes inside from exchanging gradients, which the last micro-batch does for all."""
         strategy = self.trainer.strategy
         return strategy.block_backward_sync() if local and isinstance(strategy, ParallelStrategy) else nullcontext()

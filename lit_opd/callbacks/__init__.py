@@ -1,4 +1,7 @@
-"""Watch, record and guard a run while Lightning trains: one behaviour a file. Values are handed to tracking."""
+"""Watch, record and guard a run while Lightning trains, one behaviour a file.
+
+`runs.lightning_trainer` puts them into a trainer. They hand their values to tracking, which alone knows MLflow.
+"""
 
 from lit_opd.callbacks.collapse import WatchCollapse
 from lit_opd.callbacks.diagnostics import StepDiagnostics

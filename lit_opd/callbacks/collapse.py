@@ -70,9 +70,6 @@ class WatchCollapse(L.Callback):
     Each is the mean of the last steps in which the student wrote something to read it from. What begins on the wrong
     side is how the run is made and no collapse, so a sign counts from the first time it is good; it is told once, and
     the MLflow run gets the tag `collapse`.
-
-    Args:
-        config: limits, window and action.
     """
 
     def __init__(self, config: CollapseConfig) -> None:

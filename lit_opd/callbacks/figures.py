@@ -1,4 +1,8 @@
-"""Leave pictures, numbers and completions of every evaluation in its MLflow run."""
+"""Leave pictures, numbers and completions of every evaluation in its MLflow run.
+
+Why here: a mean does not show where two models differ. Every trainer of `fit` has it, unless `diagnostics.figures` is
+false.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Choosing the discount from measured bias and variance."""
+"""Choose the discount of an estimator from measured bias and variance.
+
+Why here: the best discount changes along a run. `estimator.adapt_gamma_every` gives a trainer of `fit` the callback.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ class ChooseGamma(L.Callback):
         pl_module.log_dict(pl_module.at_step({"train/gamma": self.chosen}), batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far, and the choice."""
+        """Give a checkpoint what was measured so far, and the choice."""
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -103,9 +106,9 @@ def _with_gamma(estimator: BoundEstimator, gamma: float) -> BoundEstimator:
 
 @torch.no_grad()
 def _prompt_gradients(module: DistillationModule, batch: PromptBatch, candidates: list[BoundEstimator]) -> Tensor:
-    """Sketched gradients [M, prompts, F] of a batch, so scaled that the step's is their mean.
+    """Sketch the gradient of every prompt of a batch, [M, prompts, F], so scaled that the step's is their mean.
 
-    Prompts, not completions: those of one prompt have it in common, and may be compared with each other.
+    By prompt and not by completion, because estimators may compare the completions of a prompt with each other.
     """
     distiller, prompts = module.distiller, len(batch.rows)
     rollout = distiller.sample(batch)

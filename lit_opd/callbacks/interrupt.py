@@ -20,13 +20,10 @@ __all__ = ["SaveOnInterrupt"]
 
 
 class SaveOnInterrupt(L.Callback):
-    """Saves a checkpoint on Ctrl-C and on a non-finite step.
+    """Saves a checkpoint to `path` on Ctrl-C and on a non-finite step.
 
     The first Ctrl-C lets the step under way finish, saves, and ends the run; the second ends it at once, with what the
     last checkpoint holds. A non-finite step has not moved the weights, so they are saved as they are.
-
-    Args:
-        path: the checkpoint to write.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,7 +45,7 @@ class SaveOnInterrupt(L.Callback):
             trainer.save_checkpoint(self.path)
             self._saved = True
 
-    # The metrics of the step are logged after `on_train_batch_end`: the run ends with whatever would come next.
+    # Lightning logs the metrics of a step after `on_train_batch_end`: the run ends with whatever would come next.
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -70,9 +67,8 @@ class SaveOnInterrupt(L.Callback):
         if isinstance(exception, NonFiniteStepError):
             trainer.save_checkpoint(self.path)
         if isinstance(exception, NonFiniteStepError | KeyboardInterrupt) and self.path.is_file():
-            _say(
-                f"Saved {self.path}. Go on with --resume auto, or with trainer.fit(..., ckpt_path={str(self.path)!r})."
-            )
+            resume = f"--resume auto, or with trainer.fit(..., ckpt_path={str(self.path)!r})"
+            _say(f"Saved {self.path}. Go on with {resume}.")
 
     def _end(self) -> None:
         if self._saved:

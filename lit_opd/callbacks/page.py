@@ -28,11 +28,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.3rem 0; font: 14
 
 
 def completions_page(examples: Sequence[Example], title: str) -> str:
-    """Write the page: prompts, completions and rewards.
-
-    Args:
-        examples: to show.
-        title: whose completions, and when.
+    """Write the page under a title that says whose completions, and when: prompts, completions and rewards.
 
     Returns:
         HTML.

@@ -101,10 +101,6 @@ def _draw_alive(ax: Axes, curves: Curves) -> None:
 def draw_log_ratios(found: Histogram, title: str) -> bytes:
     """Draw how many of the student's own tokens have which log-ratio, and mark quantiles.
 
-    Args:
-        found: log-ratios of an evaluation.
-        title: whose, and when.
-
     Returns:
         A PNG.
     """

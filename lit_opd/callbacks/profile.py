@@ -149,7 +149,7 @@ def _table(title: str, rows: list[tuple[str, ...]]) -> str:
 
 
 def _steps_left(trainer: L.Trainer, module: DistillationModule) -> float:
-    """Count the batches to train on; an optimizer may step several times on one."""
+    """Count the batches to train on, on each of which an optimizer may step several times."""
     updates = module.optim_config.updates_per_rollout
     batches = trainer.estimated_stepping_batches * updates
     total = min(limit for limit in (trainer.max_steps, batches, math.inf) if limit > 0)

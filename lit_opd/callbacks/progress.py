@@ -20,7 +20,7 @@ SHOWN = ("train/reverse_kl", "val/reverse_kl", "val/accuracy", "rollout/length",
 
 
 class StepProgress(ProgressBar):
-    """Steps done, time left, reverse KL, held-out results, length and speed; a passing bar for evaluations."""
+    """Steps done, time left, reverse KL, held-out results, length and speed, with a passing bar for evaluations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,15 +38,9 @@ class StepProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the bar at the step the run begins with."""
-        total = trainer.max_steps if trainer.max_steps > 0 else None
-        self._bar = tqdm(
-            desc="distil",
-            total=total,
-            initial=trainer.global_step,
-            unit="step",
-            disable=not self._enabled,
-            mininterval=0.5,
-        )
+        total, begun = trainer.max_steps if trainer.max_steps > 0 else None, trainer.global_step
+        own = {"unit": "step", "disable": not self._enabled, "mininterval": 0.5}
+        self._bar = tqdm(desc="distil", total=total, initial=begun, **own)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Advance to the present step."""
@@ -81,17 +75,8 @@ class StepProgress(ProgressBar):
         """Close the evaluation's bar."""
         self._evaluation.close()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Open the bar of an evaluation: `test` measures like `validate`."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Advance."""
-        self.on_validation_batch_end(trainer, pl_module)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the evaluation's bar."""
-        self.on_validation_end(trainer, pl_module)
+    # `test` measures like `validate`.
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
 
 def _label(name: str) -> str:

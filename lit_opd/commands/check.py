@@ -1,4 +1,7 @@
-"""Hold an estimator to the laws and to what it declares, and say in words whose gradient it has."""
+"""Hold an estimator to the laws and to what it declares, and say in words whose gradient it has.
+
+The command `check` calls it, for somebody who writes an estimator. The laws themselves are `estimators.oracle`'s.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
-"""Print the registry as a table, for the command `estimators` and the page in docs/."""
+"""Print the registry as a table.
+
+The command `estimators` prints it on the terminal, and `tools/make_docs.py` into the page in docs/.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from lit_opd import estimators
-from lit_opd.estimators import Contract, EstimatorSpec
 from lit_opd.estimators.needs import write_needs
 
 __all__ = ["markdown_table", "print_table"]
@@ -15,15 +17,8 @@ FAMILIES = {
     "sequence": "a token also pays for those after it",
     "hybrid": "mixes, weights, outcomes",
 }
-HEADER = (
-    "name",
-    "family",
-    "aims at the gradient of",
-    "unbiased",
-    "needs",
-    "what it does, and what it trades",
-    "source",
-)
+TRADES = "what it does, and what it trades"
+HEADER = ("name", "family", "aims at the gradient of", "unbiased", "needs", TRADES, "source")
 
 
 def markdown_table() -> str:
@@ -45,13 +40,12 @@ def print_table() -> None:
     console = terminal if terminal.is_terminal else Console(width=max(100, terminal.width))
     for family, what, rows in _families():
         table = Table(box=box.SIMPLE_HEAD, title=f"{family}: {what}", title_justify="left", show_lines=True)
-        for header in ("name", "aims at the gradient of, and needs", "what it does, and what it trades; source"):
+        for header in ("name", "aims at the gradient of, and needs", f"{TRADES}; source"):
             table.add_column(header)
         for name, _, target, unbiased, needs, summary, source in rows:
             aims_at = "-" if target == "-" else f"{target}, {'unbiased' if unbiased == 'yes' else 'biased'}"
-            table.add_row(
-                Text(name, no_wrap=True), f"{aims_at}\nneeds {needs}", Text.assemble(summary, (f"\n{source}", "dim"))
-            )
+            told = Text.assemble(summary, (f"\n{source}", "dim"))
+            table.add_row(Text(name, no_wrap=True), f"{aims_at}\nneeds {needs}", told)
         console.print(table)
 
 
@@ -60,15 +54,10 @@ def _families(quote: str = "") -> Iterator[tuple[str, str, list[list[str]]]]:
     for family, what in FAMILIES.items():
         rows = [
             [f"{quote}{s.name}{quote}", s.family, c.target or "-", "yes" if c.unbiased else "no", write_needs(s.needs),
-             s.summary, s.source] for s, c in ((s, _contract(s)) for s in specs if s.family == family)
+             s.summary, s.source] for s, c in ((s, s.contract(s.defaults)) for s in specs if s.family == family)
         ]  # fmt: skip
         if rows:
             yield family, what, rows
-
-
-def _contract(spec: EstimatorSpec) -> Contract:
-    """With the defaults; where a keyword has none, as declared."""
-    return spec.contract(spec.defaults)
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:

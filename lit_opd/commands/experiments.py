@@ -1,4 +1,7 @@
-"""Run an experiment of `lab/` and print its report: the commands `measure`, `compare` and `audit`."""
+"""Run an experiment of `lab/` and print its report.
+
+The command line calls it for `measure`, `compare` and `audit`. Numbers go to `json_file` too, where one is given.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,6 @@ __all__ = ["audit", "compare", "compare_recorded", "measure"]
 def measure(config: Config, json_file: str | None) -> None:
     """Compare the gradients of several estimators on the same rollouts.
 
-    Args:
-        config: the run.
-        json_file: where the numbers go too.
-
     Raises:
         KeyboardInterrupt: Ctrl-C; the rollouts measured so far have been reported.
     """
@@ -40,36 +39,19 @@ def measure(config: Config, json_file: str | None) -> None:
 
 
 def compare(comparison: Comparison, runs: Sequence[Run], json_file: str | None) -> None:
-    """Make the runs of a comparison and say which variant is better.
-
-    Args:
-        comparison: as loaded.
-        runs: of the comparison.
-        json_file: where the numbers go too.
-    """
+    """Make the runs of a comparison and say which variant is better."""
     quiet_libraries()
     comparisons.compare(comparison, runs, _path(json_file))
 
 
 def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: str | None) -> None:
-    """Say which variant is better, of runs that MLflow has.
-
-    Args:
-        comparison: where the runs are recorded, and where the report goes.
-        run_ids: of the runs, or of a comparison.
-        json_file: where the numbers go too.
-    """
+    """Say which variant is better, of runs that MLflow has."""
     quiet_libraries()
     comparisons.compare_recorded(comparison, run_ids, _path(json_file))
 
 
 def audit(config: Config, json_file: str | None) -> None:
-    """Look for mistakes that would spoil a long run, before it starts.
-
-    Args:
-        config: the run.
-        json_file: where the findings go too.
-    """
+    """Look for mistakes that would spoil a long run, before it starts."""
     quiet_libraries()
     audits.check_destination(json_file)
     found = audits.audit(config)

@@ -1,4 +1,7 @@
-"""Write the student of a checkpoint as a Hugging Face folder that any program loads."""
+"""Write the student of a checkpoint as a Hugging Face folder that any program loads.
+
+The command line calls it for `export`: `fit` exports at its end only, and a run may be stopped before.
+"""
 
 from __future__ import annotations
 

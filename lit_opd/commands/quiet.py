@@ -1,4 +1,7 @@
-"""Silence what other libraries print, so that what a run prints is what a user needs."""
+"""Silence what other libraries print, so that what a run prints is what a user needs.
+
+Every command that loads a model calls it first. In Python nothing is silenced.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from lit_opd.linter import LintWarning
 
 __all__ = ["quiet_libraries"]
 
-# Each of these is about something that is meant: manual optimization, unequal ranks, a resumed run, CPU use.
+# Lightning and Transformers warn of what is meant here: manual optimization, unequal ranks, a resumed run, a CPU.
 EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*ModelCheckpoint.*manual optimization.*",
@@ -31,7 +34,7 @@ EXPECTED_WARNINGS = (
 def quiet_libraries() -> None:
     """Keep warnings and errors of Lightning, MLflow and Transformers, and drop their chatter and progress bars."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which tells of every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler tells of every start and stop
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "datasets" in sys.modules:  # which reads the variable above only when it is imported
         sys.modules["datasets"].disable_progress_bars()
@@ -44,7 +47,7 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
-    # A hub that does not answer is told once, in the end; not at every attempt.
+    # huggingface_hub warns at every attempt to reach a hub that does not answer. The error in the end says it once.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
@@ -63,6 +66,6 @@ def _tell_findings() -> None:
             told.add(str(message))
             print(f"warning: {message}", file=sys.stderr)
 
-    # Not the action "once": it forgets when another library adds a filter of its own.
+    # Not Python's action "once": it forgets what it told when another library adds a filter of its own.
     warnings.simplefilter("always", LintWarning)
     warnings.showwarning = show

@@ -1,4 +1,7 @@
-"""Train a student, or measure one: the commands `fit`, `validate` and `test`."""
+"""Train a student, or measure one, and print the table.
+
+The command line calls it for `fit`, `validate` and `test`. In Python, `runs.train` and `runs.evaluate` do the work.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,13 @@ __all__ = ["evaluate", "fit"]
 
 
 def fit(config: Config, resume: str | None, profile: bool) -> None:
-    """Distil the student from the teacher and print the table before / after / teacher.
-
-    Args:
-        config: the run.
-        resume: None, `auto` or a checkpoint.
-        profile: record where the time of a few steps goes.
-    """
+    """Distil the student as `runs.train` does, and print the table before / after / teacher."""
     quiet_libraries()
     print_outcome(config, runs.train(config, resume, profile))
 
 
 def evaluate(config: Config, checkpoint: str | None, stage: str) -> None:
-    """Measure the configured student, or a checkpoint of it, and print the table.
-
-    Args:
-        config: the run.
-        checkpoint: a file that `fit` wrote, or None for the student as it lies.
-        stage: `validate` or `test`.
-    """
+    """Measure the configured student, or a checkpoint of it, as `runs.evaluate` does, and print the table."""
     quiet_libraries()
     results = runs.evaluate(config, checkpoint, stage)
     print_results(f"{stage}: {checkpoint or config.student.path}", results)

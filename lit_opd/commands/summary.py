@@ -1,4 +1,7 @@
-"""Print the results of a run as a table for the terminal."""
+"""Print the results of a run as a table for the terminal.
+
+`running` calls it at the end of `fit`, `validate` and `test`.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +34,13 @@ def print_outcome(config: Config, outcome: Outcome) -> None:
 
 
 def perf_line(perf: Mapping[str, float]) -> str:
-    """Say in one line what a step cost.
-
-    Args:
-        perf: medians of `perf/*` over steps.
-    """
+    """Say in one line what a step cost, from medians of `perf/*`."""
     value = {name.removeprefix("perf/"): number for name, number in perf.items()}
     shares = ", ".join(
         f"{name} {value[f'{name}_s'] / value['step_s']:.0%}" for name in ("rollout", "teacher", "student")
     )
-    return (f"median step: {value['step_s']:.3f} s ({shares}), {value['tokens_per_s']:.0f} completion tokens/s; "
-            f"peak memory {value['peak_memory_mb']:.0f} MB")  # fmt: skip
+    speed = f"{value['tokens_per_s']:.0f} completion tokens/s; peak memory {value['peak_memory_mb']:.0f} MB"
+    return f"median step: {value['step_s']:.3f} s ({shares}), {speed}"
 
 
 @rank_zero_only

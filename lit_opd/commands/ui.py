@@ -1,4 +1,7 @@
-"""Serve MLflow's own pages on the runs of a configuration, for this machine alone."""
+"""Serve MLflow's own pages on the runs of a configuration, for this machine alone.
+
+The command line calls it for `ui`, so that nobody has to spell the address of the store.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,7 @@ __all__ = ["serve"]
 
 
 def serve(config: Config, port: int) -> None:
-    """Become `mlflow ui` on the configured store, which runs until it is interrupted.
-
-    Args:
-        config: its `tracking.uri`.
-        port: on 127.0.0.1.
+    """Become `mlflow ui` on the configured store and a port of 127.0.0.1, which runs until it is interrupted.
 
     Raises:
         UserError: a store that cannot answer, or one that has a server already; a port that is taken.

@@ -1,4 +1,7 @@
-"""Describe what a run begins with: the sections of its models and its prompts."""
+"""Describe what a run begins with: the sections of its models and its prompts.
+
+`load_config` fills and checks them, and the rooms models, teachers and data read them.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class FrozenConfig(Section):
     """Keep its weights, but for the output layer, off the accelerator while it neither scores nor samples."""
 
     def check(self, name: str) -> None:
-        """See `Section.check`."""
+        """Check every value, and that a quantised model is not offloaded too."""
         super().check(name)
         if self.offload and self.quantization != "none":
             expected = "false for a quantised model, whose weights stay where they were loaded"
@@ -70,7 +73,7 @@ class TeacherConfig(FrozenConfig):
     """Who scores: local (a model in this process), or package.module:name or file.py:name of a scorer."""
 
     def check(self, name: str) -> None:
-        """See `Section.check`."""
+        """Check every value, and that a local teacher has a path."""
         super().check(name)
         if self.kind == "local" and not self.path:
             raise UserError(

@@ -1,4 +1,7 @@
-"""Describe how a run learns: the sections of sampling, the objective and the optimizer's step."""
+"""Describe how a run learns: the sections of sampling, the objective and the optimizer's step.
+
+`load_config` fills and checks them. The module takes them, or mappings of their keys.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,11 @@ class RolloutConfig(Section):
     """Who writes demonstrations: teacher | data (data.answer_column)."""
 
     def check(self, name: str) -> None:
-        """See `Section.check`."""
+        """Check every value, and those that have to agree."""
         super().check(name)
         if self.min_new_tokens > self.max_new_tokens:
-            raise UserError(f"{name}.min_new_tokens", f"at most {name}.max_new_tokens ({self.max_new_tokens})",
-                            self.min_new_tokens, f"Lower it or raise {name}.max_new_tokens.")  # fmt: skip
+            expected, found = f"at most {name}.max_new_tokens ({self.max_new_tokens})", self.min_new_tokens
+            raise UserError(f"{name}.min_new_tokens", expected, found, f"Lower it or raise {name}.max_new_tokens.")
         if self.engine == "vllm":
             self._check_served(name)
 
@@ -55,11 +58,11 @@ class RolloutConfig(Section):
             remedy = f"Set {name}.server=http://127.0.0.1:8000; how to start one: lit_opd/rollout/vllm.py."
             raise UserError(f"{name}.server", f"the address of a vLLM server {engine}", found, remedy)
         if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
-            raise UserError(f"{name}.temperature", f"0, or from 0.01 to 2, {engine}", self.temperature,
-                            f"Set {name}.temperature=1, or {name}.engine=local.")  # fmt: skip
+            remedy = f"Set {name}.temperature=1, or {name}.engine=local."
+            raise UserError(f"{name}.temperature", f"0, or from 0.01 to 2, {engine}", self.temperature, remedy)
         if self.min_p > 0 and self.top_p < 1:  # vLLM cuts min_p first, and this library last: two laws
-            raise UserError(f"{name}.min_p", f"0 where {name}.top_p cuts, {engine}", self.min_p,
-                            f"Set one of the two, or {name}.engine=local.")  # fmt: skip
+            remedy = f"Set one of the two, or {name}.engine=local."
+            raise UserError(f"{name}.min_p", f"0 where {name}.top_p cuts, {engine}", self.min_p, remedy)
 
 
 @dataclass

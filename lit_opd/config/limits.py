@@ -22,10 +22,7 @@ class Section:
     """A section of the configuration."""
 
     def check(self, name: str) -> None:
-        """Check every value that needs no model and no data to be judged.
-
-        Args:
-            name: of the section, for messages.
+        """Check every value that needs no model and no data to be judged, in the section `name`.
 
         Raises:
             UserError: naming the first key whose value is out of its range.
@@ -41,7 +38,7 @@ def limited(default: Any, limit: Limit) -> Any:
 
 
 def within(expected: str, holds: Callable[[Any], bool]) -> Limit:
-    """Ask something of a value; `expected` completes "expected a value ..."."""
+    """Ask something of a value, told by `expected`, which completes "expected a value ..."."""
 
     def check(key: str, value: Any) -> None:
         if not holds(value):
@@ -63,7 +60,7 @@ def at_least(minimum: float, note: str = "", null: str | None = None) -> Limit:
 
 
 def above(bound: float, null: str | None = None) -> Limit:
-    """Ask for a larger number; arguments as for `at_least`."""
+    """Ask for a larger number, where null means what `null` says, as in `at_least`."""
     nothing = "" if null is None else f", or null for {null}"
     return within(f"above {bound:g}{nothing}", lambda v: null is not None if v is None else v > bound)
 

@@ -1,4 +1,7 @@
-"""Fill the dataclasses from YAML files and dotted overrides, and write them back."""
+"""Fill the dataclasses from YAML files and dotted overrides, and write them back.
+
+The command line calls `load_config`. What takes a section in Python calls `as_section`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Put the sections together to the whole configuration of a run."""
+"""Put the sections together to the whole configuration of a run.
+
+`load_config` makes a `Config`, and every command is given one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Describe what a run reports: the sections of evaluations, measurements, warnings and records."""
+"""Describe what a run reports: the sections of evaluations, measurements, warnings and records.
+
+`load_config` fills and checks them. Evaluations, callbacks, tracking and the experiments of `lab/` read them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class EvaluationConfig(Section):
     """Yardsticks of your own: package.module:function or path/to/file.py:function, made by `register_measure`."""
 
     def check(self, name: str) -> None:
-        """See `Section.check`."""
+        """Check every value, and each k of pass@k."""
         super().check(name)
         for k in self.pass_at:
             if not 1 <= k <= self.num_completions:

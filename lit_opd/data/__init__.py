@@ -1,4 +1,7 @@
-"""Load prompts, encode and order them, and judge the answers to them."""
+"""Load prompts, encode and order them, and judge the answers to them.
+
+`runs.prepare` makes the `PromptDataModule` of a configured run. In Python it is made from rows as well.
+"""
 
 from __future__ import annotations
 

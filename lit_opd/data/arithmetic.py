@@ -48,10 +48,10 @@ def problems(*, split: str, size: int, seed: int) -> list[dict[str, str]]:
 
 
 def is_correct(completion: str, row: Mapping[str, str]) -> float:
-    """Score a completion by its final answer: what follows the last ``;``, or everything if there is none.
+    """Score a completion by its final answer.
 
-    The working is not checked. A completion which was cut off within a column therefore scores zero, even when
-    that column happens to end in the answer.
+    The answer is what follows the last ``;``, or everything if there is none. The working is not checked. A completion
+    which was cut off within a column therefore scores zero, even when that column happens to end in the answer.
 
     Args:
         completion: The generated text, without special tokens.

@@ -88,13 +88,13 @@ class PromptDataModule(L.LightningDataModule):
         """
         overfit_batches = getattr(self.trainer, "overfit_batches", 0)
         if overfit_batches:
-            raise UserError("trainer.overfit_batches", "0", overfit_batches,
-                            f"Repeat a few prompts with data.train_size={self.config.batch_size} instead.")  # fmt: skip
+            remedy = f"Repeat a few prompts with data.train_size={self.config.batch_size} instead."
+            raise UserError("trainer.overfit_batches", "0", overfit_batches, remedy)
         if self.tokenizer is None:
             self.tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if self.tokenizer is None:
-            raise UserError("tokenizer", "one to encode prompts with", "none",
-                            "Pass tokenizer= or train a module that has one.")  # fmt: skip
+            remedy = "Pass tokenizer= or train a module that has one."
+            raise UserError("tokenizer", "one to encode prompts with", "none", remedy)
         for prompts in (self.train_prompts, self.validation_prompts):
             self._check_context(prompts)
         if stage == "fit":
@@ -108,8 +108,8 @@ class PromptDataModule(L.LightningDataModule):
         before = self._loaded_state.get("stream", self._identity())
         changed = [key for key, value in self._identity().items() if before[key] != value]
         if stream.position and changed:
-            rank_zero_warn(f"{', '.join(changed)} changed since the checkpoint was written: training goes on with "
-                           f"batch {stream.position}, but of another sequence of prompts.")  # fmt: skip
+            told = f"training goes on with batch {stream.position}, but of another sequence of prompts."
+            rank_zero_warn(f"{', '.join(changed)} changed since the checkpoint was written: {told}")
         return PromptLoader(self.train_prompts, stream, pad_token_id(self.tokenizer))
 
     def val_dataloader(self) -> PromptLoader | list[Any]:
@@ -228,8 +228,8 @@ class PromptDataModule(L.LightningDataModule):
         rank, world_size = self._place()
         size, step = len(self.validation_prompts), self.evaluation_batch_size
         if size < world_size:
-            raise UserError("data.validation_size", f"at least one prompt for each of {world_size} processes", size,
-                            "Raise it or use fewer processes.")  # fmt: skip
+            expected, found = f"at least one prompt for each of {world_size} processes", size
+            raise UserError("data.validation_size", expected, found, "Raise it or use fewer processes.")
         mine: list[Pick] = [(i, (0, i)) for i in range(rank, size, world_size)]
         return [mine[start : start + step] for start in range(0, len(mine), step)]
 
@@ -241,5 +241,6 @@ class PromptDataModule(L.LightningDataModule):
         if self.context_length is not None and longest + self.max_new_tokens > self.context_length:
             room = self.context_length - self.max_new_tokens
             expected = f"prompts of at most {room} tokens (context {self.context_length} - {self.max_new_tokens} new)"
-            raise UserError("data.max_prompt_tokens", expected, f"a prompt longer than the context, of {longest}",
-                            f"Set data.max_prompt_tokens={room} or lower rollout.max_new_tokens.")  # fmt: skip
+            found = f"a prompt longer than the context, of {longest}"
+            remedy = f"Set data.max_prompt_tokens={room} or lower rollout.max_new_tokens."
+            raise UserError("data.max_prompt_tokens", expected, found, remedy)

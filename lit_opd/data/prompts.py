@@ -62,8 +62,8 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
         return _apply_chat([*_worked_turns(config), {"role": "user", "content": text}], config, tokenizer)
     if not _are_messages(prompt):
         found = f"{type(prompt).__name__} in column {config.prompt_column!r}"
-        raise UserError("data.prompt_column", "text or a list of {role, content} messages", found,
-                        "Choose another column.")  # fmt: skip
+        expected, remedy = "text or a list of {role, content} messages", "Choose another column."
+        raise UserError("data.prompt_column", expected, found, remedy)
     if not config.chat:
         raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
     return _apply_chat(list(prompt), config, tokenizer)
@@ -75,15 +75,15 @@ def encode(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> list[lis
     A chat template has written the special tokens already, so none are added to it. To plain text the tokenizer adds
     its own, except an end of sequence: the student has to go on from there.
     """
-    if not texts:  # which fast tokenizers refuse
+    if not texts:  # Transformers' fast tokenizers refuse an empty list
         return []
     plain = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     if config.chat:
         return plain
     special = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
     end = tokenizer.eos_token_id
-    return [s[:-1] if s[-1:] == [end] and p[-1:] != [end] and len(s) > len(p) else s
-            for p, s in zip(plain, special, strict=True)]  # fmt: skip
+    pairs = zip(plain, special, strict=True)
+    return [s[:-1] if s[-1:] == [end] and p[-1:] != [end] and len(s) > len(p) else s for p, s in pairs]
 
 
 def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: Any) -> EncodedPrompts:
@@ -99,8 +99,8 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
     ids = encode([render(row, config, tokenizer) for row in rows], config, tokenizer)
     for index, prompt in enumerate(ids):
         if not prompt:
-            raise UserError("data.prompt_column", "prompts of at least one token", f"an empty one in row {index}",
-                            "Remove it, or begin data.prompt_template with text.")  # fmt: skip
+            expected, remedy = "prompts of at least one token", "Remove it, or begin data.prompt_template with text."
+            raise UserError("data.prompt_column", expected, f"an empty one in row {index}", remedy)
     limit = config.max_prompt_tokens
     long = sum(len(prompt) > limit for prompt in ids)
     if config.overlong == "truncate":
@@ -108,8 +108,8 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
         return EncodedPrompts(list(rows), kept, truncated=long)
     if long and (config.overlong == "error" or long == len(ids)):
         found = f"{long} of {len(ids)} longer, the longest with {max(map(len, ids))}"
-        raise UserError("data.max_prompt_tokens", f"prompts of at most {limit} tokens", found,
-                        "Raise it, or set data.overlong=truncate to keep the end of long prompts.")  # fmt: skip
+        remedy = "Raise it, or set data.overlong=truncate to keep the end of long prompts."
+        raise UserError("data.max_prompt_tokens", f"prompts of at most {limit} tokens", found, remedy)
     fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= limit]
     return EncodedPrompts([rows[i] for i in fitting], [ids[i] for i in fitting], dropped=long)
 
@@ -139,9 +139,9 @@ def _fill(row: Mapping[str, Any], config: DataConfig) -> str:
     try:
         return config.prompt_template.format(**{**row, "prompt": row[config.prompt_column]})
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UserError("data.prompt_template", f"only {{prompt}} and columns ({', '.join(map(str, row))}) in braces",
-                        f"{config.prompt_template!r} ({type(error).__name__}: {error})",
-                        "Write {{ and }} for braces that are text.") from error  # fmt: skip
+        expected = f"only {{prompt}} and columns ({', '.join(map(str, row))}) in braces"
+        found = f"{config.prompt_template!r} ({type(error).__name__}: {error})"
+        raise UserError("data.prompt_template", expected, found, "Write {{ and }} for braces that are text.") from error
 
 
 def _are_messages(prompt: Any) -> bool:
@@ -158,16 +158,16 @@ def _worked_turns(config: DataConfig) -> list[dict[str, str]]:
 
 def _apply_chat(messages: list[Mapping[str, Any]], config: DataConfig, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
-        raise UserError("data.chat", "false, as the tokenizer has no chat template", "true",
-                        "Set data.chat=false or use a tokenizer with a chat template.")  # fmt: skip
+        remedy = "Set data.chat=false or use a tokenizer with a chat template."
+        raise UserError("data.chat", "false, as the tokenizer has no chat template", "true", remedy)
     if config.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # whatever the tokenizer's own template raises
         cause = f"{type(error).__name__}: {error}"
-        raise UserError("data.chat", "messages that the tokenizer's chat template accepts", cause,
-                        "Check the roles and data.system_prompt.") from error  # fmt: skip
+        remedy = "Check the roles and data.system_prompt."
+        raise UserError("data.chat", "messages that the tokenizer's chat template accepts", cause, remedy) from error
 
 
 def _end_of(prompt: list[int], limit: int, bos: int | None) -> list[int]:

@@ -51,8 +51,8 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
     if not config.path:
         raise UserError("data.path", f"what data.source={config.source} reads", "nothing", "Set data.path.")
     if config.validation_path and config.source != "file":
-        raise UserError("data.validation_path", "null unless data.source=file", repr(config.validation_path),
-                        "Unset it, or use data.source=file.")  # fmt: skip
+        remedy = "Unset it, or use data.source=file."
+        raise UserError("data.validation_path", "null unless data.source=file", repr(config.validation_path), remedy)
     train, validation = loaders[config.source](config)
     train, validation = train[: config.train_size], validation[: config.validation_size]
     check_rows(train, config, config.path)
@@ -76,8 +76,8 @@ def split_rows(rows: Iterable[Row], config: DataConfig) -> tuple[list[Row], list
     held_out = ordered[: config.validation_size]
     train = [row for key, row in ordered[len(held_out) :] if key > held_out[-1][0]]
     if not train:
-        raise UserError("data.validation_size", f"fewer than the {len(rows)} rows there are", config.validation_size,
-                        "Lower it so that training rows are left, or set data.validation_path.")  # fmt: skip
+        found, remedy = config.validation_size, "Lower it so that training rows are left, or set data.validation_path."
+        raise UserError("data.validation_size", f"fewer than the {len(rows)} rows there are", found, remedy)
     return train, [row for _, row in held_out]
 
 
@@ -140,17 +140,17 @@ def _load_dataset(key: str, name: str, **kwargs: Any) -> list[Row]:
     datasets = import_extra("data.source", "datasets", "demo")
     try:
         return datasets.load_dataset(name, **kwargs).to_list()
-    except Exception as error:  # whatever its readers and the network raise
+    except Exception as error:  # datasets passes on whatever its readers and the network raise
         what = kwargs.get("data_files", name)
         cause = f"{type(error).__name__}: {error.__cause__ or error}"
-        raise UserError(key, f"{what} to load with Hugging Face datasets", cause,
-                        "Check data.path, data.split and data.kwargs.") from error  # fmt: skip
+        remedy = "Check data.path, data.split and data.kwargs."
+        raise UserError(key, f"{what} to load with Hugging Face datasets", cause, remedy) from error
 
 
 def _reasoning_gym(config: DataConfig) -> tuple[list[Row], list[Row]]:
     if config.train_size is None:
-        raise UserError("data.train_size", "a number, as reasoning_gym makes as many questions as wanted", "null",
-                        "Set e.g. data.train_size=1000.")  # fmt: skip
+        expected, found = "a number, as reasoning_gym makes as many questions as wanted", "null"
+        raise UserError("data.train_size", expected, found, "Set e.g. data.train_size=1000.")
     validation = reasoning_gym_rows(config, config.validation_size, config.validation_seed)
     held_out = {row[config.prompt_column] for row in validation}
     # Most tasks draw question i of seed s with seed s + i: neighbouring seeds would ask almost the same questions.
@@ -162,10 +162,10 @@ def _reasoning_gym(config: DataConfig) -> tuple[list[Row], list[Row]]:
         if len(train) >= config.train_size:
             return train, validation
     if not train:
-        raise UserError("data.validation_size", f"{config.path} to have questions that are not held out", "none",
-                        "Lower data.validation_size or make the task larger in data.kwargs.")  # fmt: skip
-    rank_zero_warn(f"data.train_size={config.train_size}: {config.path} gave only {len(train)} questions that are "
-                   "not held out for validation.")  # fmt: skip
+        found, remedy = "none", "Lower data.validation_size or make the task larger in data.kwargs."
+        raise UserError("data.validation_size", f"{config.path} to have questions that are not held out", found, remedy)
+    told = f"{config.path} gave only {len(train)} questions that are not held out for validation."
+    rank_zero_warn(f"data.train_size={config.train_size}: {told}")
     return train, validation
 
 
@@ -190,8 +190,8 @@ def reasoning_gym_task(config: DataConfig, size: int, seed: int) -> Any:
     try:
         return package.create_dataset(config.path, size=size, seed=seed, **config.kwargs)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError("data.kwargs", f"settings of the reasoning_gym task {config.path}", f"{error}",
-                        "Correct them.") from error  # fmt: skip
+        found, remedy = f"{error}", "Correct them."
+        raise UserError("data.kwargs", f"settings of the reasoning_gym task {config.path}", found, remedy) from error
 
 
 def _function(config: DataConfig) -> tuple[list[Row], list[Row]]:
@@ -204,6 +204,6 @@ def _function(config: DataConfig) -> tuple[list[Row], list[Row]]:
             parts.append([dict(row) for row in rows])
         except (TypeError, ValueError) as error:
             call = f"{config.path} to give rows for split={split!r}, size={size}"
-            raise UserError("data.path", call, f"{type(error).__name__}: {error}",
-                            f"Correct the function, data.kwargs or data.{split}_size.") from error  # fmt: skip
+            remedy = f"Correct the function, data.kwargs or data.{split}_size."
+            raise UserError("data.path", call, f"{type(error).__name__}: {error}", remedy) from error
     return parts[0], parts[1]

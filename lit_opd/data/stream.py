@@ -1,4 +1,8 @@
-"""Pick the rows of every training batch, and load picked rows as batches; the data module puts the two together."""
+"""Pick the rows of every training batch, and load picked rows as batches.
+
+Why here: the picks are a function of the seed alone, whatever the processes and interruptions. The data module makes a
+`PromptStream` for training, and gives Lightning a `PromptLoader`.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +46,11 @@ class PromptStream:
         self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, position: int = 0
     ) -> None:
         if size < batch_size:
-            raise UserError("data.batch_size", f"at most the {size} training prompts there are", batch_size,
-                            "Lower it or add prompts.")  # fmt: skip
+            remedy = "Lower it or add prompts."
+            raise UserError("data.batch_size", f"at most the {size} training prompts there are", batch_size, remedy)
         if batch_size < world_size:
-            raise UserError("data.batch_size", f"at least one prompt for each of {world_size} processes", batch_size,
-                            "Raise it or use fewer processes.")  # fmt: skip
+            found, remedy = batch_size, "Raise it or use fewer processes."
+            raise UserError("data.batch_size", f"at least one prompt for each of {world_size} processes", found, remedy)
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.rank, self.world_size, self.position = rank, world_size, position
         self._epoch_order: tuple[int, list[int]] = (-1, [])

@@ -53,8 +53,8 @@ def build_verifier(config: DataConfig) -> Verifier | None:
         return builders[name](config)
     if ":" in name:
         return import_object("data.verifier", name)
-    raise UserError("data.verifier", f"null, {', '.join(builders)} or package.module:function", repr(name),
-                    suggest(name, builders))  # fmt: skip
+    remedy = suggest(name, builders)
+    raise UserError("data.verifier", f"null, {', '.join(builders)} or package.module:function", repr(name), remedy)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -72,15 +72,15 @@ def last_number(text: str) -> Decimal | None:
 
 def _compare(same: Callable[[str, str], bool], config: DataConfig) -> Verifier:
     if config.answer_column is None:
-        raise UserError("data.answer_column", f"the column data.verifier={config.verifier} compares with", "null",
-                        "Set data.answer_column.")  # fmt: skip
+        expected, remedy = f"the column data.verifier={config.verifier} compares with", "Set data.answer_column."
+        raise UserError("data.answer_column", expected, "null", remedy)
     return partial(_verify_answer, same=same, column=config.answer_column)
 
 
 def _verify_answer(completion: str, row: Mapping[str, Any], *, same: Callable[[str, str], bool], column: str) -> float:
     if row.get(column) is None:
-        raise UserError("data.answer_column", f"a column {column!r} in every row", f"columns {', '.join(row)}",
-                        "Set data.answer_column to one of the columns.")  # fmt: skip
+        remedy = "Set data.answer_column to one of the columns."
+        raise UserError("data.answer_column", f"a column {column!r} in every row", f"columns {', '.join(row)}", remedy)
     return float(same(completion, str(row[column])))
 
 
@@ -91,8 +91,8 @@ def _exact(completion: str, answer: str) -> bool:
 def _same_last_number(completion: str, answer: str) -> bool:
     wanted = last_number(answer)
     if wanted is None:
-        raise UserError("data.answer_column", "an answer with a number for data.verifier=last_number", repr(answer),
-                        "Choose another column or another verifier.")  # fmt: skip
+        found, remedy = repr(answer), "Choose another column or another verifier."
+        raise UserError("data.answer_column", "an answer with a number for data.verifier=last_number", found, remedy)
     return last_number(completion) == wanted
 
 
@@ -104,10 +104,10 @@ def _math(config: DataConfig) -> Verifier:
 def _same_mathematics(completion: str, answer: str) -> bool:
     from math_verify import parse, verify
 
-    # Its time limit is a signal, which only the main thread may set; elsewhere there is none.
+    # math_verify's time limit is a signal, which only the main thread may set: elsewhere there is none.
     on_main_thread = threading.current_thread() is threading.main_thread()
     seconds: Any = MATH_SECONDS if on_main_thread else None
-    # A bare formula such as x^2+1 is found only between dollars.
+    # math_verify finds a bare formula such as x^2+1 only between dollars.
     wanted = parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$", parsing_timeout=seconds)
     given = parse(completion, parsing_timeout=seconds)
     return bool(verify(wanted, given, timeout_seconds=seconds))
@@ -115,8 +115,8 @@ def _same_mathematics(completion: str, answer: str) -> bool:
 
 def _reasoning_gym(config: DataConfig) -> Verifier:
     if config.source != "reasoning_gym":
-        raise UserError("data.verifier", "reasoning_gym only with data.source=reasoning_gym", config.source,
-                        "Choose another verifier or source.")  # fmt: skip
+        remedy = "Choose another verifier or source."
+        raise UserError("data.verifier", "reasoning_gym only with data.source=reasoning_gym", config.source, remedy)
     task = reasoning_gym_task(config, size=1, seed=config.validation_seed)
     answer_column = config.answer_column or "answer"
     return partial(_score, task=task, prompt_column=config.prompt_column, answer_column=answer_column)
@@ -128,5 +128,5 @@ def _score(completion: str, row: Mapping[str, Any], *, task: Any, prompt_column:
     entry = {"question": row[prompt_column], "answer": row[answer_column], "metadata": row["metadata"]}
     try:
         return float(task.score_answer(extract_answer(completion) or completion.strip(), entry))
-    except Exception:  # some tasks raise on text that they cannot parse, and no text of a model may end a run
+    except Exception:  # some reasoning_gym tasks raise on text that they cannot parse, and no text may end a run
         return 0.0

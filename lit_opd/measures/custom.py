@@ -86,13 +86,7 @@ def load_measures(references: Iterable[str]) -> dict[str, TokenMeasure]:
 def apply_measures(
     measures: Mapping[str, TokenMeasure], student_cV: Tensor, teacher_cV: Tensor, ids_c: Tensor
 ) -> dict[str, Tensor]:
-    """Call a user's measures on a chunk of tokens.
-
-    Args:
-        measures: by name.
-        student_cV: the student's log-probabilities.
-        teacher_cV: the teacher's.
-        ids_c: the tokens.
+    """Call a user's measures on a chunk of c tokens, with log-probabilities [c, V] of both models.
 
     Raises:
         UserError: one that does not return a value for every token.

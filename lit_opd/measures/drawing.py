@@ -27,13 +27,13 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.titlelocation": "left",
-    "axes.titley": 1.0,  # looking for a place that nothing else takes costs a third of the drawing
+    "axes.titley": 1.0,  # matplotlib's own search for a free place takes a third of the drawing
     "grid.alpha": 0.25,
 }
 
 
 def look(number: int) -> dict[str, Any]:
-    """Give the number-th thing that is drawn its colour, marker and line style; 70 of them look different.
+    """Give the number-th thing that is drawn its colour, marker and line style, different for the first 70.
 
     >>> look(1)
     {'color': '#D55E00', 'marker': 's', 'linestyle': '-'}
@@ -52,11 +52,7 @@ def plain(text: str) -> str:
 
 
 def style(size: float = 10) -> AbstractContextManager[None]:
-    """Draw in the common style for as long as the context is open.
-
-    Args:
-        size: of the letters, in points.
-    """
+    """Draw in the common style, with letters of `size` points, for as long as the context is open."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE | {"font.size": size})
@@ -76,12 +72,7 @@ def figure(width: float, height: float, layout: Literal["constrained"] | None = 
 
 
 def png(drawn: Figure, dpi: int = 150) -> bytes:
-    """Turn a figure into the bytes of a PNG.
-
-    Args:
-        drawn: the figure.
-        dpi: pixels of an inch.
-    """
+    """Turn a figure into the bytes of a PNG, with `dpi` pixels an inch."""
     target = io.BytesIO()
     drawn.savefig(target, format="png", dpi=dpi)
     return target.getvalue()

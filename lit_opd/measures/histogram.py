@@ -20,7 +20,7 @@ SCALE, REACH, BINS = 0.01, 100.0, 320
 
 
 class Histogram(NamedTuple):
-    """How often log-ratios (student minus teacher, nats) lie where.
+    """Numbers of tokens by their log-ratio (student minus teacher, nats).
 
     Attributes:
         edges: [bins + 1] symmetric about zero, zero among them.
@@ -73,7 +73,7 @@ class LogRatioHistogram(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        # Whole numbers, and below sums with float64: a module in bf16 casts its states of floating point.
+        # Whole numbers, and sums made in float64: under bf16-true Lightning casts a module's states to bf16.
         self.add_state("counts", torch.zeros(BINS + 2, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("totals", torch.zeros(BINS + 2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("least", torch.tensor(math.inf, dtype=torch.float64), dist_reduce_fx="min")
@@ -86,11 +86,7 @@ class LogRatioHistogram(Metric):
         return np.concatenate([-positive[:0:-1], positive])
 
     def update(self, log_ratio_N: Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            log_ratio_N: nats.
-        """
+        """Add tokens by their log-ratios, in nats."""
         values = log_ratio_N.detach().double()
         edges = torch.from_numpy(self.edges()).to(values.device)
         bins = torch.bucketize(values, edges, right=True)

@@ -86,12 +86,7 @@ def _ratio(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def over_prompts(sums: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Compute a weighted mean with the interval of `ratio_interval`.
-
-    Args:
-        sums: the sum of each prompt's values.
-        weights: how many values each sum holds.
-        confidence: level of the interval.
+    """Compute a weighted mean with the interval of `ratio_interval`, from the sum of each prompt's values.
 
     >>> over_prompts([2.0, 4.0], [4.0, 4.0]).mean
     0.75

@@ -32,7 +32,7 @@ MOST_POINTS = 128
 
 
 class Curves(NamedTuple):
-    """What was measured at every point: a completion position, or neighbouring ones together.
+    """Measured values at every point: a completion position, or neighbouring ones together.
 
     Tables are [points], NaN where nothing was counted.
 
@@ -116,7 +116,7 @@ class PositionMeans(Metric):
         groups = int(group_B.max()) + 1
         sums_QGC = tokens_QBC.new_zeros(len(self.names), groups, self.points).index_add(1, group_B, tokens_QBC)
         counts_GC = counts_BC.new_zeros(groups, self.points).index_add(0, group_B, counts_BC)
-        # Not in place: a state made in inference mode may not be changed outside it.
+        # Not in place: torch raises where a tensor that was made in inference mode is changed outside it.
         self.moments = self.moments + prompt_moments(sums_QGC, counts_GC, dim=1)
 
     def _at_points(self, values: Tensor) -> Tensor:

@@ -30,9 +30,6 @@ BY_QUARTER = ("advantage", "student_nll", "teacher_nll", "student_mass")
 def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
     """Sum values over the counted tokens that the student wrote, for the means that every step logs.
 
-    Args:
-        seen: micro-batches, at least one.
-
     Returns:
         `own`: how many; `kl`: of the estimator's KL; `entropy`: of minus the student's log-probability, whose mean
         estimates its entropy; `gap`: sampler minus student log-probability, in nats; `student_mass`: of the student's
@@ -116,16 +113,13 @@ def _tokens_of(rollout: Rollout, stats: Mapping[str, Tensor], horizon: int) -> d
 
 
 def token_numbers(tokens: Mapping[str, Tensor]) -> dict[str, float]:
-    """Sum up the tokens of an update in a few numbers.
+    """Sum up the tokens that `observed_tokens` collects, over all processes, in a few numbers.
 
     `advantage/*`: quantiles, mean, standard deviation, skew, and the share of the sum of absolute values that the
     largest 1% of tokens hold. `position/*_q1` to `q4`: means by quarter of the horizon. `rollout/sampler_ess`: the
     effective share of the tokens, (sum w)^2 / (n sum w^2) with w the student's over the sampler's probability (Kong,
     1992). `stop/log_ratio`: student minus teacher at stop tokens that the student wrote. `train/clipped_frac`,
     `train/teacher_mass` and `train/student_mass_min` where the estimator clips, or compares a support.
-
-    Args:
-        tokens: what `observed_tokens` returns, over all processes.
 
     Returns:
         By name; what has no token to be read from is left out.

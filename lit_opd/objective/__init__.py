@@ -1,4 +1,7 @@
-"""The objective: from a scored rollout to a loss, through an estimator's terms."""
+"""Turn a scored rollout into a loss, through the terms of an estimator.
+
+`Distiller.estimate` calls `student_loss`, so training and every experiment learn from the same objective.
+"""
 
 from lit_opd.objective.loss import Loss, sequence_tokens, student_loss, support_masses
 from lit_opd.objective.positions import Chunk, CountedPositions

@@ -1,4 +1,7 @@
-"""What each completion would contribute to the gradient of the output layer, under several estimators at once."""
+"""Sketch what each completion adds to the gradient of the output layer, under several estimators at once.
+
+The callback `ChooseGamma` calls it, to compare discounts without a backward pass for each of them.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ def credit_sketches(
     size: int = 16,
     seed: int = 0,
 ) -> Tensor:
-    """A random linear sketch of every completion's gradient with respect to the student's head.
+    """Sketch every completion's gradient with respect to the student's head, linearly and at random.
 
-    All candidates share one forward pass: they differ only in the credit they give to each token.
+    All candidates share one forward pass: they differ only in the coefficient they give to each token.
 
     Args:
         student: the model that learns.
@@ -64,9 +67,9 @@ def credit_sketches(
     for candidate in candidates:
         with torch.enable_grad():
             loss = (weights_BT * torch.where(mask_BT, candidate(tokens).loss_BT, 0.0)).sum()
-            (credit_BT,) = torch.autograd.grad(loss, tokens.student_logps_BT)
+            (coefficients_BT,) = torch.autograd.grad(loss, tokens.student_logps_BT)
         blank_BF = features_NF.new_zeros(len(mask_BT), features_NF.shape[1])
-        sketches.append(blank_BF.index_add(0, row_of_N, credit_BT[mask_BT][:, None] * features_NF))
+        sketches.append(blank_BF.index_add(0, row_of_N, coefficients_BT[mask_BT][:, None] * features_NF))
     return torch.stack(sketches)
 
 

@@ -1,4 +1,4 @@
-"""The student's forward pass and the estimator's terms: from a scored rollout to a loss.
+"""Make the loss of a micro-batch: the student's forward pass, then the estimator's terms.
 
 Estimators of the `token` family are evaluated inside the head's chunks, where logits exist. Others need the layout of
 sequences: for them a first pass over the head, without gradient, gives log-probabilities [B, T]; differentiating their
@@ -84,7 +84,7 @@ def student_loss(
 
 
 def support_masses(seen: Sequence[TokenBatch]) -> Stats:
-    """Each model's probability on the widest support that is compared; nothing where none is.
+    """Measure each model's probability on the widest support that is compared.
 
     A student that leaves the support escapes what a divergence on it can see, and a teacher that is hardly on it says
     little.
@@ -93,7 +93,7 @@ def support_masses(seen: Sequence[TokenBatch]) -> Stats:
         seen: what the terms of an estimator see of the same positions.
 
     Returns:
-        `student_mass` and `teacher_mass`, [...], 0 to 1, detached.
+        `student_mass` and `teacher_mass`, [...], 0 to 1, detached. Nothing where no support is compared.
     """
     supports = [support_logps(tokens) for tokens in seen if tokens.support_ids_BTK is not None]
     if not supports:
@@ -103,7 +103,7 @@ def support_masses(seen: Sequence[TokenBatch]) -> Stats:
 
 
 class _Spread(NamedTuple):
-    """What the first pass found.
+    """The results of the first pass.
 
     Attributes:
         value: of the terms that see sequences.
@@ -163,7 +163,7 @@ def sequence_tokens(
     head: Head,
     rows: int,
 ) -> TokenBatch:
-    """What estimators that see sequences are given: a leaf of student log-probabilities, and what the needs ask for."""
+    """Fill what estimators that see sequences are given: a leaf of student log-probabilities, and what they need."""
     rollout, needs = micro.rollout, estimator.needs
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:

@@ -1,4 +1,7 @@
-"""What estimators see of a chunk of positions."""
+"""Fill what estimators see of a chunk of positions.
+
+The head projects a few positions at a time, so no estimator may need more at once. `loss` and `credit` read it.
+"""
 
 from __future__ import annotations
 
@@ -48,12 +51,7 @@ class CountedPositions:
         )  # fmt: skip
 
     def chunk(self, student_logits_cV: Tensor, part: slice) -> Chunk:
-        """Student and teacher at the positions `part`.
-
-        Args:
-            student_logits_cV: [c, V] fp32, with grad.
-            part: the slice of positions the chunk covers.
-        """
+        """Read the student's logits [c, V] (fp32, with grad) and the teacher at the positions `part`."""
         student_cV, ids_c = torch.log_softmax(student_logits_cV, dim=-1), self.ids_N[part]
         teacher_cV = None if self.teacher.full is None else self.teacher.full.logps(part)
         reference_c = None if self.reference_logps_N is None else self.reference_logps_N[part]
@@ -95,10 +93,10 @@ class Chunk:
     reference_logps_c: Tensor | None = None
 
     def tokens(self, estimator: BoundEstimator) -> TokenBatch:
-        """The fields an estimator asks for; the others stay None.
+        """Fill the fields that an estimator asks for, and leave the rest None.
 
-        One that is right only on the student's own tokens finds the models equal at those of demonstrations: its loss
-        there, which counts zero times, is finite however improbable they are to the student.
+        An estimator that is right only on the student's own tokens finds the models equal at those of demonstrations:
+        its loss there, which counts zero times, is finite however improbable they are to the student.
         """
         seen = replace(self._seen(), k=estimator.support_size, support=estimator.support)
         batch = fill(self.sampled, estimator.spec.needs, seen)

@@ -22,10 +22,6 @@ def set_up(
 ) -> tuple[DistillationModule, Callable[[], AbstractContextManager[Any]]]:
     """Load the models of a run and assemble its step, with the weights that training would begin from.
 
-    Args:
-        config: the run.
-        data: its prompts, with the verifier.
-
     Returns:
         The module with its `distiller`, and what opens the precision that a training step runs in.
 

@@ -90,10 +90,6 @@ def load_weights(key: str, model: torch.nn.Module, path: Path) -> None:
 def export_student(student: LanguageModel, folder: Path) -> Path:
     """Write model, tokenizer and generation config, with LoRA adapters merged into a copy of the weights.
 
-    Args:
-        student: the model.
-        folder: made where it does not exist.
-
     Returns:
         The folder.
     """

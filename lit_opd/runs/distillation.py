@@ -103,7 +103,7 @@ def run(
     logger: RunLogger,
     checkpoint: Path | None,
 ) -> Outcome:
-    """Measure, train, measure and export, with everything built. See `train`."""
+    """Measure, train, measure again and export, with everything built, as `train` does."""
     if checkpoint is None:
         measured = measure_before(config, trainer, module, data)
         if trainer.is_global_zero:
@@ -115,8 +115,8 @@ def run(
     notes = folder.read_notes()
     before, teacher = ({k: Interval(*v) for k, v in notes.get(name, {}).items()} for name in ("before", "teacher"))
     # A finished run that is resumed makes no step to time.
-    outcome = Outcome(before, module.results["val"], teacher, trainer.global_step, perf or notes.get("perf", {}),
-                      folder.last_checkpoint, folder.student, logger)  # fmt: skip
+    after, perf = module.results["val"], perf or notes.get("perf", {})
+    outcome = Outcome(before, after, teacher, trainer.global_step, perf, folder.last_checkpoint, folder.student, logger)
     trainer.save_checkpoint(folder.last_checkpoint)
     if trainer.is_global_zero:
         close_run(folder, module, data, outcome)

@@ -1,4 +1,7 @@
-"""Name the files of a run's folder, and see that no run begins in the folder of another."""
+"""Name the files of a run's folder, and see that no run begins in the folder of another.
+
+`train` claims and fills the folder. The command `export` and the runs of a comparison look into it.
+"""
 
 from __future__ import annotations
 
@@ -130,5 +133,5 @@ def check_writable(key: str, folder: Path) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         reason = "may not be written to" if place.is_dir() else "is a file"
-        raise UserError(key, "a folder that can be written to", f"{str(folder)!r}: {str(place)!r} {reason}",
-                        "Choose another folder.")  # fmt: skip
+        remedy = "Choose another folder."
+        raise UserError(key, "a folder that can be written to", f"{str(folder)!r}: {str(place)!r} {reason}", remedy)

@@ -78,19 +78,13 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
 
     The logger comes when all checks are done, for making it asks MLflow.
 
-    Args:
-        config: the run.
-        folder: where it writes.
-        profile: record where the time of a few steps goes.
-
     Raises:
         UserError: whatever `lightning.Trainer` refuses; two profilers; a callback that cannot be made.
     """
     other = config.trainer.get("profiler")
     if profile and other is not None:
-        raise UserError(
-            "--profile", "trainer.profiler to be null: one hinders the other", repr(other), "Drop one of them."
-        )
+        expected = "trainer.profiler to be null: one hinders the other"
+        raise UserError("--profile", expected, repr(other), "Drop one of them.")
     every = config.evaluation.every_n_steps
     callbacks: list[L.Callback] = [
         # The first, so that what the others do before a step counts as part of it.
@@ -110,8 +104,8 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
     if config.estimator.adapt_gamma_every is not None:
         callbacks.append(ChooseGamma(config.estimator.adapt_gamma_every))
     callbacks += [_own_callback(f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks)]
-    return _build(config, callbacks=callbacks, default_root_dir=folder.path,
-                  val_check_interval=every, check_val_every_n_epoch=None)  # fmt: skip
+    when = {"val_check_interval": every, "check_val_every_n_epoch": None}
+    return _build(config, callbacks=callbacks, default_root_dir=folder.path, **when)
 
 
 def build_evaluation_trainer(config: Config) -> L.Trainer:
@@ -132,8 +126,8 @@ def _own_callback(key: str, entry: Any) -> L.Callback:
         raise UserError(key, expected, repr(entry), "Write e.g. callbacks=[mine.py:MyCallback].")
     callback = call_object(key, path, **kwargs)
     if not isinstance(callback, L.Callback):
-        raise UserError(key, "a lightning.Callback", f"{path}, which makes a {type(callback).__name__}",
-                        "Derive it from lightning.Callback.")  # fmt: skip
+        remedy = "Derive it from lightning.Callback."
+        raise UserError(key, "a lightning.Callback", f"{path}, which makes a {type(callback).__name__}", remedy)
     return callback
 
 
@@ -141,10 +135,10 @@ def _build(config: Config, callbacks: list[L.Callback], **own: Any) -> L.Trainer
     check_trainer_keys(config)
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
     arguments = defaults | dict(config.trainer)
+    own |= {"logger": False, "plugins": [WholeFileIO()], "use_distributed_sampler": False}
     progress = [StepProgress()] if arguments.get("enable_progress_bar", True) else []
     try:
-        trainer = L.Trainer(**arguments, **own, logger=False, callbacks=[*callbacks, *progress],
-                            plugins=[WholeFileIO()], use_distributed_sampler=False)  # fmt: skip
+        trainer = L.Trainer(**arguments, **own, callbacks=[*callbacks, *progress])
     except Exception as error:  # Lightning has no common class for what it refuses
         raise UserError("trainer", "values that lightning.Trainer accepts", str(error), "Correct them.") from error
     if trainer.precision.startswith("16"):

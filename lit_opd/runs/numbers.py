@@ -1,4 +1,7 @@
-"""Write numbers as JSON has them."""
+"""Write numbers as JSON has them.
+
+The reports of the experiments in `lab/` call it: Python would write NaN, which other readers of JSON refuse.
+"""
 
 from __future__ import annotations
 

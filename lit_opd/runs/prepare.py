@@ -39,8 +39,8 @@ def prepare_data(config: Config) -> PromptDataModule:
             expected = "at least 2 for estimator.adapt_gamma_every, which compares prompts"
             raise UserError("data.batch_size", expected, config.data.batch_size, "Raise it, or set that to null.")
     check_groups(config, estimator)
-    linter.check(estimator, config.rollout, config.optim, config.student, config.teacher,
-                 masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)  # fmt: skip
+    sections = config.rollout, config.optim, config.student, config.teacher
+    linter.check(estimator, *sections, masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)
     check_optimizer(config.optim)
     contexts = [_context_length(section, key) for key, section in _folders(config, estimator).items()]
     tokenizer = load_tokenizer(config.student, "student")
@@ -112,15 +112,15 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
         return
     files = sorted(folder.glob("*.safetensors"))
     if not files and not list(folder.glob("*.bin")):
-        raise UserError(f"{key}.path", "a model folder with weights", f"none in {config.path!r}",
-                        "Name the folder that save_pretrained wrote.")  # fmt: skip
+        remedy = "Name the folder that save_pretrained wrote."
+        raise UserError(f"{key}.path", "a model folder with weights", f"none in {config.path!r}", remedy)
     for file in files:
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{key}.path", "readable weights", f"{file}: {error}",
-                            "The file is damaged: copy or download it again.") from error  # fmt: skip
+            remedy = "The file is damaged: copy or download it again."
+            raise UserError(f"{key}.path", "readable weights", f"{file}: {error}", remedy) from error
 
 
 def _folders(config: Config, estimator: BoundEstimator) -> dict[str, Any]:

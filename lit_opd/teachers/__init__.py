@@ -1,4 +1,7 @@
-"""Teachers: whatever says how probable the student's tokens are."""
+"""Score the student's tokens: by a model in this process, or by anything else that knows their probabilities.
+
+The module builds the scorers of a run here, and `Distiller.score` asks them.
+"""
 
 from lit_opd.teachers.build import build_scorers, check_gives, own_scorer
 from lit_opd.teachers.local import LocalScorer

@@ -26,7 +26,7 @@ NEAREST = {FULL: "full_vocab", SUPPORT: "teacher_topk", TOKEN: "token"}
 
 
 def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | None:
-    """Find the scorer that is not a model in this process; None where the teacher is one.
+    """Find the teacher that is not a model in this process, or None where it is one.
 
     Args:
         teacher: a scorer, a section whose `kind` names one by path, or a model, a path or a section of a local one.
@@ -69,15 +69,7 @@ def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfi
 def build_scorers(
     pair: Pair, own: Scorer | None, estimator: BoundEstimator, rows: int, device: torch.device
 ) -> dict[str, Scorer]:
-    """Load the frozen models that score, and name every scorer by its role.
-
-    Args:
-        pair: the models.
-        own: the teacher, where it is no model in this process.
-        estimator: says whether a reference is asked.
-        rows: positions that a head projects at once.
-        device: of the models.
-    """
+    """Load the frozen models that score, unless the teacher is its `own` scorer, and name every scorer by its role."""
     teacher = own or LocalScorer(pair.load("teacher", device), rows)
     scorers: dict[str, Scorer] = {"teacher": teacher}
     if Need.REFERENCE in estimator.needs:

@@ -1,4 +1,7 @@
-"""A frozen model in this process as a scorer."""
+"""Score with a frozen model in this process.
+
+`build` makes one of the teacher and one of the reference, and evaluations ask for it at temperature 1.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class LocalScorer:
 
     @torch.no_grad()
     def score(self, rollout: Rollout, wanted: Wanted) -> Scores:
-        """See `Scorer.score`. Whole distributions stay hidden states with their head until they are read."""
+        """Score the counted tokens. Whole distributions stay hidden states with their head until they are read."""
         rollout = rollout.seen_by(self.name)
         with self.model.evaluating():
             hidden_NH, head = self.model.hidden(rollout)
@@ -57,6 +60,6 @@ class LocalScorer:
                 stats |= {"support_ids_NK": support_cK.indices, "support_logps_NK": support_cK.values}
             return taken_c.new_zeros(()), stats
 
-        with self.model.precision():  # for the head: the body sees to itself
+        with self.model.precision():  # of the head: `hidden` has seen to the body's
             stats = position_losses(hidden_NH, head, read, self.rows)[1]
         return Scores(stats["logps_N"], stats.get("support_ids_NK"), stats.get("support_logps_NK"))

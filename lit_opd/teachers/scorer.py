@@ -1,4 +1,4 @@
-"""The protocol of a scorer, and what an estimator asks of one.
+"""Say what a scorer is, and what an estimator asks of one.
 
 A scorer gives log-probabilities of tokens that somebody else wrote. The teacher of a run is one, and so is a reference
 model. `Distiller.score` asks scorers before any student activation exists.
@@ -20,7 +20,7 @@ TOKEN, SUPPORT, FULL = "token", "support", "full"
 
 
 class Wanted(NamedTuple):
-    """What a scorer is asked for.
+    """The scores that a scorer is asked for.
 
     Attributes:
         token: log-probabilities of the sampled tokens.
@@ -34,7 +34,7 @@ class Wanted(NamedTuple):
 
     @property
     def kinds(self) -> frozenset[str]:
-        """What the scorer has to be able to give."""
+        """The kinds of scores that the scorer has to be able to give."""
         return frozenset({TOKEN} | ({SUPPORT} if self.support else set()) | ({FULL} if self.full else set()))
 
 

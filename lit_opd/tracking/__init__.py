@@ -1,4 +1,7 @@
-"""Tell MLflow of a run: the only room that knows it. Callbacks and commands hand values to it."""
+"""Tell MLflow of a run.
+
+Callbacks, runs and commands hand values to this room, the only one that knows MLflow.
+"""
 
 from lit_opd.tracking.lineage import log_datasets, log_medians, log_student
 from lit_opd.tracking.log import log_files, log_metrics, log_table, log_tag, logger_of

@@ -50,11 +50,11 @@ def _dataset(data: PromptDataModule, context: str, path: str, rows: list[Row], s
     name = re.split(r"[:/]", path)[-1]
     columns = [{"name": key, "type": TYPES.get(type(value), "object")} for key, value in rows[0].items()]
     part = "train" if context == "training" else context
-    counts = {"num_rows": len(rows), "prompts_used": data.counts[part], "dropped": data.counts[f"dropped_{part}"],
-              "truncated": data.counts[f"truncated_{part}"]}  # fmt: skip
+    counts = {"num_rows": len(rows), "prompts_used": data.counts[part]}
+    counts |= {name: data.counts[f"{name}_{part}"] for name in ("dropped", "truncated")}
     source = {"path": path, "split": data.config.split} if data.config.source == "hub" else {"path": path}
-    return Dataset(name=name, digest=sha256[:DIGEST_LENGTH], source_type=data.config.source, source=json.dumps(source),
-                   schema=json.dumps({"mlflow_colspec": columns}), profile=json.dumps(counts))  # fmt: skip
+    schema, profile = json.dumps({"mlflow_colspec": columns}), json.dumps(counts)
+    return Dataset(name, sha256[:DIGEST_LENGTH], data.config.source, json.dumps(source), schema, profile)
 
 
 @rank_zero_only
@@ -88,13 +88,7 @@ def log_student(logger: RunLogger, folder: Path, step: int, data: PromptDataModu
 
 @rank_zero_only
 def log_medians(logger: RunLogger, perf: Mapping[str, float], step: int) -> None:
-    """Add the typical step to the run's `cost/*`, where a table shows of `perf/*` the last step's.
-
-    Args:
-        logger: of the run.
-        perf: medians of `perf/*`, of the memory the largest.
-        step: optimizer steps done.
-    """
+    """Add the typical step to the run's `cost/*`, where a table shows of `perf/*` the last step's."""
     names = {"perf/step_s": "cost/median_step_s", "perf/tokens_per_s": "cost/median_tokens_per_s",
              "perf/peak_memory_mb": "cost/peak_memory_mb"}  # fmt: skip
     logger.log_metrics({cost: perf[name] for name, cost in names.items() if name in perf}, step)

@@ -24,49 +24,25 @@ def logger_of(trainer: L.Trainer) -> MLFlowLogger | None:
 
 
 def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
-    """Log numbers from a callback, at once and whatever `trainer.log_every_n_steps`.
-
-    Args:
-        trainer: whose loggers get them.
-        values: by name.
-        step: optimizer steps done.
-    """
+    """Log numbers from a callback, at once and whatever `trainer.log_every_n_steps`."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step)
 
 
 def log_tag(logger: MLFlowLogger | None, key: str, value: str) -> None:
-    """Tag the run.
-
-    Args:
-        logger: from `logger_of`; None logs nothing.
-        key: of the tag.
-        value: of the tag.
-    """
+    """Tag the run, where there is a logger."""
     if logger is not None:
         logger.experiment.set_tag(logger.run_id, key, value)
 
 
 def log_table(logger: MLFlowLogger | None, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-    """Append rows to a table of the run, which MLflow shows as such.
-
-    Args:
-        logger: from `logger_of`; None logs nothing.
-        columns: name -> a value for each row.
-        file: the artifact, `NAME.json`.
-    """
+    """Append rows, by name of their column, to the table `NAME.json` of the run, where there is a logger."""
     if logger is not None:
         logger.experiment.log_table(logger.run_id, dict(columns), file)
 
 
 def log_files(logger: MLFlowLogger | None, files: Mapping[str, bytes | str], folder: str | None = None) -> None:
-    """Keep files as artifacts of the run.
-
-    Args:
-        logger: from `logger_of`; None logs nothing.
-        files: name -> content.
-        folder: of the artifacts; None is the run's own.
-    """
+    """Keep files (name -> content) as artifacts of the run, in a folder of it or its own, where there is a logger."""
     if logger is None:
         return
     with TemporaryDirectory() as place:

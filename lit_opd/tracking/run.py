@@ -80,7 +80,7 @@ def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None) -
 
 
 def git_sha() -> dict[str, str]:
-    """Read the commit of the current folder as a tag; empty outside a repository."""
+    """Read the commit of the current folder as a tag, none outside a repository."""
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -46,5 +46,5 @@ def _check_database(file: Path) -> None:
         expected = "a database in an existing folder"
         raise UserError("tracking.uri", expected, f"no folder {str(file.parent)!r}", "Make it.")
     if file.is_dir() or (file.is_file() and file.stat().st_size and file.open("rb").read(len(SQLITE)) != SQLITE):
-        raise UserError("tracking.uri", "an SQLite database or a new file", f"{str(file)!r}, which is another thing",
-                        "Name another file.")  # fmt: skip
+        found, remedy = f"{str(file)!r}, which is another thing", "Name another file."
+        raise UserError("tracking.uri", "an SQLite database or a new file", found, remedy)

@@ -1,4 +1,4 @@
-"""The values that flow through one training step, and the shape legend.
+"""Hold the values that flow through one training step, and the shape legend.
 
 Every room hands these to the next one: data makes a `PromptBatch`, rollout a `Rollout`, teachers `Scores`, objective
 the `TokenBatch` that an estimator turns into an `Estimate`.

@@ -1,4 +1,4 @@
-"""Prompts, and the completions of a rollout with the law that sampled them.
+"""Hold prompts, and the completions of a rollout with the law that sampled them.
 
 Made by data and rollout sources, read by every room above.
 """
@@ -70,9 +70,8 @@ class PromptBatch(NamedTuple):
         """Choose prompts, padded as they are."""
         chosen = index.tolist()
         prompts, *shown = (Prompts(p.ids_BP[index], p.mask_BP[index]) for p in (self.prompts, *self.shown.values()))
-        return self._replace(prompts=prompts, rows=[self.rows[i] for i in chosen],
-                             places=[self.places[i] for i in chosen],
-                             shown=dict(zip(self.shown, shown, strict=True)))  # fmt: skip
+        rows, places = [self.rows[i] for i in chosen], [self.places[i] for i in chosen]
+        return self._replace(prompts=prompts, rows=rows, places=places, shown=dict(zip(self.shown, shown, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores: what a teacher or a reference says of the counted tokens of a rollout.
+"""Hold what a teacher or a reference says of the counted tokens of a rollout.
 
 Made by scorers, read by the objective and by evaluations.
 """
@@ -35,7 +35,7 @@ class Distributions(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """A scorer's answer about the N counted tokens of a rollout; what was not asked for is None.
+    """A scorer's answer about the N counted tokens of a rollout, None where it was not asked.
 
     Attributes:
         logps_N: log-probabilities of the sampled tokens.

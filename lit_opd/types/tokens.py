@@ -1,4 +1,4 @@
-"""The batch of tokens that an estimator sees, and the estimate that it returns.
+"""Hold the batch of tokens that an estimator sees, and the estimate that it returns.
 
 Made by the objective in training and by the oracle in tests.
 """
@@ -14,7 +14,7 @@ __all__ = ["Estimate", "Need", "TokenBatch"]
 
 
 class Need(StrEnum):
-    """What an estimator asks to see; `estimators.needs` says how each member fills a `TokenBatch`."""
+    """Things an estimator may ask to see. `estimators.needs` says how each of them fills a `TokenBatch`."""
 
     TOKEN = "token"
     SUPPORT = "support"
@@ -28,8 +28,9 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """What an estimator sees. Student values carry grad, everything else does not; what was not asked for is None.
+    """The input of an estimator.
 
+    Student values carry grad, everything else does not. What was not asked for is None.
     Per-position estimators are called on slices of positions, so their leading shape may be [N] instead of [B, T].
 
     Attributes:
@@ -77,7 +78,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an estimator returns; it never reduces.
+    """The output of an estimator, one value a position, never reduced.
 
     Attributes:
         loss_BT: the surrogate to differentiate, one value a position; its value need not mean anything.
@@ -91,6 +92,6 @@ class Estimate:
     clipped_BT: Tensor | None = None
 
     def weighted(self, factors_BT: Tensor) -> Estimate:
-        """The estimate whose loss is `factors_BT` times this one; a factor of zero leaves no term to be changed."""
+        """Multiply the loss by `factors_BT`, of which a zero leaves no term that a limit could have changed."""
         clipped_BT = None if self.clipped_BT is None else self.clipped_BT & (factors_BT != 0)
         return Estimate(factors_BT * self.loss_BT, self.kl_BT, clipped_BT)

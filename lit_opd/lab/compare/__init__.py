@@ -1,1 +1,4 @@
-"""Estimators side by side: the same prompts, seeds and budget, and paired statistics of what came of it."""
+"""Compare estimators side by side, on the same prompts, seeds and budget, by paired statistics.
+
+The command `compare` makes the runs and reports on them, or reports on runs that MLflow already has.
+"""

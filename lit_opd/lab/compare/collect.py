@@ -1,4 +1,7 @@
-"""Read from MLflow what runs measured, prompt by prompt and along the way, and what it cost; `command` calls this."""
+"""Read from MLflow what runs measured, prompt by prompt and along the way, and what it cost.
+
+`command` calls this. Runs leave nothing else behind that a comparison reads, so runs of any age can be compared.
+"""
 
 from __future__ import annotations
 
@@ -51,16 +54,15 @@ class RunResult:
     prompts: tuple[str, ...]  # hash of every validation prompt, in order; the same in all runs that may be paired
     per_prompt: dict[str, list[float]]  # by yardstick, in the order of `prompts`
     curves: dict[str, list[Point]] = field(default_factory=dict)  # by yardstick: means over all prompts, by step
-    cost: dict[str, float] = field(
-        default_factory=dict
-    )  # steps; tokens, seconds until the last evaluation; peak memory
+    cost: dict[str, float] = field(default_factory=dict)  # steps, tokens and seconds when last evaluated, peak memory
     settings: dict[str, str] = field(default_factory=dict)  # what it learned from and how, by key
 
 
 def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
-    """Read the results of runs, in the order in which they began; the id of a comparison stands for its runs.
+    """Read the results of runs, in the order in which they began.
 
-    A run that was recorded twice because its first beginning was lost counts once, as it was last.
+    The id of a comparison stands for its runs. A run that was recorded twice because its first beginning was lost
+    counts once, as it was last.
 
     Raises:
         UserError: no run, or no such run; two runs that cannot be told apart; one without results prompt by prompt
@@ -74,8 +76,8 @@ def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
         results = {(r.variant, r.seed): r for r in (read_run(client, r) for r in _children(client, run) or [run])}
         for key in results.keys() & found.keys():
             pair = f"{found[key].run_id} and {results[key].run_id} are both {key[0]!r} with seed {key[1]}"
-            raise UserError("--from-runs", "one run of every variant and seed", pair,
-                            "Leave one out, or give one another tag `variant` in MLflow.")  # fmt: skip
+            remedy = "Leave one out, or give one another tag `variant` in MLflow."
+            raise UserError("--from-runs", "one run of every variant and seed", pair, remedy)
         found |= results
     return list(found.values())
 
@@ -91,8 +93,8 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     tokens, seconds = (histories.get(name, {}) for name in SPENT)
     known = sorted(tokens.keys() & seconds.keys())
     if run.info.status == "FINISHED" and not known:
-        raise UserError("--from-runs", f"runs that logged {' and '.join(SPENT)}", f"neither in {run.info.run_id}",
-                        "Run it again.")  # fmt: skip
+        found, remedy = f"neither in {run.info.run_id}", "Run it again."
+        raise UserError("--from-runs", f"runs that logged {' and '.join(SPENT)}", found, remedy)
     curves = {
         name.removeprefix("val/"): [Point(s, tokens[s], seconds[s], history[s]) for s in known if s in history]
         for name, history in histories.items() if name.startswith("val/")
@@ -102,8 +104,8 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     cost = {"steps": float(steps), "tokens": tokens.get(last, 0.0), "seconds": seconds.get(last, 0.0)}
     cost |= {"peak_memory_mb": run.data.metrics[PEAK]} if PEAK in run.data.metrics else {}
     prompts, per_prompt = _prompts(client, run)
-    return RunResult(_variant(run), int(run.data.tags.get("seed", 0)), run.info.status, run.info.run_id, prompts,
-                     per_prompt, curves, cost, _settings(run))  # fmt: skip
+    variant, seed, info = _variant(run), int(run.data.tags.get("seed", 0)), run.info
+    return RunResult(variant, seed, info.status, info.run_id, prompts, per_prompt, curves, cost, _settings(run))
 
 
 def _get_run(client: MlflowClient, run_id: str) -> MlflowRun:
@@ -120,13 +122,13 @@ def _children(client: MlflowClient, run: MlflowRun) -> list[MlflowRun]:
 
 
 def _history(client: MlflowClient, run: MlflowRun, name: str) -> dict[int, float]:
-    """Map steps to values; a resumed run may have logged a step twice, and the later one counts."""
+    """Map steps to values, of which the later one counts where a resumed run logged a step twice."""
     points = client.get_metric_history(run.info.run_id, name)
     return {point.step: point.value for point in sorted(points, key=lambda point: (point.step, point.timestamp))}
 
 
 def _prompts(client: MlflowClient, run: MlflowRun) -> tuple[tuple[str, ...], dict[str, list[float]]]:
-    """Read the hashes of the prompts, and yardstick -> the mean of each; not a number where nothing was counted."""
+    """Read the hashes of the prompts, and yardstick -> the mean of each, NaN where nothing was counted."""
     run_id = run.info.run_id
     if not any(file.path == PROMPTS_FILE for file in client.list_artifacts(run_id)):
         if run.info.status != "FINISHED":

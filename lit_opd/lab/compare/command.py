@@ -1,4 +1,7 @@
-"""Make a whole comparison: its runs, what they left, the report; the command line calls this."""
+"""Make a whole comparison: its runs, what they left, the report.
+
+`commands.experiments` calls this.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None 
 
 
 def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: Path | None = None) -> None:
-    """Report on runs that MLflow has; nothing is made, and MLflow stays as it is.
+    """Report on runs that MLflow has, without making any or changing MLflow.
 
     Raises:
         UserError: no such runs, or runs that cannot be compared.
@@ -72,7 +75,7 @@ def _client(comparison: Comparison, json_file: Path | None) -> MlflowClient:
 def _conclude(
     comparison: Comparison, runs: Sequence[Run], client: MlflowClient, parent: str, json_file: Path | None
 ) -> list[str]:
-    """Report on the runs of the comparison as it is now; name those that did not finish."""
+    """Report on the runs of the comparison as it is now, and return the names of those that did not finish."""
     found = {(result.variant, result.seed): result for result in collect(client, [parent])}
     results = [found[run.variant, run.seed] for run in runs if (run.variant, run.seed) in found]
     finished = {(result.variant, result.seed) for result in results if result.status == "FINISHED"}

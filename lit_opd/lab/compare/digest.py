@@ -1,6 +1,6 @@
 """Make of finished runs all that a comparison found: rankings, quality at equal cost, costs, curves, gaps.
 
-`command` calls this; `document` and `pictures` show what comes of it.
+`command` calls this. `document` and `pictures` show what comes of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a variant's training took, as means over its finished runs; None where it was not recorded."""
+    """The costs of a variant's training, as means over its finished runs, None where nothing was recorded."""
 
     variant: str
     steps: float | None
@@ -86,7 +86,7 @@ class Report:
 
 
 def make_report(runs: Sequence[RunResult]) -> Report:
-    """Compare runs; those that did not finish are named and left out.
+    """Compare the runs that finished, and name those that did not.
 
     Raises:
         UserError: runs that cannot be paired: other prompts, or a variant and seed that finished twice; seeds of one
@@ -106,7 +106,7 @@ def make_report(runs: Sequence[RunResult]) -> Report:
 
 
 def rank_at(yardstick: str, curves: Curves, cost: str) -> EqualCost | None:
-    """Rank the variants where every run has spent as much as the one that spent least; None where none has a value."""
+    """Rank the variants where every run has spent as much as the one that spent least, or None without a value."""
     budget = min((getattr(run[-1], cost) for by_seed in curves.values() for run in by_seed.values()), default=0.0)
     values: dict[str, dict[int, list[float]]] = {}
     for variant, by_seed in curves.items():
@@ -148,18 +148,17 @@ def _check_pairs(finished: Sequence[RunResult]) -> None:
 def _check_same_settings(first: RunResult, run: RunResult) -> None:
     for key in _differing([first, run]):
         one, other = (f"{result.settings.get(key)!r} in {_name(result)}" for result in (first, run))
-        raise UserError("runs", f"one {key} for all seeds of {run.variant!r}", f"{one} and {other}",
-                        "Make one of them anew, or give it another tag `variant` in MLflow.")  # fmt: skip
+        remedy = "Make one of them anew, or give it another tag `variant` in MLflow."
+        raise UserError("runs", f"one {key} for all seeds of {run.variant!r}", f"{one} and {other}", remedy)
 
 
 def _check_prompts(first: RunResult, run: RunResult) -> None:
     if run.prompts != first.prompts:
         common = len(set(run.prompts) & set(first.prompts))
-        raise UserError(
-            "runs", f"the {len(first.prompts)} validation prompts of {_name(first)}, in their order, in all",
-            f"{len(run.prompts)} in {_name(run)}, {common} of them the same",
-            "Compare runs of one validation set: leave the others out, or train them again with the same data.",
-        )  # fmt: skip
+        expected = f"the {len(first.prompts)} validation prompts of {_name(first)}, in their order, in all"
+        found = f"{len(run.prompts)} in {_name(run)}, {common} of them the same"
+        remedy = "Compare runs of one validation set: leave the others out, or train them again with the same data."
+        raise UserError("runs", expected, found, remedy)
     for key, values in run.per_prompt.items():
         if len(values) != len(run.prompts):
             expected = f"a value of {key} for each of {len(run.prompts)} prompts"

@@ -1,6 +1,6 @@
 """Write a report to read: one Markdown text, and one page of HTML made of it that needs no other file.
 
-`command` calls `write_report` and prints `to_summary`; `tools/make_results.py` shares the tables and the numbers.
+`command` calls `write_report` and prints `to_summary`. `tools/make_results.py` shares the tables and the numbers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def to_summary(report: Report) -> str:
 
 
 def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
-    """Render Markdown as one page with everything in it; tags in the text are shown, not obeyed."""
+    """Render Markdown as one page with everything in it, where tags in the text are shown and not obeyed."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for file, picture in pictures.items():
         body = body.replace(f'src="{file}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
@@ -218,7 +218,7 @@ def probability(p: float) -> str:
 
 
 def amount(value: float | None) -> str:
-    """Write a cost, e.g. `12,345` or `0.482`; empty where it was not recorded."""
+    """Write a cost, e.g. `12,345` or `0.482`, or nothing where it was not recorded."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -30,7 +30,7 @@ OWN = {
 
 @dataclass
 class Tracking:
-    """Where the comparison and its runs are recorded."""
+    """The store that records the comparison and its runs."""
 
     uri: str = TrackingConfig.uri
     experiment: str = "compare"
@@ -73,22 +73,22 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Its `output_dir`."""
+        """The `output_dir` of the run."""
         return Path(self.config.output_dir)
 
     @property
     def file(self) -> Path:
-        """Its configuration, from which it is started."""
+        """The configuration file from which it is started."""
         return self.folder.with_name(f"{self.folder.name}.yaml")
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """The file of all that it printed."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
 def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Comparison:
-    """Build a comparison from YAML files and dotted overrides; `variants` becomes a mapping.
+    """Build a comparison, with `variants` as a mapping, from YAML files and dotted overrides.
 
     Raises:
         UserError: an unknown key or a wrong type; no base, no variants or no seeds; one of them twice; a key that is
@@ -145,8 +145,8 @@ def _run(comparison: Comparison, label: str, seed: int) -> Run:
     except UserError as error:
         raise UserError(f"variants.{label}: {error.key}", error.expected, error.found, error.remedy) from error
     name, where = f"{label} · seed {seed}", comparison.tracking
-    tracking = replace(config.tracking, uri=where.uri, experiment=where.experiment, run_name=name,
-                       tags=config.tracking.tags | {"variant": label})  # fmt: skip
+    tags = config.tracking.tags | {"variant": label}
+    tracking = replace(config.tracking, uri=where.uri, experiment=where.experiment, run_name=name, tags=tags)
     folder = Path(comparison.output_dir) / "runs" / _slug(label) / f"seed-{seed}"
     return Run(label, seed, name, replace(config, output_dir=str(folder), tracking=tracking))
 
@@ -203,13 +203,13 @@ def _check_labels(variants: Iterable[str]) -> None:
 
 
 def _check_fixed(base: Config, run: Run, may_differ: Sequence[str]) -> None:
-    expected, found = _fixed(base), _fixed(run.config)
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key) and not within(key, may_differ):
-            raise UserError(
-                f"variants.{run.variant}: {key}", f"{expected.get(key)!r} as in the base, for runs to be comparable",
-                f"{found.get(key)!r} (seed {run.seed})", f"Set it in overrides, or list {key} under may_differ.",
-            )  # fmt: skip
+    wanted, held = _fixed(base), _fixed(run.config)
+    for key in sorted(wanted.keys() | held.keys()):
+        if wanted.get(key) != held.get(key) and not within(key, may_differ):
+            expected = f"{wanted.get(key)!r} as in the base, for runs to be comparable"
+            found = f"{held.get(key)!r} (seed {run.seed})"
+            remedy = f"Set it in overrides, or list {key} under may_differ."
+            raise UserError(f"variants.{run.variant}: {key}", expected, found, remedy)
 
 
 def _fixed(config: Config) -> dict[str, Any]:

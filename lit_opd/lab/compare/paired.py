@@ -74,13 +74,11 @@ def interval_of(values_SP: ArrayLike, confidence: float = CONFIDENCE) -> tuple[A
 
 
 def p_value(differences_SP: ArrayLike) -> float:
-    """Find the level at which `interval_of` begins to hold zero: at least the chance of it under no difference.
+    """Find the level at which the interval of differences [seeds, prompts] begins to hold zero.
 
-    It is never below 2^(1 - n), where n prompts differ: so often n fair coins fall on one side. Values that are 0 or 1
-    may differ on few prompts, all to one side, whose spread would then make too sure.
-
-    Args:
-        differences_SP: [seeds, prompts].
+    It is at least the chance of such a mean where there is no difference, and never below 2^(1 - n), where n prompts
+    differ: so often n fair coins fall on one side. Values that are 0 or 1 may differ on few prompts, all to one side,
+    whose spread would then make too sure.
 
     Returns:
         p, no less than 1e-15; 1 where every difference is zero, or where nothing can be tested.

@@ -1,4 +1,7 @@
-"""Draw learning curves over what they cost; `document` calls this, and `tools/make_results.py`."""
+"""Draw learning curves over what they cost.
+
+`document` calls this, and so does `tools/make_results.py`.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,6 @@ LEGEND_CHARACTERS = 88
 
 def draw_curves(curves: Sequence[Curve], variants: Sequence[str], yardstick: str) -> bytes | None:
     """Draw learning curves over steps, tokens and seconds: means over seeds, bands from the least seed to the most.
-
-    Args:
-        curves: of any yardsticks.
-        variants: in the order that gives them their colours.
-        yardstick: its name.
 
     Returns:
         A PNG; None where there is nothing to draw.

@@ -1,4 +1,7 @@
-"""Check all runs of a comparison before the first of them starts, and before any weights load; `command` calls this."""
+"""Check all runs of a comparison before the first of them starts, and before any weights load.
+
+`command` calls this: a mistake in the last variant would otherwise show hours later.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from lit_opd.config import load_config, to_flat
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.grid import Run, within
+from lit_opd.measures.custom import load_measures
 from lit_opd.runs.folder import RunFolder
 from lit_opd.runs.lightning_trainer import build_trainer
 from lit_opd.runs.prepare import prepare_data
@@ -25,17 +29,18 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
         UserError: a variant that cannot work; variants with other validation prompts; a folder that holds another run.
     """
     prepared = [(run, _prepare(run)) for run in runs if run.seed == runs[0].seed]
-    first, expected = prepared[0]
+    first, base = prepared[0]
     for run, data in prepared:
-        if data.validation_hashes != expected.validation_hashes and not any(within(k, ("data",)) for k in may_differ):
-            raise UserError(f"variants.{run.variant}", f"the validation prompts of {first.variant!r}, token by token",
-                            "others", "Give them the same data and the same tokenizer.")  # fmt: skip
+        if data.validation_hashes != base.validation_hashes and not any(within(k, ("data",)) for k in may_differ):
+            expected = f"the validation prompts of {first.variant!r}, token by token"
+            remedy = "Give them the same data and the same tokenizer."
+            raise UserError(f"variants.{run.variant}", expected, "others", remedy)
     for run in runs:
         _check_folder(run)
 
 
 def check_recorded(runs: Sequence[Run], client: MlflowClient) -> None:
-    """See that MLflow still has every run that was begun.
+    """Look up in MLflow every run that was begun.
 
     Raises:
         UserError: a run of a folder that is not in the store, or was deleted there.
@@ -56,6 +61,8 @@ def check_recorded(runs: Sequence[Run], client: MlflowClient) -> None:
 def _prepare(run: Run) -> PromptDataModule:
     try:
         build_trainer(run.config, RunFolder(run.folder))
+        # Into the table of measures of this process too, whose report asks it for titles and directions.
+        load_measures(run.config.evaluation.measures)
         return prepare_data(run.config)
     except UserError as error:
         raise UserError(f"variants.{run.variant}: {error.key}", error.expected, error.found, error.remedy) from error
@@ -69,5 +76,5 @@ def _check_folder(run: Run) -> None:
     for key in sorted(held.keys() | wanted.keys()):
         if held.get(key) != wanted.get(key) and not within(key, ("tracking",)):
             found = f"one in {str(run.folder)!r} with {key} {held.get(key)!r} instead of {wanted.get(key)!r}"
-            raise UserError("output_dir", "a new folder, or runs of this comparison", found,
-                            "Set output_dir=NEW, or delete that run's folder to make it anew.")  # fmt: skip
+            remedy = "Set output_dir=NEW, or delete that run's folder to make it anew."
+            raise UserError("output_dir", "a new folder, or runs of this comparison", found, remedy)

@@ -1,6 +1,6 @@
 """Make the runs of a comparison: a process each, several at once, to be stopped and gone on with at any time.
 
-`command` calls this; `fit` does the work of a run and records it in MLflow.
+`command` calls this. `fit` does the work of a run and records it in MLflow.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
             parent = json.loads(notes.read_text())["mlflow_run_id"]
             held = client.get_experiment(client.get_run(parent).info.experiment_id).name
             if held != tracking.experiment:
-                raise UserError("tracking.experiment", f"{held!r}, in which this comparison is recorded",
-                                repr(tracking.experiment), "Set it back, or set output_dir=NEW.")  # fmt: skip
+                found, remedy = repr(tracking.experiment), "Set it back, or set output_dir=NEW."
+                expected = f"{held!r}, in which this comparison is recorded"
+                raise UserError("tracking.experiment", expected, found, remedy)
         else:
             known = client.get_experiment_by_name(tracking.experiment)
             experiment = known.experiment_id if known else client.create_experiment(tracking.experiment)
@@ -100,13 +101,13 @@ def is_finished(run: Run, client: MlflowClient) -> bool:
 
 
 def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient, parent: str, lock: int) -> bool:
-    """Make the runs that are not finished yet, `parallel` at once; one that fails does not stop the others.
+    """Make the runs that are not finished yet, `parallel` at once, whether or not some of them fail.
 
     A run that was begun goes on from its last checkpoint. The first Ctrl-C (or SIGTERM, SIGHUP) lets the runs under
     way save and end, the second ends them at once, the third kills them. Runs inherit the descriptor `lock`.
 
     Returns:
-        Whether it was interrupted before the last run had ended.
+        True where it was interrupted before the last run had ended.
     """
     waiting = [run for run in runs if not is_finished(run, client)]
     for run in runs:
@@ -140,7 +141,7 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop, in the order in which they come; nothing else happens on them."""
+    """Collect the signals that ask to stop, in the order in which they come, instead of obeying them."""
     asked: list[int] = []
     # A background job may ignore Ctrl-C, and its runs would inherit that; `nohup` is to be respected.
     heeded = [signal.SIGINT, signal.SIGTERM]
@@ -173,7 +174,7 @@ def _start(run: Run, parent: str, parallel: int, lock: int) -> subprocess.Popen[
 
 
 def _settle(run: Run, code: int, client: MlflowClient, parent: str, asked: bool) -> str:
-    """See to it that MLflow knows how a run ended; say it in a line."""
+    """Make sure that MLflow knows how a run ended, and say it in a line."""
     if code == 0:
         return f"done: {run.name}"
     known = RunFolder(run.folder).read_notes().get("mlflow_run_id")

@@ -54,7 +54,7 @@ class Pair:
     difference: Mean  # first minus second
     p: float  # probability of a difference at least so large were there none
     corrected_p: float  # for the number of pairs (Holm)
-    distinguishable: bool  # whether that is below the level
+    distinguishable: bool  # True where that is below the level
     verdict: str  # in words, names between backticks
 
 

@@ -10,6 +10,7 @@ from lit_opd.cli import main
 from lit_opd.config import load_config
 from lit_opd.lab.compare.grid import load_comparison, runs_of
 from lit_opd.lab.compare.preflight import check_runs
+from lit_opd.measures import custom, table
 
 MISTAKES = [
     ({"base": []}, "base", "at least one, found none"),
@@ -18,6 +19,7 @@ MISTAKES = [
     ({"bases": []}, "bases", "Did you mean 'base'?"),
     ({"tracking": {"url": "x"}}, "tracking.url", "Did you mean 'uri'?"),
     ({"overrides": ["optim.lrr=1"]}, "optim.lrr", "Did you mean 'lr'?"),
+    ({"overrides": ["evaluation.measures=[no.py:f]"]}, "variants.token: evaluation.measures", "no file 'no.py'"),
     ({"overrides": ["seed=3"]}, "overrides: seed", "Set seeds."),
     ({"overrides": ["tracking={uri: x}"]}, "overrides: tracking", "Set tracking.uri of the comparison."),
     ({"variants": None}, "variants", "at least one"),
@@ -165,6 +167,26 @@ def test_a_folder_with_another_run_is_refused_and_one_with_the_same_is_not(works
     error = capsys.readouterr().err
     assert "output_dir: expected a new folder" in error
     assert "optim.lr 0.001 instead of 0.5" in error
+
+
+YARDSTICK = """
+from lit_opd.measures import register_measure
+
+@register_measure("gap", title="gap between models", better="lower")
+def gap(student_logps_cV, teacher_logps_cV, ids_c):
+    return (student_logps_cV - teacher_logps_cV).abs().mean(-1)
+"""
+
+
+def test_a_yardstick_of_a_user_has_its_title_and_direction_in_this_process(workspace, make_comparison, monkeypatch):
+    registered = dict(table.MEASURES)
+    monkeypatch.setattr(custom, "_REGISTERED", {})
+    monkeypatch.setattr(custom, "MEASURES", registered)
+    monkeypatch.setattr(table, "MEASURES", registered)
+    (workspace.folder / "mine.py").write_text(YARDSTICK)
+    _, runs = make_comparison(overrides=["evaluation.measures=[mine.py:gap]", "data.validation_size=6"])
+    check_runs(runs)
+    assert (table.describe("gap").title, table.describe("gap").better) == ("gap between models", "lower")
 
 
 def test_the_shipped_comparison_loads_and_its_runs_pass_all_checks(monkeypatch):
