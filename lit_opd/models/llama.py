@@ -177,11 +177,7 @@ class _TiedEmbedding(torch.autograd.Function):
 def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Tensor | None = None) -> Tensor:
     """Compute hidden states [N, H] of the tokens of a layout.
 
-    Args:
-        body: one whose `unlike_llama` is None.
-        layout: the tokens.
-        dtype: of the matrix products.
-        embedded_NH: the tokens' embeddings; looked up where None.
+    The body is one whose `unlike_llama` is None. Matrix products run in `dtype`. Embeddings may be given.
     """
     hidden_NH = body.embed_tokens(layout.ids_N) if embedded_NH is None else embedded_NH
     turn = rotation(body, layout.positions_N, hidden_NH)

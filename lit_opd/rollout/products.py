@@ -21,12 +21,8 @@ def make_product(weight_OI: Tensor, bias_O: Tensor | None, rows: int) -> Product
     """Make `linear(x, weight, bias)` a function of x [N, I] alone.
 
     On a CPU in bf16, oneDNN's kernels want another layout of the weight, and make it anew at every call, so that
-    decoding takes twice as long. Here the weight is laid out once.
-
-    Args:
-        weight_OI: [O, I] in the dtype of the product.
-        bias_O: [O] or None.
-        rows: how many rows x will mostly have.
+    decoding takes twice as long. Here the weight is laid out once, for an x that mostly has `rows` rows. All tensors
+    have the dtype of the product.
     """
     if weight_OI.device.type != "cpu" or weight_OI.dtype != torch.bfloat16 or not _has_bf16_kernels():
         return lambda x: linear(x, weight_OI, bias_O)

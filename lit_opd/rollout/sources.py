@@ -69,8 +69,6 @@ class Written:
     Attributes:
         policy: the model whose tokenizer and stop token are used.
         texts_of: looks up the completion of each row.
-        count: completions a prompt.
-        length: the longest completion, in tokens.
     """
 
     policy: LanguageModel
@@ -145,13 +143,7 @@ def _joined(parts: Sequence[Rollout], order: Tensor) -> Rollout:
 
 
 def student_writes(seed: int, draws: Sequence[tuple[int, int]], share: float) -> Tensor:
-    """Draw which prompts the student completes itself, [prompts], each independently of the others.
-
-    Args:
-        seed: of the run.
-        draws: of the prompts, from `PromptBatch.draws`.
-        share: the probability of True.
-    """
+    """Draw which prompts the student completes itself, [prompts], each with probability `share` by its own draw."""
     numbers = [np.random.default_rng([seed, _WHO_WRITES, *draw]).random() for draw in draws]
     return torch.tensor(numbers, dtype=torch.float64) < share
 
@@ -171,7 +163,7 @@ def build_source(
         config: how many completions, how long, which share is the student's, who writes the rest.
         law: the student's; the teacher samples at temperature 1, untruncated.
         seed: of all draws.
-        engine: samples completions of student and teacher.
+        engine: samples for student and teacher.
         student: the model that learns.
         teacher: writes demonstrations where `demonstrations` is `teacher`; None where it cannot sample.
         texts_of: looks up the completions that the data holds, where `demonstrations` is `data`.

@@ -18,13 +18,8 @@ NGRAM = 4
 def repetition(ids_BT: Tensor, mask_BT: Tensor, n: int = NGRAM) -> Tensor:
     """Compute the share of each completion's n-grams that occurred earlier in it.
 
-    Args:
-        ids_BT: [B, T] tokens.
-        mask_BT: [B, T] True at real tokens, a prefix of each row.
-        n: length of the grams.
-
-    Returns:
-        [B] from 0 (all distinct) to nearly 1 (a loop); 0 for completions shorter than n.
+    The mask is True at real tokens, a prefix of each row. The share, [B], goes from 0 (all distinct, or shorter than n)
+    to nearly 1 (a loop).
     """
     shares = []
     for row, length in zip(ids_BT.tolist(), mask_BT.sum(1).tolist(), strict=True):
