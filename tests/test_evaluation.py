@@ -13,12 +13,18 @@ from lit_opd.evaluation import Evaluation, judge
 from lit_opd.measures.table import YARDSTICKS
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine
+from lit_opd.teachers import LocalScorer
 from lit_opd.types import SamplingLaw
 
 
 @pytest.fixture(scope="module")
 def policies(make_model, tiny_tokenizer):
     return [LanguageModel(make_model(seed), tiny_tokenizer, key) for seed, key in ((1, "student"), (2, "teacher"))]
+
+
+def scored(policies):
+    student, teacher = policies
+    return student, LocalScorer(teacher, rows=50)
 
 
 def correct_if_short(completion, row):
@@ -28,7 +34,7 @@ def correct_if_short(completion, row):
 def evaluate(policies, batches, verifier=correct_if_short, **config):
     evaluation = Evaluation(EvaluationConfig(**config), max_new_tokens=8)
     for batch in batches:
-        evaluation.add(*policies, batch, LocalEngine(), verifier, rows=50)
+        evaluation.add(*scored(policies), batch, LocalEngine(), verifier, rows=50)
     return evaluation.finish()
 
 
@@ -54,7 +60,7 @@ def test_it_samples_at_temperature_one_untruncated(policies, make_batch):
             return super().sample(policy, batch, law, num_completions, uniforms_BT)
 
     evaluation = Evaluation(EvaluationConfig(num_completions=2), max_new_tokens=8)
-    evaluation.add(*policies, make_batch(), Engine(), None, rows=50)
+    evaluation.add(*scored(policies), make_batch(), Engine(), None, rows=50)
     assert laws == [(SamplingLaw(), 2, (10, 8))]
     results, _ = evaluation.finish()
     assert "accuracy" not in results
@@ -88,7 +94,7 @@ def test_the_verifier_sees_text_without_special_tokens_and_its_own_row(policies,
         seen.append((completion, row["prompt"]))
         return len(seen)
 
-    rewards = judge(policies[0], batch, rollout, verifier)
+    rewards = judge(policies[0].tokenizer, batch, rollout, verifier)
     assert rewards.tolist() == [1, 2, 3, 4, 5, 6]
     assert rewards.dtype == torch.float32
     assert [prompt for _, prompt in seen] == ["1+2="] * 3 + ["7="] * 3
@@ -136,7 +142,7 @@ def test_what_is_kept_of_each_prompt_depends_on_no_other_prompt(policies, make_b
     def kept(batches):
         evaluation = Evaluation(EvaluationConfig(num_completions=2), max_new_tokens=8)
         for texts in batches:
-            evaluation.add(*policies, make_batch(texts), LocalEngine(), correct_if_short, rows=50)
+            evaluation.add(*scored(policies), make_batch(texts), LocalEngine(), correct_if_short, rows=50)
         results, _ = evaluation.finish()
         assert evaluation.per_prompt.sums.keys() == results.keys()
         return evaluation.per_prompt
@@ -166,7 +172,7 @@ def test_token_by_token_an_evaluation_sums_up_to_its_yardsticks(policies, make_b
     assert evaluation.profile is None
     for texts in (prompts, prompts[:2]):
         for text in texts:
-            evaluation.add(*policies, make_batch([text]), LocalEngine(), None, rows=50)
+            evaluation.add(*scored(policies), make_batch([text]), LocalEngine(), None, rows=50)
         results, _ = evaluation.finish()
         curves, log_ratios, tokens = *evaluation.profile, sum(evaluation.per_prompt.weights["reverse_kl"])
         assert curves.counts.sum() == log_ratios.counts.sum() == tokens
