@@ -265,7 +265,8 @@ VALUES = st.recursive(
 )  # fmt: skip
 SECTIONS = {
     "student": st.builds(StudentConfig, path=WORDS),
-    "teacher": st.builds(TeacherConfig, path=WORDS.filter(bool), quantization=st.sampled_from(["none", "8bit", "4bit"])),
+    "teacher": st.builds(TeacherConfig, path=WORDS.filter(bool),
+                         quantization=st.sampled_from(["none", "8bit", "4bit"])),
     "reference": st.builds(FrozenConfig, path=st.none() | WORDS),
     "data": st.builds(DataConfig, prompt_template=WORDS, train_size=st.none() | st.integers(1, 9),
                       examples=st.lists(st.fixed_dictionaries({"user": WORDS, "assistant": WORDS}), max_size=2)),
