@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from lit_opd import estimators
 from lit_opd.config import OptimConfig
-from lit_opd.functional import Head, chunk_rows
-from lit_opd.models import LanguageModel, student_loss
-from lit_opd.types import FinishReason, Rollout, SamplingLaw, ScoredRollout, TeacherScores
+from lit_opd.functional import Head, HiddenDistributions, chunk_rows
+from lit_opd.models import LanguageModel
+from lit_opd.objective import student_loss
+from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw, ScoredRollout, Scores
 from tools.benchmark.processes import answer, peak_mb, reset_peak, resident_mb
 
 MIB_OF_MB = 1e6 / 2**20
@@ -74,15 +75,14 @@ def ours(inputs: Inputs) -> Tensor:
     )
     student = LanguageModel(model, None, "student")
     ids_BT, counted_BT = torch.zeros(1, positions, dtype=torch.long), torch.ones(1, positions, dtype=torch.bool)
-    rollout = Rollout(
-        ids_BT[:, :1], counted_BT[:, :1], ids_BT, counted_BT, counted_BT, torch.zeros(1, positions),
-        torch.tensor([FinishReason.LENGTH]), SamplingLaw(), torch.tensor([0]),
-    )  # fmt: skip
-    micro = ScoredRollout(rollout, TeacherScores(hidden_NH=inputs.teacher_hidden_NG))
-    estimator = estimators.build("full_vocab", divergence="reverse_kl")
+    batch = PromptBatch(Prompts(ids_BT[:, :1], counted_BT[:, :1]), rows=[{}], batch=0, places=[0])
+    ended, logps_BT = torch.tensor([False]), torch.zeros(1, positions)
+    rollout = Rollout.completed(batch, 1, ids_BT, counted_BT, logps_BT, ended, SamplingLaw())
     rows = chunk_rows(vocabulary, OptimConfig().head_chunk_mib, ids_BT.device)
-    teacher_head, weights_BT = Head(inputs.teacher_weight_VG), torch.full((1, positions), 1 / positions)
-    return student_loss(student, micro, teacher_head, estimator, weights_BT, rows)[0]
+    scores = Scores(full=HiddenDistributions(inputs.teacher_hidden_NG, Head(inputs.teacher_weight_VG), rows))
+    estimator = estimators.build("full_vocab", divergence="reverse_kl")
+    weights_BT = torch.full((1, positions), 1 / positions)
+    return student_loss(student, ScoredRollout(rollout, {"teacher": scores}), estimator, weights_BT, rows).value
 
 
 def trl(inputs: Inputs) -> Tensor:
