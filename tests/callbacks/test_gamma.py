@@ -88,7 +88,8 @@ def test_two_processes_share_the_bias_and_halve_the_variance(monkeypatch):
     half_MPF = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     monkeypatch.setattr(room, "_prompt_gradients", lambda *_: half_MPF)
     monkeypatch.setattr(room, "_over_processes", lambda _, values_M: 2 * values_M)
-    module = SimpleNamespace(global_step=0, estimator=estimators.build("hybrid"), at_step=dict,
+    distiller = SimpleNamespace(with_estimator=lambda estimator: estimator)
+    module = SimpleNamespace(global_step=0, estimator=estimators.build("hybrid"), distiller=distiller, at_step=dict,
                              log_dict=lambda *_, **__: None)  # fmt: skip
     chooser = ChooseGamma(every_n_steps=2, gammas=GAMMAS)
     trainer = SimpleNamespace(world_size=2, precision_plugin=SimpleNamespace(train_step_context=nullcontext))
