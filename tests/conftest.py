@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lit_opd import DistillationModule, PromptDataModule, estimators
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
-from lit_opd.types import Estimate, PromptBatch, Prompts
+from lit_opd.types import Estimate, PromptBatch, Prompts, SamplingLaw
 
 # Property tests of the gate draw the same examples every time. `HYPOTHESIS_PROFILE=search pytest` draws others each
 # time; what it finds becomes an `@example` of that test.
@@ -124,6 +124,17 @@ def full_logits():
         return logits[:, rollout.prompts.ids_BP.shape[1] - 1 : -1]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def two_models(make_model, tiny_tokenizer, make_batch, sample, full_logits):
+    """Student, teacher, a rollout with holes in its mask, and both models' log-probabilities at counted positions."""
+    student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
+    rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
+    rollout = rollout.uncount(rollout.ids_BT == 7)
+    logps = [full_logits(m, rollout).detach().log_softmax(-1)[rollout.mask_BT] for m in (student, teacher)]
+    policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
+    return *policies, rollout, *logps
 
 
 @pytest.fixture

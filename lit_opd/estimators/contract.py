@@ -190,7 +190,7 @@ class BoundEstimator:
 
     @property
     def largest_support(self) -> int:
-        """The largest K among the terms that compare a support; 0 where none does."""
+        """Largest K among the terms that compare a support, 0 where none does."""
         return max(term.estimator.support_size for term in self.terms)
 
 

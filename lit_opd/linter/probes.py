@@ -88,7 +88,7 @@ def _couplings(term: Term) -> tuple[bool, bool]:
 
 
 def _moved(tokens: TokenBatch, where_BT: Tensor) -> TokenBatch:
-    """The same batch with other numbers at some positions, each field moved by another amount, so that ratios move."""
+    """Move the numbers at some positions, each field by another amount so that ratios move too."""
     moved: dict[str, Any] = {}
     for step, name in enumerate(per_position(tokens), start=1):
         value = getattr(tokens, name)

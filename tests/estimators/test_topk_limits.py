@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from references import close
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import build
@@ -53,10 +54,6 @@ def evaluate(estimator, logits, teacher_logits, ids_N=None):
     estimate = estimator(batch(estimator, logits.log_softmax(-1), teacher_logits.log_softmax(-1), ids_N))
     (gradient,) = torch.autograd.grad(estimate.loss_BT.sum(), logits)
     return estimate.loss_BT.detach(), gradient, estimate.kl_BT
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
 
 
 @every_support

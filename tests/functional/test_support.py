@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import close
 
 from lit_opd.functional import (
     MASSES,
@@ -21,10 +22,6 @@ fast = settings(max_examples=60, deadline=None)
 FULL = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": jsd}
 every_divergence = pytest.mark.parametrize("divergence", SUPPORT_DIVERGENCES)
 every_mass = pytest.mark.parametrize("mass", MASSES)
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
 
 
 def logits_and_teacher(rows=4, vocabulary=8, dtype=torch.float64, scale=1.0):

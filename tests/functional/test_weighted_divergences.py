@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from references import close
 
 from lit_opd.functional import WEIGHTINGS, adaptive_kl, forward_kl, logit_matching, reverse_kl, todi
 
@@ -21,10 +22,6 @@ def logits_and_teacher(seed=0, rows=4, vocabulary=6):
 
 def gradient(function, logits, teacher):
     return torch.autograd.grad(function(logits.log_softmax(-1), teacher).sum(), logits)[0]
-
-
-def close(found, expected, atol=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=atol)
 
 
 def loop_share_of_head(p, q, head_mass):

@@ -10,17 +10,6 @@ from lit_opd.teachers import LocalScorer, Wanted
 from lit_opd.types import SamplingLaw
 
 
-@pytest.fixture(scope="module")
-def scene(make_model, tiny_tokenizer, make_batch, sample, full_logits):
-    """Student, teacher, a rollout with holes in its mask, and both models' log-probabilities at counted positions."""
-    student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
-    rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
-    rollout = rollout.uncount(rollout.ids_BT == 7)
-    logps = [full_logits(m, rollout).detach().log_softmax(-1)[rollout.mask_BT] for m in (student, teacher)]
-    policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
-    return *policies, rollout, *logps
-
-
 def close(found, expected):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-12)
 
@@ -60,8 +49,8 @@ def dense_supports(p, q, size, stop_ids):
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 5), (3, 1), (1000, 16), (1000, 100)])
-def test_yardsticks_are_the_dense_ones(rows, size, scene, monkeypatch):
-    student, teacher, rollout, p, q = scene
+def test_yardsticks_are_the_dense_ones(rows, size, two_models, monkeypatch):
+    student, teacher, rollout, p, q = two_models
     monkeypatch.setattr(student.config, "eos_token_id", [2, 9])
     found = measure(student, teacher, rollout, rows, size)
     expected = dense_yardsticks(p, q, rollout.ids_BT[rollout.mask_BT]) | dense_supports(p, q, size, [2, 9])
@@ -71,17 +60,17 @@ def test_yardsticks_are_the_dense_ones(rows, size, scene, monkeypatch):
         assert not found[name][~rollout.mask_BT].any()
 
 
-def test_where_no_token_stops_there_is_nothing_to_say_of_stopping(scene, monkeypatch):
-    student, teacher, rollout, _, _ = scene
+def test_where_no_token_stops_there_is_nothing_to_say_of_stopping(two_models, monkeypatch):
+    student, teacher, rollout, _, _ = two_models
     monkeypatch.setattr(LanguageModel, "stop_ids", [])
     found = measure(student, teacher, rollout, 3)
     assert found["stop_log_ratio"][rollout.mask_BT].isnan().all()
     assert all(values.isfinite().all() for name, values in found.items() if name != "stop_log_ratio")
 
 
-def test_yardsticks_know_no_temperature(scene, tiny_tokenizer):
+def test_yardsticks_know_no_temperature(two_models, tiny_tokenizer):
     """Neither as the teacher nor as the policy that is measured."""
-    student, teacher, rollout, _, _ = scene
+    student, teacher, rollout, _, _ = two_models
     warm = LanguageModel(teacher.model, tiny_tokenizer, "teacher", own_precision=True, temperature=0.3)
     for policies, warm_policies in [((student, teacher), (student, warm)), ((teacher, teacher), (warm, warm))]:
         expected, found = (measure(*p, rollout, 4) for p in (policies, warm_policies))
@@ -108,8 +97,8 @@ def test_measuring_uses_eval_mode_and_restores_the_mode(make_model, tiny_tokeniz
     assert student.model.training
 
 
-def test_a_teacher_that_scores_tokens_only_is_measured_as_far_as_that_goes(scene):
-    student, teacher, rollout, _, _ = scene
+def test_a_teacher_that_scores_tokens_only_is_measured_as_far_as_that_goes(two_models):
+    student, teacher, rollout, _, _ = two_models
     whole = measure(student, teacher, rollout, 3)
     found = measure_yardsticks(student, LocalScorer(teacher, 3).score(rollout, Wanted()), rollout, 3)
     assert found.keys() == {"teacher_nll", "log_ratio", "student_entropy"}

@@ -8,20 +8,9 @@ import torch
 from lit_opd import estimators
 from lit_opd.models import LanguageModel
 from lit_opd.teachers import LocalScorer, Wanted, wanted_by
-from lit_opd.types import SamplingLaw, ScoredRollout
+from lit_opd.types import ScoredRollout
 
 ROWS = [1, 3, 1000]
-
-
-@pytest.fixture(scope="module")
-def scene(make_model, tiny_tokenizer, make_batch, sample, full_logits):
-    """Student, teacher, a rollout with holes in its mask, and both models' log-probabilities at counted positions."""
-    student, teacher = make_model(1, torch.float64), make_model(2, torch.float64, hidden_size=24)
-    rollout = sample(student, make_batch(), SamplingLaw(), num_completions=2)
-    rollout = rollout.uncount(rollout.ids_BT == 7)
-    logps = [full_logits(m, rollout).detach().log_softmax(-1)[rollout.mask_BT] for m in (student, teacher)]
-    policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
-    return *policies, rollout, *logps
 
 
 def close(found, expected):
@@ -32,8 +21,8 @@ def close(found, expected):
 @pytest.mark.parametrize(
     ("name", "kwargs"), [("token", {}), ("sequence", {}), ("teacher_topk", {"k": 5}), ("full_vocab", {})]
 )
-def test_scores_hold_what_the_estimator_needs_and_no_more(name, kwargs, rows, scene):
-    _, teacher, rollout, _, logps = scene
+def test_scores_hold_what_the_estimator_needs_and_no_more(name, kwargs, rows, two_models):
+    _, teacher, rollout, _, logps = two_models
     scores = LocalScorer(teacher, rows).score(rollout, wanted_by(estimators.build(name, **kwargs)))
     filled = {name for name, value in vars(scores).items() if value is not None}
     if name == "full_vocab":
@@ -48,8 +37,8 @@ def test_scores_hold_what_the_estimator_needs_and_no_more(name, kwargs, rows, sc
 
 
 @pytest.mark.parametrize("name", ["token", "teacher_topk", "full_vocab"])
-def test_nothing_counted_is_scored_as_nothing(name, scene):
-    _, teacher, rollout, _, _ = scene
+def test_nothing_counted_is_scored_as_nothing(name, two_models):
+    _, teacher, rollout, _, _ = two_models
     scores = LocalScorer(teacher, 4).score(rollout.uncount(rollout.mask_BT), wanted_by(estimators.build(name)))
     assert all(len(value) == 0 for value in vars(scores).values() if value is not None)
 
@@ -64,8 +53,8 @@ def test_needs_and_support_size_of_a_mix():
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_the_reference_is_scored_at_the_sampled_tokens_only(rows, scene, make_model, tiny_tokenizer, full_logits):
-    _, teacher, rollout, _, _ = scene
+def test_the_reference_is_scored_at_the_sampled_tokens_only(rows, two_models, make_model, tiny_tokenizer, full_logits):
+    _, teacher, rollout, _, _ = two_models
     reference = LanguageModel(make_model(3, torch.float64), tiny_tokenizer, "reference", own_precision=True)
     logps = full_logits(reference.model, rollout).log_softmax(-1).gather(-1, rollout.ids_BT[..., None])
     scorer = LocalScorer(reference, rows, "reference")
@@ -76,9 +65,9 @@ def test_the_reference_is_scored_at_the_sampled_tokens_only(rows, scene, make_mo
 
 
 @pytest.mark.parametrize("wanted", [Wanted(), Wanted(support=5), Wanted(full=True)])
-def test_scores_of_chosen_rows_are_those_of_the_rows_alone(wanted, scene):
+def test_scores_of_chosen_rows_are_those_of_the_rows_alone(wanted, two_models):
     """Sliced scores own their head: they say the same when they are read later."""
-    student, teacher, rollout, _, _ = scene
+    student, teacher, rollout, _, _ = two_models
     scorer, index = LocalScorer(teacher, 3), torch.tensor([4, 1, 7])
     chosen = ScoredRollout(rollout, {"teacher": scorer.score(rollout, wanted)}).rows(index)
     expected, found = scorer.score(chosen.rollout, wanted), chosen.scores["teacher"]
@@ -90,9 +79,9 @@ def test_scores_of_chosen_rows_are_those_of_the_rows_alone(wanted, scene):
         close(found.full.logps(everything), expected.full.logps(everything))
 
 
-def test_a_scorer_reads_its_own_prompt(scene, make_batch, full_logits):
+def test_a_scorer_reads_its_own_prompt(two_models, make_batch, full_logits):
     """The same completions after another prompt, which only this scorer is shown."""
-    _, teacher, rollout, _, _ = scene
+    _, teacher, rollout, _, _ = two_models
     own = rollout.prompts._replace(ids_BP=rollout.prompts.ids_BP.roll(1, dims=1) * rollout.prompts.mask_BP)
     shown = replace(rollout, shown={"teacher": own})
     expected = full_logits(teacher.model, replace(rollout, prompts=own)).log_softmax(-1)[rollout.mask_BT]
@@ -103,8 +92,8 @@ def test_a_scorer_reads_its_own_prompt(scene, make_batch, full_logits):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [("token", {}), ("teacher_topk", {"k": 5}), ("full_vocab", {})])
-def test_the_teacher_s_temperature_is_in_every_score(name, kwargs, scene, full_logits, tiny_tokenizer):
-    _, teacher, rollout, _, _ = scene
+def test_the_teacher_s_temperature_is_in_every_score(name, kwargs, two_models, full_logits, tiny_tokenizer):
+    _, teacher, rollout, _, _ = two_models
     warm = LanguageModel(teacher.model, tiny_tokenizer, "teacher", own_precision=True, temperature=0.3)
     expected = (full_logits(teacher.model, rollout) / 0.3).log_softmax(-1)[rollout.mask_BT]
     scores = LocalScorer(warm, 4).score(rollout, wanted_by(estimators.build(name, **kwargs)))

@@ -22,7 +22,7 @@ __all__ = ["Readings", "compare_positions", "read_tokens"]
 
 @dataclass(frozen=True)
 class Readings:
-    """Numbers [N] of the tokens of a rollout, row by row, on the CPU; log-probabilities in nats."""
+    """Numbers [N] of the tokens of a rollout, row by row, on the CPU, with log-probabilities in nats."""
 
     ids_N: Tensor
     row_N: Tensor  # their completions
