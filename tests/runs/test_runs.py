@@ -243,6 +243,18 @@ def test_a_run_has_not_finished_when_lightning_has_but_its_results_are_not_writt
         assert logger.experiment.get_run(logger.run_id).info.status == recorded
 
 
+def resume(workspace, begun, whole):
+    """Goes on with a stopped run, which ends as the one that was never stopped: its run in MLflow and what it said."""
+    resumed = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(workspace, whole)
+    (run,) = workspace.runs
+    assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
+    assert losses(workspace) == losses(whole)
+    assert curve(workspace, "cost/tokens") == curve(whole, "cost/tokens")
+    return run, resumed
+
+
 def test_killed_run_resumes_bit_for_bit(finished, make_workspace, student_with_dropout):
     workspace = make_workspace("killed", student_with_dropout)
     killed = workspace.stop_after_first_checkpoint(signal.SIGKILL, *workspace.arguments("fit", "--resume", "auto"))
@@ -250,13 +262,7 @@ def test_killed_run_resumes_bit_for_bit(finished, make_workspace, student_with_d
     assert not (workspace.output / "student").exists()
     (begun,) = workspace.runs
     assert begun.info.status == "RUNNING"
-    resumed = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_end(workspace, finished[0])
-    (run,) = workspace.runs
-    assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
-    assert losses(workspace) == losses(finished[0])
-    assert curve(workspace, "cost/tokens") == curve(finished[0], "cost/tokens")
+    run, resumed = resume(workspace, begun, finished[0])
     assert len(run.inputs.dataset_inputs) == 2
     assert len(models(workspace)) == 1
     steps = {m.step for m in workspace.client.get_metric_history(run.info.run_id, "val/reverse_kl")}
@@ -275,13 +281,7 @@ def test_interrupted_run_saves_and_resumes_bit_for_bit(finished, make_workspace,
     saved = torch.load(workspace.checkpoint, weights_only=True)["global_step"]
     assert 3 <= saved < 8
     assert sorted(losses(workspace)) == list(range(1, saved + 1))
-    resumed = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_end(workspace, finished[0])
-    (run,) = workspace.runs
-    assert (run.info.run_id, run.info.status) == (begun.info.run_id, "FINISHED")
-    assert losses(workspace) == losses(finished[0])
-    assert curve(workspace, "cost/tokens") == curve(finished[0], "cost/tokens")
+    resume(workspace, begun, finished[0])
     once_more = workspace.run(*workspace.arguments("fit", "--resume", "auto"))
     assert once_more.returncode == 0, once_more.stderr
     assert len(models(workspace)) == 1, "there was nothing left to do"
