@@ -82,11 +82,6 @@ class EstimatorConfig(Section):
     adapt_gamma_every: int | None = limited(None, at_least(1, null="a fixed gamma"))
     """Choose gamma anew every so many steps; null keeps it."""
 
-    def __post_init__(self) -> None:
-        """Name what a list of terms is, where no other name is given."""
-        if self.terms and self.name == "full_vocab":
-            self.name = "mix"
-
 
 @dataclass
 class OptimConfig(Section):

@@ -55,11 +55,10 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
         UserError: a missing or malformed file, an unknown key, a wrong type, a value that is missing.
     """
     OmegaConf.register_resolver("lit_opd", lambda name: str(PACKAGE_FOLDER / name), replace=True)
-    node = OmegaConf.structured(schema)
-    for file in files:
-        node = _merge(schema, node, _read(Path(file)), where=str(file))
+    sources = [(_read(Path(file)), str(file)) for file in files]
     for override in sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF):
-        node = _merge(schema, node, _parse(override), where=f"override {override!r}")
+        sources.append((_parse(override), f"override {override!r}"))
+    node = _merge_all(schema, sources)
     try:
         filled = OmegaConf.to_object(node)
     except omegaconf_errors.MissingMandatoryValue as error:
@@ -82,7 +81,7 @@ def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) 
     """
     if not isinstance(value, schema):
         given: Any = {name: dict(value or {})}  # type: ignore[arg-type]
-        merged = _merge(Config, OmegaConf.structured(Config), OmegaConf.create(given), where="keyword")
+        merged = _merge_all(Config, [(OmegaConf.create(given), "keyword")])
         value = OmegaConf.to_object(merged[name])  # type: ignore[assignment]
     assert isinstance(value, schema)
     value.check(name)
@@ -119,6 +118,17 @@ def _parse(override: str) -> DictConfig:
         return OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, omegaconf_errors.OmegaConfBaseException) as error:
         raise UserError(key, "a value in YAML", f"{value!r}: {_first_line(error)}", "Quote it.") from error
+
+
+def _merge_all(schema: Any, sources: Sequence[tuple[DictConfig, str]]) -> Any:
+    node = OmegaConf.structured(schema)
+    for update, where in sources:
+        node = _merge(schema, node, update, where)
+    # A list of terms is a mix. Where a source names an estimator too, the name stays, for `build_from` to refuse.
+    named = any(OmegaConf.select(update, "estimator.name") for update, _ in sources)
+    if OmegaConf.select(node, "estimator.terms") and not named:
+        OmegaConf.update(node, "estimator.name", "mix")
+    return node
 
 
 def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> Any:

@@ -41,7 +41,8 @@ def build_from(section: _Section) -> BoundEstimator:
         return build(section.name, **section.kwargs)
     if section.name != "mix" or section.kwargs:
         found = f"the name {section.name!r} and the keywords {section.kwargs}"
-        raise UserError("estimator.terms", "neither estimator.name nor estimator.kwargs beside it", found, "Drop one.")
+        remedy = "Drop one, or set estimator.name=mix."
+        raise UserError("estimator.terms", "neither estimator.name nor estimator.kwargs beside it", found, remedy)
     try:
         return build("mix", terms=section.terms)
     except UserError as error:

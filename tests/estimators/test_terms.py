@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_opd import estimators
-from lit_opd.config import EstimatorConfig, load_config
+from lit_opd.config import EstimatorConfig, as_section, load_config
 from lit_opd.errors import UserError
 from lit_opd.estimators import build, build_from
 from lit_opd.estimators.oracle.batches import example_batch
@@ -23,7 +23,7 @@ PATHS = ("student.path=student", "teacher.path=teacher")
 
 
 def of(terms, **section):
-    return build_from(EstimatorConfig(terms=terms, **section))
+    return build_from(as_section(EstimatorConfig, {"terms": terms, **section}, "estimator"))
 
 
 def described(estimator):
@@ -66,10 +66,30 @@ def test_a_configuration_lists_terms(tmp_path):
     assert build_from(load_config([], PATHS).estimator).spec.name == "full_vocab"
 
 
-@pytest.mark.parametrize("section", [{"name": "token"}, {"name": "mix", "kwargs": {"terms": {"token": 1.0}}}])
+@pytest.mark.parametrize(
+    "section", [{"name": "token"}, {"name": "full_vocab"}, {"name": "mix", "kwargs": {"terms": {"token": 1.0}}}]
+)
 def test_terms_and_a_name_are_two_answers(section):
     with pytest.raises(UserError, match=r"estimator\.terms: expected neither estimator\.name nor estimator\.kwargs"):
         of(LISTED, **section)
+
+
+@pytest.mark.parametrize("word", ["estimator.name=token", "estimator.name=full_vocab"])
+def test_a_name_beside_a_file_of_terms_is_refused_until_it_is_mix(tmp_path, word):
+    file = tmp_path / "run.yaml"
+    file.write_text("estimator: {terms: [{name: token, weight: 1}]}\n")
+    for arguments in [([file], (*PATHS, word)), ([], (*PATHS, "estimator.terms=[{name: token, weight: 1}]", word))]:
+        with pytest.raises(UserError, match=r"estimator\.terms: .*Drop one, or set estimator\.name=mix\.$"):
+            build_from(load_config(*arguments).estimator)
+    assert build_from(load_config([file], (*PATHS, "estimator.name=mix")).estimator).terms
+
+
+def test_keywords_of_the_unnamed_estimator_are_those_of_full_vocab(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("estimator: {kwargs: {divergence: jsd}}\n")
+    assert load_config([file], PATHS).estimator.name == "full_vocab"
+    assert load_config([file], (*PATHS, "estimator.name=full_vocab")).estimator.kwargs == {"divergence": "jsd"}
+    assert load_config([file], (*PATHS, "estimator.name=token")).estimator.kwargs == {}
 
 
 @pytest.mark.parametrize(
