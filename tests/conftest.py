@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 from dataclasses import dataclass, field
 
 import hypothesis
@@ -13,6 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_opd import DistillationModule, PromptDataModule, estimators
+from lit_opd.estimators import registry
+from lit_opd.measures import custom
+from lit_opd.measures.table import MEASURES
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
 from lit_opd.types import Estimate, PromptBatch, Prompts, SamplingLaw
@@ -137,16 +141,22 @@ def two_models(make_model, tiny_tokenizer, make_batch, sample, full_logits):
     return *policies, rollout, *logps
 
 
+@pytest.fixture(autouse=True)
+def forget():
+    """What a test registers is forgotten after it, with the files it came from: another test may use its name."""
+    kept = [(held, dict(held)) for held in (registry._REGISTRY, custom._REGISTERED, MEASURES)]
+    yield
+    if all(held == before for held, before in kept):
+        return
+    for held, before in kept:
+        held.clear()
+        held.update(before)
+    for name in [name for name in sys.modules if name.startswith("lit_opd_plugin_")]:
+        del sys.modules[name]
+
+
 @pytest.fixture
-def registry(monkeypatch):
-    """Estimators that a test registers are forgotten after it."""
-    from lit_opd.estimators import registry
-
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-
-
-@pytest.fixture
-def against_reference(registry):
+def against_reference():
     """An estimator that asks for a reference: the sampled reverse KL to it, and no teacher."""
 
     @estimators.register_estimator("against_reference", needs="token+reference")

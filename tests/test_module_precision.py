@@ -52,7 +52,6 @@ def spying_estimator(name, seen):
     return f"spy_{name}"
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("name", ["token", "sequence", "full_vocab"])
 @pytest.mark.parametrize(
     ("precision", "teacher_dtype", "student_dtype", "weight_dtype"),
@@ -86,7 +85,6 @@ def test_compute_dtypes(
     assert all(g.any() for g in record.gradients[0].values()), "a parameter got no gradient"
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_the_reference_too_runs_in_its_own_dtype(precision, dtype, make_model, make_module, fit):

@@ -190,11 +190,7 @@ def test_fp16_is_refused(pair, make_module, make_trainer, precision):
         module.setup("fit")
 
 
-def test_an_estimator_that_learns_from_rewards_needs_a_verifier(pair, make_module, fit, make_data, monkeypatch):
-    from lit_opd.estimators import registry
-
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-
+def test_an_estimator_that_learns_from_rewards_needs_a_verifier(pair, make_module, fit, make_data):
     @estimators.register_estimator("reinforce", family="sequence", needs="token+rewards")
     def reinforce(tokens):
         return Estimate(-tokens.rewards_B[:, None] * tokens.student_logps_BT, tokens.student_logps_BT.detach())

@@ -42,9 +42,9 @@ def register_measure(
     Raises:
         UserError: a name that is taken or has a slash; an unknown direction.
 
-    >>> @register_measure("total_variation", unit="probability", better="lower")
-    ... def total_variation(student_logps_cV, teacher_logps_cV, ids_c):
-    ...     return (student_logps_cV.exp() - teacher_logps_cV.exp()).abs().sum(-1) / 2
+    >>> @register_measure("widest_gap", unit="probability", better="lower")
+    ... def widest_gap(student_logps_cV, teacher_logps_cV, ids_c):
+    ...     return (student_logps_cV.exp() - teacher_logps_cV.exp()).abs().amax(-1)
     """
     where = f"register_measure({name!r})"
     if better is not None:

@@ -107,7 +107,6 @@ def needy(tokens, *, level):
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(estimators.registry, "_REGISTRY", dict(estimators.registry._REGISTRY))
     (tmp_path / "mine.py").write_text(MINE)
     return tmp_path
 

@@ -157,11 +157,9 @@ def test_estimator_of_ones_own(workspace, monkeypatch, reference):
     assert record.data.tags["estimator"] == reference
     assert record.data.params["estimator.kwargs.max_log_ratio"] == "3"
     assert "estimator.kwargs.divergence" not in record.data.params
-    estimators.registry._REGISTRY.pop(f"clipped_{name}", None)
 
 
 def test_keyword_of_ones_own_is_checked(workspace, capsys):
     (workspace.folder / "mine.py").write_text(MINE.format(name="x"))
     assert main(workspace.arguments("fit", "estimator.name=mine.py:decorated", "estimator.kwargs.max_ratio=3")) == 2
     assert "Did you mean 'max_log_ratio'?" in capsys.readouterr().err
-    estimators.registry._REGISTRY.pop("clipped_x", None)

@@ -10,9 +10,8 @@ from lit_opd.commands.estimators import markdown_table
 
 
 @pytest.fixture
-def odd(monkeypatch):
+def odd():
     """A registry that also holds an estimator whose docstring has a bar in it, and brackets."""
-    monkeypatch.setattr(estimators.registry, "_REGISTRY", dict(estimators.registry._REGISTRY))
 
     @estimators.register_estimator("odd_bars", family="sequence", needs="token+rewards+groups", source="[me]")
     def fn(tokens):

@@ -85,7 +85,6 @@ def weighed_by_forward_kl(tokens):
     return Estimate(torch.where(tokens.mask_BT, weight * d, 0.0) * p, d)
 
 
-@pytest.mark.usefixtures("registry")
 def test_a_new_need_is_a_member_and_a_row_of_the_table(monkeypatch):
     """Then estimators may declare it, and training, the oracle and the laws fill it; the toy borrows a field."""
 

@@ -1,10 +1,8 @@
 """A user's own yardstick, from one file: averaged, drawn and ranked like the built-in ones."""
 
 import math
-import sys
 
 import pytest
-import torch
 
 from lit_opd.errors import UserError
 from lit_opd.measures import describe, register_measure
@@ -77,18 +75,3 @@ def test_names_that_are_taken_and_directions_that_are_none_are_refused(file):
         register_measure("own_nll")(lambda student, teacher, ids: ids)
     with pytest.raises(UserError, match="better"):
         register_measure("upwards", better="up")
-
-
-@pytest.fixture(autouse=True)
-def forget(monkeypatch):
-    """What a test registers ends with it."""
-    from lit_opd.measures import custom, table
-
-    monkeypatch.setattr(custom, "_REGISTERED", {})
-    monkeypatch.setattr(custom, "MEASURES", dict(table.MEASURES))
-    monkeypatch.setattr(table, "MEASURES", custom.MEASURES)
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
-    assert torch.get_default_dtype() == torch.float32

@@ -45,7 +45,6 @@ def spy(tokens):
     return Estimate(tokens.student_logps_BT, tokens.student_logps_BT)
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("needs", ["token", *(f"token+{extra}" for extra in FIELDS), "token+kl+entropy+groups"])
 def test_what_is_needed_is_filled_and_no_more(needs, scene):
     """A batch without groups may hold a part of a prompt's completions: nobody may compare them by accident."""
@@ -55,7 +54,6 @@ def test_what_is_needed_is_filled_and_no_more(needs, scene):
     assert filled == ALWAYS.union(*(FIELDS.get(need, set()) for need in needs.split("+")))
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 def test_every_field_is_the_dense_one_where_counted_and_zero_elsewhere(rows, scene):
     policies, rollout, (p_BTV, q_BTV, r_BTV) = scene
@@ -154,7 +152,6 @@ def limited_sequence(tokens):
     return Estimate(ratio.clamp(-0.5, 0.5) * tokens.student_logps_BT, ratio, clipped)
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(("name", "keywords"), [pytest.param(*rest, id=where) for where, *rest in CLIPS])
 def test_clip_activity_is_that_of_the_terms_at_tokens_they_learn_from(name, keywords, scene):
     """A demonstration has no term of an estimator that learns from the student's own tokens."""

@@ -91,7 +91,6 @@ def assert_is_support(tokens, p_NV, q_NV, k, source):
     close(tokens.teacher_support_logps_BTK, q_NV.gather(-1, ids_NK))
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("source", SUPPORTS)
 @pytest.mark.parametrize("k", [1, 3, VOCABULARY])
 @settings(max_examples=5, deadline=None)
@@ -108,7 +107,6 @@ def test_supports_of_every_source(source, k, seed, rows):
         assert not tokens.teacher_support_logps_BTK.requires_grad
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("rows", [1, 4, POSITIONS])
 def test_of_scored_supports_a_term_takes_as_many_as_it_asks_for(rows):
     """The teacher scored five tokens, for the largest term of a mix; here one compares two."""
@@ -121,7 +119,6 @@ def test_of_scored_supports_a_term_takes_as_many_as_it_asks_for(rows):
                           "teacher")  # fmt: skip
 
 
-@pytest.mark.usefixtures("registry")
 def test_the_terms_of_a_mix_each_see_their_own_support():
     student_NV, p_NV, q_NV, ids_N, hidden_NH, head = scene()
     wanted = {"spy support 2 teacher": (2, "teacher"), "spy support 3 union": (3, "union"),
@@ -135,7 +132,6 @@ def test_the_terms_of_a_mix_each_see_their_own_support():
         assert_is_support(chunk.tokens(term.estimator), p_NV[part], q_NV[part], *wanted[term.estimator.spec.name])
 
 
-@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("needs", NEEDS)
 def test_what_is_needed_is_filled_and_no_more(needs):
     """Also where another term of the mix had the teacher's whole distribution made."""
@@ -146,7 +142,6 @@ def test_what_is_needed_is_filled_and_no_more(needs):
     assert filled(tokens) == ALWAYS.union(*(FIELDS.get(need, set()) for need in needs.split("+")))
 
 
-@pytest.mark.usefixtures("registry")
 def test_every_field_is_the_dense_one():
     student_NV, p_NV, q_NV, ids_N, hidden_NH, head = scene()
     reference_N = -torch.arange(1.0, POSITIONS + 1).double()

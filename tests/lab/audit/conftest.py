@@ -97,7 +97,7 @@ def by_hand(tiny_tokenizer):
 
 
 @pytest.fixture
-def register(registry):
+def register():
     """Registers a function of (log-ratio, student's log-probabilities) under a name."""
 
     def run(name, loss, **contract):

@@ -10,7 +10,7 @@ from lit_opd.cli import main
 from lit_opd.config import load_config
 from lit_opd.lab.compare.grid import load_comparison, runs_of
 from lit_opd.lab.compare.preflight import check_runs
-from lit_opd.measures import custom, table
+from lit_opd.measures import table
 
 MISTAKES = [
     ({"base": []}, "base", "at least one, found none"),
@@ -178,11 +178,7 @@ def gap(student_logps_cV, teacher_logps_cV, ids_c):
 """
 
 
-def test_a_yardstick_of_a_user_has_its_title_and_direction_in_this_process(workspace, make_comparison, monkeypatch):
-    registered = dict(table.MEASURES)
-    monkeypatch.setattr(custom, "_REGISTERED", {})
-    monkeypatch.setattr(custom, "MEASURES", registered)
-    monkeypatch.setattr(table, "MEASURES", registered)
+def test_a_yardstick_of_a_user_has_its_title_and_direction_in_this_process(workspace, make_comparison):
     (workspace.folder / "mine.py").write_text(YARDSTICK)
     _, runs = make_comparison(overrides=["evaluation.measures=[mine.py:gap]", "data.validation_size=6"])
     check_runs(runs)
