@@ -3,12 +3,15 @@
 import copy
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import hypothesis
 import lightning as L
 import pytest
 import torch
+import warm
 import wide_norm  # noqa: F401  (takes effect on import)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,6 +29,15 @@ from lit_opd.types import Estimate, PromptBatch, Prompts, SamplingLaw
 hypothesis.settings.register_profile("gate", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", print_blob=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gate"))
+
+
+def pytest_configure(config):
+    """Share the processors among the workers of pytest-xdist: torch would start as many threads in each."""
+    if worker := getattr(config, "workerinput", None):
+        threads = max(1, os.cpu_count() // worker["workercount"])
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+        torch.set_num_threads(threads)
+
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+=-"
@@ -139,6 +151,14 @@ def two_models(make_model, tiny_tokenizer, make_batch, sample, full_logits):
     logps = [full_logits(m, rollout).detach().log_softmax(-1)[rollout.mask_BT] for m in (student, teacher)]
     policies = [LanguageModel(m, tiny_tokenizer, k) for m, k in ((student, "student"), (teacher, "teacher"))]
     return *policies, rollout, *logps
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """A `python` whose programs find the slow libraries imported."""
+    with tempfile.TemporaryDirectory() as folder, warm.start_server(Path(folder)) as server:
+        yield Path(folder) / "python"
+        server.kill()
 
 
 @pytest.fixture(autouse=True)

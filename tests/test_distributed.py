@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +72,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory, make_model, save_model):
+def one_and_two(tmp_path_factory, make_model, save_model, warm_python):
     """Results of every scenario with one process and with two (of either rank)."""
     folder = tmp_path_factory.mktemp("distributed")
     script, out = folder / "script.py", folder / "out"
@@ -82,7 +81,7 @@ def one_and_two(tmp_path_factory, make_model, save_model):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+    command = [warm_python, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
                str(script), *paths, str(out)]  # fmt: skip
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",

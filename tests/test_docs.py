@@ -41,9 +41,10 @@ def scratch(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", EXECUTED, ids=name_of)
-def test_a_document_runs(document, scratch):
+def test_a_document_runs(document, scratch, warm_python):
     # `python` in a document is the one that runs the tests.
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    found_in = (warm_python.parent, Path(sys.executable).parent, os.environ["PATH"])
+    environment = os.environ | {"PATH": os.pathsep.join(map(str, found_in))}
     skipped = [word for name in OF_THE_GATE.get(name_of(document), ()) for word in ("--skip", name)]
     command = [sys.executable, str(RUNNER), str(document), "--folder", str(scratch), *skipped]
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=280)

@@ -3,7 +3,6 @@
 import inspect
 import random
 import subprocess
-import sys
 import time
 import warnings
 from dataclasses import replace
@@ -479,10 +478,10 @@ def test_a_command_refuses_before_weights_and_writes_nothing(command, unreadable
 
 
 @pytest.mark.slow
-def test_a_command_shows_each_warning_once_on_stderr(tmp_path):
+def test_a_command_shows_each_warning_once_on_stderr(tmp_path, warm_python):
     words = ["estimator.name=sequence", "rollout.min_new_tokens=1", "optim.updates_per_rollout=2",
              "lint.allow=[stale_updates]", "tracking.uri=sqlite:///mlflow.db"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "lit_opd", "validate", *COMMAND, *words], cwd=tmp_path, text=True,
+    done = subprocess.run([warm_python, "-m", "lit_opd", "validate", *COMMAND, *words], cwd=tmp_path, text=True,
                           capture_output=True, timeout=200, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if "expected" in line]

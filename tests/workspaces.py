@@ -27,18 +27,19 @@ OVERRIDES = (
 @dataclass
 class Workspace:
     folder: Path
+    python: str  # for what `run` runs; what `start` starts can be killed, and has children
     own: tuple[str, ...] = ()
 
     def arguments(self, command, *extra):
         return [command, "--config", str(QUICKSTART), *OVERRIDES, f"tracking.uri={self.uri}", *self.own, *extra]
 
-    def start(self, *words):
-        command = [sys.executable, "-m", "lit_opd", *words]
+    def start(self, *words, python=sys.executable):
+        command = [python, "-m", "lit_opd", *words]
         return subprocess.Popen(command, cwd=self.folder, env={**os.environ, **ENVIRONMENT}, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
     def run(self, *words):
-        process = self.start(*words)
+        process = self.start(*words, python=self.python)
         out, err = process.communicate(timeout=240)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
@@ -85,11 +86,11 @@ def database(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_workspace(tmp_path_factory, database):
+def make_workspace(tmp_path_factory, database, warm_python):
     def make(name, *own):
         folder = tmp_path_factory.mktemp(name)
         shutil.copy(database, folder)
-        return Workspace(folder, own)
+        return Workspace(folder, str(warm_python), own)
 
     return make
 

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -57,7 +56,7 @@ def run_block(block: Block, folder: Path) -> None:
     elif block.language == "bash":
         subprocess.run(["bash", "-euo", "pipefail", "-c", block.code], cwd=folder, check=True)
     elif block.language == "python":
-        subprocess.run([sys.executable, "-c", block.code], cwd=folder, check=True)
+        subprocess.run(["python", "-c", block.code], cwd=folder, check=True)
 
 
 def _run_server(code: str, folder: Path) -> None:

@@ -38,7 +38,7 @@ def served(make_workspace):
         for name in ESTIMATORS:
             assert main(made.arguments("fit", f"estimator.name={name}", f"output_dir={name}")) == 0
     port = free_port()
-    process = made.start(*made.arguments("ui", "--port", str(port)))
+    process = made.start(*made.arguments("ui", "--port", str(port)), python=made.python)
     address = f"http://127.0.0.1:{port}"
     try:
         ask(address, process)

@@ -36,7 +36,7 @@ def ask(address, process):
 def test_the_pages_of_a_store_until_ctrl_c(workspace):
     workspace.client.create_experiment("seen in the browser")
     port = free_port()
-    process = workspace.start(*workspace.arguments("ui", "--port", str(port)))
+    process = workspace.start(*workspace.arguments("ui", "--port", str(port)), python=workspace.python)
     try:
         assert "<title>MLflow</title>" in ask(f"http://127.0.0.1:{port}", process)
         found = ask(f"http://127.0.0.1:{port}/ajax-api/2.0/mlflow/experiments/search?max_results=10", process)

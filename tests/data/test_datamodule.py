@@ -251,18 +251,18 @@ run.fit(recorder, datamodule=data(batch_size=3, evaluation_batch_size=2))
 """
 
 
-def two_processes(tokenizer, folder):
+def two_processes(tokenizer, folder, python):
     """What each of two ranks saw; forked from a process of their own, as the threads of this one would not survive."""
     tokenizer.save_pretrained(folder)
     script = folder / "run.py"
     script.write_text(TWO_PROCESSES.format(path=[str(Path(__file__).parent), *sys.path], folder=folder))
-    subprocess.run([sys.executable, str(script)], check=True, timeout=120)
+    subprocess.run([python, str(script)], check=True, timeout=120)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.slow
-def test_two_processes_see_what_one_does(tokenizer, tmp_path):
-    (seen0, validated0), (seen1, validated1) = two_processes(tokenizer, tmp_path)
+def test_two_processes_see_what_one_does(tokenizer, tmp_path, warm_python):
+    (seen0, validated0), (seen1, validated1) = two_processes(tokenizer, tmp_path, warm_python)
     alone = Recorder(tokenizer)
     trainer(max_epochs=1, num_sanity_val_steps=0).fit(alone, datamodule=data(batch_size=3))
     for first, second, (draws, prompts) in zip(seen0, seen1, alone.seen, strict=True):

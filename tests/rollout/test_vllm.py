@@ -6,7 +6,6 @@ Where LIT_OPD_VLLM names no `vllm` executable, only the stand-in is asked.
 import copy
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -288,11 +287,11 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_server_and_make_the_weights_of_one(url, make_served, save_model, tmp_path):
+def test_two_processes_share_a_server_and_make_the_weights_of_one(url, make_served, save_model, tmp_path, warm_python):
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(TRAINING)
     paths = [save_model(make_served(seed)) for seed in (3, 4)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+    command = [warm_python, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
                str(script), *paths, url, str(out)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import subprocess
-import sys
 
 import peft
 import pytest
@@ -108,7 +107,7 @@ def test_adapters_count(make_model):
     assert weights_label(adapted) != before
 
 
-def test_two_processes_agree(tmp_path):
+def test_two_processes_agree(tmp_path, warm_python):
     """As those of a data-parallel run do that share a server, and as a run that is resumed does with itself."""
     layer = make_layer()
     save_model(layer, str(tmp_path / "weights"))
@@ -121,7 +120,7 @@ def test_two_processes_agree(tmp_path):
         load_model(layer, sys.argv[1])
         print(weights_label(layer))
     """
-    command = [sys.executable, "-c", code, str(tmp_path / "weights")]
+    command = [warm_python, "-c", code, str(tmp_path / "weights")]
     assert subprocess.check_output(command, text=True).strip() == weights_label(layer)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -67,6 +68,7 @@ def story(make_workspace, write_comparison):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace.folder)
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(sys, "executable", workspace.python)  # of the runs that are started from here
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         yield play(workspace, file)
         signal.signal(signal.SIGINT, before)
@@ -79,7 +81,7 @@ def play(workspace, file):
     second = dataclasses.replace(runs[1].config, output_dir=str(told.again))
     by_itself = dataclasses.replace(second, tracking=dataclasses.replace(second.tracking, experiment="by itself"))
     (workspace.folder / "again.yaml").write_text(to_yaml(by_itself))
-    again = workspace.start("fit", "--config", "again.yaml")
+    again = workspace.start("fit", "--config", "again.yaml", python=workspace.python)
 
     interrupt_when((runs[1].folder / "checkpoints" / "last.ckpt").is_file)
     told.look(main(words))
