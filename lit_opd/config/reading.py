@@ -58,7 +58,7 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
     sources = [(_read(Path(file)), str(file)) for file in files]
     for override in sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF):
         sources.append((_parse(override), f"override {override!r}"))
-    node = _merge_all(schema, sources)
+    node = _merge_all(schema, OmegaConf.structured(schema), sources)
     try:
         filled = OmegaConf.to_object(node)
     except omegaconf_errors.MissingMandatoryValue as error:
@@ -79,9 +79,13 @@ def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) 
     Raises:
         UserError: an unknown key, a wrong type, a value out of its range.
     """
+    if not value:
+        value = schema()
     if not isinstance(value, schema):
-        given: Any = {name: dict(value or {})}  # type: ignore[arg-type]
-        merged = _merge_all(Config, [(OmegaConf.create(given), "keyword")])
+        given: Any = {name: dict(value)}  # type: ignore[arg-type]
+        # This section alone: OmegaConf takes a tenth of a second for the tree of all of them.
+        empty = OmegaConf.create({name: OmegaConf.structured(schema)})
+        merged = _merge_all(Config, empty, [(OmegaConf.create(given), "keyword")])
         value = OmegaConf.to_object(merged[name])  # type: ignore[assignment]
     assert isinstance(value, schema)
     value.check(name)
@@ -120,12 +124,11 @@ def _parse(override: str) -> DictConfig:
         raise UserError(key, "a value in YAML", f"{value!r}: {_first_line(error)}", "Quote it.") from error
 
 
-def _merge_all(schema: Any, sources: Sequence[tuple[DictConfig, str]]) -> Any:
-    node = OmegaConf.structured(schema)
-    for update, where in sources:
-        node = _merge(schema, node, update, where)
+def _merge_all(schema: Any, node: Any, sources: Sequence[tuple[DictConfig, str]]) -> Any:
     # A list of terms is a mix. Where a source names an estimator too, the name stays, for `build_from` to refuse.
     named = any(OmegaConf.select(update, "estimator.name") for update, _ in sources)
+    for update, where in sources:
+        node = _merge(schema, node, update, where)
     if OmegaConf.select(node, "estimator.terms") and not named:
         OmegaConf.update(node, "estimator.name", "mix")
     return node
@@ -137,7 +140,8 @@ def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> Any:
         if OmegaConf.select(update, name) not in (None, OmegaConf.select(node, name)):
             OmegaConf.update(node, keywords, {}, merge=False)
     try:
-        return OmegaConf.merge(node, update)
+        # `merge` of OmegaConf copies the whole tree first, for every override. Nobody else holds these two.
+        return OmegaConf.unsafe_merge(node, update)
     except omegaconf_errors.OmegaConfBaseException as error:
         key = error.full_key or "config"
         found = repr(OmegaConf.select(update, key, throw_on_missing=False))
