@@ -21,13 +21,14 @@ OVERRIDES = (
     "data.validation_size=6", "data.batch_size=4", "rollout.max_new_tokens=8", "rollout.num_completions=2",
     "optim.warmup_steps=2", "evaluation.every_n_steps=3", "evaluation.num_examples=3",
     "evaluation.num_completions=2", "evaluation.pass_at=[1,2]", "tracking.experiment=tests",
+    "diagnostics.figures=false",  # half of the time of such a run
 )  # fmt: skip
 
 
 @dataclass
 class Workspace:
     folder: Path
-    python: str  # for what `run` runs; what `start` starts can be killed, and has children
+    python: str  # whose programs start at once; what `start` starts by itself has children of its own
     own: tuple[str, ...] = ()
 
     def arguments(self, command, *extra):
@@ -45,7 +46,7 @@ class Workspace:
 
     def stop_after_first_checkpoint(self, number, *words):
         """Start a run, send a signal as soon as a checkpoint is there, and wait for the end."""
-        process = self.start(*words)
+        process = self.start(*words, python=self.python)
         deadline = time.monotonic() + 240
         while not self.checkpoint.is_file() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)

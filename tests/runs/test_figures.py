@@ -17,7 +17,8 @@ def artifacts(workspace):
 
 
 def test_every_evaluation_leaves_its_pictures_numbers_and_completions(workspace):
-    assert main(workspace.arguments("fit", "trainer.max_steps=3", "diagnostics.support_size=3")) == 0
+    words = ["trainer.max_steps=3", "diagnostics.support_size=3", "diagnostics.figures=true"]
+    assert main(workspace.arguments("fit", *words)) == 0
     expected = [f"diagnostics/{name.format(step)}" for name in NAMES for step in ("000000", "000003", "teacher_000000")]
     assert artifacts(workspace) == sorted(expected)
     (run,) = workspace.runs
