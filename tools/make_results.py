@@ -22,8 +22,8 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 
 from lit_opd.lab.compare.collect import Point
+from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import Curve
-from lit_opd.lab.compare.pictures import draw_curves
 from tools.benchmark.report import machine
 from tools.results.blocks import DRAWN, block
 from tools.results.store import Stored, read_record, trim, write

@@ -5,9 +5,9 @@
 
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
+from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
 from lit_opd.models.pair import Pair, Reference, Student, Teacher
 from lit_opd.models.vocabulary import shared_vocabulary, token_ids
-from lit_opd.models.yardsticks import OF_TOKENS, measure_yardsticks
 
 __all__ = [
     "OF_TOKENS",

@@ -3,7 +3,7 @@
 `Distiller.estimate` calls `student_loss`, so training and every experiment learn from the same objective.
 """
 
+from lit_opd.objective.counted import Chunk, CountedPositions
 from lit_opd.objective.loss import Loss, sequence_tokens, student_loss, support_masses
-from lit_opd.objective.positions import Chunk, CountedPositions
 
 __all__ = ["Chunk", "CountedPositions", "Loss", "sequence_tokens", "student_loss", "support_masses"]

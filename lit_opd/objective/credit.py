@@ -15,8 +15,8 @@ from lit_opd.functional import position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.functional.tradeoff import gradient_sketch
 from lit_opd.models import LanguageModel
+from lit_opd.objective.counted import CountedPositions
 from lit_opd.objective.loss import sequence_tokens
-from lit_opd.objective.positions import CountedPositions
 from lit_opd.types import ScoredRollout
 
 __all__ = ["credit_sketches"]

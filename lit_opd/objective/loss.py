@@ -22,7 +22,7 @@ from lit_opd.estimators.topk import support_logps
 from lit_opd.functional import Head, position_losses, support_mass
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
-from lit_opd.objective.positions import CountedPositions
+from lit_opd.objective.counted import CountedPositions
 from lit_opd.types import ScoredRollout, TokenBatch
 
 __all__ = ["Loss", "sequence_tokens", "student_loss", "support_masses"]

@@ -4,7 +4,7 @@ The module builds the scorers of a run here, and `Distiller.score` asks them.
 """
 
 from lit_opd.teachers.build import build_scorers, check_gives, own_scorer
-from lit_opd.teachers.local import LocalScorer
+from lit_opd.teachers.frozen import LocalScorer
 from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, Wanted, wanted_by
 
 __all__ = [

@@ -15,7 +15,7 @@ from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models import Pair, load_tokenizer
 from lit_opd.plugins import call_object
-from lit_opd.teachers.local import LocalScorer
+from lit_opd.teachers.frozen import LocalScorer
 from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, wanted_by
 from lit_opd.types import Need
 

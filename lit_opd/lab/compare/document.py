@@ -15,9 +15,9 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
 from lit_opd.lab.compare.paired import CONFIDENCE, Mean
-from lit_opd.lab.compare.pictures import draw_curves
 from lit_opd.lab.compare.standings import Ranking
 from lit_opd.measures.table import describe
 

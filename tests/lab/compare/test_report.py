@@ -10,10 +10,10 @@ import pytest
 
 from lit_opd.errors import UserError
 from lit_opd.lab.compare.collect import Point, RunResult
+from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import LeftOut, make_report, rank_at, to_json, value_at
 from lit_opd.lab.compare.document import amount, interval, probability, to_html, to_markdown, to_summary, write_report
 from lit_opd.lab.compare.paired import Mean
-from lit_opd.lab.compare.pictures import draw_curves
 from lit_opd.lab.compare.standings import NOT_DISTINGUISHABLE
 
 PROMPTS = tuple(f"{i:04x}" for i in range(40))
@@ -225,10 +225,10 @@ def test_the_report_says_in_what_the_variants_differ():
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are made, beside their PNGs."""
-    from lit_opd.lab.compare import pictures
+    from lit_opd.lab.compare import curves
 
-    figures, png = [], pictures.png
-    monkeypatch.setattr(pictures, "png", lambda figure: figures.append(figure) or png(figure))
+    figures, png = [], curves.png
+    monkeypatch.setattr(curves, "png", lambda figure: figures.append(figure) or png(figure))
     return figures
 
 
