@@ -233,6 +233,12 @@ def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch, write):
         load_config([write("old.yaml", "sampler: {top_p: 1.0}\n")], PATHS)
 
 
+def test_a_key_that_is_gone_is_refused_with_what_to_set_instead():
+    message = r"^estimator\.adapt_gamma_every: expected no such key any more, found it \(override .*Set that instead\.$"
+    with pytest.raises(UserError, match=message):
+        load_config([], [*PATHS, "estimator.adapt_gamma_every=20"])
+
+
 def test_renamed_keys_are_no_keys_and_their_new_names_are():
     def known(schema, key):
         first, _, rest = key.partition(".")

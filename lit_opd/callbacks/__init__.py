@@ -6,13 +6,17 @@
 from lit_opd.callbacks.collapse import WatchCollapse
 from lit_opd.callbacks.diagnostics import StepDiagnostics
 from lit_opd.callbacks.figures import EvaluationFigures
-from lit_opd.callbacks.gamma import ChooseGamma, check_gamma
 from lit_opd.callbacks.interrupt import SaveOnInterrupt
 from lit_opd.callbacks.profile import ProfileSteps
 from lit_opd.callbacks.progress import StepProgress
 from lit_opd.callbacks.speed import StepSpeed
 
 __all__ = [
-    "ChooseGamma", "EvaluationFigures", "ProfileSteps", "SaveOnInterrupt", "StepDiagnostics", "StepProgress",
-    "StepSpeed", "WatchCollapse", "check_gamma",
-]  # fmt: skip
+    "EvaluationFigures",
+    "ProfileSteps",
+    "SaveOnInterrupt",
+    "StepDiagnostics",
+    "StepProgress",
+    "StepSpeed",
+    "WatchCollapse",
+]

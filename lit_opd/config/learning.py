@@ -79,8 +79,6 @@ class EstimatorConfig(Section):
     """Tokens, as text or ids, whose positions are not counted."""
     aggregation: str = limited("token_mean", one_of("token_mean", "sequence_mean", "sequence_sum"))
     """token_mean | sequence_mean | sequence_sum, over all that is counted in an optimizer step."""
-    adapt_gamma_every: int | None = limited(None, at_least(1, null="a fixed gamma"))
-    """Choose gamma anew every so many steps; null keeps it."""
 
 
 @dataclass

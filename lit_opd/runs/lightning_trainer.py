@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_opd.callbacks import (
-    ChooseGamma,
     EvaluationFigures,
     ProfileSteps,
     SaveOnInterrupt,
@@ -101,8 +100,6 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         *([StepDiagnostics(config.diagnostics.every_n_steps)] if config.diagnostics.every_n_steps else []),
         *([WatchCollapse(config.collapse)] if config.collapse.action != "off" else []),
     ]  # fmt: skip
-    if config.estimator.adapt_gamma_every is not None:
-        callbacks.append(ChooseGamma(config.estimator.adapt_gamma_every))
     callbacks += [_own_callback(f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks)]
     when = {"val_check_interval": every, "check_val_every_n_epoch": None}
     return _build(config, callbacks=callbacks, default_root_dir=folder.path, **when)

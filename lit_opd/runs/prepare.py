@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lit_opd import estimators, linter
-from lit_opd.callbacks import check_gamma
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
@@ -33,11 +32,6 @@ def prepare_data(config: Config) -> PromptDataModule:
     estimator = estimators.build_from(config.estimator)
     if Need.REWARDS in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
-    if config.estimator.adapt_gamma_every is not None:
-        check_gamma(estimator)
-        if config.data.batch_size < 2:
-            expected = "at least 2 for estimator.adapt_gamma_every, which compares prompts"
-            raise UserError("data.batch_size", expected, config.data.batch_size, "Raise it, or set that to null.")
     check_groups(config, estimator)
     sections = config.rollout, config.optim, config.student, config.teacher
     linter.check(estimator, *sections, masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)

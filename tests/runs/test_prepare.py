@@ -53,14 +53,6 @@ def test_a_reference_is_looked_at_like_the_teacher(other_teacher):
     assert prepare("estimator.name=token", "reference.path=/nowhere"), "looked at, and not needed"
 
 
-def test_choosing_gamma_wants_a_discount_and_prompts_to_compare():
-    with pytest.raises(UserError, match=r"estimator\.adapt_gamma_every: expected an estimator with a keyword gamma"):
-        prepare("estimator.name=token", "estimator.adapt_gamma_every=5")
-    with pytest.raises(UserError, match=r"data\.batch_size: expected at least 2 for estimator\.adapt_gamma_every"):
-        prepare("estimator.name=hybrid", "estimator.adapt_gamma_every=5", "data.batch_size=1")
-    assert prepare("estimator.name=hybrid", "estimator.adapt_gamma_every=5")
-
-
 def test_demonstrations_come_from_somewhere_known():
     with pytest.raises(UserError, match=r"rollout\.demonstrations: expected one of teacher, data, found 'web'"):
         prepare("rollout.demonstrations=web")
