@@ -75,11 +75,6 @@ class Head:
         capped = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         return capped if self.temperature == 1 else capped / self.temperature
 
-    def slope(self, logits_NV: Tensor) -> Tensor | float:
-        """Differentiate each logit by its projection, from the logits: [N, V], or one number for all."""
-        slope = self.scale / self.temperature
-        return slope if self.softcap is None else slope * (1 - (logits_NV * self.temperature / self.softcap).square())
-
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """Tell the dtype that matrix products run in: autocast's where it is on, else that of the hidden states.

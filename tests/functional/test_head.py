@@ -313,15 +313,6 @@ def test_head_logits_are_those_of_the_dense_head(shape):
     close(head_logits(hidden, head), dense(hidden, head, lambda logits, part: logits))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_slope_of_the_logits_is_their_derivative(shape):
-    _, head, _ = problem(1, **SHAPES[shape])
-    linear_NV = torch.linspace(-9, 9, 21, dtype=torch.float64).view(3, 7).requires_grad_()
-    logits = head.shape_logits(linear_NV)
-    (expected,) = torch.autograd.grad(logits.sum(), linear_NV)
-    close(torch.as_tensor(head.slope(logits.detach()), dtype=torch.float64).expand(3, 7), expected)
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 50), st.integers(1, 60))
 def test_chunks_cover_all_positions_in_order(positions, rows):
