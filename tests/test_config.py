@@ -224,6 +224,14 @@ def test_every_field_says_what_it_means(schema):
             assert told.endswith(".")
 
 
+def test_a_section_from_python_tells_what_cannot_be_resolved():
+    steps = {"scheduler_kwargs": {"T_max": "${trainer.max_steps}"}}
+    with pytest.raises(
+        UserError, match=r"^optim\.scheduler_kwargs\.T_max: expected a resolvable value, found Interpol"
+    ):
+        as_section(OptimConfig, steps, "optim")
+
+
 def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch, write):
     monkeypatch.setattr(reading, "RENAMED", {"optim.rate": "optim.lr", "sampler": "rollout"})
     message = r"^optim\.rate: expected its new name optim\.lr, found the old one \(override 'optim\.rate=1'\)\. Write "

@@ -3,8 +3,8 @@
 Importing them takes ten seconds of a command, and the tests run nearly a hundred commands. A server imports them once
 and forks a process for every program. `FOLDER/python` stands for the interpreter: it hands its arguments, environment,
 folder and standard streams to the server, passes Ctrl-C and SIGTERM on to all processes of the program, and ends as the
-program does. Nothing of lit_opd is imported before the fork. A test that looks at imports, at children or at SIGKILL
-starts `sys.executable` itself.
+program does. Nothing of lit_opd is imported before the fork. Where the client
+is killed, the server kills the program. A test that looks at imports or at children starts `sys.executable` itself.
 """
 
 import array

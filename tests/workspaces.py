@@ -28,7 +28,7 @@ OVERRIDES = (
 @dataclass
 class Workspace:
     folder: Path
-    python: str  # whose programs start at once; what `start` starts by itself has children of its own
+    python: str  # the warm one; `start` takes the cold one, whose processes are children of the test
     own: tuple[str, ...] = ()
 
     def arguments(self, command, *extra):

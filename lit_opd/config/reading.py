@@ -61,16 +61,7 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
     for override in sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF):
         sources.append((_parse(override), f"override {override!r}"))
     node = _merge_all(schema, OmegaConf.structured(schema), sources)
-    try:
-        filled = OmegaConf.to_object(node)
-    except omegaconf_errors.MissingMandatoryValue as error:
-        key = error.full_key or "a key"
-        raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.") from error
-    except omegaconf_errors.InterpolationResolutionError as error:
-        remedy = r"Correct it, or write \${...} where something else is to resolve it."
-        raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), remedy) from error
-    except omegaconf_errors.OmegaConfBaseException as error:
-        raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), "Correct it.") from error
+    filled = _to_object(node)
     assert isinstance(filled, schema)
     return filled
 
@@ -88,10 +79,23 @@ def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) 
         # This section alone: OmegaConf takes a tenth of a second for the tree of all of them.
         empty = OmegaConf.create({name: OmegaConf.structured(schema)})
         merged = _merge_all(Config, empty, [(OmegaConf.create(given), "keyword")])
-        value = OmegaConf.to_object(merged[name])  # type: ignore[assignment]
+        value = _to_object(merged[name])
     assert isinstance(value, schema)
     value.check(name)
     return value
+
+
+def _to_object(node: Any) -> Any:
+    try:
+        return OmegaConf.to_object(node)
+    except omegaconf_errors.MissingMandatoryValue as error:
+        key = error.full_key or "a key"
+        raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.") from error
+    except omegaconf_errors.InterpolationResolutionError as error:
+        remedy = r"Correct it, or write \${...} where something else is to resolve it."
+        raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), remedy) from error
+    except omegaconf_errors.OmegaConfBaseException as error:
+        raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), "Correct it.") from error
 
 
 def _read(file: Path) -> DictConfig:
