@@ -247,6 +247,12 @@ def test_a_key_that_is_gone_is_refused_with_what_to_set_instead():
         load_config([], [*PATHS, "estimator.adapt_gamma_every=20"])
 
 
+def test_a_configuration_that_an_earlier_version_saved_still_loads(write):
+    saved = write("config.yaml", "estimator: {name: hybrid, kwargs: {gamma: 0.5}, adapt_gamma_every: null}\n")
+    words = ["estimator.name=hybrid", "estimator.kwargs.gamma=0.5"]
+    assert load_config([saved], PATHS) == load_config([], [*PATHS, *words])
+
+
 def test_renamed_keys_are_no_keys_and_their_new_names_are():
     def known(schema, key):
         first, _, rest = key.partition(".")

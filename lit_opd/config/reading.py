@@ -33,7 +33,7 @@ KEYWORDS_OF = {
 RENAMED: dict[str, str] = {}
 """Dotted keys of earlier versions, and what they are called now: an old one is refused with its new name."""
 REMOVED = {"estimator.adapt_gamma_every": "A fixed estimator.kwargs.gamma did as well (RESULTS.md). Set that instead."}
-"""Dotted keys of earlier versions that are gone, and what to do instead."""
+"""Dotted keys of earlier versions that are gone, and what to do instead. All were null by default."""
 
 
 def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -156,11 +156,14 @@ def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> Any:
 
 def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
     hints = get_type_hints(schema)
-    for key in node:
+    for key in list(node):
         name = f"{prefix}{key!s}"
         if new := RENAMED.get(name):
             raise UserError(name, f"its new name {new}", f"the old one ({where})", f"Write {new}.")
         if remedy := REMOVED.get(name):
+            if node[key] is None:  # as runs of earlier versions wrote it into their config.yaml
+                del node[key]
+                continue
             raise UserError(name, "no such key any more", f"it ({where})", remedy)
         if str(key) not in hints:
             raise UserError(name, "a known key", f"an unknown one ({where})", suggest(str(key), hints))
