@@ -39,12 +39,14 @@ from lit_opd.rollout import (
     Verifier,
     build_engine,
     build_source,
+    check_gap,
+    gap_sums,
     rollout_sums,
     split_updates,
     training_law,
 )
 from lit_opd.teachers import LocalScorer, Scorer, build_scorers, check_gives, own_scorer
-from lit_opd.types import Need, PromptBatch, ScoredRollout
+from lit_opd.types import Need, PromptBatch, Rollout, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
@@ -130,7 +132,7 @@ class DistillationModule(AcrossProcesses):
         self.examples: list[Example] = []
         self.seen: list[Seen] = []
         self.measured_at: int | None = None
-        self.judged = "student"
+        self.judged, self.proved = "student", False
 
     @classmethod
     def from_config(cls, config: Config) -> DistillationModule:
@@ -189,6 +191,7 @@ class DistillationModule(AcrossProcesses):
         """Sample, score, estimate and step."""
         watch = Stopwatch(self.device)
         rollout = self.distiller.sample(batch)
+        self.prove(rollout)
         watch.lap("rollout_s")
         updates = [self.distiller.score(rollout, rows, self.progress) for rows in self.split(batch)]
         watch.lap("teacher_s")
@@ -198,6 +201,13 @@ class DistillationModule(AcrossProcesses):
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout))
         self.log_dict(self.at_step(step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))), batch_size=1)
+
+    def prove(self, rollout: Rollout) -> None:
+        """Compare what the engine recorded with the student's own log-probabilities, before the first update."""
+        if not self.proved:
+            sums = self.total(gap_sums(self.student, rollout, self.distiller.head_rows))
+            check_gap(self.student, self.engine, **sums)
+            self.proved = True
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Divide the rows of the rollout among the optimizer updates."""

@@ -74,7 +74,7 @@ def test_compute_dtypes(
     spy_on_heads(student, teacher, seen, monkeypatch)
     # What is tried out beforehand, in the dtype of the weights, is not what is measured.
     monkeypatch.setattr(forward, "disagreement", lambda model, way: None)
-    monkeypatch.setattr(local, "check_cache", lambda policy: None)
+    monkeypatch.setattr(local, "reads_together", lambda policy: True)
     record = fit(module, precision=precision, limit_val_batches=1)
     assert seen["sample"] == seen["train"] == seen["student head"] == {student_dtype}
     assert seen["teacher"] == seen["teacher head"] == {teacher_dtype}

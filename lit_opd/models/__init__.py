@@ -3,6 +3,7 @@
 `Pair` checks what the user named and loads it. Scorers, rollout engines and yardsticks run what it loaded.
 """
 
+from lit_opd.models.context import context_length
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
@@ -21,6 +22,7 @@ __all__ = [
     "load_student",
     "load_tokenizer",
     "measure_yardsticks",
+    "context_length",
     "read_model_config",
     "shared_vocabulary",
     "token_ids",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lit_opd.errors import UserError
 from lit_opd.functional import Head, compute_dtype, upcast
 from lit_opd.models.llama import has_hooks, is_tied, llama_hidden, tied_embedding, unlike_llama
 from lit_opd.models.packed_attention import packed_layers, unsupported
@@ -24,9 +25,21 @@ from lit_opd.types import Rollout
 if TYPE_CHECKING:
     from lit_opd.models.language_model import LanguageModel
 
-__all__ = ["Forward", "LlamaForward", "PackedForward", "PaddedForward", "choose_forward", "circumstances", "distance"]
+__all__ = [
+    "FAILURES",
+    "Forward",
+    "LlamaForward",
+    "PackedForward",
+    "PaddedForward",
+    "choose_forward",
+    "circumstances",
+    "distance",
+]
 
 _log = logging.getLogger(__name__)
+
+# The errors that the bodies of transformers raise when they are tried out with inputs that they do not take.
+FAILURES = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class Forward(Protocol):
@@ -44,6 +57,10 @@ class Forward(Protocol):
         """Read a rollout, as `LanguageModel.hidden` says."""
         ...
 
+    def read(self, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
+        """Read rows of token ids together, and return the hidden states [L, H] of each."""
+        ...
+
 
 class PaddedForward:
     """The way that any body runs: every row padded to the longest, and nothing shared."""
@@ -52,13 +69,28 @@ class PaddedForward:
         self.reason = reason
 
     def hidden(self, model: LanguageModel, rollout: Rollout) -> tuple[Tensor, Head]:
-        """See `Forward.hidden`."""
+        """See `Forward.hidden`.
+
+        Rows begin at the first column and padding comes last: a recurrent state, or a position that a body counts by
+        column, would otherwise depend on the padding before a row, which is that of its longest neighbour.
+        """
         ids_BL = torch.cat([rollout.prompts.ids_BP, rollout.ids_BT], dim=1)[:, :-1]
         mask_BL = torch.cat([rollout.prompts.mask_BP, rollout.real_BT], dim=1)[:, :-1]
+        start_B1 = mask_BL.long().argmax(1, keepdim=True)
+        columns_L = torch.arange(int(mask_BL.sum(1).amax()), device=ids_BL.device)
+        from_BL = (start_B1 + columns_L).clamp(max=ids_BL.shape[1] - 1)
+        real_BL = columns_L < mask_BL.sum(1, keepdim=True)
         with model.precision():
-            hidden_BLH = model.run_body(ids_BL, mask_BL).last_hidden_state
-        start = rollout.prompts.ids_BP.shape[1] - 1
-        return hidden_BLH[:, start:][rollout.mask_BT], model.head
+            hidden_BLH = model.run_body(ids_BL.gather(1, from_BL), real_BL).last_hidden_state
+        row_N, place_N = rollout.mask_BT.nonzero(as_tuple=True)
+        return hidden_BLH[row_N, rollout.prompts.ids_BP.shape[1] - 1 + place_N - start_B1[row_N, 0]], model.head
+
+    def read(self, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
+        """See `Forward.read`."""
+        real_BL = torch.arange(max(map(len, rows))) < torch.tensor([[len(row)] for row in rows])
+        ids_BL = torch.zeros(real_BL.shape, dtype=torch.long).masked_scatter_(real_BL, torch.tensor(sum(rows, [])))
+        hidden_BLH = model.run_body(ids_BL.to(model.device), real_BL.to(model.device)).last_hidden_state
+        return [hidden_LH[: len(row)] for hidden_LH, row in zip(hidden_BLH, rows, strict=True)]
 
 
 class PackedForward:
@@ -71,6 +103,10 @@ class PackedForward:
         """See `Forward.hidden`."""
         layout, predictors_N = layout_of(rollout)
         return gather_rows(self.packed(model, layout), predictors_N), model.head
+
+    def read(self, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
+        """See `Forward.read`."""
+        return _read_packed(self, model, rows)
 
     def packed(self, model: LanguageModel, layout: Layout) -> Tensor:
         """Compute hidden states [N, H] of the tokens of a layout."""
@@ -96,6 +132,10 @@ class LlamaForward:
         head = replace(model.head, weight_VH=table[: model.vocabulary])
         return gather_rows(self.packed(model, layout, embedded_NH), predictors_N), head
 
+    def read(self, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
+        """See `Forward.read`."""
+        return _read_packed(self, model, rows)
+
     def packed(self, model: LanguageModel, layout: Layout, embedded_NH: Tensor | None = None) -> Tensor:
         """Compute hidden states [N, H] of the tokens of a layout, which may be embedded already."""
         with model.precision():
@@ -109,11 +149,15 @@ def circumstances(body: Any) -> Hashable:
 
 
 def choose_forward(model: LanguageModel) -> Forward:
-    """Choose the fastest way that gives a body's own hidden states, and warn where rows must be padded."""
+    """Choose the fastest way that gives a body's own hidden states, and warn where rows must be padded.
+
+    Raises:
+        UserError: the body reads a row otherwise when other rows stand beside it.
+    """
     body = model.body
     # Checkpointed layers run again in the backward pass, when `packed_layers` has put their own attention back.
     if _recomputes(body):
-        return PaddedForward("its layers run again in the backward pass (gradient checkpointing)")
+        return _padded(model, "its layers run again in the backward pass (gradient checkpointing)")
     unlike = unlike_llama(body)
     llama = LlamaForward("it is built like Llama")
     unlike = unlike or disagreement(model, llama)
@@ -124,28 +168,43 @@ def choose_forward(model: LanguageModel) -> Forward:
     if reason is None:
         return packed
     _log.warning("The %s (%s) runs padded, and shares no prompts: %s.", model.key, type(body).__name__, reason)
-    return PaddedForward(reason)
+    return _padded(model, reason)
+
+
+def _padded(model: LanguageModel, reason: str) -> PaddedForward:
+    padded = PaddedForward(reason)
+    if (found := disagreement(model, padded)) is not None:
+        expected = "a model that reads a row alike alone and beside longer rows"
+        remedy = "Name another model: what it says of a token depends on the rest of the batch."
+        raise UserError(f"{model.key}.path", expected, f"{type(model.body).__name__}: {found}", remedy)
+    return padded
 
 
 @torch.no_grad()
-def disagreement(model: LanguageModel, forward: LlamaForward | PackedForward) -> str | None:
-    """Say how hidden states of packed rows differ from those of each row alone, None where only by rounding."""
+def disagreement(model: LanguageModel, forward: Forward) -> str | None:
+    """Say how hidden states of rows read together differ from those of each alone, None where only by rounding."""
     # Rows of unequal lengths that share a beginning, the longest longer than the attention window of a small model.
     ids = [i % model.vocabulary for i in range(24)]
     rows = [ids, ids[:20] + ids[:2], ids[3:9]]
     with model.evaluating(), torch.autocast(model.device.type, enabled=False):
-        layout, paths = pack(rows, model.device)
         try:
-            packed_NH = upcast(forward.packed(model, layout))
-        except (NotImplementedError, TypeError) as error:
-            return str(error)
-        for row, path in zip(rows, paths, strict=True):
+            together = [upcast(found_LH) for found_LH in forward.read(model, rows)]
+        except FAILURES as error:
+            return str(error) if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {error}"
+        for row, found_LH in zip(rows, together, strict=True):
             row_1L = torch.tensor([row], device=model.device)
             own_LH = upcast(model.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool)).last_hidden_state[0])
-            off = distance(packed_NH[path], own_LH, exact=packed_NH.dtype == model.output_layer.weight.dtype)
+            exact = not model.is_quantised and found_LH.dtype == model.output_layer.weight.dtype
+            off = distance(found_LH, own_LH, exact)
             if off is not None:
-                return f"its packed hidden states are off by {off:.2g}"
+                return f"its hidden states of rows read together are off by {off:.2g}"
     return None
+
+
+def _read_packed(forward: PackedForward | LlamaForward, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
+    layout, paths = pack(rows, model.device)
+    packed_NH = forward.packed(model, layout)
+    return [packed_NH[path] for path in paths]
 
 
 def distance(found: Tensor, expected: Tensor, exact: bool) -> float | None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
 from lit_opd.functional.precision import upcast
-from lit_opd.models.forward import Forward, PaddedForward, choose_forward, circumstances
+from lit_opd.models.context import steady_length
+from lit_opd.models.forward import FAILURES, Forward, PaddedForward, choose_forward, circumstances
 from lit_opd.types import Rollout
 
 __all__ = ["LanguageModel"]
@@ -68,13 +69,16 @@ class LanguageModel:
         self._forwards: dict[Hashable, Forward] = {}
         causal_lm: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.causal_lm = causal_lm
-        self.body: Any = causal_lm.base_model
+        # transformers' Llama4ForCausalLM names a prefix that it does not have, and is then its own base model.
+        own = causal_lm.base_model is causal_lm
+        self.body: Any = getattr(causal_lm, "model", causal_lm) if own else causal_lm.base_model
         self.config: Any = causal_lm.config
         takes = inspect.signature(self.body.forward).parameters
         self.takes_positions = "position_ids" in takes
         # transformers 5.24 renamed `past_key_values` to `cache`: there the old name warns, in 5.40 it is gone.
         self.cache_name = next((name for name in ("cache", "past_key_values") if name in takes), None)
         self.vocabulary = self.output_layer.weight.shape[0]
+        self._steady_length = steady_length(self.config.get_text_config())
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +118,7 @@ class LanguageModel:
         if self._place.offload:
             self._place.device = device
             self._park()
-        elif not getattr(self.causal_lm, "quantization_method", None):
+        elif not self.is_quantised:
             self.model.to(device)
         return self
 
@@ -123,6 +127,11 @@ class LanguageModel:
         bias = getattr(layer, "bias", None)
         self._place.head = (layer.weight.detach().to(device), None if bias is None else bias.detach().to(device))
         self.model.to("cpu")
+
+    @property
+    def is_quantised(self) -> bool:
+        """True where weights are quantised. In 8 bits the activations of a batch are rounded together."""
+        return bool(getattr(self.causal_lm, "quantization_method", None))
 
     @property
     def stop_ids(self) -> list[int]:
@@ -238,8 +247,24 @@ class LanguageModel:
             [N, H] hidden states that predict each counted token, row by row, in the dtype the body ran in, and the
             head to use with them. Where weights are tied that is not `head`, so that both gradients add up in place.
         """
+        self.check_length(rollout.prompts.ids_BP.shape[1] + rollout.ids_BT.shape[1])
         forward = self.forward if rollout.mask_BT.any() else PaddedForward("nothing is counted")
         return forward.hidden(self, rollout)
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse rows so long that the model's rotary frequencies depend on the longest of a batch.
+
+        Args:
+            tokens: of the longest prompt and completion together.
+
+        Raises:
+            UserError: naming the longest row for which they do not.
+        """
+        if self._steady_length is not None and tokens > self._steady_length:
+            expected = f"prompt and completion of at most {self._steady_length} tokens, for in longer rows the rotary "
+            expected += f"frequencies of {self.key}.path depend on the longest row of a batch"
+            remedy = "Lower it or data.max_prompt_tokens, or name a model whose rope_type is static (yarn, llama3)."
+            raise UserError("rollout.max_new_tokens", expected, f"rows of up to {tokens}", remedy)
 
     @torch.no_grad()
     def check_head(self) -> None:
@@ -251,11 +276,14 @@ class LanguageModel:
         # Any tokens show whether the two paths agree.
         ids_BL = torch.arange(min(4, self.vocabulary), device=self.device)[None]
         mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-        with self.evaluating(), torch.autocast(self.device.type, enabled=False):
-            own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[0])
-            rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.untempered().head)
+        expected = "a model whose logits are a projection of its last hidden states"
+        kind, remedy = type(self.causal_lm).__name__, "This architecture is not supported yet."
+        try:
+            with self.evaluating(), torch.autocast(self.device.type, enabled=False):
+                own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[0])
+                rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.untempered().head)
+        except FAILURES as failure:
+            raise UserError(f"{self.key}.path", expected, f"{kind}: {failure}", remedy) from failure
         error = (own[:, : self.vocabulary] - rebuilt).abs().max().item() / max(own.abs().max().item(), 1e-6)
         if not error < 0.02:  # both are the same products, rounded to bf16 at different places
-            found = f"{type(self.causal_lm).__name__}, off by {error:.2g}"
-            expected = "a model whose logits are a projection of its last hidden states"
-            raise UserError(f"{self.key}.path", expected, found, "This architecture is not supported yet.")
+            raise UserError(f"{self.key}.path", expected, f"{kind}, off by {error:.2g}", remedy)

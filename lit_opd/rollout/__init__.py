@@ -9,6 +9,7 @@ from lit_opd.rollout.engine import RolloutEngine, build_engine
 from lit_opd.rollout.judging import Verifier, completion_texts, judge
 from lit_opd.rollout.law import training_law
 from lit_opd.rollout.local import LocalEngine
+from lit_opd.rollout.proof import check_gap, gap_sums
 from lit_opd.rollout.sources import Mixed, RolloutSource, Sampled, Written, build_source
 from lit_opd.rollout.statistics import rollout_sums
 from lit_opd.rollout.vllm import VllmEngine
@@ -26,7 +27,9 @@ __all__ = [
     "Written",
     "build_engine",
     "build_source",
+    "check_gap",
     "completion_texts",
+    "gap_sums",
     "judge",
     "micro_batches",
     "rollout_sums",

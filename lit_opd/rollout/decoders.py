@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_opd.errors import UserError
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
-from lit_opd.models.forward import distance
+from lit_opd.models.forward import FAILURES, distance
 from lit_opd.types import PromptBatch, Prompts
 
-__all__ = ["CacheDecoder", "Decoder", "check_cache", "probe"]
+__all__ = ["CacheDecoder", "Decoder", "probe", "reads_together"]
 
 _ATTENTION_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
@@ -47,93 +48,140 @@ class Decoder(Protocol):
         ...
 
 
+@dataclass
+class _Part:
+    """Rows that are read together.
+
+    Attributes:
+        rows_R: their places in the batch.
+        seen_RL: True at real tokens of what was read so far.
+        cache: the model's own, of what was read so far.
+    """
+
+    rows_R: Tensor
+    seen_RL: Tensor
+    cache: Any = None
+
+    @property
+    def only_attends(self) -> bool:
+        """True where the cache holds nothing but keys and values by position."""
+        # A class of the model's own, such as MiniMaxCache, keeps recurrent states beside its layers.
+        return type(self.cache) is DynamicCache and {type(layer) for layer in self.cache.layers} <= _ATTENTION_LAYERS
+
+
 class CacheDecoder:
     """A decoder for any model that Hugging Face generates with, over the cache that the model makes for itself.
+
+    Args:
+        policy: the model.
+        together: read all prompts at once, padded on the left. Otherwise only prompts of one length are read together,
+            and no padding enters the model, which recurrent states and positions counted by column would keep.
 
     Raises:
         UserError: the model takes no cache, or gives none back.
     """
 
-    def __init__(self, policy: LanguageModel) -> None:
+    def __init__(self, policy: LanguageModel, together: bool = True) -> None:
         if policy.cache_name is None:
             raise _refusal(policy, "takes no cache")
-        self.policy, self._cache_name = policy, policy.cache_name
-        self._cache: Any = None
+        self.policy, self.together, self._cache_name = policy, together, policy.cache_name
+        self._parts: list[_Part] = []
 
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """See `Decoder.prefill`."""
-        (ids_BP, self._seen_BL), self._cache = batch.prompts, None
-        hidden_BH = self._read(ids_BP)
-        if num_completions == 1:
-            return hidden_BH
-        self._seen_BL = self._seen_BL.repeat_interleave(num_completions, dim=0)
-        if not self.only_attends:  # a recurrent state cannot be repeated for several rows, so each reads its prompt
-            self._cache = None
-            return self._read(ids_BP.repeat_interleave(num_completions, dim=0))
-        self._cache.batch_repeat_interleave(num_completions)
-        return hidden_BH.repeat_interleave(num_completions, dim=0)
+        lengths_B = batch.prompts.mask_BP.sum(1)
+        group_B = torch.zeros_like(lengths_B) if self.together else lengths_B
+        groups = [torch.nonzero(group_B == group).flatten() for group in group_B.unique()]
+        hidden = [self._prefill(batch.prompts.rows(index), index, num_completions) for index in groups]
+        return self._in_order(hidden)
+
+    def _prefill(self, prompts: Prompts, index: Tensor, count: int) -> Tensor:
+        rows_R = (index[:, None] * count + torch.arange(count, device=index.device)).flatten()
+        part = _Part(rows_R, prompts.mask_BP)
+        self._parts = [*self._parts, part]
+        hidden_RH = self._read(part, prompts.ids_BP)
+        if count == 1:
+            return hidden_RH
+        part.seen_RL = part.seen_RL.repeat_interleave(count, dim=0)
+        if not part.only_attends:  # a recurrent state cannot be repeated for several rows, so each reads its prompt
+            part.cache = None
+            return self._read(part, prompts.ids_BP.repeat_interleave(count, dim=0))
+        part.cache.batch_repeat_interleave(count)
+        return hidden_RH.repeat_interleave(count, dim=0)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """See `Decoder.step`."""
-        self._seen_BL = torch.nn.functional.pad(self._seen_BL, (0, 1), value=True)
-        return self._read(ids_B[:, None])
+        hidden = []
+        for part in self._parts:
+            part.seen_RL = torch.nn.functional.pad(part.seen_RL, (0, 1), value=True)
+            hidden.append(self._read(part, ids_B[part.rows_R, None]))
+        return self._in_order(hidden)
 
     def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`. Rows cannot be selected from states of other layers than attention."""
-        if not self.only_attends:
+        if len(self._parts) > 1 or not self._parts[0].only_attends:
             return False
-        self._cache.batch_select_indices(index)
-        self._seen_BL = self._seen_BL[index]
+        (part,) = self._parts
+        part.cache.batch_select_indices(index)
+        part.rows_R, part.seen_RL = torch.arange(len(index), device=index.device), part.seen_RL[index]
         return True
 
-    @property
-    def only_attends(self) -> bool:
-        """True where the cache, once prompts were read, holds nothing but keys and values by position."""
-        return {type(layer) for layer in getattr(self._cache, "layers", [None])} <= _ATTENTION_LAYERS
+    def _in_order(self, hidden: list[Tensor]) -> Tensor:
+        rows_B = torch.cat([part.rows_R for part in self._parts])
+        return torch.cat(hidden)[rows_B.argsort()]
 
-    def _read(self, ids_BL: Tensor) -> Tensor:
+    def _read(self, part: _Part, ids_RL: Tensor) -> Tensor:
         # transformers' bodies without attention multiply new inputs by the mask, which must then hold these alone.
-        layers = getattr(self._cache, "layers", [])
+        layers = getattr(part.cache, "layers", [])
         recurs = bool(layers) and not any(isinstance(layer, DynamicLayer) for layer in layers)
-        mask_BL = self._seen_BL[:, -ids_BL.shape[1] :] if recurs else self._seen_BL
-        output = self.policy.run_body(ids_BL, mask_BL, self._cache, use_cache=True)
-        self._cache = getattr(output, self._cache_name)
-        if self._cache is None:
+        mask_RL = part.seen_RL[:, -ids_RL.shape[1] :] if recurs else part.seen_RL
+        output = self.policy.run_body(ids_RL, mask_RL, part.cache, use_cache=True)
+        part.cache = getattr(output, self._cache_name, None)
+        if part.cache is None:
             raise _refusal(self.policy, "gives no cache back")
         return output.last_hidden_state[:, -1]
 
 
 def probe(policy: LanguageModel) -> tuple[PromptBatch, Tensor]:
-    """Make two prompts of different lengths, and the next token [4] of two rows each, to compare decoders on."""
+    """Make two prompts of unequal lengths, and the next tokens [4, 2] of two rows each, to compare decoders on."""
     ids_BP = torch.arange(12, device=policy.device).view(2, 6) % policy.vocabulary
     mask_BP = torch.tensor([[False, False, True, True, True, True], [True] * 6], device=policy.device)
-    return PromptBatch(Prompts(ids_BP, mask_BP), rows=[{}, {}], batch=0, places=[0, 1]), ids_BP[0, :4]
+    next_B2 = torch.arange(8, device=policy.device).view(4, 2) % policy.vocabulary
+    return PromptBatch(Prompts(ids_BP, mask_BP), rows=[{}, {}], batch=0, places=[0, 1]), next_B2
 
 
-def check_cache(policy: LanguageModel) -> None:
-    """Compare a few tokens, decoded over the model's own cache, with a plain forward pass of each row.
+def reads_together(policy: LanguageModel) -> bool:
+    """Say whether prompts of unequal lengths may be decoded in one batch, padded on the left.
 
-    A cache of keys and values alone is trusted. A recurrent state also reads the padding of its row, unless the model
-    masks it.
+    A few tokens, decoded over the model's own cache, are compared with a plain forward pass of each row.
 
     Raises:
-        UserError: they differ, or there is no cache.
+        UserError: no way to decode gives what the plain forward pass gives, or there is no cache.
     """
-    decoder, (batch, next_B) = CacheDecoder(policy), probe(policy)
+    for together in (True, False):
+        decoder = CacheDecoder(policy, together)
+        try:
+            off = _off(policy, decoder)
+        except FAILURES as error:
+            raise _refusal(policy, f"fails over its cache ({type(error).__name__}: {error})") from error
+        if off is None:
+            return together
+    raise _refusal(policy, f"is off by {off:.2g} over its cache")
+
+
+def _off(policy: LanguageModel, decoder: CacheDecoder) -> float | None:
+    batch, next_B2 = probe(policy)
     ids_BP, mask_BP = batch.prompts
     with torch.autocast(policy.device.type, enabled=False):
-        states = [decoder.prefill(batch, 2, 1)]
-        if decoder.only_attends:
-            return
-        states.append(decoder.step(next_B))
-        found_B2H = upcast(torch.stack(states, dim=1))
-        for row, found_2H in enumerate(found_B2H):
-            row_1L = torch.cat([ids_BP[row // 2][mask_BP[row // 2]], next_B[row : row + 1]])[None]
+        states = [decoder.prefill(batch, 2, 2), *(decoder.step(next_B) for next_B in next_B2.T)]
+        for row, found_3H in enumerate(upcast(torch.stack(states, dim=1))):
+            row_1L = torch.cat([ids_BP[row // 2][mask_BP[row // 2]], next_B2[row]])[None]
             own = policy.run_body(row_1L, torch.ones_like(row_1L, dtype=torch.bool))
-            own_2H = upcast(own.last_hidden_state[0, -2:])
-            off = distance(found_2H, own_2H, exact=states[0].dtype == own_2H.dtype)
+            own_3H = upcast(own.last_hidden_state[0, -3:])
+            off = distance(found_3H, own_3H, exact=not policy.is_quantised and states[0].dtype == own_3H.dtype)
             if off is not None:
-                raise _refusal(policy, f"is off by {off:.2g} over its cache")
+                return off
+    return None
 
 
 def _refusal(policy: LanguageModel, why: str) -> UserError:

@@ -7,7 +7,7 @@ that the model allows.
 from __future__ import annotations
 
 import logging
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
 from lit_opd.models.forward import distance
-from lit_opd.rollout.decoders import CacheDecoder, Decoder, check_cache, probe
+from lit_opd.rollout.decoders import CacheDecoder, Decoder, probe, reads_together
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
 from lit_opd.rollout.products import make_product
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
@@ -37,13 +37,14 @@ class LocalEngine:
 
     def __init__(self) -> None:
         self._disagreements: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-        self._checked: WeakSet[nn.Module] = WeakSet()
+        self._together: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
     @torch.no_grad()
     def sample(
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
     ) -> Rollout:
         """Complete every prompt, as `RolloutEngine.sample` says, reading each once for all its completions."""
+        policy.check_length(batch.prompts.ids_BP.shape[1] + uniforms_BT.shape[1])
         # Without dropout, for the recorded log-probabilities are those of the whole model.
         with policy.evaluating(), policy.precision(cache_casts=True):
             decoder = self.decoder(policy, len(uniforms_BT))
@@ -65,19 +66,18 @@ class LocalEngine:
             reason = self._disagreements[policy.model]
         if reason is None:
             return FusedDecoder(policy, rows)
-        if policy.model not in self._checked:
-            check_cache(policy)
-            self._checked.add(policy.model)
-        return CacheDecoder(policy)
+        if policy.model not in self._together:
+            self._together[policy.model] = reads_together(policy)
+        return CacheDecoder(policy, self._together[policy.model])
 
 
 def _disagreement(policy: LanguageModel) -> str | None:
     """Say how the two decoders differ on a few tokens, None where only by rounding."""
-    batch, next_B = probe(policy)
+    batch, next_B2 = probe(policy)
     with torch.autocast(policy.device.type, enabled=False):
         fused, cached = FusedDecoder(policy, 4), CacheDecoder(policy)
         pairs = [(fused.prefill(batch, 2, 1), cached.prefill(batch, 2, 1))]
-        pairs.append((fused.step(next_B), cached.step(next_B)))
+        pairs.append((fused.step(next_B2[:, 0]), cached.step(next_B2[:, 0])))
     found, expected = (upcast(torch.cat(parts)) for parts in zip(*pairs, strict=True))
     off = distance(found, expected, exact=policy.head.weight_VH.dtype == expected.dtype)
     return None if off is None else f"its hidden states would be off by {off:.2g}"

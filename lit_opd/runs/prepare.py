@@ -16,7 +16,7 @@ from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
-from lit_opd.models import load_tokenizer, read_model_config, token_ids
+from lit_opd.models import context_length, load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.types import Need
 
@@ -128,4 +128,4 @@ def _folders(config: Config, estimator: BoundEstimator) -> dict[str, Any]:
 def _context_length(section: Any, key: str) -> int | None:
     found = read_model_config(section, key).get_text_config()
     check_weight_files(section, key)
-    return getattr(found, "max_position_embeddings", None)
+    return context_length(found)

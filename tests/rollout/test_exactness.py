@@ -18,6 +18,7 @@ from transformers.models.lfm2.modeling_lfm2 import Lfm2Model
 from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, uniforms
+from lit_opd.rollout.decoders import reads_together
 from lit_opd.types import FinishReason, SamplingLaw
 
 GREEDY, LENGTH = SamplingLaw(temperature=0.0), 16
@@ -160,13 +161,40 @@ def without_cache(forward):
     return run
 
 
-def test_a_recurrent_state_that_saw_padding_is_refused(tiny_tokenizer, make_batch):
-    """A convolution that takes the padding before a prompt for a part of it."""
-    model = build("lfm2", 0)
+def wrap_convolution(model, change):
+    """Changes what the first layer's convolution is given, by name."""
     convolution = model.model.layers[0].conv
     inner = convolution.forward
-    convolution.forward = lambda *args, **kwargs: inner(*args, **(kwargs | {"attention_mask": None}))
+    convolution.forward = lambda *args, **kwargs: inner(*args, **kwargs | change)
+
+
+def test_a_recurrent_state_that_would_read_padding_gets_none(tiny_tokenizer, make_batch):
+    """A convolution that takes the padding before a prompt for a part of it."""
+    model = build("lfm2", 0)
+    wrap_convolution(model, {"attention_mask": None})
+    policy = LanguageModel(model, tiny_tokenizer, "student")
+    assert not reads_together(policy)
+    check_logps(policy, make_batch(), count=3, temperature=0.8)
+    check_rows(policy, make_batch, count=2)
+
+
+def test_a_recurrent_state_that_forgets_is_refused(tiny_tokenizer, make_batch):
+    """A convolution that is given no cache begins anew at every token."""
+    model = build("lfm2", 0)
+    name = LanguageModel(model, tiny_tokenizer, "student").cache_name
+    wrap_convolution(model, {name: None})
     with pytest.raises(UserError, match=r"student.path: .* found Lfm2Model, which is off by 0\.\d+ over its cache"):
+        sample(LanguageModel(model, tiny_tokenizer, "student"), make_batch(), SamplingLaw())
+
+
+def test_a_model_that_fails_over_its_cache_is_refused(tiny_tokenizer, make_batch, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("The size of tensor a (38) must match")
+
+    model = build("lfm2", 0)
+    monkeypatch.setattr(model.model.layers[0].conv, "forward", fail)
+    found = r"found Lfm2Model, which fails over its cache \(RuntimeError: The size of tensor a \(38\) must match\)"
+    with pytest.raises(UserError, match=found):
         sample(LanguageModel(model, tiny_tokenizer, "student"), make_batch(), SamplingLaw())
 
 
