@@ -16,6 +16,7 @@ from torch import nn
 from lit_opd.config import StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.models.adapters import add_lora, begun_names, make_lora_config, rehearse_lora
+from lit_opd.models.dropout import compute_layers_twice
 from lit_opd.models.language_model import LanguageModel
 
 __all__ = ["frozen_names", "load_frozen", "load_student", "load_tokenizer", "read_model_config", "refuse_quantised"]
@@ -73,8 +74,7 @@ def load_student(config: StudentConfig, tokenizer: Any = None) -> LanguageModel:
     if lora is not None:
         model = add_lora(model, lora)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        compute_layers_twice(model)
     student = LanguageModel(model, tokenizer, "student")
     student.check_head()
     return student
