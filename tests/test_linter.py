@@ -117,7 +117,7 @@ def facts_of(config, estimator, masked_ids=(), stop_ids=()):
     estimator = estimators.build(estimator) if isinstance(estimator, str) else estimator
     masked_tokens, temperature = config.estimator.masked_tokens, config.teacher.temperature
     ids = frozenset(masked_ids), frozenset(stop_ids)
-    return Facts(estimator, config.rollout, config.optim, temperature, masked_tokens, *ids)
+    return Facts(estimator, config.rollout, config.optim, temperature, masked_tokens, *ids, config.student)
 
 
 def judged(estimator, masked_ids=(), stop_ids=(), **keys):
@@ -143,6 +143,11 @@ FIRES = [
     ("sampler_is_not_student", "warn", "importance_reverse_kl", {"rollout__top_p": 0.9, "rollout__temperature": 0.7}),
     ("sampler_is_not_student", "warn", "token", {"rollout__min_new_tokens": 3}),
     ("teacher_temperature", "warn", "full_vocab", {"teacher__temperature": 2.0}),
+    ("dropout_in_training", "refuse", "token", {"student__dropout": "keep"}),
+    ("dropout_in_training", "refuse", "full_vocab", {"student__dropout": "keep"}),
+    ("dropout_in_training", "refuse", mix(ppo_reverse_kl=1.0, hybrid=0.5), {"student__dropout": "keep"}),
+    ("dropout_in_training", "warn", "teacher_topk", {"student__dropout": "keep"}),
+    ("dropout_in_training", "warn", "token", {"student__lora": "{r: 2, lora_dropout: 0.1}"}),
     ("stale_updates", "refuse", "token", {"optim__updates_per_rollout": 2}),
     ("stale_updates", "refuse", mix(importance_reverse_kl=1.0, hybrid=0.5), {"optim__updates_per_rollout": 2}),
     ("no_stop_signal", "refuse", "full_vocab", {"masked_ids": (7, STOP), "stop_ids": (STOP,), **MASKED}),
@@ -168,6 +173,8 @@ PASSES = [
                                               "rollout__min_new_tokens": 3}),
     ("sampler_is_not_student", "importance_reverse_kl", {"rollout__temperature": 0.7}),
     ("sampler_is_not_student", "token", {"rollout__temperature": 0, "rollout__top_p": 0.9}),
+    ("dropout_in_training", "token", {}),
+    ("dropout_in_training", "token", {"student__lora": "{r: 2, lora_dropout: 0.0}"}),
     ("teacher_temperature", "full_vocab", {"rollout__temperature": 2.0}),
     ("stale_updates", "token", {}),
     ("stale_updates", "teacher_topk", {"optim__updates_per_rollout": 2}),
@@ -270,6 +277,7 @@ REFUSALS = {
     "renormalised_over_one_token": ("estimator.kwargs.k", "1.", "identity I14", "Set estimator.kwargs.k=16"),
     "whitened_advantage": ("estimator.name", "'standardised'", "unit variance over a batch", "standard deviation"),
     "sampler_is_not_student": ("rollout.temperature", "0.7", "1 for 'token'", f"rollout.temperature=1{CORRECTED}"),
+    "dropout_in_training": ("student.dropout", "keep", "none for 'token'", "Set student.dropout=none"),
     "stale_updates": ("optim.updates_per_rollout", "2", "arXiv:2606.24143", f"optim.updates_per_rollout=1{CORRECTED}"),
     "no_stop_signal": ("estimator.masked_tokens", "all of them, [2]", "arXiv:2603.25562", "Take the stop token out"),
     "credit_across_masked_tokens": ("estimator.masked_tokens", "[7]", "none for 'careless_return'", "as 'hybrid'"),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config
-from lit_opd.models import load_student
-from lit_opd.runs.checkpoints import export_student, load_weights, read_checkpoint
+from lit_opd.models import export_student, load_student
+from lit_opd.runs.checkpoints import load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder, check_writable
 from lit_opd.runs.prepare import check_weight_files
 

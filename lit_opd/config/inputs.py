@@ -32,6 +32,8 @@ class StudentConfig(Section):
     """Run Python code that lies in the model's folder."""
     gradient_checkpointing: bool = False
     """Compute activations twice, to hold fewer of them."""
+    dropout: str = limited("none", one_of("none", "keep"))
+    """none | keep: in training, as the model's configuration says; the sampler never has any."""
     lora: dict[str, Any] | None = None
     """Keywords of peft.LoraConfig, to train adapters only; null trains all weights."""
 

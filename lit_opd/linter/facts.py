@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lit_opd.config import OptimConfig, RolloutConfig
+from lit_opd.config import OptimConfig, RolloutConfig, StudentConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.linter.probes import Probe
@@ -28,6 +28,7 @@ class Facts(NamedTuple):
         masked_tokens: as configured.
         masked_ids: the tokens that are not counted.
         stop_ids: the tokens that end a completion; empty where they are not known.
+        student: the section; None for a model in memory.
         probes: one for every term of the estimator.
     """
 
@@ -38,6 +39,7 @@ class Facts(NamedTuple):
     masked_tokens: Sequence[str | int] = ()
     masked_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
+    student: StudentConfig | None = None
     probes: tuple[Probe, ...] = ()
 
 

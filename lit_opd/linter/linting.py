@@ -47,9 +47,12 @@ def check(
     Raises:
         UserError: the first refusal that `allow` does not name.
     """
+    student = StudentConfig(path=student) if isinstance(student, str) else student
     temperature = teacher.temperature if isinstance(teacher, TeacherConfig) else 1.0
     masked_ids, stop_ids = _student_tokens(student, masked_tokens, tokenizer)
-    facts = Facts(estimator, rollout, optim, temperature, masked_tokens, frozenset(masked_ids), frozenset(stop_ids))
+    ids = frozenset(masked_ids), frozenset(stop_ids)
+    section = student if isinstance(student, StudentConfig) else None
+    facts = Facts(estimator, rollout, optim, temperature, masked_tokens, *ids, section)
     enforce(lint(facts), allow)
 
 
@@ -84,7 +87,6 @@ def enforce(findings: Sequence[Finding], allow: Collection[str] = ()) -> None:
 
 def _student_tokens(student: Any, masked_tokens: Sequence[str | int], tokenizer: Any) -> tuple[list[int], list[int]]:
     """Look up the ids of the masked tokens and of those that end a completion, or neither where nothing is masked."""
-    student = StudentConfig(path=student) if isinstance(student, str) else student
     in_memory = not isinstance(student, StudentConfig)
     if not masked_tokens or (in_memory and tokenizer is None):
         return [], []

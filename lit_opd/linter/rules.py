@@ -111,6 +111,26 @@ def sampler_is_not_student(facts: Facts) -> Finding | None:
     return None
 
 
+def dropout_in_training(facts: Facts) -> Finding | None:
+    """Refuse, or warn of, dropout that only the student that trains has, and tell where none is left in adapters."""
+    student = facts.student
+    if student is not None and student.dropout == "keep":
+        name = next(iter(_uncorrected(facts) or _unbiased(facts)), "")
+        return Finding(
+            "dropout_in_training", "refuse" if name else "warn", "student.dropout", "keep",
+            f"none{f' for {name!r}' if name else ''}: the sampler has no dropout, so that another student trains than "
+            "the one that sampled (.1 moved the log-probability of a token by .15 to .30 nats), and its gradient is "
+            "noisier", "Set student.dropout=none.",
+        )  # fmt: skip
+    if student is not None and (student.lora or {}).get("lora_dropout"):
+        return Finding(
+            "dropout_in_training", "warn", "student.lora.lora_dropout", str((student.lora or {})["lora_dropout"]),
+            "0: student.dropout=none leaves out all dropout, that of adapters too",
+            "Leave it out, or set student.dropout=keep.",
+        )  # fmt: skip
+    return None
+
+
 def teacher_temperature(facts: Facts) -> Finding | None:
     """Warn of a target that is not the teacher that evaluations measure."""
     temperature = facts.teacher_temperature
@@ -217,6 +237,7 @@ RULES: tuple[Rule, ...] = (
     one_completion,
     no_demonstrations,
     credit_across_masked_tokens,
+    dropout_in_training,
     teacher_temperature,
     no_gradient,
     unprobed,
@@ -243,6 +264,11 @@ def _uncorrected(facts: Facts) -> list[str]:
         return []
     specs = [term.estimator.spec for term in facts.estimator.terms]
     return [spec.name for spec in specs if spec.on_policy and not spec.corrects]
+
+
+def _unbiased(facts: Facts) -> list[str]:
+    """Name the terms that promise the exact gradient of their target."""
+    return [term.estimator.spec.name for term in facts.estimator.terms if term.estimator.contract.unbiased]
 
 
 def _or_corrected() -> str:

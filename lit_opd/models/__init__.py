@@ -4,6 +4,7 @@
 """
 
 from lit_opd.models.context import context_length
+from lit_opd.models.exporting import export_student
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
@@ -17,6 +18,7 @@ __all__ = [
     "Reference",
     "Student",
     "Teacher",
+    "export_student",
     "frozen_names",
     "load_frozen",
     "load_student",

@@ -15,9 +15,11 @@ from torch import nn
 
 from lit_opd.config import StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
+from lit_opd.models.adapters import add_lora, begun_names, make_lora_config, rehearse_lora
+from lit_opd.models.dropout import compute_layers_twice
 from lit_opd.models.language_model import LanguageModel
 
-__all__ = ["frozen_names", "load_frozen", "load_student", "load_tokenizer", "read_model_config"]
+__all__ = ["frozen_names", "load_frozen", "load_student", "load_tokenizer", "read_model_config", "refuse_quantised"]
 
 ModelConfig = StudentConfig | TeacherConfig
 
@@ -63,12 +65,16 @@ def load_student(config: StudentConfig, tokenizer: Any = None) -> LanguageModel:
         UserError: the folder cannot be read, or `peft` is missing or refuses the keywords.
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, "student")
+    found = read_model_config(config, "student")
+    refuse_quantised(found, "student.path")
+    lora = None if config.lora is None else make_lora_config(config.lora)
+    if lora is not None:  # before weights load: where the adapters sit, and that the output layer has none
+        LanguageModel(rehearse_lora(found, lora, config.trust_remote_code), tokenizer, "student")
     model = _load_weights(config, "student", {})
-    if config.lora is not None:
-        model = _add_lora(model, config.lora)
+    if lora is not None:
+        model = add_lora(model, lora)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        compute_layers_twice(model)
     student = LanguageModel(model, tokenizer, "student")
     student.check_head()
     return student
@@ -82,13 +88,29 @@ def load_frozen(config: TeacherConfig, tokenizer: Any = None, key: str = "teache
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, key)
     extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config, key)}
+    read_model_config(config, key)
     model = _load_weights(config, key, extra)
     return LanguageModel(model, tokenizer, key, True, config.temperature, config.offload).freeze()
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """List the names of the weights that training does not change, tied ones under each of their names."""
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    """List the weights that stay as loading makes them, tied ones under each of their names."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return frozen - begun_names(model)
+
+
+def refuse_quantised(model_config: Any, key: str) -> None:
+    """Refuse a student whose weights are quantised: they take no gradient, and adapters cannot be merged into them.
+
+    Raises:
+        UserError: they are.
+    """
+    quantised = getattr(model_config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        expected = "a student in full precision, whose weights train and take up merged adapters"
+        found = f"one quantised by {getattr(method, 'value', method) or 'bitsandbytes'}"
+        raise UserError(key, expected, found, "Name the model that was quantised, or save what its dequantize() gives.")
 
 
 def _check_path(config: ModelConfig, key: str) -> None:
@@ -111,7 +133,6 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    read_model_config(config, key)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.path, dtype=getattr(torch, config.dtype), output_loading_info=True, **_source(config), **extra
@@ -124,18 +145,12 @@ def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
     if found["missing_keys"]:  # transformers only warns, and fills them with random numbers
         lacking = f"{config.path!r} without {min(found['missing_keys'])}"
         raise UserError(f"{key}.path", "weights for all that config.json names", lacking, "Correct or replace them.")
+    if config.gguf_file is not None:
+        # The weights are dense now. What says otherwise keeps a model from moving to a device, and from being saved.
+        del model.config.quantization_config
+        for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+            vars(model).pop(mark, None)
     return model
-
-
-def _add_lora(model: Any, lora: dict[str, Any]) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise UserError("student.lora", "peft", "no such package", 'Run: pip install "lit_opd[lora]"') from error
-    try:
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
-    except (TypeError, ValueError) as error:
-        raise UserError("student.lora", "keywords of peft.LoraConfig", str(error), "Correct them.") from error
 
 
 def _quantization(config: TeacherConfig, key: str) -> Any:

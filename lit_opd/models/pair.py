@@ -15,8 +15,10 @@ from torch import nn
 from lit_opd.config import FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
+from lit_opd.models.adapters import check_adapters
+from lit_opd.models.dropout import set_dropout
 from lit_opd.models.language_model import LanguageModel
-from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config
+from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config, refuse_quantised
 from lit_opd.models.vocabulary import shared_vocabulary
 from lit_opd.types import Need
 
@@ -148,10 +150,13 @@ def _as_student(student: Any, tokenizer: Any) -> LanguageModel:
     if isinstance(student, StudentConfig):
         loaded = load_student(student, tokenizer)
     else:
+        refuse_quantised(student.config, "student")
+        if hasattr(student, "peft_config"):
+            check_adapters(student)
         loaded = LanguageModel(student, tokenizer, "student")
         loaded.check_head()
-    # transformers loads in eval mode and Lightning keeps the mode that it finds: dropout would never be on.
-    loaded.model.train()
+    # Lightning keeps the mode that it finds.
+    set_dropout(loaded.model, isinstance(student, StudentConfig) and student.dropout == "keep")
     return loaded
 
 

@@ -56,7 +56,8 @@ def gap_sums(student: LanguageModel, rollout: Rollout, rows: int) -> dict[str, T
         logps_c = law_logps(logits_cV, part.law).gather(-1, ids_N[chunk, None]).squeeze(-1)
         return logits_cV.new_zeros(()), {"logps": logps_c}
 
-    with student.present():
+    # Dropout that was asked for is no mistake. All else that sets training apart from sampling is.
+    with student.evaluating() if student.model.training else student.present():
         hidden_NH, head = student.hidden(part)
         stats = position_losses(hidden_NH, head, read, rows)[1]
     gap_N = (stats.get("logps", sampler_N) - sampler_N).abs()

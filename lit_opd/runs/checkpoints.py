@@ -1,20 +1,19 @@
-"""Read checkpoints, put their weights into a model, and export a student.
+"""Read checkpoints, and put their weights into a model.
 
 Called by `train` and `evaluate`, and by the command `export`.
 """
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lit_opd.errors import UserError
-from lit_opd.models import LanguageModel, frozen_names
+from lit_opd.models import frozen_names
 
-__all__ = ["check_weights", "export_student", "load_weights", "read_checkpoint", "read_training_state"]
+__all__ = ["check_weights", "load_weights", "read_checkpoint", "read_training_state"]
 
 # A resumed run needs these beside the weights.
 TRAINING_STATE = ("global_step", "loops", "optimizer_states", "torch_rng_state", "pytorch-lightning_version")
@@ -85,17 +84,3 @@ def load_weights(key: str, model: torch.nn.Module, path: Path) -> None:
         UserError: a damaged checkpoint, or one of another model.
     """
     model.load_state_dict(check_weights(key, model, path), strict=False)
-
-
-def export_student(student: LanguageModel, folder: Path) -> Path:
-    """Write model, tokenizer and generation config, with LoRA adapters merged into a copy of the weights.
-
-    Returns:
-        The folder.
-    """
-    model = student.model
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
-    model.save_pretrained(folder)  # type: ignore[operator]
-    student.tokenizer.save_pretrained(folder)
-    return folder

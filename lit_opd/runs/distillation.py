@@ -16,8 +16,9 @@ from lit_opd.callbacks import StepSpeed
 from lit_opd.config import Config, to_yaml
 from lit_opd.data import PromptDataModule
 from lit_opd.measures.intervals import Interval
+from lit_opd.models import export_student
 from lit_opd.module import DistillationModule
-from lit_opd.runs.checkpoints import check_weights, export_student, load_weights, read_checkpoint
+from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer
 from lit_opd.runs.prepare import prepare_data

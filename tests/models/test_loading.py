@@ -8,11 +8,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lit_opd import DistillationModule
 from lit_opd.config import PACKAGE_FOLDER, FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
-from lit_opd.models import Pair, load_frozen, load_student, load_tokenizer, read_model_config
+from lit_opd.models import Pair, export_student, load_frozen, load_student, load_tokenizer, read_model_config
 
 TINY = {"student": str(PACKAGE_FOLDER / "tiny/student"), "teacher": str(PACKAGE_FOLDER / "tiny/teacher")}
 LORA = {"r": 2, "target_modules": "all-linear", "lora_dropout": 0.0}
@@ -76,6 +77,8 @@ def test_a_gguf_teacher_is_the_model_it_was_made_from(
     pair = Pair(student, config, against_reference, tiny_tokenizer, tiny_tokenizer, FrozenConfig(dtype="float32"))
     for found in (pair.student, pair.load("reference", torch.device("cpu"))):
         torch.testing.assert_close(found.model(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
+    exported = AutoModelForCausalLM.from_pretrained(export_student(pair.student, tmp_path / "out"))
+    torch.testing.assert_close(exported(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
     fit(DistillationModule(student_path, config, teacher_tokenizer=tiny_tokenizer, **SMALL))
     with pytest.raises(UserError, match=r"teacher\.gguf_file: .*no 'other\.gguf'"):
         load_frozen(TeacherConfig(str(tmp_path), gguf_file="other.gguf"), tiny_tokenizer)
@@ -136,7 +139,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, student_path, tiny_tokenizer):
         (lambda: read_model_config(StudentConfig(str(tmp_path / "none")), "student"), r"student\.path: .*no folder"),
         (lambda: read_model_config(StudentConfig(str(tmp_path / "empty")), "student"), r"student\.path: .*\.json"),
         (lambda: load_tokenizer(TeacherConfig(str(tmp_path / "none")), "teacher"), r"teacher\.path: .*no folder"),
-        (lambda: load_student(StudentConfig(student_path, lora={"rank": 2})), r"student\.lora: .*peft"),
+        (lambda: load_student(StudentConfig(student_path, lora={"rank": 2})), r"student\.lora\.rank: .*peft"),
     ]
     for call, message in cases:
         with pytest.raises(UserError, match=message) as error:
