@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = _parse(arguments)
             parsed.run(parsed)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for mistake in error.mistakes:
+            print(f"error: {mistake}", file=sys.stderr)
         return 2
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
