@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from lit_opd.errors import RunError, UserError
+from lit_opd.plugins import calling_parts
 
 if TYPE_CHECKING:
     from lit_opd.config import Config
@@ -25,10 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the run failed, 2 a mistake of the user, 130 interrupted.
     """
     try:
-        parsed = _parse(arguments)
-        parsed.run(parsed)
+        with calling_parts():
+            parsed = _parse(arguments)
+            parsed.run(parsed)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for mistake in error.mistakes:
+            print(f"error: {mistake}", file=sys.stderr)
         return 2
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-__all__ = ["RunError", "UserError", "choose", "suggest"]
+__all__ = ["RunError", "UserError", "UserErrors", "choose", "gather", "suggest"]
 
 
 class UserError(Exception):
@@ -17,16 +18,56 @@ class UserError(Exception):
         text = f"{key}: expected {expected}, found {told}. {remedy}"
         super().__init__(" ".join(text.split()))
 
+    @property
+    def mistakes(self) -> tuple[UserError, ...]:
+        """The mistakes that it tells of, one but for `UserErrors`."""
+        return (self,)
+
+
+class UserErrors(UserError):
+    """Several mistakes at once, a line each. It has the parts of the first."""
+
+    def __init__(self, mistakes: Sequence[UserError]) -> None:
+        first = mistakes[0]
+        super().__init__(first.key, first.expected, first.found, first.remedy)
+        self.args = ("\n".join(map(str, mistakes)),)
+        self._mistakes = tuple(mistakes)
+
+    @property
+    def mistakes(self) -> tuple[UserError, ...]:
+        """The mistakes, in the order in which they were found."""
+        return self._mistakes
+
 
 class RunError(RuntimeError):
     """A run that cannot go on, though nobody made a mistake."""
 
 
+def gather(*checks: Callable[[], Any]) -> list[Any]:
+    """Do several checks, that a user may mend all mistakes at once, and return what they return.
+
+    Raises:
+        UserError: the one mistake there is, or all of them.
+    """
+    made: list[Any] = []
+    mistakes: dict[str, UserError] = {}
+    for check in checks:
+        try:
+            made.append(check())
+        except UserError as error:
+            mistakes |= {str(mistake): mistake for mistake in error.mistakes}
+    if mistakes:
+        first, *more = mistakes.values()
+        raise UserErrors([first, *more]) if more else first
+    return made
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Write the remedy for a misspelt word, a sentence: the nearest known word, or the list of all."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+    spelt = {name.lower(): name for name in reversed(known)}  # a word in other letters is the nearest
+    close = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.6)
+    return f"Did you mean {spelt[close[0]]!r}?" if close else f"Known: {', '.join(known)}."
 
 
 def choose(key: str, value: str, allowed: Iterable[str], otherwise: str = "") -> None:
@@ -44,4 +85,4 @@ def choose(key: str, value: str, allowed: Iterable[str], otherwise: str = "") ->
     allowed = list(allowed)
     if value not in allowed:
         words = ", ".join(allowed) + (f", or {otherwise}" if otherwise else "")
-        raise UserError(key, f"one of {words}", repr(value), suggest(value, allowed))
+        raise UserError(key, f"one of {words}", repr(value), suggest(str(value), allowed))

@@ -1,4 +1,4 @@
-"""Build optimizers and schedulers by name, any of torch's.
+"""Build optimizers and schedulers by name, any of torch's, or by path.
 
 `DistillationModule` calls it, and `runs.prepare` to rehearse a step.
 """
@@ -15,6 +15,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lit_opd.config import OptimConfig
 from lit_opd.errors import RunError, UserError, suggest
+from lit_opd.plugins import import_object
 
 __all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler"]
 
@@ -36,7 +37,7 @@ class NonFiniteStepError(RunError):
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Optimizer:
-    """Build the optimizer `torch.optim.<name>` over the trainable parameters.
+    """Build the optimizer `torch.optim.<name>`, or the one that a path names, over the trainable parameters.
 
     Raises:
         UserError: no such optimizer, or it refuses the keywords.
@@ -48,9 +49,8 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Opt
     try:
         return cls(trainable, lr=config.lr, **_fused(cls, trainable, config.kwargs), **config.kwargs)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            "optim.kwargs", f"keywords of torch.optim.{config.name}", str(error), "Correct them."
-        ) from error
+        expected = f"keywords of {config.name if ':' in config.name else f'torch.optim.{config.name}'}"
+        raise UserError("optim.kwargs", expected, str(error), "Correct them.") from error
 
 
 def _fused(cls: Any, trainable: list[Parameter], chosen: Mapping[str, Any]) -> dict[str, bool]:
@@ -62,7 +62,7 @@ def _fused(cls: Any, trainable: list[Parameter], chosen: Mapping[str, Any]) -> d
 
 
 def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
-    """Build a linear warm-up, then `torch.optim.lr_scheduler.<name>`, or None where neither is set.
+    """Build a linear warm-up, then the scheduler of torch or of a path, or None where neither is set.
 
     Raises:
         UserError: no such scheduler, or it refuses the keywords.
@@ -76,7 +76,7 @@ def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
         try:
             parts.append(cls(optimizer, **config.scheduler_kwargs))
         except (TypeError, ValueError) as error:
-            expected = f"keywords of torch.optim.lr_scheduler.{config.scheduler}"
+            expected = f"keywords of the scheduler {config.scheduler}"
             raise UserError("optim.scheduler_kwargs", expected, str(error), "Correct them.") from error
     if len(parts) < 2:
         return parts[0] if parts else None
@@ -84,6 +84,11 @@ def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
 
 
 def _member(key: str, home: Any, name: str, base: type) -> Any:
+    if ":" in name:
+        found = import_object(key, name)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            raise UserError(key, f"a class of {base.__module__}.{base.__name__}", name, "Name another.")
+        return found
     classes = {n for n, v in vars(home).items() if isinstance(v, type) and issubclass(v, base) and n[0] != "_"}
     known = classes - UNUSABLE
     if name not in known:

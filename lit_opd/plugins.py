@@ -9,13 +9,18 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_opd.errors import UserError, suggest
+from lit_opd.errors import RunError, UserError, suggest
 
-__all__ = ["call_object", "import_object"]
+__all__ = ["call_object", "calling", "calling_parts", "import_object"]
+
+_KEYS: dict[str, tuple[str, str]] = {}
+"""Modules that hold a part of the user's own -> the key that named the part, and its path."""
 
 
 def import_object(key: str, reference: str) -> Callable[..., Any]:
@@ -36,6 +41,8 @@ def import_object(key: str, reference: str) -> Callable[..., Any]:
     if not callable(found):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UserError(key, f"a function or class {name!r} in {target}", "none", suggest(name, known))
+    for home in (module.__name__, getattr(found, "__module__", "")):
+        _KEYS[home] = key, reference
     return found
 
 
@@ -57,15 +64,55 @@ def call_object(key: str, reference: str, *arguments: Any, **keywords: Any) -> A
     except TypeError as error:
         given = ", ".join([*(type(a).__name__ for a in arguments), *keywords]) or "nothing"
         raise UserError(key, f"{reference} to take {given}", str(error), "Correct one of them.") from error
-    return found(*arguments, **keywords)
+    with calling(key, f"{reference} to run"):
+        return found(*arguments, **keywords)
+
+
+@contextmanager
+def calling(key: str, expected: str, remedy: str = "Correct it.") -> Iterator[None]:
+    """Run a user's own code, whose exceptions become mistakes told in one line. `sys.exit` is one of them.
+
+    Raises:
+        UserError: what was raised inside, with the line of the file that raised it.
+    """
+    try:
+        yield
+    except (UserError, RunError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(key, expected, _told(error), remedy) from error
+
+
+@contextmanager
+def calling_parts() -> Iterator[None]:
+    """Run what calls parts of the user's own by way of other libraries, as Lightning calls callbacks.
+
+    Raises:
+        UserError: what was raised inside came through such a part.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except (Exception, SystemExit) as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if named := _KEYS.get(frame.f_globals.get("__name__", "")):
+                key, reference = named
+                raise UserError(key, f"{reference} to run", _told(error), "Correct it.") from error
+        raise
+
+
+def _told(error: BaseException) -> str:
+    """Tell an exception, with the last line outside of this package that it came through."""
+    own = str(Path(__file__).parent)
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    where = f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _import_module(key: str, target: str) -> Any:
-    try:
+    with calling(key, f"an importable module {target!r}", "Install it, or correct it or its name."):
         return importlib.import_module(target)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        expected, found = f"an importable module {target!r}", f"{type(error).__name__}: {error}"
-        raise UserError(key, expected, found, "Install it, or correct it or its name.") from error
 
 
 def _import_file(key: str, target: str) -> Any:
@@ -83,8 +130,9 @@ def _import_file(key: str, target: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises while it is imported
+        with calling(key, f"{target} to import", "Correct the file."):
+            spec.loader.exec_module(module)
+    except UserError:
         del sys.modules[name]
-        raise UserError(key, f"{target} to import", f"{type(error).__name__}: {error}", "Correct the file.") from error
+        raise
     return module

@@ -297,7 +297,7 @@ SECTIONS = {
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.fixed_dictionaries(SECTIONS), st.integers(), WORDS)
+@given(st.fixed_dictionaries(SECTIONS), st.integers(0, 2**32 - 1), WORDS)
 def test_yaml_round_trip(tmp_path_factory, sections, seed, output_dir):
     config = replace(Config(**sections), seed=seed, output_dir=output_dir)
     file = tmp_path_factory.mktemp("round") / "config.yaml"
@@ -318,7 +318,7 @@ def test_configuration_imports_no_torch():
     assert not {"torch", "lightning", "mlflow", "transformers"} & set(done.stdout.split())
 
 
-@pytest.mark.parametrize(("words", "code", "seconds"), [(["--help"], 0, 0.5), (["fit", "optim.lrr=1"], 2, 1.0)])
+@pytest.mark.parametrize(("words", "code", "seconds"), [(["--help"], 0, 0.5), (["fit", "optim.lrr=1", *PATHS], 2, 1.0)])
 def test_answers_at_once(words, code, seconds):
     times = []
     for _ in range(3):  # the machine may be busy with something else

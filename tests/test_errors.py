@@ -1,6 +1,6 @@
 import pytest
 
-from lit_opd.errors import RunError, UserError, choose, suggest
+from lit_opd.errors import RunError, UserError, UserErrors, choose, gather, suggest
 
 
 def test_user_error_is_one_line_with_its_four_parts():
@@ -23,7 +23,7 @@ def test_run_error_is_not_a_mistake_of_the_user():
 
 
 @pytest.mark.parametrize(("word", "said"), [
-    ("tok", "Did you mean 'token'?"), ("zzz", "Known: hybrid, sequence, token."),
+    ("tok", "Did you mean 'token'?"), ("TOKEN", "Did you mean 'token'?"), ("zzz", "Known: hybrid, sequence, token."),
     ("", "Known: hybrid, sequence, token."),
 ])  # fmt: skip
 def test_suggest_names_the_nearest_or_all(word, said):
@@ -34,3 +34,23 @@ def test_choose():
     choose("key", "a", iter(["a", "b"]))
     with pytest.raises(UserError, match=r"^key: expected one of alpha, beta, found 'alpa'. Did you mean 'alpha'\?$"):
         choose("key", "alpa", iter(["alpha", "beta"]))
+
+
+def test_gather_tells_every_mistake_once_and_runs_every_check():
+    def fail(key):
+        raise UserError(key, "a", "b", "C.")
+
+    def fail_twice():
+        gather(lambda: fail("two"), lambda: fail("three"))
+
+    assert gather(lambda: 1, lambda: "x") == [1, "x"]
+    with pytest.raises(UserError) as one:
+        gather(lambda: fail("one"), lambda: 1, lambda: fail("one"))
+    assert type(one.value) is UserError
+    with pytest.raises(UserErrors) as more:
+        gather(lambda: fail("one"), fail_twice, lambda: fail("two"))
+    assert [mistake.key for mistake in more.value.mistakes] == ["one", "two", "three"]
+    assert more.value.key == "one"
+    assert str(more.value).count("\n") == 2
+    with pytest.raises(ZeroDivisionError):
+        gather(lambda: 1 / 0)

@@ -88,8 +88,12 @@ def compared_with_other_rows(tokens):
     return Estimate((log_ratio - rows.sum() + rows) * tokens.student_logps_BT, log_ratio)
 
 
-def detached(tokens):
-    return Estimate(tokens.student_logps_BT.detach() ** 2, tokens.student_logps_BT.detach())
+def without_slope(tokens):
+    return Estimate(0.0 * tokens.student_logps_BT, tokens.student_logps_BT.detach())
+
+
+def summed(tokens):
+    return Estimate(k2(tokens).loss_BT.sum(-1), k2(tokens).kl_BT)
 
 
 def failing(tokens):
@@ -156,7 +160,7 @@ FIRES = [
     ("credit_across_masked_tokens", "refuse", own(careless_return, family="sequence"), MASKED),
     ("one_completion", "refuse", "leave_one_out", {}),
     ("no_demonstrations", "refuse", mix(token=1.0, supervised=0.5), {}),
-    ("no_gradient", "warn", own(detached), {}),
+    ("no_gradient", "warn", own(without_slope), {}),
     ("unprobed", "warn", own(failing), {}),
 ]  # fmt: skip
 PASSES = [
@@ -206,6 +210,12 @@ def row(case):
 @pytest.mark.parametrize(("rule", "severity", "estimator", "keys"), FIRES, ids=map(row, FIRES))
 def test_a_rule_fires_where_it_should(rule, severity, estimator, keys):
     assert judged(estimator, **keys).get(rule) == severity
+
+
+@pytest.mark.parametrize("family", ["token", "sequence"])
+def test_what_is_no_estimate_is_refused(family):
+    with pytest.raises(UserError, match=r"^estimator.name: expected summed to return a loss_BT of shape \[4, 5\]"):
+        judged(own(summed, family=family))
 
 
 @pytest.mark.parametrize(("rule", "estimator", "keys"), PASSES, ids=map(row, PASSES))

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_opd import DistillationModule, estimators
+from lit_opd.config import StudentConfig
 from lit_opd.errors import UserError
-from lit_opd.models import LanguageModel
 from lit_opd.module import NonFiniteStepError
 from lit_opd.types import Estimate, SamplingLaw
 
@@ -23,26 +23,31 @@ def pair(make_model):
 # Modes
 
 
-def test_training_has_dropout_and_sampling_has_none(make_model, make_module, fit, full_logits, make_batch, sample):
-    """The sampler is the eval-mode law; the training forward is another at every call."""
-    student = make_model(1, attention_dropout=0.5)
+def test_the_student_that_trains_is_the_one_that_samples(make_model, make_module, fit):
+    """Without dropout, whose every call would be another student."""
+    student = make_model(1, attention_dropout=0.5).train()
     module = make_module(student, make_model(2), rollout={"max_new_tokens": 8})
-    assert all(part.training for part in student.modules())
-    first = sample(student, make_batch(), SamplingLaw())
-    assert torch.equal(first.sampler_logps_BT, sample(student, make_batch(), SamplingLaw()).sampler_logps_BT)
-    assert all(part.training for part in student.modules()), "sampling did not restore train mode"
-    policy = LanguageModel(student, module.tokenizer, "student")
-    assert not torch.equal(policy.hidden(first)[0], policy.hidden(first)[0])
     seen = []
     student.model.register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), student.training)))
     fit(module, limit_val_batches=1)
-    assert (True, True) in seen
-    assert set(seen) == {(True, True), (False, False)}, "gradients in eval mode, or sampling in train mode"
-    assert all(part.training for part in student.modules())
+    assert set(seen) == {(True, False), (False, False)}
+    assert not any(part.training for part in student.modules())
 
 
-def test_a_student_from_a_folder_trains_in_train_mode(student_path, teacher_path):
-    assert DistillationModule(student_path, teacher_path).model.training
+def test_dropout_that_is_kept_is_in_training_alone(make_model, save_model, teacher_path, fit, make_batch, sample):
+    """The sampler is the eval-mode law, and the training forward another at every call."""
+    config = StudentConfig(save_model(make_model(1, attention_dropout=0.5)), dropout="keep")
+    module = DistillationModule(
+        config, teacher_path, lint={"allow": ["dropout_in_training"]}, rollout={"max_new_tokens": 8}
+    )
+    policy = module.student
+    assert all(part.training for part in policy.model.modules())
+    first = sample(policy.model, make_batch(), SamplingLaw())
+    assert torch.equal(first.sampler_logps_BT, sample(policy.model, make_batch(), SamplingLaw()).sampler_logps_BT)
+    assert all(part.training for part in policy.model.modules()), "sampling did not restore train mode"
+    assert not torch.equal(policy.hidden(first)[0], policy.hidden(first)[0])
+    fit(module, limit_val_batches=1)
+    assert all(part.training for part in policy.model.modules())
 
 
 def test_parts_keep_the_mode_they_were_in(make_model, tiny_tokenizer, make_batch, sample):

@@ -54,6 +54,9 @@ def test_only_trainable_parameters_are_optimized():
     ("keys", "message"),
     [
         ({"name": "AdmaW"}, r"optim\.name: .*Did you mean 'AdamW'"),
+        ({"name": "adamw"}, r"optim\.name: .*Did you mean 'AdamW'"),
+        ({"name": "torch.nn:Linear"}, r"optim\.name: expected a class of torch.optim.optimizer.Optimizer"),
+        ({"name": "torch.optim:Adamw"}, r"optim\.name: .*Did you mean 'AdamW'"),
         ({"name": "LBFGS"}, r"optim\.name"),
         ({"name": "Optimizer"}, r"optim\.name"),
         ({"kwargs": {"momentum": 1}}, r"optim\.kwargs: expected keywords of torch\.optim\.AdamW"),
@@ -67,6 +70,13 @@ def test_mistakes_are_told(keys, message):
     config = OptimConfig(**keys)
     with pytest.raises(UserError, match=message):
         build_scheduler(config, build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))]))
+
+
+def test_an_optimizer_and_a_scheduler_by_path():
+    config = OptimConfig(name="torch.optim.adamw:AdamW", scheduler="torch.optim.lr_scheduler:ConstantLR")
+    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])
+    assert type(optimizer) is torch.optim.AdamW
+    assert type(build_scheduler(config, optimizer)) is torch.optim.lr_scheduler.ConstantLR
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from lit_opd.errors import UserError
-from lit_opd.plugins import import_object
+from lit_opd.plugins import call_object, calling_parts, import_object
 
 
 @pytest.fixture
@@ -59,7 +59,10 @@ def test_mistakes(file, reference, said):
     assert said in str(caught.value)
 
 
-BROKEN = [("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("import nope", "nope")]
+BROKEN = [
+    ("def f(:", "SyntaxError"), ("1 / 0", r"ZeroDivisionError: division by zero \(.*broken.py, line 1\)"),
+    ("import nope", "nope"), ("import sys; sys.exit()", "SystemExit"), ("raise SystemExit(0)", "SystemExit: 0"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "said"), BROKEN)
@@ -79,3 +82,25 @@ def test_module_that_raises_while_it_is_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="at import"):
         import_object("key", "raises_at_import:f")
+
+
+def test_what_a_call_raises_names_the_line(file):
+    file.write_text("def boom():\n    return {}['x']\n\ndef leave():\n    raise SystemExit\n")
+    with pytest.raises(
+        UserError, match=rf"^key: expected .*mine.py:boom to run, found KeyError: 'x' \({file}, line 2\)"
+    ):
+        call_object("key", f"{file}:boom")
+    with pytest.raises(UserError, match=r"leave to run, found SystemExit"):
+        call_object("key", f"{file}:leave")
+
+
+def test_a_part_that_another_library_calls_is_found_by_its_module(file):
+    file.write_text("def boom(x):\n    raise SystemExit(0)\n\ndef stop(x):\n    raise KeyboardInterrupt\n")
+    boom, stop = (import_object("callbacks[0]", f"{file}:{name}") for name in ("boom", "stop"))
+    told = r"^callbacks\[0\]: expected .*mine.py:\w+ to run, found SystemExit: 0 \(.*line 2"
+    with pytest.raises(UserError, match=told), calling_parts():
+        max([1], key=boom)
+    with pytest.raises(KeyboardInterrupt), calling_parts():
+        max([1], key=stop)
+    with pytest.raises(ZeroDivisionError), calling_parts():
+        raise ZeroDivisionError

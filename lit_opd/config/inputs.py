@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lit_opd.config.limits import Section, above, at_least, limited, one_of, one_of_or_path
+from lit_opd.config.limits import SEED, Section, above, at_least, limited, one_of, one_of_or_path
 from lit_opd.errors import UserError
 
 __all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig"]
@@ -55,7 +55,7 @@ class FrozenConfig(Section):
     offload: bool = False
     """Keep its weights, but for the output layer, off the accelerator while it neither scores nor samples."""
 
-    def check(self, name: str) -> None:
+    def check(self, name: str = "") -> None:
         """Check every value, and that a quantised model is not offloaded too."""
         super().check(name)
         if self.offload and self.quantization != "none":
@@ -74,7 +74,7 @@ class TeacherConfig(FrozenConfig):
     kind: str = limited("local", one_of_or_path("local"))
     """Who scores: local (a model in this process), or package.module:name or file.py:name of a scorer."""
 
-    def check(self, name: str) -> None:
+    def check(self, name: str = "") -> None:
         """Check every value, and that a local teacher has a path."""
         super().check(name)
         if self.kind == "local" and not self.path:
@@ -113,7 +113,7 @@ class DataConfig(Section):
     """Prompts to train on; null for all."""
     validation_size: int = limited(256, at_least(1))
     """Held-out prompts, never trained on."""
-    validation_seed: int = 0
+    validation_seed: int = limited(0, SEED)
     """Of which prompts are held out."""
     max_prompt_tokens: int = limited(512, at_least(1))
     """The longest prompt."""

@@ -41,7 +41,7 @@ class RolloutConfig(Section):
     demonstrations: str = limited("teacher", one_of("teacher", "data"))
     """Who writes demonstrations: teacher | data (data.answer_column)."""
 
-    def check(self, name: str) -> None:
+    def check(self, name: str = "") -> None:
         """Check every value, and those that have to agree."""
         super().check(name)
         if self.min_new_tokens > self.max_new_tokens:
@@ -75,7 +75,7 @@ class EstimatorConfig(Section):
     """Its keywords; another estimator begins with its own defaults."""
     terms: list[Any] = field(default_factory=list)
     """Instead of a name, a weighted sum: a list of {name, weight, kwargs, weighting: {name, kwargs}}."""
-    masked_tokens: list[Any] = field(default_factory=list)
+    masked_tokens: list[int | str] = field(default_factory=list)
     """Tokens, as text or ids, whose positions are not counted."""
     aggregation: str = limited("token_mean", one_of("token_mean", "sequence_mean", "sequence_sum"))
     """token_mean | sequence_mean | sequence_sum, over all that is counted in an optimizer step."""
@@ -86,13 +86,13 @@ class OptimConfig(Section):
     """The optimizer's step."""
 
     name: str = "AdamW"
-    """Any optimizer of torch.optim."""
+    """Any optimizer of torch.optim, or package.module:name or file.py:name of one."""
     lr: float = limited(1e-5, above(0))
     """The learning rate after warm-up."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Further keywords of the optimizer; another one begins with its own defaults."""
     scheduler: str | None = None
-    """Any scheduler of torch.optim.lr_scheduler, or null."""
+    """Any scheduler of torch.optim.lr_scheduler, or package.module:name or file.py:name of one; null for none."""
     scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """Keywords of the scheduler; another one begins with its own defaults."""
     warmup_steps: int = limited(0, at_least(0))

@@ -1,4 +1,4 @@
-"""Say beside a field of the configuration which values it may have, and check them.
+"""Say beside a field of the configuration which values it may have, and check them and their types.
 
 Every section is a `Section`: its `check` is called where the section comes in, by `load_config` and by what takes
 sections in Python.
@@ -6,30 +6,114 @@ sections in Python.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields
-from typing import Any
+from numbers import Integral, Real
+from types import FunctionType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lit_opd.errors import UserError, choose
+from omegaconf import MISSING
 
-__all__ = ["Section", "above", "at_least", "limited", "one_of", "one_of_or_path", "within"]
+from lit_opd.errors import UserError, choose, gather
+
+__all__ = [
+    "SEED",
+    "Section",
+    "above",
+    "as_type",
+    "at_least",
+    "limited",
+    "one_of",
+    "one_of_or_path",
+    "type_name",
+    "type_options",
+    "within",
+]
 
 Limit = Callable[[str, Any], None]
 """Called with a key and its value; raises UserError."""
+
+MOST = 2**31 - 1  # beyond it a number of things overflows an index of some library
 
 
 class Section:
     """A section of the configuration."""
 
-    def check(self, name: str) -> None:
+    def check(self, name: str = "") -> None:
         """Check every value that needs no model and no data to be judged, in the section `name`.
 
+        What Python spells otherwise becomes the declared type: a `Path` its text, a class its path for import.
+
         Raises:
-            UserError: naming the first key whose value is out of its range.
+            UserError: naming every key whose value is of another type or out of its range.
         """
-        for own in fields(self):  # type: ignore[arg-type]
-            if "limit" in own.metadata:
-                own.metadata["limit"](f"{name}.{own.name}", getattr(self, own.name))
+        gather(*(functools.partial(self._check_field, own, name) for own in fields(self)))  # type: ignore[arg-type]
+
+    def _check_field(self, own: Any, name: str) -> None:
+        key, value = f"{name}.{own.name}".lstrip("."), getattr(self, own.name)
+        if isinstance(value, Section):
+            value.check(key)
+            return
+        value = as_type(key, value, _hints(type(self))[own.name])  # type: ignore[arg-type]
+        setattr(self, own.name, value)
+        if "limit" in own.metadata:
+            own.metadata["limit"](key, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(key, "a finite number", value, "Correct the value.")
+
+
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    return get_type_hints(section)
+
+
+def as_type(key: str, value: Any, hint: Any) -> Any:
+    """Give a value as the declared type has it, containers with all that they hold.
+
+    Raises:
+        UserError: it is of another type.
+    """
+    if isinstance(value, str) and value == MISSING:
+        raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.")
+    for option in type_options(hint):
+        for made in _converted(key, value, option):
+            return made
+    raise UserError(key, type_name(hint), repr(value), "Correct the value.")
+
+
+def type_options(hint: Any) -> tuple[Any, ...]:
+    """List the types of a union, or the one that stands alone."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def type_name(hint: Any) -> str:
+    """Tell in words what a declared type asks for."""
+    if get_origin(hint) in (dict, list):
+        return "a mapping" if get_origin(hint) is dict else "a list"
+    names = [getattr(get_origin(t) or t, "__name__", str(t)) for t in type_options(hint)]
+    return "a value of type " + " or ".join("null" if n == "NoneType" else n for n in names)
+
+
+def _converted(key: str, value: Any, option: Any) -> Iterator[Any]:
+    """Yield the value as one type has it, or nothing."""
+    kind, inner = get_origin(option) or option, get_args(option)
+    if option is Any or (option is NoneType and value is None) or (kind is Literal and value in inner):
+        yield value
+    elif kind is dict and isinstance(value, Mapping):
+        yield {k: as_type(f"{key}.{k}", v, inner[1]) for k, v in value.items()}
+    elif kind is list and isinstance(value, list | tuple):
+        yield [as_type(f"{key}[{i}]", v, inner[0]) for i, v in enumerate(value)]
+    elif isinstance(value, bool):
+        yield from [value] if option is bool else []
+    elif option is str and isinstance(value, str | os.PathLike):
+        yield os.fspath(value)
+    elif option is str and isinstance(value, type | FunctionType) and "<" not in value.__qualname__:
+        yield f"{value.__module__}:{value.__qualname__}"
+    elif (option is int and isinstance(value, Integral)) or (option is float and isinstance(value, Real)):
+        yield int(value) if option is int else float(value)  # type: ignore[call-overload]
 
 
 def limited(default: Any, limit: Limit) -> Any:
@@ -47,16 +131,28 @@ def within(expected: str, holds: Callable[[Any], bool]) -> Limit:
     return check
 
 
-def at_least(minimum: float, note: str = "", null: str | None = None) -> Limit:
+def at_least(minimum: float, note: str = "", null: str | None = None, most: float = MOST) -> Limit:
     """Ask for a number that is not smaller.
 
     Args:
         minimum: the smallest value.
         note: what the message adds.
         null: what null means; by default it is refused.
+        most: the largest value.
     """
     nothing = "" if null is None else f", or null for {null}"
-    return within(f"at least {minimum:g}{note}{nothing}", lambda v: null is not None if v is None else v >= minimum)
+    small = within(f"at least {minimum:g}{note}{nothing}", lambda v: null is not None if v is None else v >= minimum)
+    large = within(f"at most {most}{nothing}", lambda v: v is None or v <= most or v == math.inf)
+
+    def check(key: str, value: Any) -> None:
+        small(key, value)
+        large(key, value)
+
+    return check
+
+
+SEED = at_least(0, most=2**32 - 1)
+"""The numbers that seed every library."""
 
 
 def above(bound: float, null: str | None = None) -> Limit:

@@ -6,24 +6,27 @@ The command line calls `load_config`. What takes a section in Python calls `as_s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
-from lit_opd.config.limits import Section
+from lit_opd.config.limits import Section, as_type, type_name
 from lit_opd.config.schema import Config
-from lit_opd.errors import UserError, suggest
+from lit_opd.config.words import hint_of, typed_override, typed_yaml
+from lit_opd.errors import UserError, gather, suggest
 
 __all__ = ["as_section", "load_as", "load_config", "parse_overrides", "to_flat", "to_yaml"]
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 T = TypeVar("T")
+R = TypeVar("R")
 S = TypeVar("S", bound=Section)
+KEY = re.compile(r"[^.\[\]]+(?:\.[^.\[\]]+|\[[0-9]+\])*")
 # Keywords belong to what they are given to: whoever names another estimator or optimizer begins with its own defaults.
 KEYWORDS_OF = {
     "estimator.name": "estimator.kwargs",
@@ -43,26 +46,49 @@ def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ())
     `${lit_opd:NAME}` in a value stands for the path of NAME inside the installed package.
 
     Raises:
-        UserError: a missing or malformed file, an unknown key, a wrong type, a value out of its range.
+        UserError: a missing or malformed file, an unknown key, a wrong type, a value out of its range; all there are.
     """
-    config = load_as(Config, files, overrides)
-    config.check()
-    return config
+    return _load(Config, files, overrides, Config.check)
 
 
 def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> T:
     """Fill a dataclass: defaults <- YAML files in order <- `key=value` overrides. Types are checked, ranges are not.
 
     Raises:
-        UserError: a missing or malformed file, an unknown key, a wrong type, a value that is missing.
+        UserError: a missing or malformed file, an unknown key, a wrong type, a value that is missing; all there are.
     """
+    return _load(schema, files, overrides, lambda _: None)
+
+
+def _load(schema: type[T], files: Sequence[str | Path], overrides: Iterable[str], check: Callable[[Any], None]) -> T:
     OmegaConf.register_resolver("lit_opd", lambda name: str(PACKAGE_FOLDER / name), replace=True)
-    sources = [(_read(Path(file)), str(file)) for file in files]
-    for override in sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF):
-        sources.append((_parse(override), f"override {override!r}"))
-    node = _merge_all(schema, OmegaConf.structured(schema), sources)
-    filled = _to_object(node)
-    assert isinstance(filled, schema)
+    words = sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF)
+    node, sources = OmegaConf.structured(schema), []
+
+    def read(make: Callable[[], DictConfig], where: str) -> None:
+        sources.append((make(), where))
+
+    steps = [partial(read, partial(_read, Path(file), schema), str(file)) for file in files]
+    steps += [partial(read, partial(_parse, word, schema), f"override {word!r}") for word in words]
+
+    def fill() -> T | None:
+        if len(sources) < len(steps):  # what seems to be missing may be in a file that could not be read
+            return None
+        missing = _resolved(lambda: sorted(OmegaConf.missing_keys(node)))
+        for key in missing:
+            OmegaConf.update(node, key, "")
+        refusals = (partial(_refuse_missing, key) for key in missing)
+        return gather(*refusals, lambda: _checked(_to_object(node), check))[-1]
+
+    return gather(*steps, lambda: _merge_all(schema, node, sources), fill)[-1]
+
+
+def _refuse_missing(key: str) -> None:
+    raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.")
+
+
+def _checked(filled: T, check: Callable[[T], None]) -> T:
+    check(filled)
     return filled
 
 
@@ -70,40 +96,57 @@ def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) 
     """Make a section of itself, of a mapping of its keys, or of nothing (its defaults), and check its values.
 
     Raises:
-        UserError: an unknown key, a wrong type, a value out of its range.
+        UserError: an unknown key, a wrong type, a value out of its range; all there are.
     """
-    if not value:
+    if value is None:
         value = schema()
     if not isinstance(value, schema):
-        given: Any = {name: dict(value)}  # type: ignore[arg-type]
+        if not isinstance(value, Mapping):
+            found = f"{value!r}, a {type(value).__name__}"
+            raise UserError(name, f"a mapping of its keys, or a {schema.__name__}", found, "Pass one of them.")
         # This section alone: OmegaConf takes a tenth of a second for the tree of all of them.
-        empty = OmegaConf.create({name: OmegaConf.structured(schema)})
-        merged = _merge_all(Config, empty, [(OmegaConf.create(given), "keyword")])
-        value = _to_object(merged[name])
+        node = OmegaConf.create({name: OmegaConf.structured(schema)})
+        given = OmegaConf.create({name: _plain(schema, value, name)}, flags={"allow_objects": True})
+        value = gather(lambda: _merge_all(Config, node, [(given, "keyword")]), lambda: _to_object(node[name]))[-1]
     assert isinstance(value, schema)
     value.check(name)
     return value
 
 
+def _plain(schema: type[Section], values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Give values of Python their declared types, before OmegaConf makes text of everything. Text may be of any."""
+    hints, keys = get_type_hints(schema), [str(key) for key in values]
+    typed = (
+        partial(as_type, f"{name}.{key}", value, Any if isinstance(value, str) else hints.get(key, Any))
+        for key, value in zip(keys, values.values(), strict=True)
+    )
+    return dict(zip(keys, gather(*typed), strict=True))
+
+
 def _to_object(node: Any) -> Any:
+    return _resolved(lambda: OmegaConf.to_object(node))
+
+
+def _resolved(read: Callable[[], R]) -> R:
     try:
-        return OmegaConf.to_object(node)
-    except omegaconf_errors.MissingMandatoryValue as error:
+        return read()
+    except omegaconf_errors.MissingMandatoryValue as error:  # in a mapping, where nothing is declared
         key = error.full_key or "a key"
-        raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.") from error
+        raise UserError(key, "a value", "nothing", f"Set {key}, or leave it out.") from error
     except omegaconf_errors.InterpolationResolutionError as error:
         remedy = r"Correct it, or write \${...} where something else is to resolve it."
         raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), remedy) from error
-    except omegaconf_errors.OmegaConfBaseException as error:
-        raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), "Correct it.") from error
+    except Exception as error:  # resolvers and a structure that nests too deep raise what they like
+        key = getattr(error, "full_key", None) or "config"
+        raise UserError(key, "a resolvable value", _first_line(error), "Correct it.") from error
 
 
-def _read(file: Path) -> DictConfig:
+def _read(file: Path, schema: Any) -> DictConfig:
     if not file.is_file():
         raise UserError("--config", "a YAML file", f"no file {str(file)!r}", "Check the path; examples are in conf/.")
     try:
-        node = OmegaConf.load(file)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, omegaconf_errors.OmegaConfBaseException) as error:
+        node = OmegaConf.create(typed_yaml(file.read_text(encoding="utf-8"), schema))
+    except Exception as error:  # a text that is no YAML brings errors of PyYAML, OmegaConf and Python
         reason = getattr(error, "problem", None) or _first_line(error)
         raise UserError("--config", "valid YAML", f"{file}: {reason}", "Correct the file.") from error
     if not isinstance(node, DictConfig):
@@ -120,73 +163,82 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.merge({}, *map(_parse, words)))  # type: ignore[return-value]
 
 
-def _parse(override: str) -> DictConfig:
+def _parse(override: str, schema: Any = Any) -> DictConfig:
     key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(override, "an override of the form key=value", "no '='", "Write e.g. optim.lr=1e-4.")
+    if not equals or not KEY.fullmatch(key):
+        remedy = f"Write --config {key}." if key.endswith((".yaml", ".yml")) else "Write e.g. optim.lr=1e-4."
+        found = f"the key {key!r}" if equals else "no '='"
+        raise UserError(override, "an override of the form key=value", found, remedy)
     try:
-        return OmegaConf.from_dotlist([override])
-    except (yaml.YAMLError, omegaconf_errors.OmegaConfBaseException) as error:
+        return OmegaConf.from_dotlist([f"{key}={typed_override(value, hint_of(schema, key))}"])
+    except Exception as error:  # a text that is no YAML brings errors of PyYAML, OmegaConf and Python
         raise UserError(key, "a value in YAML", f"{value!r}: {_first_line(error)}", "Quote it.") from error
 
 
-def _merge_all(schema: Any, node: Any, sources: Sequence[tuple[DictConfig, str]]) -> Any:
+def _merge_all(schema: Any, node: Any, sources: Sequence[tuple[DictConfig, str]]) -> None:
     # A list of terms is a mix. Where a source names an estimator too, the name stays, for `build_from` to refuse.
     named = any(OmegaConf.select(update, "estimator.name") for update, _ in sources)
-    for update, where in sources:
-        node = _merge(schema, node, update, where)
+    gather(*(partial(_merge, schema, node, update, where) for update, where in sources))
     if OmegaConf.select(node, "estimator.terms") and not named:
         OmegaConf.update(node, "estimator.name", "mix")
-    return node
 
 
-def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> Any:
-    _check_keys(schema, update, prefix="", where=where)
+def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> None:
+    gather(lambda: _check_keys(schema, update, "", where), lambda: _put(schema, node, update, where))
+
+
+def _put(schema: Any, node: Any, update: DictConfig, where: str) -> None:
     for name, keywords in KEYWORDS_OF.items():
         if OmegaConf.select(update, name) not in (None, OmegaConf.select(node, name)):
             OmegaConf.update(node, keywords, {}, merge=False)
     try:
         # `merge` of OmegaConf copies the whole tree first, for every override. Nobody else holds these two.
-        return OmegaConf.unsafe_merge(node, update)
-    except omegaconf_errors.OmegaConfBaseException as error:
-        key = error.full_key or "config"
+        OmegaConf.unsafe_merge(node, update)
+    except Exception as error:  # OmegaConf stops at the first mistake, and brings errors of Python too
+        if len(parts := _parts(update)) > 1:
+            gather(*(partial(_put, schema, node, part, where) for part in parts))
+        key = getattr(error, "full_key", None) or _path(schema, update)
         found = repr(OmegaConf.select(update, key, throw_on_missing=False))
-        raise UserError(key, _type_of(schema, key), f"{found} ({where})", "Correct the value.") from error
+        raise UserError(key, type_name(hint_of(schema, key)), f"{found} ({where})", "Correct the value.") from error
+
+
+def _parts(update: DictConfig) -> list[DictConfig]:
+    """Cut an update into one for each key, or for each key of the only section there is."""
+    keys = list(update)
+    if len(keys) == 1 and isinstance(section := update._get_node(keys[0]), DictConfig):
+        return [OmegaConf.create({keys[0]: OmegaConf.masked_copy(section, str(key))}) for key in section]
+    return [OmegaConf.masked_copy(update, str(key)) for key in keys]
+
+
+def _path(schema: Any, update: DictConfig) -> str:
+    """Name the only key of an update that is declared to hold a value."""
+    key = str(next(iter(update)))
+    hint, inner = get_type_hints(schema).get(key), update._get_node(key)
+    return f"{key}.{_path(hint, inner)}" if is_dataclass(hint) and isinstance(inner, DictConfig) and inner else key
 
 
 def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
-    hints = get_type_hints(schema)
-    for key in list(node):
-        name = f"{prefix}{key!s}"
-        if new := RENAMED.get(name):
-            raise UserError(name, f"its new name {new}", f"the old one ({where})", f"Write {new}.")
-        if remedy := REMOVED.get(name):
-            if node[key] is None:  # as runs of earlier versions wrote it into their config.yaml
-                del node[key]
-                continue
-            raise UserError(name, "no such key any more", f"it ({where})", remedy)
-        if str(key) not in hints:
-            raise UserError(name, "a known key", f"an unknown one ({where})", suggest(str(key), hints))
-        if not is_dataclass(hints[str(key)]):
-            continue
-        section = node._get_node(key)
-        if isinstance(section, DictConfig):
-            _check_keys(hints[str(key)], section, prefix=f"{name}.", where=where)
-        else:
-            raise UserError(name, "a section with keys", f"{section} ({where})", f"Set e.g. {name}.KEY=VALUE.")
+    """Check that keys are known, and leave out of `node` those that are not."""
+    gather(*(partial(_check_key, get_type_hints(schema), node, key, prefix, where) for key in list(node)))
 
 
-def _type_of(schema: Any, key: str) -> str:
-    for part in key.split("."):
-        if not is_dataclass(schema):
-            break
-        name, item, _ = part.partition("[")
-        schema = get_type_hints(schema).get(name, Any)
-        schema = get_args(schema)[0] if item else schema
-    if get_origin(schema) in (dict, list):
-        return "a mapping" if get_origin(schema) is dict else "a list"
-    names = [getattr(t, "__name__", str(t)) for t in (get_args(schema) or (schema,))]
-    return "a value of type " + " or ".join("null" if n == "NoneType" else n for n in names)
+def _check_key(hints: Mapping[str, Any], node: DictConfig, key: Any, prefix: str, where: str) -> None:
+    name, hint, section = f"{prefix}{key!s}", hints.get(str(key)), node._get_node(key)
+    if is_dataclass(hint) and isinstance(section, DictConfig) and not section._is_none():
+        _check_keys(hint, section, prefix=f"{name}.", where=where)
+        return
+    if hint is not None and not is_dataclass(hint):
+        return
+    value = node.pop(key)
+    if new := RENAMED.get(name):
+        raise UserError(name, f"its new name {new}", f"the old one ({where})", f"Write {new}.")
+    if remedy := REMOVED.get(name):
+        if value is None:  # as runs of earlier versions wrote it into their config.yaml
+            return
+        raise UserError(name, "no such key any more", f"it ({where})", remedy)
+    if hint is None:
+        raise UserError(name, "a known key", f"an unknown one ({where})", suggest(str(key), hints))
+    raise UserError(name, "a section with keys", f"{section} ({where})", f"Set e.g. {name}.KEY=VALUE.")
 
 
 def _first_line(error: Exception) -> str:

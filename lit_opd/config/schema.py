@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
-from lit_opd.config.limits import Section
+from lit_opd.config.limits import SEED, Section, limited
 from lit_opd.config.watching import (
     CollapseConfig,
     DiagnosticsConfig,
@@ -25,10 +25,10 @@ __all__ = ["Config"]
 
 
 @dataclass
-class Config:
+class Config(Section):
     """One run."""
 
-    seed: int = 0
+    seed: int = limited(0, SEED)
     """Of the order of prompts and of everything sampled in training."""
     output_dir: str = "outputs/run"
     """Checkpoints, exported student, summary; must not hold another run."""
@@ -63,15 +63,9 @@ class Config:
     lint: LintConfig = field(default_factory=LintConfig)
     """Refused configurations that may pass."""
 
-    def check(self) -> None:
-        """Check every section, and what two of them have to agree on.
-
-        Raises:
-            UserError: naming the first key whose value is out of its range.
-        """
-        for name, section in vars(self).items():
-            if isinstance(section, Section):
-                section.check(name)
+    def check(self, name: str = "") -> None:
+        """Check every section, and what two of them have to agree on."""
+        super().check(name)
         sequences = self.data.batch_size * self.rollout.num_completions
         if self.optim.updates_per_rollout > sequences:
             expected = f"at most data.batch_size x rollout.num_completions ({sequences})"

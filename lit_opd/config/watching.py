@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_opd.config.limits import Section, at_least, limited, one_of, within
+from lit_opd.config.limits import SEED, Section, at_least, limited, one_of, within
 from lit_opd.errors import UserError
 
 __all__ = ["CollapseConfig", "DiagnosticsConfig", "EvaluationConfig", "LintConfig", "MeasureConfig", "TrackingConfig"]
@@ -28,7 +28,7 @@ class EvaluationConfig(Section):
     """Prompts a batch, in each process."""
     pass_at: list[int] = field(default_factory=lambda: [1])
     """The k of pass@k: the chance that one of k completions is right."""
-    seed: int = 0
+    seed: int = limited(0, SEED)
     """Of the completions."""
     num_examples: int = limited(16, at_least(0))
     """Completions kept to read, with the log-ratio of every token."""
@@ -37,7 +37,7 @@ class EvaluationConfig(Section):
     measures: list[str] = field(default_factory=list)
     """Yardsticks of your own: package.module:function or path/to/file.py:function, made by `register_measure`."""
 
-    def check(self, name: str) -> None:
+    def check(self, name: str = "") -> None:
         """Check every value, and each k of pass@k."""
         super().check(name)
         for k in self.pass_at:

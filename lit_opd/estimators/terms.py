@@ -71,8 +71,11 @@ def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
         if spec.check is not None:
             spec.check(**bound)
         estimator = BoundEstimator(spec, kwargs, _parts(spec, bound))
-    except (TypeError, ValueError) as error:
-        raise UserError("estimator.kwargs", f"valid keywords for {spec.name}", str(error), "Correct them.") from error
+    except UserError:
+        raise
+    except Exception as error:  # most are of checks, the others of a user's own function
+        told = str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
+        raise UserError("estimator.kwargs", f"valid keywords for {spec.name}", told, "Correct them.") from error
     if Need.SUPPORT in spec.needs:
         if "k" not in bound:
             raise UserError(

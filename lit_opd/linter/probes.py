@@ -8,8 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator, Term
-from lit_opd.estimators.oracle.batches import difference, example_batch, loss_and_gradients, per_position, same
+from lit_opd.estimators.asking import check_estimate
+from lit_opd.estimators.oracle.batches import (
+    difference,
+    example_batch,
+    loss_and_gradients,
+    per_position,
+    same,
+    with_leaves,
+)
 from lit_opd.estimators.oracle.verdict import verify
 from lit_opd.types import Need, TokenBatch
 
@@ -47,15 +56,23 @@ class Probe(NamedTuple):
 
 
 def probe(term: Term) -> Probe:
-    """Try one term with the weights of its tokens on small models, with no randomness of the caller used up."""
+    """Try one term with the weights of its tokens on small models, with no randomness of the caller used up.
+
+    Raises:
+        UserError: what it returns is no estimate.
+    """
     name, size = term.estimator.spec.name, term.estimator.support_size
     term = _with_small_support(term)
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            tokens, _ = with_leaves(example_batch(_alone(term)))
+            check_estimate(name, term.estimator(tokens), tokens)
             found, (couples, leaks) = verify(_alone(term)), _couplings(term)
             taught = found.silent and not term.estimator.spec.on_policy and Need.TOKEN in term.estimator.spec.needs
             silent = found.silent and not taught
             return Probe(name, size, found.dead, silent, found.ignores_teacher, found.whitened, couples, leaks, taught)
+    except UserError:
+        raise
     except Exception as error:  # a user's function fails in a way of its own
         return Probe(name, size, error=f"{type(error).__name__}: {error}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_opd.errors import UserError, choose
 from lit_opd.measures.table import MEASURES, NATS, Better, Measure
-from lit_opd.plugins import import_object
+from lit_opd.plugins import calling, import_object
 
 __all__ = ["TokenMeasure", "apply_measures", "load_measures", "register_measure"]
 
@@ -91,8 +91,10 @@ def apply_measures(
     Raises:
         UserError: one that does not return a value for every token.
     """
-    values = {name: measure(student_cV, teacher_cV, ids_c) for name, measure in measures.items()}
-    for name, value in values.items():
+    values = {}
+    for name, measure in measures.items():
+        with calling(KEY, f"{name!r} to run"):
+            values[name] = value = measure(student_cV, teacher_cV, ids_c)
         if not isinstance(value, Tensor) or value.shape != ids_c.shape:
             expected = f"a tensor of shape {list(ids_c.shape)} from {name!r}, a value for every token"
             found = str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

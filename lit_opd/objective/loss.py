@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator, Term, any_clipped
+from lit_opd.estimators.asking import ask, ask_factors
 from lit_opd.estimators.needs import Seen, fill, needs_of
 from lit_opd.estimators.topk import support_logps
 from lit_opd.functional import Head, position_losses, support_mass
@@ -69,7 +70,7 @@ def student_loss(
         seen, clips = [], [None if spread.clipped_N is None else spread.clipped_N[part]]
         for term, factor_N in spread.local:
             tokens = chunk.tokens(term.estimator)
-            estimate = term.estimator(tokens).weighted(factor_N[part])
+            estimate = ask(term.estimator, tokens).weighted(factor_N[part])
             loss = loss + term.weight * (weights_N[part] * estimate.loss_BT).sum()
             kl = kl + term.weight * estimate.kl_BT
             seen.append(tokens)
@@ -144,9 +145,9 @@ def _spread_terms(
         for term in estimator.terms:
             seen = replace(tokens, mask_BT=own_mask_BT) if term.estimator.spec.on_policy else tokens
             if term.is_local:
-                local.append((term, torch.where(seen.mask_BT, term.factors(seen), 0.0)[mask_BT]))
+                local.append((term, torch.where(seen.mask_BT, ask_factors(term, seen), 0.0)[mask_BT]))
                 continue
-            estimate = term(seen)
+            estimate = ask(term.estimator, seen).weighted(ask_factors(term, seen))
             counted_BT = torch.where(seen.mask_BT, estimate.loss_BT, 0.0)
             value, kl_BT = value + term.weight * (weights_BT * counted_BT).sum(), kl_BT + term.weight * estimate.kl_BT
             clips.append(None if estimate.clipped_BT is None else (estimate.clipped_BT & seen.mask_BT)[mask_BT])

@@ -127,7 +127,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(lora, student_path, tea
 
     plain, forwards = run(False)
     checkpointed, more_forwards = run(True)
-    assert (forwards, more_forwards) == (2, 3), "one of them is the proof before the first update"
+    assert (forwards, more_forwards) == (1, 2)
     assert plain.keys() == checkpointed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=0, atol=1e-10)

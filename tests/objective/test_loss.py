@@ -8,6 +8,7 @@ import torch
 from references import scored, support_by_sets, written_by
 
 from lit_opd import estimators
+from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
 from lit_opd.objective import CountedPositions, sequence_tokens, student_loss, support_masses
 from lit_opd.types import Estimate, SamplingLaw, TokenBatch
@@ -204,3 +205,47 @@ def test_demonstrations_change_nothing_however_improbable(
     assert found[1].isfinite().all()
     assert found[1].any()
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * found[1].abs().max().item())
+
+
+NO_ESTIMATES = {
+    "summed": (lambda e, t: replace(e, loss_BT=e.loss_BT.sum(-1, keepdim=True)), "a loss_BT of shape"),
+    "one_number": (lambda e, t: replace(e, loss_BT=e.loss_BT.mean()), "found shape []"),
+    "python_number": (lambda e, t: replace(e, loss_BT=1.0), "found float"),
+    "integers": (lambda e, t: replace(e, loss_BT=e.loss_BT.long()), "found torch.int64"),
+    "half": (lambda e, t: replace(e, loss_BT=e.loss_BT.half()), "in torch.float64, found torch.float16"),
+    "narrower": (lambda e, t: replace(e, loss_BT=e.loss_BT.float()), "in torch.float64, found torch.float32"),
+    "no_gradient": (lambda e, t: replace(e, loss_BT=e.loss_BT.detach()), "depends on the student"),
+    "transposed": (lambda e, t: replace(e, loss_BT=e.loss_BT.flatten()[None]), "a loss_BT of shape"),
+    "kl_summed": (lambda e, t: replace(e, kl_BT=e.kl_BT.sum()), "a kl_BT of shape"),
+    "clip_share": (lambda e, t: replace(e, clipped_BT=torch.tensor(True)), "a clipped_BT of shape"),
+    "a_tensor": (lambda e, t: e.loss_BT, "found Tensor"),
+    "nothing": (lambda e, t: None, "found NoneType"),
+    "raises": (lambda e, t: 1 / 0, "found ZeroDivisionError: division by zero (" + __file__ + ", line"),
+    "leaves": (lambda e, t: exit(0), "found SystemExit: 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["token", "sequence"])
+@pytest.mark.parametrize("case", NO_ESTIMATES)
+def test_what_is_no_estimate_is_refused_at_the_first_batch(case, family, scene):
+    """Broadcasting would make a loss of it, another one than was meant."""
+    change, told = NO_ESTIMATES[case]
+    policies, rollout, _ = scene
+
+    def own(tokens):
+        log_ratio = tokens.student_logps_BT.detach() - tokens.teacher_logps_BT
+        return change(Estimate(log_ratio * tokens.student_logps_BT, log_ratio), tokens)
+
+    estimators.register_estimator(case, family=family)(own)
+    with pytest.raises(UserError) as caught:
+        stats_of(estimators.build(case), policies, rollout)
+    assert str(caught.value).startswith("estimator.name: expected ")
+    assert told in str(caught.value)
+    assert case in str(caught.value)
+
+
+def test_a_weighting_gives_a_factor_for_every_token(scene):
+    estimators.register_weighting("by_row")(lambda tokens: torch.ones(len(tokens.mask_BT), 1, dtype=torch.float64))
+    policies, rollout, _ = scene
+    with pytest.raises(UserError, match=r"^estimator.name: expected a weighting to return factors of shape"):
+        stats_of(estimators.build("by_row", base="token"), policies, rollout)
