@@ -1,14 +1,16 @@
 """Evaluate: sample at temperature 1 on fixed prompts and seeds, measure the yardsticks, keep examples to read.
 
-Why here: students of all estimators are measured alike, whatever they were trained on. The module feeds an `Evaluation`
-with every batch of held-out prompts, and logs what it finds.
+Why here: students of all estimators are measured alike, whatever they were trained on. `DistillationModule` is an
+`EvaluatedModule`, which feeds an `Evaluation` with every batch of held-out prompts and logs what it finds.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,11 +22,12 @@ from lit_opd.measures.positions import POSITION_VALUES, Profile, TokenProfile
 from lit_opd.measures.table import YARDSTICKS
 from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
+from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, judge, uniforms
 from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
-__all__ = ["Evaluation", "Example", "tell_left_out"]
+__all__ = ["EvaluatedModule", "Evaluation", "Example", "tell_left_out"]
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,72 @@ class Evaluation(nn.Module):
                 log_ratios=[round(value, 4) for value in log_ratio_BT[row][mask_T].tolist()],
             )
             self.examples.append(example)
+
+
+class EvaluatedModule(AcrossProcesses):
+    """A Lightning module that measures its student, or the teacher in its place, on held-out prompts.
+
+    Attributes:
+        student: the model that is measured.
+        teacher: the model in this process that it learns from, None where the teacher only scores.
+        distiller: the parts of a step, of which the scorers are asked.
+        engine: samples completions.
+        evaluation: accumulates one evaluation.
+        results: what was measured last, by the prefix it was logged under.
+        examples: completions of the last evaluation to read.
+        measured_at: optimizer steps done at the last evaluation, None before the first.
+        judged: whose completions are measured, `student` or `teacher`.
+    """
+
+    student: LanguageModel
+    teacher: Any
+    distiller: Any
+    engine: RolloutEngine
+
+    def begin_evaluations(self, config: EvaluationConfig, max_new_tokens: int, support_size: int) -> None:
+        """Make the first evaluation, as `Evaluation` says."""
+        self.evaluation = Evaluation(config, max_new_tokens, support_size)
+        self.results: dict[str, dict[str, Interval]] = {}
+        self.examples: list[Example] = []
+        self.measured_at: int | None = None
+        self.judged = "student"
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Measure the yardsticks on one batch of held-out prompts."""
+        policy = self.student if self.judged == "student" else self.teacher.untempered()
+        scorer = self.distiller.scorers["teacher"].untempered()
+        self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/*` (`teacher/*` where the teacher itself was measured), with the ends of every interval."""
+        self.finish_evaluation("val" if self.judged == "student" else "teacher")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/*`."""
+        self.finish_evaluation("test")
+
+    def finish_evaluation(self, prefix: str) -> None:
+        """Log what was measured under a prefix, and keep it in `results[prefix]`."""
+        results, self.examples = self.evaluation.finish()
+        self.results[prefix], self.measured_at = results, self.global_step
+        self.log_dict(self.at_step(self.evaluation.to_log(prefix, results)))
+
+    def at_step(self, values: dict[str, float]) -> dict[str, float]:
+        """Place values on the curves by optimizer steps done, and not by batches begun as Lightning would."""
+        return values | {"step": float(self.global_step)}
+
+    @contextmanager
+    def judging_teacher(self) -> Iterator[None]:
+        """Measure the teacher's own completions, which the student is to reach, in evaluations inside."""
+        self.judged = "teacher"
+        try:
+            yield
+        finally:
+            self.judged = "student"
+
+    @property
+    def verifier(self) -> Any:
+        """The data module's verifier, which judges completions, or None."""
+        return getattr(getattr(self.trainer, "datamodule", None), "verifier", None)

@@ -7,8 +7,7 @@ Why here: a Lightning module brings devices, precision, processes, checkpoints a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,13 +26,11 @@ from lit_opd.config import (
 )
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
-from lit_opd.evaluation import Evaluation, Example, tell_left_out
+from lit_opd.evaluation import EvaluatedModule, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
-from lit_opd.measures.intervals import Interval
 from lit_opd.measures.steps import Seen, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
 from lit_opd.perf import Stopwatch, peak_memory_mb, phase
-from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import (
     RolloutEngine,
     Verifier,
@@ -51,7 +48,7 @@ from lit_opd.types import Need, PromptBatch, Rollout, ScoredRollout
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
 
-class DistillationModule(AcrossProcesses):
+class DistillationModule(EvaluatedModule):
     """On-policy distillation of a student from a frozen teacher.
 
     One `training_step` is one rollout batch: sampled once, scored once, then `optim.updates_per_rollout` optimizer
@@ -119,7 +116,7 @@ class DistillationModule(AcrossProcesses):
             check_gives(self.scorer, self.estimator, self.rollout_config)
             tell_left_out(self.scorer, settings)
         # Before any weights load: it imports the user's own yardsticks, which may be misspelt.
-        self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, support_size)
+        self.begin_evaluations(settings, self.rollout_config.max_new_tokens, support_size)
         local: Any = teacher if self.scorer is None else None
         self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student = self.pair.student
@@ -128,11 +125,8 @@ class DistillationModule(AcrossProcesses):
         self.distiller: Any = None
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
-        self.results: dict[str, dict[str, Interval]] = {}
-        self.examples: list[Example] = []
         self.seen: list[Seen] = []
-        self.measured_at: int | None = None
-        self.judged, self.proved = "student", False
+        self.proved = False
 
     @classmethod
     def from_config(cls, config: Config) -> DistillationModule:
@@ -264,41 +258,6 @@ class DistillationModule(AcrossProcesses):
         if scheduler is not None:
             scheduler.step()
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Measure the yardsticks on one batch of held-out prompts."""
-        policy = self.student if self.judged == "student" else self.teacher.untempered()
-        scorer = self.distiller.scorers["teacher"].untempered()
-        self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Log `val/*` (`teacher/*` where the teacher itself was measured), with the ends of every interval."""
-        self.finish_evaluation("val" if self.judged == "student" else "teacher")
-
-    def on_test_epoch_end(self) -> None:
-        """Log `test/*`."""
-        self.finish_evaluation("test")
-
-    def finish_evaluation(self, prefix: str) -> None:
-        """Log what was measured under a prefix, and keep it in `results[prefix]`."""
-        results, self.examples = self.evaluation.finish()
-        self.results[prefix], self.measured_at = results, self.global_step
-        self.log_dict(self.at_step(self.evaluation.to_log(prefix, results)))
-
-    def at_step(self, values: dict[str, float]) -> dict[str, float]:
-        """Place values on the curves by optimizer steps done, and not by batches begun as Lightning would."""
-        return values | {"step": float(self.global_step)}
-
-    @contextmanager
-    def judging_teacher(self) -> Iterator[None]:
-        """Measure the teacher's own completions, which the student is to reach, in evaluations inside."""
-        self.judged = "teacher"
-        try:
-            yield
-        finally:
-            self.judged = "student"
-
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the scheduler, which may be any of torch, by name."""
         optimizer = build_optimizer(self.optim_config, self.model.parameters())
@@ -322,8 +281,3 @@ class DistillationModule(AcrossProcesses):
         if not hasattr(data, "demonstrations"):
             raise UserError("rollout.demonstrations", "prompts of a PromptDataModule", "none", "Set it to teacher.")
         return data.demonstrations(rows)
-
-    @property
-    def verifier(self) -> Any:
-        """The data module's verifier, which judges completions, or None."""
-        return getattr(getattr(self.trainer, "datamodule", None), "verifier", None)
