@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["RunError", "UserError", "choose", "suggest"]
+__all__ = ["LintWarning", "RunError", "UserError", "choose", "suggest"]
 
 
 class UserError(Exception):
@@ -20,6 +20,10 @@ class UserError(Exception):
 
 class RunError(RuntimeError):
     """A run that cannot go on, though nobody made a mistake."""
+
+
+class LintWarning(UserWarning):
+    """A warning of what may not do what it says, or that was let pass knowingly. Commands tell it in one line."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
