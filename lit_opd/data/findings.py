@@ -6,7 +6,8 @@ before training, so `fit` and `audit` say the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from lit_opd.config import DataConfig
@@ -21,63 +22,45 @@ def find_in_prompts(train: EncodedPrompts, validation: EncodedPrompts, config: D
     Returns:
         One sentence a finding, which begins with the key.
     """
-    parts = {"training": train, "validation": validation}
-    rows, ids = train.rows + validation.rows, train.ids + validation.ids
-    found = [sentence for name, part in parts.items() for sentence in _too_long(name, part, config)]
-    found += _overlap(train, validation, config)
-    texts = [own_text(row, config) for row in rows]
-    found += _rendered_before(texts, config, tokenizer) if config.chat else _begun_twice(ids, tokenizer)
-    spelled = sum(text.lstrip().startswith(("[{", "[ {")) and "role" in text for text in texts)
-    if spelled:
-        found.append(f"data.prompt_column: {spelled} of {len(texts)} prompts are lists of messages that are spelled as "
-                     "text, and reach the student so. Give them as lists, in .jsonl or .parquet.")  # fmt: skip
-    unknown = tokenizer.unk_token_id
-    lost = sum(unknown in prompt for prompt in ids) if unknown not in (None, tokenizer.eos_token_id) else 0
-    if lost:
-        found.append(f"data.prompt_column: {lost} of {len(ids)} prompts hold what the tokenizer does not know, which "
-                     f"becomes {tokenizer.unk_token!r}. Take it out, or use another student.")  # fmt: skip
-    return found
-
-
-def _too_long(name: str, part: EncodedPrompts, config: DataConfig) -> Iterator[str]:
-    count, limit = part.dropped + part.truncated, config.max_prompt_tokens
-    if count:
-        what = "are left out" if part.dropped else "lose their beginning"
-        yield (f"data.max_prompt_tokens: {count} of {len(part) + part.dropped} {name} prompts have more than {limit} "
-               f"tokens and {what} (data.overlong={config.overlong}).")  # fmt: skip
-
-
-def _overlap(train: EncodedPrompts, validation: EncodedPrompts, config: DataConfig) -> Iterator[str]:
+    ids, bos, unknown = train.ids + validation.ids, tokenizer.bos_token_id, tokenizer.unk_token_id
+    texts = [own_text(row, config) for row in train.rows + validation.rows]
+    begun = 0 if config.chat else sum(prompt[0] == bos and bos in prompt[1:3] for prompt in ids)
+    held = _of_the_template(texts, config, tokenizer) if config.chat else Counter()
+    lost = sum(unknown in prompt for prompt in ids) if unknown != tokenizer.eos_token_id else 0
     trained_on = set(map(tuple, train.ids))
     common = sum(tuple(prompt) in trained_on for prompt in validation.ids)
-    if common:
-        key = "data.validation_path" if config.validation_path else "data.path"
-        yield (f"{key}: {common} of {len(validation)} validation prompts reach the student as training prompts too, so "
-               "val/* is not measured on held-out prompts. Take them out of one of the two.")  # fmt: skip
+    spelled = sum(text.lstrip().startswith("[{") and "role" in text for text in texts)
+    path, column = "data.validation_path" if config.validation_path else "data.path", "data.prompt_column"
+    long = "lose their beginning" if config.overlong == "truncate" else "are left out"
+    long = f"have more than {config.max_prompt_tokens} tokens and {long} (data.overlong={config.overlong})"
+    template = "".join(marker for marker, _ in held.most_common(1))
+    found = [
+        *(("data.max_prompt_tokens", part.dropped + part.truncated, len(part) + part.dropped, f"{name} prompts {long}")
+          for name, part in (("training", train), ("validation", validation))),
+        (path, common, len(validation), "validation prompts reach the student as training prompts too, so val/* is not "
+         "measured on held-out prompts. Take them out of one of the two"),
+        (column, begun, len(ids), f"prompts begin with {tokenizer.bos_token!r}, which the tokenizer writes too. Take "
+         "it out of the prompts, or of data.prompt_template"),
+        ("data.chat", held.total(), len(ids), f"prompts hold {template!r}, and the chat template is written around "
+         "them again. Set data.chat=false, or give them without it"),
+        (column, spelled, len(ids), "prompts are lists of messages that are spelled as text, and reach the student "
+         "so. Give them as lists, in .jsonl or .parquet"),
+        (column, lost, len(ids), f"prompts hold what the tokenizer does not know, which becomes "
+         f"{tokenizer.unk_token!r}. Take it out, or use another student"),
+    ]  # fmt: skip
+    return [f"{key}: {count} of {total} {what}." for key, count, total, what in found if count]
 
 
-def _begun_twice(ids: Sequence[Sequence[int]], tokenizer: Any) -> Iterator[str]:
-    bos = tokenizer.bos_token_id
-    count = sum(prompt[0] == bos and bos in prompt[1:3] for prompt in ids)
-    if count:
-        yield (f"data.prompt_column: {count} of {len(ids)} prompts begin with {tokenizer.bos_token!r}, which the "
-               "tokenizer writes too. Take it out of the prompts, or of data.prompt_template.")  # fmt: skip
-
-
-def _rendered_before(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> Iterator[str]:
-    """Look in prompts for special tokens, and for the template's own words at their ends."""
-    probe = "\0"  # no template and no prompt has it
+def _of_the_template(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> Counter[str]:
+    """Count texts that hold a special token, or the template's own words at one of their ends."""
+    probe = "\0"  # which no template and no prompt has
     written = render({config.prompt_column: [{"role": "user", "content": probe}]}, config, tokenizer)
-    before, _, after = written.removeprefix(tokenizer.bos_token or "").partition(probe)
-    opening = before.strip().splitlines()[-1:]
-    markers = [token for token in tokenizer.all_special_tokens if token.strip()]
-    held: dict[str, int] = {}
-    for text in texts:
-        bare = text.strip()
-        ends = [m for m in opening if m and bare.startswith(m)] + [m for m in [after.strip()] if m and bare.endswith(m)]
-        for marker in [m for m in markers if m in text][:1] or ends[:1]:
-            held[marker] = held.get(marker, 0) + 1
-    if held:
-        most = max(held, key=held.__getitem__)
-        yield (f"data.chat: {sum(held.values())} of {len(texts)} prompts hold {most!r}, and the chat template is "
-               "written around them again. Set data.chat=false, or give them without it.")  # fmt: skip
+    before, _, after = (part.strip() for part in written.removeprefix(tokenizer.bos_token or "").partition(probe))
+    opening = before.splitlines()[-1] if before else ""
+    held = (
+        [token for token in tokenizer.all_special_tokens if token in text]
+        + [opening] * text.strip().startswith(opening or probe)
+        + [after] * text.strip().endswith(after or probe)
+        for text in texts
+    )
+    return Counter(markers[0] for markers in held if markers)

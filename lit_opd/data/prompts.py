@@ -65,6 +65,13 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
     messages = _messages(prompt, config)
     if not config.chat:
         raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
+    for key, value, default in (
+        ("prompt_template", config.prompt_template, "{prompt}"),
+        ("examples", config.examples, []),
+    ):
+        if value != default:
+            remedy = "Unset it, or write it into the messages."
+            raise UserError(f"data.{key}", "its default where prompts are lists of messages", repr(value), remedy)
     return _apply_chat(_open_ended(messages, config), config, tokenizer)
 
 
@@ -183,15 +190,17 @@ def _content(content: Any) -> str:
 
 def _open_ended(messages: list[dict[str, Any]], config: DataConfig) -> list[dict[str, Any]]:
     """Deal with the assistant's turn at the end of a conversation as `last_assistant_turn` says."""
-    end = next((i for i, m in reversed(list(enumerate(messages, 1))) if m["role"] not in ASSISTANT), 0)
-    if end == len(messages) or (end and config.last_assistant_turn == "continue"):
+    kept = list(messages)
+    while kept and kept[-1]["role"] in ASSISTANT:
+        kept.pop()
+    if len(kept) == len(messages) or (kept and config.last_assistant_turn == "continue"):
         return messages
-    if config.last_assistant_turn == "refuse" or not end:
-        expected = "conversations that end with the user" if end else "conversations with a turn of the user"
+    if config.last_assistant_turn == "refuse" or not kept:
+        expected = "conversations that end with the user" if kept else "conversations with a turn of the user"
         found = f"one that ends with the {messages[-1]['role']}: {messages[-1].get('content', '')!r:.60}"
         remedy = "Set it to drop, which takes that turn out, or to continue, which lets the student go on with it."
         raise UserError("data.last_assistant_turn", expected, found, remedy)
-    return messages[:end]
+    return kept
 
 
 def _worked_turns(config: DataConfig) -> list[dict[str, str]]:

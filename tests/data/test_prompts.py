@@ -105,6 +105,8 @@ def test_null_in_a_column_of_the_template_is_no_text(tokenizer):
         (3, {}, "data.prompt_column"),
         (["a"], {"chat": True}, "data.prompt_column"),
         ([], {"chat": True}, "data.prompt_column"),
+        ([{"role": "user", "content": "a"}], {"chat": True, "prompt_template": "Q {prompt}"}, "data.prompt_template"),
+        ([{"role": "user", "content": "a"}], {"chat": True, "examples": [{"user": "a"}]}, "data.examples"),
     ],
 )
 def test_what_cannot_be_rendered(prompt, keys, key, tokenizer):
