@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["RunError", "UserError", "UserErrors", "choose", "gather", "suggest"]
+__all__ = ["LintWarning", "RunError", "UserError", "UserErrors", "choose", "gather", "suggest"]
 
 
 class UserError(Exception):
@@ -41,6 +41,10 @@ class UserErrors(UserError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, though nobody made a mistake."""
+
+
+class LintWarning(UserWarning):
+    """A warning of what may not do what it says, or that was let pass knowingly. Commands tell it in one line."""
 
 
 def gather(*checks: Callable[[], Any]) -> list[Any]:

@@ -23,7 +23,7 @@ from lit_opd.measures.table import YARDSTICKS
 from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
 from lit_opd.processes import AcrossProcesses
-from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, judge, uniforms
+from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, failed, judge, uniforms
 from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
@@ -86,7 +86,7 @@ class Evaluation(nn.Module):
         scores = teacher.score(rollout, Wanted(full=FULL in teacher.gives))
         values = measure_yardsticks(policy, scores, rollout, rows, self.support_size, self.measures)
         rewards_B = None if verifier is None else judge(policy.tokenizer, batch, rollout, verifier)
-        self.yardsticks.update(values, rollout, rewards_B, batch.places)
+        self.yardsticks.update(values, rollout, rewards_B, batch.places, failed(verifier, rollout))
         self.tokens.update(values, rollout)
         self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
 

@@ -193,7 +193,7 @@ class DistillationModule(EvaluatedModule):
             totals = self.estimate(update)
             self.step(totals, batch)
         watch.lap("student_s")
-        sums = self.total(rollout_sums(rollout))
+        sums = self.total(rollout_sums(rollout, self.verifier))
         self.log_dict(self.at_step(step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))), batch_size=1)
 
     def prove(self, rollout: Rollout) -> None:

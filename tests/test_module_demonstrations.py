@@ -99,9 +99,9 @@ def test_texts_of_the_data_are_repeated_and_cut_as_samples_are(make_model, make_
 
 def test_data_without_answers_is_told(make_model, make_module, make_trainer, fit, make_rows):
     wanted = {"student_share": 0.0, "demonstrations": "data"}
-    with pytest.raises(
-        UserError, match=r"rollout.demonstrations: expected an answer in every row .* none in 'solution'"
-    ):
+    with pytest.raises(UserError, match=r"rollout.demonstrations: expected an answer in every row .* none in None"):
+        run(make_module, fit, make_rows(None), make_model(1), make_model(2), rollout=wanted)
+    with pytest.raises(UserError, match=r"data.answer_column: expected a column 'solution' in some row"):
         run(make_module, fit, make_rows("solution"), make_model(1), make_model(2), rollout=wanted)
     module, data = make_module(make_model(1), make_model(2), rollout=wanted), make_rows()
     data.setup("fit")

@@ -119,7 +119,13 @@ class DataConfig(Section):
     """The longest prompt."""
     overlong: str = limited("drop", one_of("drop", "truncate", "error"))
     """What happens to longer prompts: drop | truncate (their end stays) | error."""
+    last_assistant_turn: str = limited("refuse", one_of("refuse", "drop", "continue"))
+    """What happens to conversations that end with the assistant: refuse | drop (its turn) | continue (its turn)."""
     batch_size: int = limited(8, at_least(1))
     """Prompts a step, over all processes."""
     verifier: str | None = None
-    """Judges a completion from 0 to 1: exact | last_number | math | reasoning_gym, or package.module:function."""
+    """Judges a completion from 0 to 1: exact | last_number | math | reasoning_gym, or a function (completion, row)."""
+    verifier_seconds: float | None = limited(60.0, above(0, null="no limit"))
+    """The longest that the verifier may take for a completion, in the main thread; null for no limit."""
+    on_verifier_error: str = limited("stop", one_of("stop", "zero"))
+    """Where the verifier raises, takes too long or gives no number from 0 to 1: stop | zero (reward 0, counted)."""

@@ -11,7 +11,7 @@ from typing import Any
 _HOMES = {
     "PromptDataModule": "lit_opd.data.datamodule",
     "PromptStream": "lit_opd.data.stream",
-    "Verifier": "lit_opd.data.verifiers",
+    "Verifier": "lit_opd.data.guarded",
     "build_verifier": "lit_opd.data.verifiers",
     "encode_rows": "lit_opd.data.prompts",
     "load_rows": "lit_opd.data.rows",

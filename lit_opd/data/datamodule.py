@@ -17,11 +17,13 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_opd.config import DataConfig
+from lit_opd.data.findings import find_in_prompts
+from lit_opd.data.guarded import Guarded, Verifier
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
 from lit_opd.data.rows import Row, check_rows, load_rows
 from lit_opd.data.stream import Pick, PromptLoader, PromptStream
-from lit_opd.data.verifiers import Verifier, build_verifier
-from lit_opd.errors import UserError, suggest
+from lit_opd.data.verifiers import build_verifier
+from lit_opd.errors import LintWarning, UserError, suggest
 from lit_opd.types import PromptBatch, Prompts
 
 __all__ = ["PromptDataModule"]
@@ -38,7 +40,8 @@ class PromptDataModule(L.LightningDataModule):
         tokenizer: of the student; by default the `tokenizer` of the LightningModule that is trained.
         train_rows: training rows, or plain prompts, instead of `config.source`.
         validation_rows: the same for validation; without them there is none where `train_rows` are given.
-        verifier: called as `verifier(completion, row)`, or a name as in `config.verifier`, which is the default.
+        verifier: called as `verifier(completion, row)`, where `row` is a mapping that holds the answer in a column, or
+            a name as in `config.verifier`, which is the default.
         seed: of the order of training rows.
         evaluation_batch_size: validation rows of a batch on each rank.
         context_length: tokens that the model can take; None to leave it unchecked.
@@ -73,18 +76,21 @@ class PromptDataModule(L.LightningDataModule):
         self.config = replace(config or DataConfig(), **data_keys)
         self.config.check("data")
         self.tokenizer = tokenizer
-        self.verifier = verifier or build_verifier(self.config)
+        name = self.config.verifier if verifier is None else None
+        verifier = verifier or build_verifier(self.config)
+        self.verifier = None if verifier is None else Guarded(verifier, self.config, name)
         self.seed, self.evaluation_batch_size = seed, evaluation_batch_size
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
         self._given = (train_rows, validation_rows)
         self._loaded_state: dict[str, Any] = {}
+        self._looked_at = False
 
     def setup(self, stage: str | None = None) -> None:
-        """Load and encode all prompts, so that every mistake in them shows before the first step.
+        """Load and encode all prompts and try the verifier, so that every mistake in them shows before the first step.
 
         Raises:
-            UserError: see `load_rows`, `encode_rows` and `PromptStream`; no tokenizer; a prompt that leaves too little
-                of the context; `trainer.overfit_batches`, which would not repeat batches here.
+            UserError: see `load_rows`, `encode_rows`, `PromptStream` and `Guarded.rehearse`; no tokenizer; a prompt
+                that leaves too little of the context; `trainer.overfit_batches`, which would not repeat batches here.
         """
         overfit_batches = getattr(self.trainer, "overfit_batches", 0)
         if overfit_batches:
@@ -101,15 +107,18 @@ class PromptDataModule(L.LightningDataModule):
             self._stream()
         if self.validation_prompts.rows:
             self._validation_picks()
+        if not self._looked_at:
+            self._look()
 
     def train_dataloader(self) -> PromptLoader:
         """Make one epoch of training batches, from the first that was not completed."""
         stream = self._stream()
         before = self._loaded_state.get("stream", self._identity())
-        changed = [key for key, value in self._identity().items() if before[key] != value]
+        changed = [key for key, value in self._identity().items() if before.get(key, value) != value]
         if stream.position and changed:
             told = f"training goes on with batch {stream.position}, but of another sequence of prompts."
-            rank_zero_warn(f"{', '.join(changed)} changed since the checkpoint was written: {told}")
+            found = f"{', '.join(changed)} changed since the checkpoint was written: {told}"
+            rank_zero_warn(found, category=LintWarning)
         return PromptLoader(self.train_prompts, stream, pad_token_id(self.tokenizer))
 
     def val_dataloader(self) -> PromptLoader | list[Any]:
@@ -194,6 +203,12 @@ class PromptDataModule(L.LightningDataModule):
         return digest.hexdigest()
 
     @cached_property
+    def rendered_sha256(self) -> str:
+        """Hash of all prompts as the student gets them: a template may hold the date."""
+        ids = [self.train_prompts.ids, self.validation_prompts.ids]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+    @cached_property
     def part_sha256(self) -> tuple[str, str]:
         """Hashes of the content and order of the training rows and of the validation rows."""
         train, validation = (json.dumps(part, sort_keys=True, default=repr).encode() for part in self.rows)
@@ -233,8 +248,18 @@ class PromptDataModule(L.LightningDataModule):
         mine: list[Pick] = [(i, (0, i)) for i in range(rank, size, world_size)]
         return [mine[start : start + step] for start in range(0, len(mine), step)]
 
+    def _look(self) -> None:
+        """Try the verifier on the first rows, and tell what is most likely not meant."""
+        self._looked_at = True
+        for prompts in (self.train_prompts, self.validation_prompts):
+            if isinstance(self.verifier, Guarded):
+                self.verifier.rehearse(prompts.rows)
+        for found in find_in_prompts(self.train_prompts, self.validation_prompts, self.config, self.tokenizer):
+            rank_zero_warn(found, category=LintWarning)
+
     def _identity(self) -> dict[str, Any]:
-        return {"seed": self.seed, "data.batch_size": self.config.batch_size, "dataset_sha256": self.dataset_sha256}
+        hashes = {"rendered_sha256": self.rendered_sha256, "dataset_sha256": self.dataset_sha256}
+        return {"seed": self.seed, "data.batch_size": self.config.batch_size, **hashes}
 
     def _check_context(self, prompts: EncodedPrompts) -> None:
         longest = max(map(len, prompts.ids), default=0)

@@ -15,7 +15,9 @@ from torch import Tensor
 from lit_opd.config import DataConfig
 from lit_opd.errors import UserError
 
-__all__ = ["EncodedPrompts", "encode", "encode_rows", "pad_left", "pad_token_id", "render"]
+__all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render"]
+
+ASSISTANT = ("assistant", "model")  # Gemma's template takes both
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
     result is the user's message in the tokenizer's chat template, after `system_prompt` and the worked turns of
     `examples` (each `{"user": ..., "assistant": ...}`). A prompt may also be a list of messages
     `{"role": ..., "content": ...}`, which the template then does not touch; `system_prompt` goes before them unless
-    they begin with a system message.
+    they begin with a system message, and `last_assistant_turn` says what becomes of an answer at their end.
 
     Raises:
         UserError: the prompt, the template or the tokenizer does not fit `data.chat`.
@@ -60,13 +62,25 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
         if not config.chat:
             return text
         return _apply_chat([*_worked_turns(config), {"role": "user", "content": text}], config, tokenizer)
-    if not _are_messages(prompt):
-        found = f"{type(prompt).__name__} in column {config.prompt_column!r}"
-        expected, remedy = "text or a list of {role, content} messages", "Choose another column."
-        raise UserError("data.prompt_column", expected, found, remedy)
+    messages = _messages(prompt, config)
     if not config.chat:
         raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
-    return _apply_chat(list(prompt), config, tokenizer)
+    for key, value, default in (
+        ("prompt_template", config.prompt_template, "{prompt}"),
+        ("examples", config.examples, []),
+    ):
+        if value != default:
+            remedy = "Unset it, or write it into the messages."
+            raise UserError(f"data.{key}", "its default where prompts are lists of messages", repr(value), remedy)
+    return _apply_chat(_open_ended(messages, config), config, tokenizer)
+
+
+def own_text(row: Mapping[str, Any], config: DataConfig) -> str:
+    """Write the text of a row's prompt as it is before the tokenizer's template."""
+    prompt = row[config.prompt_column]
+    if isinstance(prompt, str):
+        return _fill(row, config)
+    return "\n".join(message.get("content", "") for message in _messages(prompt, config))
 
 
 def encode(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> list[list[int]]:
@@ -97,10 +111,12 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
     """
     config.check("data")
     ids = encode([render(row, config, tokenizer) for row in rows], config, tokenizer)
+    ignored = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
     for index, prompt in enumerate(ids):
-        if not prompt:
-            expected, remedy = "prompts of at least one token", "Remove it, or begin data.prompt_template with text."
-            raise UserError("data.prompt_column", expected, f"an empty one in row {index}", remedy)
+        if ignored.issuperset(prompt) or not own_text(rows[index], config).strip():
+            expected, remedy = "prompts with text", "Remove it, or begin data.prompt_template with text."
+            what = f"nothing but {tokenizer.unk_token!r}" if tokenizer.unk_token_id in prompt else "an empty one"
+            raise UserError("data.prompt_column", expected, f"{what} in row {index}", remedy)
     limit = config.max_prompt_tokens
     long = sum(len(prompt) > limit for prompt in ids)
     if config.overlong == "truncate":
@@ -136,16 +152,55 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def _fill(row: Mapping[str, Any], config: DataConfig) -> str:
+    # Without columns that are null, which would become the word None in a prompt.
+    columns = {str(key): value for key, value in row.items() if value is not None}
     try:
-        return config.prompt_template.format(**{**row, "prompt": row[config.prompt_column]})
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        expected = f"only {{prompt}} and columns ({', '.join(map(str, row))}) in braces"
+        return config.prompt_template.format(**{**columns, "prompt": row[config.prompt_column]})
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        expected = f"only {{prompt}} and columns ({', '.join(columns)}) in braces"
         found = f"{config.prompt_template!r} ({type(error).__name__}: {error})"
         raise UserError("data.prompt_template", expected, found, "Write {{ and }} for braces that are text.") from error
 
 
-def _are_messages(prompt: Any) -> bool:
-    return isinstance(prompt, list) and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+def _messages(prompt: Any, config: DataConfig) -> list[dict[str, Any]]:
+    """Take messages with their contents as text, without the empty values that a table gives to absent keys."""
+    if not (isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) and "role" in m for m in prompt)):
+        found = f"{type(prompt).__name__} in column {config.prompt_column!r}"
+        expected, remedy = "text or a list of {role, content} messages", "Choose another column."
+        raise UserError("data.prompt_column", expected, found, remedy)
+    messages = [{key: value for key, value in message.items() if value is not None} for message in prompt]
+    for message in messages:
+        if "content" in message or "tool_calls" not in message:
+            message["content"] = _content(message.get("content"))
+    return messages
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else [content]
+    for part in parts:
+        if not (isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type", "no text") if isinstance(part, Mapping) else type(part).__name__
+            expected = "messages whose content is text, or parts {type: text, text: ...}"
+            remedy = "Take such messages out, or name another column."
+            raise UserError("data.prompt_column", expected, f"a content of {kind!r}", remedy)
+    return "".join(part["text"] for part in parts)
+
+
+def _open_ended(messages: list[dict[str, Any]], config: DataConfig) -> list[dict[str, Any]]:
+    """Deal with the assistant's turn at the end of a conversation as `last_assistant_turn` says."""
+    kept = list(messages)
+    while kept and kept[-1]["role"] in ASSISTANT:
+        kept.pop()
+    if len(kept) == len(messages) or (kept and config.last_assistant_turn == "continue"):
+        return messages
+    if config.last_assistant_turn == "refuse" or not kept:
+        expected = "conversations that end with the user" if kept else "conversations with a turn of the user"
+        found = f"one that ends with the {messages[-1]['role']}: {messages[-1].get('content', '')!r:.60}"
+        remedy = "Set it to drop, which takes that turn out, or to continue, which lets the student go on with it."
+        raise UserError("data.last_assistant_turn", expected, found, remedy)
+    return kept
 
 
 def _worked_turns(config: DataConfig) -> list[dict[str, str]]:
@@ -156,14 +211,17 @@ def _worked_turns(config: DataConfig) -> list[dict[str, str]]:
     return [{"role": role, "content": example[role]} for example in config.examples for role in roles]
 
 
-def _apply_chat(messages: list[Mapping[str, Any]], config: DataConfig, tokenizer: Any) -> str:
+def _apply_chat(messages: Sequence[Mapping[str, Any]], config: DataConfig, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         remedy = "Set data.chat=false or use a tokenizer with a chat template."
         raise UserError("data.chat", "false, as the tokenizer has no chat template", "true", remedy)
     if config.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    goes_on = messages[-1]["role"] in ASSISTANT
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
+        )
     except Exception as error:  # whatever the tokenizer's own template raises
         cause = f"{type(error).__name__}: {error}"
         remedy = "Check the roles and data.system_prompt."

@@ -6,7 +6,6 @@ The data module calls it, unless rows are given to it.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_opd.config import DataConfig
-from lit_opd.errors import UserError, choose, suggest
+from lit_opd.data.files import Row, import_extra, read_csv, read_file, read_json
+from lit_opd.errors import UserError, suggest
 from lit_opd.plugins import import_object
 
-__all__ = ["Row", "check_rows", "import_extra", "load_rows", "split_rows"]
-
-Row = dict[str, Any]
+__all__ = ["Row", "check_rows", "load_rows", "split_rows"]
 
 # Verifiers that compare with the answer column, so that a missing column is found before any model is loaded.
 ANSWER_VERIFIERS = ("exact", "last_number", "math")
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+DEFAULT_ANSWER_COLUMN = str(DataConfig.answer_column)
+# Keywords of `datasets.load_dataset` that its builders do not know.
+OF_LOADING = ("keep_in_memory", "num_proc", "save_infos", "storage_options", "streaming", "verification_mode")
 # A task with few distinct questions may never yield enough that are not held out.
 REASONING_GYM_ROUNDS = 4
 
@@ -33,8 +33,9 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
     """Load the training and the validation rows, the same in the same order at every call.
 
     - `file`: a local .jsonl, .json, .parquet or .csv at `path`; validation rows come from `validation_path`, or by the
-      rule of `split_rows`. `kwargs` go to `datasets.load_dataset`.
-    - `hub`: `datasets.load_dataset(path, split=split, **kwargs)`, divided by the rule of `split_rows`.
+      rule of `split_rows`. `kwargs` go to the reader in `files.py`.
+    - `hub`: `datasets.load_dataset(path, split=split, **kwargs)`, divided by the rule of `split_rows`; a subset is
+      `kwargs.name`. JSON and CSV of a data set are read as local files are.
     - `reasoning_gym`: the task `path` with the settings `kwargs`. Validation questions are drawn with the seed
       `validation_seed`, and no training row asks one of them.
     - `function`: `path` names a function, called once with split="train" and once with split="validation" as
@@ -85,7 +86,8 @@ def check_rows(rows: Sequence[Row], config: DataConfig, where: str) -> None:
     """Check that there are rows and that each has the columns the configuration names.
 
     Raises:
-        UserError: no rows, or a row without its prompt or the answer that the verifier compares with.
+        UserError: no rows, a row without its prompt or the answer that the verifier compares with, or an answer column
+            that was named and that no row has.
     """
     if not rows:
         raise UserError("data.path", "at least one row", f"none in {where}", "Check data.source and data.path.")
@@ -94,21 +96,17 @@ def check_rows(rows: Sequence[Row], config: DataConfig, where: str) -> None:
         needed.append(("data.answer_column", config.answer_column))
     for index, row in enumerate(rows):
         for key, column in needed:
-            if row.get(column) is None:
-                found = f"row {index} of {where} with columns {', '.join(k for k in row if row[k] is not None)}"
+            if row.get(column) is None or (key == "data.answer_column" and row[column] == ""):
+                found = f"row {index} of {where} with columns {_columns(row)}"
                 raise UserError(key, f"a column {column!r} in every row", found, f"Set {key} to one of the columns.")
+    column = config.answer_column or DEFAULT_ANSWER_COLUMN
+    if column != DEFAULT_ANSWER_COLUMN and all(row.get(column) is None for row in rows):
+        expected, found = f"a column {column!r} in some row", f"columns {_columns(rows[0])} in {where}"
+        raise UserError("data.answer_column", expected, found, "Set it to one of the columns, or to null.")
 
 
-def import_extra(key: str, module: str, extra: str) -> Any:
-    """Import a package that only an optional extra installs.
-
-    Raises:
-        UserError: naming the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(key, f"the package {module!r}", str(error), f'Run: pip install "lit_opd[{extra}]".') from error
+def _columns(row: Row) -> str:
+    return ", ".join(str(key) for key, value in row.items() if value not in (None, ""))
 
 
 def _split_key(row: Row, config: DataConfig) -> str:
@@ -117,34 +115,49 @@ def _split_key(row: Row, config: DataConfig) -> str:
 
 
 def _file(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    rows = _read_file("data.path", str(config.path), config.kwargs)
+    rows = read_file("data.path", str(config.path), config.kwargs)
     if config.validation_path is None:
         return split_rows(rows, config)
-    return rows, _read_file("data.validation_path", config.validation_path, config.kwargs)
-
-
-def _read_file(key: str, name: str, kwargs: dict[str, Any]) -> list[Row]:
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise UserError(key, "a file", f"no file {name!r}", "Check the path; it is relative to the current folder.")
-    choose(key, path.suffix, READERS)
-    return _load_dataset(key, READERS[path.suffix], data_files=str(path), split="train", **kwargs)
+    return rows, read_file("data.validation_path", config.validation_path, config.kwargs)
 
 
 def _hub(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    rows = _load_dataset("data.path", str(config.path), split=config.split, **config.kwargs)
+    import_extra("data.source", "datasets", "demo")
+    try:
+        rows = _hub_rows(str(config.path), config)
+    except Exception as error:  # datasets passes on whatever its readers and the network raise
+        cause = f"{type(error).__name__}: {error.__cause__ or error}"
+        remedy = "Check data.path, data.split and data.kwargs."
+        if isinstance(error, OSError) and error.filename:
+            remedy = f"{remedy} Its cache is where HF_HOME says."
+        raise UserError("data.path", f"{config.path} to load with Hugging Face datasets", cause, remedy) from error
     return split_rows(rows, config)
 
 
-def _load_dataset(key: str, name: str, **kwargs: Any) -> list[Row]:
-    datasets = import_extra("data.source", "datasets", "demo")
-    try:
-        return datasets.load_dataset(name, **kwargs).to_list()
-    except Exception as error:  # datasets passes on whatever its readers and the network raise
-        what = kwargs.get("data_files", name)
-        cause = f"{type(error).__name__}: {error.__cause__ or error}"
-        remedy = "Check data.path, data.split and data.kwargs."
-        raise UserError(key, f"{what} to load with Hugging Face datasets", cause, remedy) from error
+def _hub_rows(path: str, config: DataConfig) -> list[Row]:
+    import datasets
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
+
+    of_builder = {key: value for key, value in config.kwargs.items() if key not in OF_LOADING}
+    builder = datasets.load_dataset_builder(path, **of_builder)
+    if not isinstance(builder, (Csv, Json)):
+        return datasets.load_dataset(path, split=config.split, **config.kwargs).to_list()
+    settings = builder.config
+    encoding = {"encoding": "utf-8-sig" if settings.encoding in (None, "utf-8") else settings.encoding}
+    # Not datasets' own reading of JSON and CSV, which guesses types: see `files`.
+    download = datasets.DownloadManager(download_config=datasets.DownloadConfig(token=config.kwargs.get("token")))
+    parts: dict[str, list[Row]] = {}
+    for split, files in settings.data_files.items():
+        paths = [Path(file) for file in download.iter_files(download.download_and_extract(list(files)))]
+        if isinstance(builder, Json):
+            read = [read_json(file, settings.field, **encoding) for file in paths]
+        else:
+            form = {"delimiter": settings.sep, "quotechar": settings.quotechar, "fieldnames": settings.names}
+            read = [read_csv(file, **encoding, **form) for file in paths]
+        parts[str(split)] = [row for rows in read for row in rows]
+    wanted = datasets.ReadInstruction.from_spec(config.split).to_absolute({k: len(rows) for k, rows in parts.items()})
+    return [row for part in wanted for row in parts[part.splitname][part.from_ : part.to]]
 
 
 def _reasoning_gym(config: DataConfig) -> tuple[list[Row], list[Row]]:

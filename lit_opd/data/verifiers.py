@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from lit_opd.config import DataConfig
-from lit_opd.data.rows import import_extra, reasoning_gym_task
+from lit_opd.data.files import import_extra
+from lit_opd.data.guarded import Verifier
+from lit_opd.data.rows import reasoning_gym_task
 from lit_opd.errors import UserError, suggest
 from lit_opd.plugins import import_object
 
 __all__ = ["Verifier", "build_verifier", "last_number"]
-
-Verifier = Callable[[str, Mapping[str, Any]], float]
 
 # A sign counts where it cannot be an operator: "5-3" ends in 3. Groups of three digits may be divided by commas.
 _SIGN = r"(?:(?<![0-9A-Za-z)\]])[-+\u2212])?"
@@ -35,7 +35,8 @@ def build_verifier(config: DataConfig) -> Verifier | None:
     - `last_number`: the last number of the completion equals the last number of the answer.
     - `math`: math-verify finds the two equal.
     - `reasoning_gym`: the task's own score of what is inside `<answer>` tags, or of the whole completion.
-    - `package.module:function` or `file.py:function`: called as `function(completion, row)`.
+    - `package.module:function` or `file.py:function`: called as `function(completion, row)`, `row` being a mapping with
+      the columns of the data, as `row["answer"]`.
 
     Raises:
         UserError: an unknown name, a missing package, or no answer column to compare with.

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_opd.config import OptimConfig, RolloutConfig, StudentConfig
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.linter.probes import Probe
 
 __all__ = ["Facts", "Finding", "LintWarning"]
-
-
-class LintWarning(UserWarning):
-    """A warning of a configuration that may not do what it says, or that was let pass knowingly."""
 
 
 class Facts(NamedTuple):

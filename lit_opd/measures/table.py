@@ -68,6 +68,9 @@ MEASURES: dict[str, Measure] = {
     "teacher_entropy": Measure("teacher's entropy", NATS, None, short="teacher ent."),
     "length": Measure("length", "tokens", None, "completion"),
     "truncated_frac": Measure("truncated", COMPLETIONS, None, "completion"),
+    "verifier_error_frac": Measure(
+        "rewards of 0 where the verifier failed", COMPLETIONS, None, "completion", "verifier failed"
+    ),
     "log_ratio": Measure("log-ratio of the token, student minus teacher", NATS, None, "position"),
     "entropy_gap": Measure("entropy, student minus teacher", NATS, None, "position"),
     "stop_log_ratio": Measure("log-ratio of stopping here, student minus teacher", NATS, None, "position"),
@@ -109,6 +112,7 @@ MEASURES: dict[str, Measure] = {
     "rollout/sampler_gap": Measure("sampler's minus student's log-probability", NATS, None, "step"),
     "rollout/sampler_gap_max": Measure("largest gap between sampler and student", NATS, None, "step"),
     "rollout/sampler_ess": Measure("effective sample, student weighted against sampler", TOKENS, None, "step"),
+    "rollout/verifier_error_frac": Measure("rewards of 0 where the verifier failed", COMPLETIONS, None, "step"),
     "perf/rollout_s": Measure("time to sample", "seconds", "lower", "step"),
     "perf/teacher_s": Measure("time to score", "seconds", "lower", "step"),
     "perf/student_s": Measure("time to form gradients and step", "seconds", "lower", "step"),

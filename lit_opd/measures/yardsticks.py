@@ -65,8 +65,9 @@ class Yardsticks(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
-        self, values: Mapping[str, Tensor], rollout: Rollout, rewards_B: Tensor | None, numbers: Sequence[int] = ()
-    ) -> None:
+        self, values: Mapping[str, Tensor], rollout: Rollout, rewards_B: Tensor | None, numbers: Sequence[int] = (),
+        failed_B: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Add a batch of whole prompts.
 
         Args:
@@ -74,6 +75,7 @@ class Yardsticks(Metric):
             rollout: the completions.
             rewards_B: [B] 1 where correct; None where nothing judges them.
             numbers: of the batch's prompts among all; without them prompts keep the order in which they come.
+            failed_B: [B] True where the reward stands for an error of the verifier; None where errors end the run.
         """
         group_B, tokens_B = rollout.prompt_index_B, rollout.mask_BT.sum(1)
         blank_G = torch.zeros(int(group_B.max()) + 1, dtype=torch.float64, device=group_B.device)
@@ -90,6 +92,8 @@ class Yardsticks(Metric):
             correct_G = by_prompt(rewards_B >= 1)
             for name, k in self.pass_at.items():
                 pairs[name] = pass_at_k(correct_G, completions_G, k), torch.ones_like(blank_G)
+        if failed_B is not None:
+            pairs["verifier_error_frac"] = pass_at_k(by_prompt(failed_B), completions_G, 1), torch.ones_like(blank_G)
         self.columns = list(pairs)
         self.numbers.append(torch.tensor(numbers or [0] * len(blank_G), device=group_B.device))
         self.rows.append(torch.stack([torch.stack(pair, dim=1) for pair in pairs.values()], dim=1))

@@ -6,7 +6,7 @@ rollouts.
 
 from lit_opd.rollout.batching import EVALUATION_STREAM, TRAINING_STREAM, micro_batches, split_updates, uniforms
 from lit_opd.rollout.engine import RolloutEngine, build_engine
-from lit_opd.rollout.judging import Verifier, completion_texts, judge
+from lit_opd.rollout.judging import Verifier, completion_texts, failed, judge
 from lit_opd.rollout.law import training_law
 from lit_opd.rollout.local import LocalEngine
 from lit_opd.rollout.proof import check_gap, gap_sums
@@ -30,6 +30,7 @@ __all__ = [
     "check_gap",
     "completion_texts",
     "gap_sums",
+    "failed",
     "judge",
     "micro_batches",
     "rollout_sums",

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_opd.data.guarded import Guarded, Verifier
 from lit_opd.types import PromptBatch, Rollout
 
-__all__ = ["Verifier", "completion_texts", "judge"]
-
-Verifier = Callable[[str, Mapping[str, Any]], float]
+__all__ = ["Verifier", "completion_texts", "failed", "judge"]
 
 
 def judge(tokenizer: Any, batch: PromptBatch, rollout: Rollout, verifier: Verifier) -> Tensor:
@@ -27,6 +25,13 @@ def judge(tokenizer: Any, batch: PromptBatch, rollout: Rollout, verifier: Verifi
     texts = completion_texts(tokenizer, rollout)
     rewards = [float(verifier(text, row)) for text, row in zip(texts, rows, strict=True)]
     return torch.tensor(rewards, dtype=torch.float32, device=rollout.mask_BT.device)
+
+
+def failed(verifier: Verifier | None, rollout: Rollout) -> Tensor | None:
+    """Take which of the rewards just given [B] stand for errors of the verifier; None where errors end the run."""
+    flags = verifier.failures() if isinstance(verifier, Guarded) else []
+    last = flags[-len(rollout) :]  # an interrupted step may have left others
+    return torch.tensor(last, device=rollout.mask_BT.device) if len(last) == len(rollout) else None
 
 
 def completion_texts(tokenizer: Any, rollout: Rollout) -> list[str]:

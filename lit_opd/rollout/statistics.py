@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_opd.rollout.judging import Verifier, failed
 from lit_opd.types import FinishReason, Rollout
 
 __all__ = ["repetition", "rollout_sums"]
@@ -28,13 +29,16 @@ def repetition(ids_BT: Tensor, mask_BT: Tensor, n: int = NGRAM) -> Tensor:
     return torch.tensor(shares, dtype=torch.float32, device=ids_BT.device)
 
 
-def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
+def rollout_sums(rollout: Rollout, verifier: Verifier | None = None) -> dict[str, Tensor]:
     """Sum length, truncation, ends by a stop token and repetition over the student's sequences, and count these.
+
+    Errors of a verifier that gave rewards are summed too, where they do not end the run.
 
     Demonstrations, which the student did not write, are left out.
     """
     # The author of the first token is that of the row.
-    own_B = rollout.student_wrote_BT[:, 0]
+    own_B, failed_B = rollout.student_wrote_BT[:, 0], failed(verifier, rollout)
+    errors = {} if failed_B is None else {"verifier_error_frac": failed_B[own_B].sum()}
     if not own_B.all():
         rollout = rollout.rows(torch.nonzero(own_B).flatten())
     stopped_B = rollout.finish_B == FinishReason.STOP
@@ -44,4 +48,5 @@ def rollout_sums(rollout: Rollout) -> dict[str, Tensor]:
         "truncated_frac": (~stopped_B).sum(),
         "eos_frac": stopped_B.sum(),
         "repetition_frac": repetition(rollout.ids_BT, rollout.real_BT).sum(),
+        **errors,
     }

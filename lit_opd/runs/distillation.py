@@ -15,6 +15,7 @@ import lightning as L
 from lit_opd.callbacks import StepSpeed
 from lit_opd.config import Config, to_yaml
 from lit_opd.data import PromptDataModule
+from lit_opd.data.guarded import tell_constant
 from lit_opd.measures.intervals import Interval
 from lit_opd.models import export_student
 from lit_opd.module import DistillationModule
@@ -131,6 +132,7 @@ def measure_before(
     if config.evaluation.teacher and module.scorer is None:
         with module.judging_teacher():
             trainer.validate(module, data, verbose=False)
+        tell_constant(module.results["teacher"])
     trainer.validate(module, data, verbose=False)  # the last, so that the last evaluation of a run is the student's
     return {"before": module.results["val"], "teacher": module.results.get("teacher", {})}
 

@@ -180,6 +180,15 @@ def test_resuming_with_another_sequence_warns(tokenizer, keys, named, tmp_path):
         fit(tokenizer, checkpoint=tmp_path / "batch_end-4.ckpt", module=data(**keys))
 
 
+def test_resuming_with_a_template_that_holds_the_date_warns(make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(chat=True)
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    fit(tokenizer, SaveEverywhere(tmp_path), module=data(train_rows=rows, chat=True))
+    tokenizer.chat_template = "[system]" + "2026-11-28" + tokenizer.chat_template
+    with pytest.warns(UserWarning, match=r"^rendered_sha256 changed since the checkpoint"):
+        fit(tokenizer, checkpoint=tmp_path / "batch_end-4.ckpt", module=data(train_rows=rows, chat=True))
+
+
 def test_another_sequence_from_its_beginning_is_no_reason_to_warn(tokenizer, tmp_path):
     fit(tokenizer, SaveEverywhere(tmp_path))
     module = data(seed=1)
@@ -315,7 +324,7 @@ def test_the_configuration_given_is_left_alone():
 
 def test_verifier():
     assert data().verifier is None
-    assert data(verifier=len).verifier is len
+    assert data(verifier=max).verifier.verify is max
     rows = [{"prompt": "1+1=", "answer": "2"}]
     module = PromptDataModule(verifier=None, train_rows=rows, answer_column="answer")
     assert module.verifier is None

@@ -43,6 +43,59 @@ def test_chat_messages_keep_their_own_system_message(make_tokenizer):
     assert render({"prompt": messages[1:]}, config, tokenizer) == "<bos>[system]ours[user]hi[assistant]"
 
 
+def test_contents_in_parts_are_their_text(make_tokenizer):
+    parts = [{"type": "text", "text": "how "}, {"type": "text", "text": "much?", "image": None}]
+    # As Parquet gives them: every key in every message.
+    messages = [{"role": "user", "content": parts, "name": None}]
+    text = render({"prompt": messages}, DataConfig(chat=True), make_tokenizer(chat=True))
+    assert text == "<bos>[user]how much?[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ([{"type": "image", "url": "a"}], "'image'"), ([{"type": "text", "text": "a"}, {"type": "audio"}], "'audio'"),
+        (["a"], "'str'"), (3, "'int'"), (None, "'NoneType'"), ({"a": 1}, "'no text'"), ([{"type": "text"}], "'text'"),
+    ],
+)  # fmt: skip
+def test_contents_that_are_no_text_are_refused(content, kind, make_tokenizer):
+    row = {"prompt": [{"role": "user", "content": content}]}
+    with pytest.raises(UserError, match=rf"data\.prompt_column: expected messages whose content is text.*{kind}"):
+        render(row, DataConfig(chat=True), make_tokenizer(chat=True))
+
+
+TURNS = [{"role": role, "content": text} for role, text in [("user", "1+1"), ("assistant", "2"), ("user", "2+2")]]
+ANSWERED = [*TURNS, {"role": "assistant", "content": "It is"}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [("drop", "<bos>[user]1+1[assistant]2[user]2+2[assistant]"),
+     ("continue", "<bos>[user]1+1[assistant]2[user]2+2[assistant]It is")],
+)  # fmt: skip
+def test_the_last_turn_of_the_assistant_is_dropped_or_continued(choice, text, make_tokenizer):
+    config = DataConfig(chat=True, last_assistant_turn=choice)
+    assert render({"prompt": ANSWERED}, config, make_tokenizer(chat=True)) == text
+    dropped = "<bos>[user]1+1[assistant]2[user]2+2[assistant]"
+    assert render({"prompt": TURNS}, config, make_tokenizer(chat=True)) == dropped
+
+
+def test_the_last_turn_of_the_assistant_is_refused_unless_chosen(make_tokenizer):
+    tokenizer = make_tokenizer(chat=True)
+    with pytest.raises(UserError, match=r"data\.last_assistant_turn.*ends with the assistant: 'It is'.*drop.*continue"):
+        render({"prompt": ANSWERED}, DataConfig(chat=True), tokenizer)
+    for choice in ("drop", "continue"):
+        with pytest.raises(
+            UserError, match=r"data\.last_assistant_turn: expected conversations with a turn of the user"
+        ):
+            render({"prompt": ANSWERED[3:]}, DataConfig(chat=True, last_assistant_turn=choice), tokenizer)
+
+
+def test_null_in_a_column_of_the_template_is_no_text(tokenizer):
+    with pytest.raises(UserError, match=r"data\.prompt_template.*columns \(prompt\)"):
+        render({"prompt": "a", "hint": None}, DataConfig(prompt_template="{prompt} {hint}"), tokenizer)
+
+
 @pytest.mark.parametrize(
     ("prompt", "keys", "key"),
     [
@@ -51,6 +104,9 @@ def test_chat_messages_keep_their_own_system_message(make_tokenizer):
         ([{"role": "user", "content": "a"}], {}, "data.chat"),
         (3, {}, "data.prompt_column"),
         (["a"], {"chat": True}, "data.prompt_column"),
+        ([], {"chat": True}, "data.prompt_column"),
+        ([{"role": "user", "content": "a"}], {"chat": True, "prompt_template": "Q {prompt}"}, "data.prompt_template"),
+        ([{"role": "user", "content": "a"}], {"chat": True, "examples": [{"user": "a"}]}, "data.examples"),
     ],
 )
 def test_what_cannot_be_rendered(prompt, keys, key, tokenizer):
@@ -114,9 +170,18 @@ def test_dropping_every_prompt_is_refused(tokenizer):
         encode_rows(ROWS, DataConfig(max_prompt_tokens=1), tokenizer)
 
 
-def test_empty_prompt(tokenizer):
+@pytest.mark.parametrize("empty", ["", " \n"])
+@pytest.mark.parametrize("kind", [{}, {"bos": True}, {"chat": True}])
+def test_empty_prompt(empty, kind, make_tokenizer):
     with pytest.raises(UserError, match="an empty one in row 1"):
-        encode_rows([{"prompt": "a"}, {"prompt": ""}], DataConfig(), tokenizer)
+        encode_rows([{"prompt": "a"}, {"prompt": empty}], DataConfig(chat="chat" in kind), make_tokenizer(**kind))
+
+
+def test_prompt_of_nothing_that_the_tokenizer_knows(make_tokenizer):
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.unk_token = "?"
+    with pytest.raises(UserError, match=r"data\.prompt_column.*nothing but '\?' in row 0"):
+        encode_rows([{"prompt": "??"}], DataConfig(), tokenizer)
 
 
 def test_no_rows_are_no_prompts(tokenizer):

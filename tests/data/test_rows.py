@@ -212,9 +212,11 @@ def test_function_without_rows(tmp_path):
         load_rows(DataConfig(source="function", path=f"{file}:rows"))
 
 
-@pytest.mark.parametrize(("source", "package"), [("file", "datasets"), ("reasoning_gym", "reasoning_gym")])
+@pytest.mark.parametrize(
+    ("source", "package"), [("hub", "datasets"), ("file", "pyarrow.parquet"), ("reasoning_gym", "reasoning_gym")]
+)
 def test_missing_package_names_its_extra(source, package, write, monkeypatch):
-    path = write("rows.jsonl")
+    path = write("rows.parquet")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r'pip install "lit_opd\[demo\]"'):
         load_rows(DataConfig(source=source, path=path, train_size=1))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from references import rollout_from
 
+from lit_opd.config import DataConfig
+from lit_opd.data.guarded import Guarded
 from lit_opd.rollout import rollout_sums
 from lit_opd.rollout.statistics import repetition
 from lit_opd.types import FinishReason, SamplingLaw
@@ -26,4 +28,10 @@ def test_sums_count_sequences():
     rollout = rollout_from(prompts, prompts.bool(), mask.long(), mask, mask, mask.float(), finish, SamplingLaw(),
                       torch.arange(3))  # fmt: skip
     sums = {name: value.item() for name, value in rollout_sums(rollout).items()}
-    assert sums == {"rows": 3, "length": 7, "truncated_frac": 1, "eos_frac": 2, "repetition_frac": 0}
+    expected = {"rows": 3, "length": 7, "truncated_frac": 1, "eos_frac": 2, "repetition_frac": 0}
+    assert sums == expected
+    failing = Guarded(lambda text, row: row["reward"], DataConfig(on_verifier_error="zero"))
+    for reward in (None, None, 1, None):  # the first is of an interrupted step
+        failing("", {"reward": reward})
+    sums = {name: float(value) for name, value in rollout_sums(rollout, failing).items()}
+    assert sums == {**expected, "verifier_error_frac": 2}
