@@ -3,6 +3,7 @@
 `Pair` checks what the user named and loads it. Scorers, rollout engines and yardsticks run what it loaded.
 """
 
+from lit_opd.models.endings import end_of_turn, read_stop_ids
 from lit_opd.models.exporting import export_student
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
@@ -17,6 +18,7 @@ __all__ = [
     "Reference",
     "Student",
     "Teacher",
+    "end_of_turn",
     "export_student",
     "frozen_names",
     "load_frozen",
@@ -24,6 +26,7 @@ __all__ = [
     "load_tokenizer",
     "measure_yardsticks",
     "read_model_config",
+    "read_stop_ids",
     "shared_vocabulary",
     "token_ids",
 ]

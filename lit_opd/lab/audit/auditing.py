@@ -24,10 +24,11 @@ from lit_opd.lab.audit.prefixes import student_prefixes
 from lit_opd.lab.audit.quantization import quantised_teacher
 from lit_opd.lab.audit.ranking import TokenRow, log_ratios, rank_tokens
 from lit_opd.lab.audit.score import sampler_gap, sampling_law
-from lit_opd.lab.audit.tokenizers import chat_template, segmentation, vocabulary
-from lit_opd.lab.audit.verdicts import FAIL, Finding, worst
+from lit_opd.lab.audit.tokenizers import segmentation, vocabulary
 from lit_opd.models import load_tokenizer, read_model_config
+from lit_opd.runs.first_look import chat_template
 from lit_opd.runs.prepare import check_local_teacher
+from lit_opd.runs.verdicts import FAIL, Finding, worst
 
 __all__ = ["CHECKS", "Audit", "audit"]
 
