@@ -9,19 +9,22 @@ from collections.abc import Callable, Collection, Sequence
 from os.path import commonprefix  # of any sequences
 from typing import Any
 
+import torch
+
 from lit_opd.config import Config, DataConfig
 from lit_opd.data import render
 from lit_opd.errors import UserError
 from lit_opd.models import end_of_turn, load_tokenizer, read_model_config, read_stop_ids
 from lit_opd.runs.verdicts import FAIL, PASS, WARN, Finding, conclude
 
-__all__ = ["chat_template", "equivalence", "first_look", "spell", "stop_tokens"]
+__all__ = ["chat_template", "equivalence", "first_look", "router_loss", "small_steps", "spell", "stop_tokens"]
 
 _CONVERSATION = [
     {"role": "user", "content": "How much is 2 + 3?"},
     {"role": "assistant", "content": "2 + 3 = 5"},
     {"role": "user", "content": "And 4 more?"},
 ]
+_WEIGHT = 0.02  # the standard deviation that most models are initialised with
 _ALIKE = "Choose a teacher of the student's family, or train the student on the teacher's format first."
 
 
@@ -35,16 +38,15 @@ def first_look(config: Config, student: Any) -> dict[str, Finding]:
     Raises:
         UserError: a tokenizer or configuration that cannot be read, or a chat template that refuses a conversation.
     """
-    own = read_stop_ids(config.student, student, read_model_config(config.student, "student"))
+    model_config = read_model_config(config.student, "student")
+    own = other = read_stop_ids(config.student, student, model_config)
     turn = end_of_turn(student) if config.data.chat else None
-    if config.teacher.kind != "local":
-        return {"stop tokens": stop_tokens(student, own, own, turn)}
-    teacher = load_tokenizer(config.teacher, "teacher")
-    other = read_stop_ids(config.teacher, teacher, read_model_config(config.teacher, "teacher"))
-    return {
-        "chat template": chat_template(student, teacher, config.data),
-        "stop tokens": stop_tokens(student, own, other, turn),
-    }
+    looks = {"router's loss": router_loss(model_config), "small steps": small_steps(config)}
+    if config.teacher.kind == "local":
+        teacher = load_tokenizer(config.teacher, "teacher")
+        other = read_stop_ids(config.teacher, teacher, read_model_config(config.teacher, "teacher"))
+        looks["chat template"] = chat_template(student, teacher, config.data)
+    return looks | {"stop tokens": stop_tokens(student, own, other, turn)}
 
 
 def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
@@ -96,6 +98,29 @@ def stop_tokens(tokenizer: Any, own: Collection[int], other: Collection[int], tu
     if set(other) <= set(own):
         return conclude(PASS, f"{found}: the student's include them")
     return conclude(WARN, found, equivalence(names, own, sorted(set(other) - set(own))))
+
+
+def router_loss(model_config: Any) -> Finding:
+    """Tell where a mixture of experts asks for a loss of its own, which is no part of any objective here."""
+    asked = model_config.get_text_config()
+    if not getattr(asked, "output_router_logits", False):
+        return conclude(PASS, "none is asked for")
+    names = {name: value for name, value in asked.to_dict().items() if "loss_coef" in name and value}
+    terms = ", ".join(f"{name}={value}" for name, value in names.items()) or "its usual coefficient"
+    found = f"the student's config.json asks for the router's auxiliary loss ({terms}), which is left out"
+    fix = "Set output_router_logits to false there, and watch that the experts stay balanced."
+    return conclude(WARN, found, fix)
+
+
+def small_steps(config: Config) -> Finding:
+    """Tell where a step of the learning rate is lost when a weight of usual size is rounded."""
+    whole = str(config.trainer.get("precision", "")) in ("bf16-true", "bf16")
+    # peft keeps adapters in fp32, as long as the trainer does not convert them.
+    dtype = "bfloat16" if whole else config.student.dtype if config.student.lora is None else "float32"
+    kept = _WEIGHT * torch.finfo(getattr(torch, dtype)).eps / 2
+    found = f"a weight of {_WEIGHT} in {dtype} moves by {kept:.0e} or not at all, and optim.lr is {config.optim.lr:g}"
+    fix = "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), or raise optim.lr."
+    return conclude(WARN if config.optim.lr < kept else PASS, found, fix)
 
 
 def equivalence(names: Callable[[Collection[int]], str], own: Collection[int], ids: Sequence[int]) -> str:

@@ -6,11 +6,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, MixtralConfig
 
 from lit_opd.config import PACKAGE_FOLDER, DataConfig, load_config
 from lit_opd.errors import UserError
 from lit_opd.linter import LintWarning
-from lit_opd.runs.first_look import chat_template, stop_tokens
+from lit_opd.runs.first_look import chat_template, router_loss, small_steps, stop_tokens
 from lit_opd.runs.prepare import prepare_data
 
 QUICKSTART = Path(__file__).parents[2] / "conf" / "quickstart.yaml"
@@ -77,6 +79,37 @@ def test_what_ends_a_completion_is_compared(own, other, turn, verdict, found, ti
     )
 
 
+def test_a_routers_loss_that_is_left_out_is_told():
+    config = MixtralConfig(output_router_logits=True, router_aux_loss_coef=0.02)
+    look = router_loss(config)
+    assert look.verdict == "warn"
+    assert look.found.startswith(
+        "the student's config.json asks for the router's auxiliary loss (router_aux_loss_coef="
+    )
+    assert router_loss(MixtralConfig()).verdict == router_loss(LlamaConfig()).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [
+        (["optim.lr=1e-6"], "pass"),
+        (["optim.lr=1e-6", "student.dtype=bfloat16"], "warn"),
+        (["optim.lr=1e-6", "trainer.precision=bf16-mixed"], "pass"),
+        (["optim.lr=1e-6", "trainer.precision=bf16-true"], "warn"),
+        (["optim.lr=1e-4", "student.dtype=bfloat16"], "pass"),
+        (["optim.lr=1e-6", "student.dtype=bfloat16", "student.lora={r: 2}"], "pass"),
+        (["optim.lr=1e-6", "trainer.precision=bf16-true", "student.lora={r: 2}"], "warn"),
+        (["optim.lr=1e-5", "student.dtype=float16"], "pass"),
+    ],
+)
+def test_steps_that_rounding_swallows_are_told(words, verdict):
+    """As a step of the optimizer shows: below half of the spacing of numbers nothing moves."""
+    look = small_steps(load_config([QUICKSTART], words))
+    assert look.verdict == verdict
+    assert (torch.tensor(0.02).bfloat16() - 2e-5 == torch.tensor(0.02).bfloat16()).all()
+    assert (torch.tensor(0.02).bfloat16() - 1e-4 != torch.tensor(0.02).bfloat16()).all()
+
+
 @pytest.fixture
 def other_end(tmp_path):
     """A copy of the shipped student whose completions end with another token than the teacher's, and that chats."""
@@ -95,6 +128,8 @@ def test_fit_tells_it_before_the_data_is_read(other_end):
     words = ["data.train_size=8", "data.validation_size=2", "data.batch_size=4", f"student.path={other_end}"]
     with pytest.warns(LintWarning, match="^stop tokens: .* for the student, '<eos>' for the teacher. Let either"):
         prepare_data(load_config([QUICKSTART], words))
+    with pytest.warns(LintWarning, match=r"^small steps: a weight of 0\.02 in bfloat16 moves by 8e-05 or not at all"):
+        prepare_data(load_config([QUICKSTART], [*words[:3], "student.dtype=bfloat16", "optim.lr=1e-6"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error", LintWarning)
         prepare_data(load_config([QUICKSTART], words), tell=False)
