@@ -275,9 +275,9 @@ class DistillationModule(EvaluatedModule):
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         torch.set_rng_state(checkpoint["torch_rng_state"])
 
-    def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Read the completions that the data holds for the rows, which only a `PromptDataModule` does."""
+    def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], int]:
+        """Read the completions that the data holds for the rows, as only a `PromptDataModule` does, and their end."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "demonstrations"):
             raise UserError("rollout.demonstrations", "prompts of a PromptDataModule", "none", "Set it to teacher.")
-        return data.demonstrations(rows)
+        return data.demonstrations(rows), self.student.end_of_completion(data.config.chat)

@@ -63,6 +63,21 @@ def tiny_tokenizer(make_tiny_tokenizer):
     return make_tiny_tokenizer()
 
 
+@pytest.fixture
+def spelling():
+    """Makes a tokenizer over one vocabulary that has the pair `12`, and writes it whole or in two."""
+
+    def make(whole):
+        tokens = [*SPECIAL, *CHARACTERS, "12"]
+        backend = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("12|." if whole else "."), "isolated")
+        backend.decoder = decoders.Fuse()
+        names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), tokens, strict=False))
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """Makes a random Llama. Weights are large, so that next-token distributions are far from uniform."""

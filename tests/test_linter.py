@@ -29,9 +29,8 @@ from lit_opd.config import (
 from lit_opd.errors import UserError
 from lit_opd.estimators.needs import read_needs
 from lit_opd.linter import RULES, Facts, Finding, LintWarning, check, enforce, lint
-from lit_opd.linter.linting import _stop_ids
 from lit_opd.linter.rules import sampler_is_not_student, stale_updates
-from lit_opd.models import LanguageModel, load_tokenizer
+from lit_opd.models import LanguageModel, load_tokenizer, read_model_config, read_stop_ids
 from lit_opd.types import Estimate, SamplingLaw
 
 ROOT = Path(__file__).parents[1]
@@ -460,13 +459,14 @@ def test_stop_tokens_are_known_before_the_weights(named, make_model, save_model,
     model.generation_config.eos_token_id = named
     folder = StudentConfig(save_model(model))
     expected = LanguageModel(model, tiny_tokenizer, "student").stop_ids
-    assert _stop_ids(folder, load_tokenizer(folder, "student")) == expected
+    own = load_tokenizer(folder, "student"), read_model_config(folder, "student")
+    assert read_stop_ids(folder, *own) == expected
 
 
 def test_a_folder_needs_no_generation_config(make_model, save_model, tiny_tokenizer):
     folder = StudentConfig(save_model(make_model(1)))
     (Path(folder.path) / "generation_config.json").unlink()
-    assert _stop_ids(folder, tiny_tokenizer) == [STOP]
+    assert read_stop_ids(folder, tiny_tokenizer, read_model_config(folder, "student")) == [STOP]
 
 
 def test_nothing_is_read_where_nothing_is_masked():

@@ -86,6 +86,21 @@ def test_the_data_may_write(make_model, make_module, fit, make_rows, tiny_tokeni
         assert tiny_tokenizer.decode(ids[mask]) == text[:1] * 3 + "<eos>"
 
 
+@pytest.mark.parametrize(("chat", "end"), [(False, "<eos>"), (True, "<bos>")])
+def test_the_data_ends_as_the_chat_template_ends_a_turn(
+    chat, end, make_model, make_module, fit, make_rows, tiny_tokenizer, monkeypatch
+):
+    """Elsewhere with the tokenizer's own end, whichever of the ends in a generation config has the smallest id."""
+    turns = "{% for m in messages %}{{ m.content }}{% if m.role != 'user' %}<bos>{% endif %}{% endfor %}"
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", turns)
+    student, data = make_model(1), make_rows()
+    student.generation_config.eos_token_id, data.config.chat = [0, 2, 3], chat
+    wanted = {"student_share": 0.0, "demonstrations": "data", "max_new_tokens": 4, "num_completions": 1}
+    _, rollout = run(make_module, fit, data, student, make_model(2), estimator="supervised", rollout=wanted)
+    assert tiny_tokenizer.batch_decode(rollout.ids_BT[:, -1:]) == [end] * 7
+    assert (rollout.finish_B == FinishReason.STOP).all()
+
+
 def test_texts_of_the_data_are_repeated_and_cut_as_samples_are(make_model, make_module, fit, make_rows):
     """Three of every prompt, of two tokens each: the answers are longer, and end without a stop token."""
     wanted = {"student_share": 0.0, "demonstrations": "data", "num_completions": 3, "max_new_tokens": 2}

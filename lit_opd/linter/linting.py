@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from typing import Any
 
 from lit_opd.config import OptimConfig, RolloutConfig, StudentConfig, TeacherConfig
@@ -16,7 +15,7 @@ from lit_opd.estimators import BoundEstimator
 from lit_opd.linter.facts import Facts, Finding, LintWarning
 from lit_opd.linter.probes import probe
 from lit_opd.linter.rules import RULES
-from lit_opd.models import LanguageModel, load_tokenizer, read_model_config, token_ids
+from lit_opd.models import LanguageModel, load_tokenizer, read_model_config, read_stop_ids, token_ids
 
 __all__ = ["check", "enforce", "lint"]
 
@@ -94,17 +93,4 @@ def _student_tokens(student: Any, masked_tokens: Sequence[str | int], tokenizer:
     masked_ids = token_ids(tokenizer, masked_tokens, "estimator.masked_tokens")
     if in_memory:
         return masked_ids, LanguageModel(student, tokenizer, "student").stop_ids
-    return masked_ids, _stop_ids(student, tokenizer)
-
-
-def _stop_ids(student: StudentConfig, tokenizer: Any) -> list[int]:
-    """Predict `LanguageModel.stop_ids` before the weights are there."""
-    from transformers import GenerationConfig
-
-    sources = [tokenizer, read_model_config(student, "student")]
-    with suppress(OSError):  # most folders have one, none needs it
-        sources.append(GenerationConfig.from_pretrained(student.path))
-    known = set(tokenizer.get_vocab().values())
-    named = [getattr(source, "eos_token_id", None) for source in sources]
-    flat = [i for ids in named for i in (ids if isinstance(ids, list | tuple) else [ids])]
-    return sorted(known.intersection(flat))
+    return masked_ids, read_stop_ids(student, tokenizer, read_model_config(student, "student"))

@@ -4,6 +4,7 @@
 """
 
 from lit_opd.models.context import context_length
+from lit_opd.models.endings import end_of_turn, read_stop_ids
 from lit_opd.models.exporting import export_student
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
@@ -18,6 +19,7 @@ __all__ = [
     "Reference",
     "Student",
     "Teacher",
+    "end_of_turn",
     "export_student",
     "frozen_names",
     "load_frozen",
@@ -26,6 +28,7 @@ __all__ = [
     "measure_yardsticks",
     "context_length",
     "read_model_config",
+    "read_stop_ids",
     "shared_vocabulary",
     "token_ids",
 ]

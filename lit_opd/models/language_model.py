@@ -20,6 +20,7 @@ from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
 from lit_opd.functional.precision import upcast
 from lit_opd.models.context import steady_length
+from lit_opd.models.endings import end_of_turn, named_ends
 from lit_opd.models.forward import FAILURES, Forward, PaddedForward, choose_forward, circumstances
 from lit_opd.types import Rollout
 
@@ -137,10 +138,22 @@ class LanguageModel:
     def stop_ids(self) -> list[int]:
         """All tokens that end a completion: those that tokenizer, generation config and config name."""
         generation = getattr(self.causal_lm, "generation_config", None)
-        named = [getattr(source, "eos_token_id", None) for source in (self.tokenizer, self.config, generation)]
-        flat = [i for ids in named for i in (ids if isinstance(ids, list | tuple) else [ids])]
         # A config's default may lie outside a vocabulary that was cut down.
-        return sorted({i for i in flat if i is not None and i < self.vocabulary})
+        return sorted(i for i in named_ends((self.tokenizer, self.config, generation)) if i < self.vocabulary)
+
+    def end_of_completion(self, chat: bool) -> int:
+        """Choose the token that ends a completion: in a chat the end of a turn, else the tokenizer's own.
+
+        Raises:
+            UserError: there is none.
+        """
+        ends = [end_of_turn(self.tokenizer) if chat else None, self.tokenizer.eos_token_id, *self.stop_ids]
+        for end in ends:
+            if end is not None and end < self.vocabulary:
+                return end
+        expected, found = "a student with a token that ends a completion", "none"
+        remedy = "Name one as eos_token_id in its generation_config.json."
+        raise UserError("rollout.demonstrations", expected, found, remedy)
 
     @property
     def pad_id(self) -> int:

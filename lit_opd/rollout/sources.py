@@ -26,7 +26,8 @@ __all__ = ["Mixed", "RolloutSource", "Sampled", "TextsOf", "Written", "build_sou
 # The second number of a seed, which keeps the draws of who writes apart from those of the tokens.
 _WHO_WRITES = 2
 
-TextsOf = Callable[[Sequence[Mapping[str, Any]]], list[str]]
+TextsOf = Callable[[Sequence[Mapping[str, Any]]], tuple[list[str], int]]
+"""Looks up a completion for every row, and the token that ends them all."""
 
 
 class RolloutSource(Protocol):
@@ -62,13 +63,13 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Written:
-    """Completions that the data holds, ended by the policy's stop token, cut to `length`, repeated `count` times.
+    """Completions that the data holds, with their end, cut to `length`, repeated `count` times.
 
     No model sampled them, so their `sampler_logps_BT` are 0.
 
     Attributes:
-        policy: the model whose tokenizer and stop token are used.
-        texts_of: looks up the completion of each row.
+        policy: the model whose tokenizer is used.
+        texts_of: looks up the completion of each row, and the token that ends it.
     """
 
     policy: LanguageModel
@@ -79,12 +80,13 @@ class Written:
     def complete(self, batch: PromptBatch) -> Rollout:
         """Look up every prompt's completion."""
         policy, device = self.policy, batch.prompts.ids_BP.device
-        tokens = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts_of(batch.rows)]
-        ids = [[*row, policy.stop_ids[0]][: self.length] for row in tokens]
+        texts, end = self.texts_of(batch.rows)
+        tokens = [policy.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids = [[*row, *([end] if row[-1:] != [end] else [])][: self.length] for row in tokens]
         width = max(map(len, ids))
         padded = torch.tensor([row + [policy.pad_id] * (width - len(row)) for row in ids], device=device)
         real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids], device=device)
-        stopped = torch.tensor([row[-1] == policy.stop_ids[0] for row in ids], device=device)
+        stopped = torch.tensor([row[-1] == end for row in ids], device=device)
         ids_BT, real_BT, stopped_B = (x.repeat_interleave(self.count, dim=0) for x in (padded, real, stopped))
         logps_BT = torch.zeros(ids_BT.shape, dtype=torch.float32, device=device)
         return Rollout.completed(batch, self.count, ids_BT, real_BT, logps_BT, stopped_B, SamplingLaw(), Author.DATA)

@@ -5,6 +5,7 @@ Called by `train` and `evaluate`, and by the experiments of `lab/`.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,23 @@ from safetensors import SafetensorError, safe_open
 from lit_opd import estimators, linter
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models import context_length, load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
+from lit_opd.runs.first_look import first_look
+from lit_opd.runs.verdicts import FAIL, PASS, Finding
 from lit_opd.types import Need
 
 __all__ = ["check_groups", "check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
 
 
-def prepare_data(config: Config) -> PromptDataModule:
+def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
     """Check estimator, optimizer and model folders, and then load and encode the data.
+
+    Args:
+        config: the run.
+        tell: warn of what `first_look` finds.
 
     Raises:
         UserError: whatever cannot work and shows without weights.
@@ -39,6 +46,8 @@ def prepare_data(config: Config) -> PromptDataModule:
     contexts = [_context_length(section, key) for key, section in _folders(config, estimator).items()]
     tokenizer = load_tokenizer(config.student, "student")
     token_ids(tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
+    if tell:
+        _tell(config, first_look(config, tokenizer))
     evaluated = config.evaluation.max_new_tokens or 0
     data = PromptDataModule(
         config.data, tokenizer=tokenizer, seed=config.seed,
@@ -115,6 +124,16 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
         except (SafetensorError, OSError) as error:
             remedy = "The file is damaged: copy or download it again."
             raise UserError(f"{key}.path", "readable weights", f"{file}: {error}", remedy) from error
+
+
+def _tell(config: Config, looks: dict[str, Finding]) -> None:
+    """Warn of what `first_look` found, and refuse demonstrations that could not be ended."""
+    ends, wanted = looks["stop tokens"], config.rollout.student_share < 1 and config.rollout.demonstrations == "data"
+    if ends.verdict == FAIL and wanted:
+        raise UserError("rollout.demonstrations", "a student that ends", "none", ends.fix)
+    for item, finding in looks.items():
+        if finding.verdict != PASS:
+            warnings.warn(f"{item}: {finding.found}. {finding.fix}", LintWarning, stacklevel=3)
 
 
 def _folders(config: Config, estimator: BoundEstimator) -> dict[str, Any]:

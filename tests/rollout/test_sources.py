@@ -88,8 +88,8 @@ def test_own_mask_leaves_demonstrations_out(make_model, make_batch, sample):
 
 def test_written_texts_become_tokens_that_end(make_model, make_batch, tiny_tokenizer):
     policy = LanguageModel(make_model(1), tiny_tokenizer, "student")
-    texts = ["3", "7", "123456", ""]
-    rollout = Written(policy, lambda rows: texts, count=2, length=4).complete(make_batch(PROMPTS))
+    texts = ["3", "7<eos>", "123456", ""]
+    rollout = Written(policy, lambda rows: (texts, 2), count=2, length=4).complete(make_batch(PROMPTS))
     assert (rollout.author_BT == Author.DATA).all()
     texts = tiny_tokenizer.batch_decode([i[m].tolist() for i, m in zip(rollout.ids_BT, rollout.mask_BT,
                                                                        strict=True)])  # fmt: skip

@@ -2,6 +2,6 @@
 
 from lit_opd.lab.audit.auditing import CHECKS, Audit, audit
 from lit_opd.lab.audit.report import check_destination, print_audit, write_json
-from lit_opd.lab.audit.verdicts import Finding
+from lit_opd.runs.verdicts import Finding
 
 __all__ = ["CHECKS", "Audit", "Finding", "audit", "check_destination", "print_audit", "write_json"]

@@ -24,10 +24,11 @@ from lit_opd.lab.audit.prefixes import student_prefixes
 from lit_opd.lab.audit.quantization import quantised_teacher
 from lit_opd.lab.audit.ranking import TokenRow, log_ratios, rank_tokens
 from lit_opd.lab.audit.score import sampler_gap, sampling_law
-from lit_opd.lab.audit.tokenizers import chat_template, segmentation, vocabulary
-from lit_opd.lab.audit.verdicts import FAIL, Finding, worst
+from lit_opd.lab.audit.tokenizers import segmentation, vocabulary
 from lit_opd.models import load_tokenizer, read_model_config
+from lit_opd.runs.first_look import first_look
 from lit_opd.runs.prepare import check_local_teacher
+from lit_opd.runs.verdicts import FAIL, PASS, Finding, worst
 
 __all__ = ["CHECKS", "Audit", "audit"]
 
@@ -97,7 +98,10 @@ def _without_weights(config: Config) -> dict[str, Finding]:
     sections: dict[str, Any] = {"student": config.student, "teacher": config.teacher}
     student, teacher = (load_tokenizer(section, key) for key, section in sections.items())
     rows = [read_model_config(section, key).get_text_config().vocab_size for key, section in sections.items()]
+    looks = first_look(config, student)
+    del looks["stop tokens"]  # asked again of the models themselves
     return {
         "vocabulary": vocabulary(student, teacher, *rows),
-        "chat template": chat_template(student, teacher, config.data),
+        "chat template": looks.pop("chat template"),
+        **{item: finding for item, finding in looks.items() if finding.verdict != PASS},
     }

@@ -19,9 +19,9 @@ from lit_opd.functional.head import Stats
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.probe_gradients import cosine, gradient, group_gradients
 from lit_opd.lab.audit.readings import compare_positions
-from lit_opd.lab.audit.verdicts import FAIL, PASS, WARN, Finding, conclude
 from lit_opd.models import LanguageModel
 from lit_opd.optim import build_optimizer, build_scheduler
+from lit_opd.runs.verdicts import FAIL, PASS, WARN, Finding, conclude
 
 __all__ = ["divergence_on_probe", "sign_test"]
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.audit.verdicts import FAIL, PASS, WARN, Finding, conclude, graded
+from lit_opd.models import end_of_turn
+from lit_opd.runs.first_look import equivalence as let_either_stop
+from lit_opd.runs.first_look import stop_tokens as compare_ends
+from lit_opd.runs.verdicts import FAIL, PASS, WARN, Finding, conclude, graded
 
 __all__ = ["TOO_EARLY", "equivalence", "stop_tokens", "teacher_at_ends"]
 
@@ -18,17 +21,9 @@ TOO_EARLY = "The student stops where the teacher goes on, which training unlearn
 
 def stop_tokens(evidence: Evidence) -> Finding:
     """Check that tokenizers, configs and generation configs of both models name the same stop tokens."""
-    own, other = (set(model.stop_ids) for model in (evidence.student, evidence.teacher))
-    if not own:
-        fix = "Name one as eos_token_id in the student's generation_config.json."
-        return conclude(FAIL, "the student has none, and never ends", fix)
-    names = [", ".join(map(evidence.token, sorted(ids))) or "none" for ids in (own, other)]
-    if own == other:
-        return conclude(PASS, f"{names[0]} for both")
-    found = f"{names[0]} for the student, {names[1]} for the teacher"
-    if other <= own:
-        return conclude(PASS, f"{found}: the student's include them")
-    return conclude(WARN, found, equivalence(evidence, sorted(other - own)))
+    student, teacher = evidence.student, evidence.teacher
+    turn = end_of_turn(student.tokenizer) if evidence.config.data.chat else None
+    return compare_ends(student.tokenizer, student.stop_ids, teacher.stop_ids, turn)
 
 
 def teacher_at_ends(evidence: Evidence) -> Finding:
@@ -60,7 +55,4 @@ def teacher_at_ends(evidence: Evidence) -> Finding:
 
 def equivalence(evidence: Evidence, ids: list[int]) -> str:
     """Say how to let these stop tokens of the teacher end the student's completions too."""
-    named = ", ".join(f"{index} ({evidence.token(index)})" for index in ids)
-    every = [*evidence.student.stop_ids, *ids]
-    return (f"Let either ending stop the student: add {named} to eos_token_id in its generation_config.json, as "
-            f"{every}. Do not mask a stop token: nothing would teach it to stop.")  # fmt: skip
+    return let_either_stop(lambda some: ", ".join(map(evidence.token, some)), evidence.student.stop_ids, ids)

@@ -10,7 +10,7 @@ import copy
 from lit_opd import estimators
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.probe_gradients import flip_test, gradient, group_gradients, norm, sample_score
-from lit_opd.lab.audit.verdicts import PASS, Finding, conclude, graded
+from lit_opd.runs.verdicts import PASS, Finding, conclude, graded
 
 __all__ = ["null_test"]
 

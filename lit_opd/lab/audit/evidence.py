@@ -91,7 +91,7 @@ def gather(config: Config) -> Evidence:
         UserError: whatever cannot work.
     """
     L.seed_everything(config.seed, verbose=False)
-    data = prepare_data(config)
+    data = prepare_data(config, tell=False)  # the audit lists what there is to tell
     module, arithmetic = set_up(config, data)
     batch = data.transfer_batch_to_device(_first_prompts(config, data), module.device, 0)
     count, length = config.rollout.num_completions, config.rollout.max_new_tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.readings import Readings
-from lit_opd.lab.audit.verdicts import PASS, WARN, Finding, conclude
+from lit_opd.runs.verdicts import PASS, WARN, Finding, conclude
 
 __all__ = ["student_prefixes"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.audit.verdicts import graded
 from lit_opd.lab.measure.sketch import Sketch
+from lit_opd.runs.verdicts import graded
 from lit_opd.types import Estimate, TokenBatch
 
 __all__ = ["FlipTest", "cosine", "flip_test", "gradient", "group_gradients", "norm", "sample_score"]

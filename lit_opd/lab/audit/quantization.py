@@ -19,9 +19,9 @@ from lit_opd.functional.head import Stats
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.probe_gradients import cosine, gradient
 from lit_opd.lab.audit.readings import compare_positions
-from lit_opd.lab.audit.verdicts import PASS, WARN, Finding, conclude, graded
 from lit_opd.measures.steps import quantiles
 from lit_opd.models import LanguageModel, load_frozen
+from lit_opd.runs.verdicts import PASS, WARN, Finding, conclude, graded
 
 __all__ = ["quantised_teacher"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_opd.lab.audit.endings import TOO_EARLY, equivalence
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.audit.verdicts import PASS, WARN, Finding, conclude
+from lit_opd.runs.verdicts import PASS, WARN, Finding, conclude
 
 __all__ = ["TokenRow", "log_ratios", "rank_tokens"]
 

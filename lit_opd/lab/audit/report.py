@@ -18,8 +18,8 @@ from rich.text import Text
 
 from lit_opd.errors import UserError
 from lit_opd.lab.audit.auditing import Audit
-from lit_opd.lab.audit.verdicts import VERDICTS
 from lit_opd.runs.numbers import finite
+from lit_opd.runs.verdicts import VERDICTS
 
 __all__ = ["check_destination", "print_audit", "write_json"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_opd import estimators
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.probe_gradients import flip_test, group_gradients, sample_score
-from lit_opd.lab.audit.verdicts import PASS, WARN, Finding, conclude, graded, worst
+from lit_opd.runs.verdicts import PASS, WARN, Finding, conclude, graded, worst
 
 __all__ = ["sampler_gap", "sampling_law"]
 

@@ -1,6 +1,6 @@
 """Check that both models mean the same by an id, and would write a text with the same ids.
 
-`auditing` calls the first two checks before weights load, and lists the third among the others.
+`auditing` calls the first check before weights load, and lists the second among the others.
 """
 
 from __future__ import annotations
@@ -9,21 +9,14 @@ from collections.abc import Callable
 from os.path import commonprefix  # of any sequences
 from typing import Any
 
-from lit_opd.config import DataConfig
-from lit_opd.data import render
 from lit_opd.errors import UserError
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.audit.verdicts import FAIL, PASS, WARN, Finding, conclude, graded
 from lit_opd.models import shared_vocabulary
+from lit_opd.runs.first_look import spell
+from lit_opd.runs.verdicts import FAIL, PASS, Finding, conclude, graded
 
-__all__ = ["chat_template", "segmentation", "vocabulary"]
+__all__ = ["segmentation", "vocabulary"]
 
-_CONVERSATION = [
-    {"role": "user", "content": "How much is 2 + 3?"},
-    {"role": "assistant", "content": "2 + 3 = 5"},
-    {"role": "user", "content": "And 4 more?"},
-]
-_ALIKE = "Choose a teacher of the student's family, or train the student on the teacher's format first."
 _FEW = 0.01
 
 
@@ -44,36 +37,12 @@ def vocabulary(student: Any, teacher: Any, student_rows: int, teacher_rows: int)
     return conclude(PASS, found, shared_ids=shared)
 
 
-def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
-    """Check that both tokenizers render a conversation alike, to the same ids.
-
-    Raises:
-        UserError: the student's tokenizer has no template, or one that refuses a conversation.
-    """
-    if not data.chat:
-        return conclude(PASS, "not used (data.chat=false)")
-    own = render({data.prompt_column: _CONVERSATION}, data, student)
-    try:
-        other = render({data.prompt_column: _CONVERSATION}, data, teacher)
-    except UserError:
-        found = "the teacher's tokenizer has none that takes a conversation, and the teacher reads the student's"
-        return conclude(WARN, found, "Choose a teacher that was trained on conversations.")
-    if own != other:
-        at = len(commonprefix([own, other]))
-        found = (f"a conversation differs from character {at}: the student reads {own[at : at + 20]!r}, the teacher "
-                 f"expects {other[at : at + 20]!r}")  # fmt: skip
-        return conclude(WARN, found, f"The teacher reads the student's rendering. {_ALIKE}")
-    if _encoded(student, own) != _encoded(teacher, own):
-        return conclude(WARN, "a conversation is rendered alike, but to other ids", _ALIKE)
-    return conclude(PASS, "a conversation is rendered alike, to the same ids")
-
-
 def segmentation(evidence: Evidence) -> Finding:
     """Check that both tokenizers spell the texts of the student's completions alike."""
     student, teacher, rollout = evidence.student.tokenizer, evidence.teacher.tokenizer, evidence.rollout
     rows = zip(rollout.ids_BT, rollout.real_BT, strict=True)
     texts = [student.decode(ids[mask].tolist()) for ids, mask in rows]
-    pairs = [(_encoded(student, text), _encoded(teacher, text)) for text in texts]
+    pairs = [(spell(student, text), spell(teacher, text)) for text in texts]
     unlike = [pair for pair in pairs if pair[0] != pair[1]]
     share = len(unlike) / len(pairs)
     found = f"the tokenizers spell {len(unlike)} of {len(pairs)} completions differently"
@@ -82,10 +51,6 @@ def segmentation(evidence: Evidence) -> Finding:
     fix = ("Look at the ids ranked below, and mend ends that differ first. To leave out of the count what the teacher "
            "spells otherwise is a stop-gap.")  # fmt: skip
     return conclude(graded(share, _FEW), found, fix, share=share)
-
-
-def _encoded(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _difference(own: list[int], other: list[int], token: Callable[[int], str]) -> str:

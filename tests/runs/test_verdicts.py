@@ -1,6 +1,6 @@
 import pytest
 
-from lit_opd.lab.audit.verdicts import FAIL, PASS, WARN, conclude, graded, worst
+from lit_opd.runs.verdicts import FAIL, PASS, WARN, conclude, graded, worst
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(0.0, PASS), (0.99, PASS), (1.0, WARN), (1.99, WARN), (2.0, FAIL),
