@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", metavar="FILE", help="write the numbers there too")
     ui = _command(commands, "ui", _ui, "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
+    _command(commands, "sync", _sync, "send MLflow what the run in output_dir could not tell it")
     what = "make runs that differ in one thing, with several seeds, and say which is better"
     compare = _command(commands, "compare", _compare, what)
     compare.add_argument(
@@ -141,6 +142,13 @@ def _ui(parsed: argparse.Namespace) -> None:
     from lit_opd.commands.ui import serve
 
     serve(config, parsed.port)
+
+
+def _sync(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.commands.sync import sync
+
+    sync(config)
 
 
 def _compare(parsed: argparse.Namespace) -> None:
