@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from lit_opd.errors import RunError, UserError
+from lit_opd.streams import outlive_readers
 
 if TYPE_CHECKING:
     from lit_opd.config import Config
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 the run failed, 2 a mistake of the user, 130 interrupted.
     """
+    outlive_readers()
     try:
         parsed = _parse(arguments)
         parsed.run(parsed)

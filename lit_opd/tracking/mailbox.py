@@ -79,7 +79,8 @@ class Mailbox:
     """MLflow's client for one run: every method of it, and every `message`.
 
     A call that changes something is made at once, or kept and made when MLflow is back. A call that asks is answered,
-    or raises `RunError`. None takes longer than a minute, and where they fail, all together take a tenth of the time.
+    or raises `RunError`; where MLflow knows no such run it raises `MlflowException` as always. None takes longer than a
+    minute, and where they fail, all together take a tenth of the time.
 
     Args:
         connect: makes the client, which may take as long as a call.
@@ -145,6 +146,8 @@ class Mailbox:
         try:
             return self.ask(work)
         except Exception as error:
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+                raise
             raise RunError(f"tracking.uri: MLflow at {self._uri} does not answer {name}: {reason(error)}") from error
 
     def _post(self, name: str, signature: inspect.Signature, *args: Any, **options: Any) -> None:

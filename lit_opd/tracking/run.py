@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
@@ -26,12 +25,11 @@ from mlflow.tracking.context.registry import resolve_tags
 from lit_opd.config import Config
 from lit_opd.errors import UserError, concealed
 from lit_opd.tracking.mailbox import REFUSALS, Mailbox, reason
-from lit_opd.tracking.store import bound_waiting, first_in
+from lit_opd.tracking.store import KEPT, connect
 from lit_opd.tracking.words import RunClient, fit_tags
 
-__all__ = ["KEPT", "RunLogger", "begin_run", "connect", "git_sha", "ui_command"]
+__all__ = ["RunLogger", "begin_run", "git_sha", "ui_command"]
 
-KEPT = "unsent"  # the folder, in that of a run, of what MLflow did not get
 FOLDER = "run_folder"  # the tag that names the machine and the folder of a run
 
 
@@ -62,8 +60,7 @@ class RunLogger(MLFlowLogger):
         self.tags: dict[str, Any] = dict(tags or {})
         again = run_id is not None
         self._mailbox = Mailbox(lambda: connect(tracking_uri, again), tracking_uri, Path(keep_in))
-        self._logged: dict[str, int] = {}
-        self.last_steps: dict[str, int] = {}  # by metric, as MLflow had them when a continued run began
+        self.last_steps: dict[str, int] = {}  # by metric, those of an earlier process too
 
     @property
     @rank_zero_experiment
@@ -79,8 +76,8 @@ class RunLogger(MLFlowLogger):
         now = int(time.time() * 1000)
         values = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
         # Lightning adds the number of the epoch to whatever it logs.
-        new = {name: value for name, value in values.items() if step is None or self._logged.get(name) != step}
-        self._logged |= dict.fromkeys(new, step or 0)
+        new = {name: value for name, value in values.items() if step is None or self.last_steps.get(name) != step}
+        self.last_steps |= dict.fromkeys(new, step or 0)
         if new:
             points = [Metric(name, value, now, step or 0) for name, value in new.items()]
             self.experiment.log_batch(self.run_id, metrics=points)
@@ -145,14 +142,6 @@ class RunLogger(MLFlowLogger):
         if self._initialized:
             self.experiment.set_terminated(self.run_id, status)
             self._mailbox.close(hurry=status == "KILLED")
-
-
-def connect(uri: str, again: bool) -> RunClient:
-    """Make the client of a run, of which an earlier process may have told `again`."""
-    bound_waiting()
-    mlflow.set_tracking_uri(uri)
-    with first_in(uri):
-        return RunClient(uri, again)
 
 
 def _make_experiment(client: RunClient, name: str, artifact_location: str | None) -> str:

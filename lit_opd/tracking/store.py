@@ -14,15 +14,20 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
+import mlflow
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import UserError
-from lit_opd.tracking.mailbox import answer_within, reason
+from lit_opd.tracking.mailbox import Mailbox, answer_within, reason
+from lit_opd.tracking.words import RunClient
 
-__all__ = ["MlflowClient", "MlflowException", "MlflowRun", "bound_waiting", "check_tracking", "first_in"]
+__all__ = ["KEPT", "MlflowClient", "MlflowException", "MlflowRun", "check_tracking", "connect", "open_store"]
+
+KEPT = "unsent"  # the folder, in that of a run, of what MLflow did not get
 
 ANSWER_S = 10  # for a server's answer, or a lock of a database
 MIGRATION_S = 120  # for another run that makes the tables of a new database
@@ -81,6 +86,19 @@ def _check_database(file: Path) -> None:
     except (OSError, sqlite3.Error) as error:
         expected = "an SQLite database that can be written to, or a new file"
         raise UserError("tracking.uri", expected, f"{str(file)!r}: {error}", "Name another file.") from error
+
+
+def connect(uri: str, again: bool) -> RunClient:
+    """Make the client of a run, of which an earlier process may have told `again`."""
+    bound_waiting()
+    mlflow.set_tracking_uri(uri)
+    with first_in(uri):
+        return RunClient(uri, again)
+
+
+def open_store(uri: str, folder: Path) -> Any:
+    """Open a store with what `MlflowClient` does, behind a mailbox that keeps in a folder what MLflow does not get."""
+    return Mailbox(lambda: connect(uri, again=True), uri, folder / KEPT)
 
 
 @contextmanager

@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_opd.errors import RunError, UserError, concealed
-from lit_opd.tracking.mailbox import Mailbox
-from lit_opd.tracking.run import KEPT, connect
+from lit_opd.tracking.store import KEPT, open_store
 
 __all__ = ["send_kept"]
 
@@ -26,7 +25,7 @@ def send_kept(uri: str, folder: Path) -> None:
         expected = "the folder of a run that kept something for MLflow"
         raise UserError("output_dir", expected, repr(str(folder)), "There is nothing to do.")
     for run_id in {file.name.split(".")[0] for file in files}:
-        mailbox = Mailbox(lambda: connect(uri, again=True), uri, folder / KEPT)
+        mailbox = open_store(uri, folder)
         mailbox.open(run_id)
         if not mailbox.close():
             raise RunError(f"tracking.uri: MLflow at {concealed(uri)} took a part, and what is left stays in {folder}")

@@ -38,7 +38,7 @@ def fit_name(name: str) -> str:
     """
     fitting = re.sub(r"[^/\w.\- :]", "_", str(name))
     if posixpath.normpath(fitting) != fitting or fitting.startswith(("/", "..")) or fitting == ".":
-        fitting = re.sub(r"[/.]", "_", fitting)
+        fitting = re.sub(r"[/.]", "_", fitting) or "_"
     if fitting == name and len(name) <= MAX_ENTITY_KEY_LENGTH:
         return fitting
     return f"{fitting[: MAX_ENTITY_KEY_LENGTH - 7]}-{_hash(name)[:6]}"
@@ -135,6 +135,6 @@ def _fitting(metric: Metric) -> Metric:
 
 
 def _place(columns: Sequence[str], row: Sequence[Any]) -> str:
-    """Name what a row tells of: a step and whose completions, and in a table without steps the whole row."""
+    """Name what a row tells of: a step and whose completions; in a table without steps, all of it."""
     values = dict(zip(columns, row, strict=True))
-    return json.dumps([values["step"], values.get("policy"), values.get("prompt")] if "step" in values else values)
+    return json.dumps([values["step"], values.get("policy")] if "step" in values else values)

@@ -1,5 +1,6 @@
 """A tracker that fails while a run tells it of itself: the run goes on, and nothing is lost or told twice."""
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ from urllib.request import urlopen
 
 import pytest
 from mlflow.tracking import MlflowClient
-from workspaces import database  # noqa: F401  (a fixture)
 
 from lit_opd.errors import UserError
 from lit_opd.tracking import RunLogger, log_files, log_table, mailbox, send_kept
@@ -52,7 +52,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, database):  # noqa: F811
+def server(tmp_path_factory, database):
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(database, folder / "mlflow.db")
     made = Server(folder)
@@ -162,3 +162,41 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(server, fault, tmp_path,
     assert points == {(key, step): 1 for key in ("train/loss", "val/loss", "epoch") for step in range(3)}
     assert run.info.status == "FINISHED"
     assert files == ["completions.json", *(f"diagnostics/{step}.txt" for step in range(3))]
+
+
+def test_fit_ends_well_while_its_server_hangs_and_the_command_sends_the_rest(server, make_workspace, monkeypatch):
+    """The password of the server is shown nowhere meanwhile."""
+    monkeypatch.setenv("OPD_PASSWORD", "hunter22")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    workspace = make_workspace("hanging", f"tracking.uri=http://me:${{oc.env:OPD_PASSWORD}}@127.0.0.1:{server.port}")
+    process = workspace.start(*workspace.arguments("fit"), python=workspace.python)
+    while not workspace.checkpoint.is_file() and process.poll() is None:
+        time.sleep(0.01)
+    server.send(signal.SIGSTOP)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        server.send(signal.SIGCONT)
+    assert process.returncode == 0, err
+    shown = f"http://me:${{oc.env:OPD_PASSWORD}}@127.0.0.1:{server.port}"
+    assert f"MLflow: {shown}/#/experiments/" in out
+    failed, left = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert failed.startswith(f"warning: MLflow at {shown} fails: ")
+    assert "python -m lit_opd sync" in left
+    synced = workspace.run(*workspace.arguments("sync"))
+    assert synced.returncode == 0, synced.stderr
+    run_id = json.loads((workspace.output / "run.json").read_text())["mlflow_run_id"]
+    run, points, files = held(server.uri, run_id, workspace.folder)
+    assert run.info.status == "FINISHED"
+    assert set(points.values()) == {1}
+    assert {step for name, step in points if name == "train/loss"} == set(range(1, 9))
+    assert {"config.yaml", "completions.json", "summary.json", "prompts.json"} <= set(files)
+    assert run.data.params["tracking.uri"] == shown
+    for text in (out, err, synced.stdout, *(file.read_bytes().decode(errors="ignore") for file in texts(workspace))):
+        assert "hunter22" not in text
+    again = workspace.run(*workspace.arguments("sync"))
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+
+
+def texts(workspace):
+    return [file for file in workspace.folder.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
