@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lit_opd.errors import RunError, UserError
 from lit_opd.plugins import calling_parts
+from lit_opd.streams import outlive_readers
 
 if TYPE_CHECKING:
     from lit_opd.config import Config
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 the run failed, 2 a mistake of the user, 130 interrupted.
     """
+    outlive_readers()
     try:
         with calling_parts():
             parsed = _parse(arguments)
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", metavar="FILE", help="write the numbers there too")
     ui = _command(commands, "ui", _ui, "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
+    _command(commands, "sync", _sync, "send MLflow what the run in output_dir could not tell it")
     what = "make runs that differ in one thing, with several seeds, and say which is better"
     compare = _command(commands, "compare", _compare, what)
     compare.add_argument(
@@ -144,6 +147,13 @@ def _ui(parsed: argparse.Namespace) -> None:
     from lit_opd.commands.ui import serve
 
     serve(config, parsed.port)
+
+
+def _sync(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
+    from lit_opd.commands.sync import sync
+
+    sync(config)
 
 
 def _compare(parsed: argparse.Namespace) -> None:

@@ -3,10 +3,48 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = ["LintWarning", "RunError", "UserError", "UserErrors", "choose", "gather", "suggest"]
+__all__ = [
+    "LintWarning",
+    "RunError",
+    "UserError",
+    "UserErrors",
+    "choose",
+    "concealed",
+    "gather",
+    "keep_secret",
+    "suggest",
+]
+
+MASK = "***"
+# Credentials in an address, tokens by their usual beginnings, and values of keys that name a secret. What comes from an
+# environment variable is `${oc.env:NAME}` already, and stays.
+SECRETS = (
+    re.compile(r"(?<=://)(?![^/\s'\"]*\$\{)[^/\s'\"]+(?=@)"),
+    re.compile(r"\b(?:(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-(?:[a-z0-9]+-)?)[A-Za-z0-9_]{20,}|AKIA[A-Z0-9]{16})\b"),
+    re.compile(r"(?<=[?&;])((?:\w*[_-])?(?:token|secret|password|key|signature|sig))=(?!\$\{)[^&\s'\"]+", re.I),
+)
+SHORTEST = 5  # of a secret that is looked for inside of other text
+_SECRETS: dict[str, str] = {}
+
+
+def keep_secret(value: str, shown: str = MASK) -> None:
+    """Have `concealed` write `shown` for a value from now on."""
+    _SECRETS[value] = shown
+
+
+def concealed(text: str) -> str:
+    """Write a text without the secrets of the configuration, and without what looks like one."""
+    if text in _SECRETS:
+        return _SECRETS[text]
+    for value in sorted(_SECRETS, key=len, reverse=True):
+        if len(value) >= SHORTEST:
+            text = text.replace(value, _SECRETS[value])
+    address, tokens, queries = SECRETS
+    return queries.sub(rf"\1={MASK}", tokens.sub(MASK, address.sub(MASK, text)))
 
 
 class UserError(Exception):
@@ -16,7 +54,7 @@ class UserError(Exception):
         self.key, self.expected, self.found, self.remedy = key, expected, found, remedy
         told = str(found).rstrip(".")  # words of another library may bring a full stop of their own
         text = f"{key}: expected {expected}, found {told}. {remedy}"
-        super().__init__(" ".join(text.split()))
+        super().__init__(concealed(" ".join(text.split())))
 
     @property
     def mistakes(self) -> tuple[UserError, ...]:
@@ -41,6 +79,9 @@ class UserErrors(UserError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, though nobody made a mistake."""
+
+    def __str__(self) -> str:
+        return concealed(super().__str__())
 
 
 class LintWarning(UserWarning):

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lit_opd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room may import from those on lower floors, and from itself.
 FLOORS = (
-    ("errors", "types"),
+    ("errors", "streams", "types"),
     ("config", "functional", "plugins"),
     ("estimators", "measures"),
     ("data", "models", "optim", "perf", "processes"),

@@ -33,5 +33,6 @@ def serve(config: Config, port: int) -> None:
         except OSError as error:
             raise UserError("--port", "a free port", f"{port}: {error.strerror}", "Choose another.") from error
     print(f"http://127.0.0.1:{port}", flush=True)
-    command = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # and no argument, which everybody on the machine can read
+    command = ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     os.execv(sys.executable, [sys.executable, *command, "--workers", "1"])  # one reader needs one; it starts sooner

@@ -5,6 +5,7 @@ The command line calls `load_config`. What takes a section in Python calls `as_s
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -18,11 +19,17 @@ from omegaconf import errors as omegaconf_errors
 from lit_opd.config.limits import Section, as_type, type_name
 from lit_opd.config.schema import Config
 from lit_opd.config.words import hint_of, typed_override, typed_yaml
-from lit_opd.errors import UserError, gather, suggest
+from lit_opd.errors import UserError, concealed, gather, keep_secret, suggest
 
 __all__ = ["as_section", "load_as", "load_config", "parse_overrides", "to_flat", "to_yaml"]
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
+ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)")
+# Keys whose values are secret. Others that end in `token` name a token of a vocabulary, as `pad_token`.
+SECRET_KEY = re.compile(
+    r"((.*[_-])?(password|passwd|pwd|secret|credentials?|authorization|api_?key|access_?key|secret_?key|account_?key)"
+    r"|((hf|hub|auth|use_auth|access|api|bearer|refresh|sas|session)_)?token)", re.I,
+)  # fmt: skip
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S", bound=Section)
@@ -66,7 +73,9 @@ def _load(schema: type[T], files: Sequence[str | Path], overrides: Iterable[str]
     node, sources = OmegaConf.structured(schema), []
 
     def read(make: Callable[[], DictConfig], where: str) -> None:
-        sources.append((make(), where))
+        update = make()
+        _keep_secrets(OmegaConf.to_container(update))
+        sources.append((update, where))
 
     steps = [partial(read, partial(_read, Path(file), schema), str(file)) for file in files]
     steps += [partial(read, partial(_parse, word, schema), f"override {word!r}") for word in words]
@@ -92,6 +101,22 @@ def _checked(filled: T, check: Callable[[T], None]) -> T:
     return filled
 
 
+def _keep_secrets(value: Any, key: str = "") -> None:
+    """Have everything that is printed and recorded show the name of an environment variable, and no secret."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _keep_secrets(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            _keep_secrets(inner, key)
+    elif isinstance(value, str):
+        for name in ENVIRONMENT.findall(value):
+            if held := os.environ.get(name):
+                keep_secret(held, f"${{oc.env:{name}}}")
+        if SECRET_KEY.fullmatch(key) and value and "${" not in value:
+            keep_secret(value)
+
+
 def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) -> S:
     """Make a section of itself, of a mapping of its keys, or of nothing (its defaults), and check its values.
 
@@ -106,7 +131,9 @@ def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) 
             raise UserError(name, f"a mapping of its keys, or a {schema.__name__}", found, "Pass one of them.")
         # This section alone: OmegaConf takes a tenth of a second for the tree of all of them.
         node = OmegaConf.create({name: OmegaConf.structured(schema)})
-        given = OmegaConf.create({name: _plain(schema, value, name)}, flags={"allow_objects": True})
+        keys = {name: _plain(schema, value, name)}
+        _keep_secrets(keys)
+        given = OmegaConf.create(keys, flags={"allow_objects": True})
         value = gather(lambda: _merge_all(Config, node, [(given, "keyword")]), lambda: _to_object(node[name]))[-1]
     assert isinstance(value, schema)
     value.check(name)
@@ -246,8 +273,8 @@ def _first_line(error: Exception) -> str:
 
 
 def to_flat(config: Config) -> dict[str, Any]:
-    """Write the configuration as dotted key -> value, as overrides are, for tables of parameters."""
-    return dict(_leaves(asdict(config), ""))
+    """Write the configuration as dotted key -> value, as overrides are, for tables of parameters, without secrets."""
+    return dict(_leaves(_each_text(asdict(config), concealed), ""))
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -258,15 +285,26 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(inner, f"{name}.{key}" if name else str(key))
 
 
-def to_yaml(config: Any) -> str:
-    """Write the resolved configuration, or another dataclass, as YAML that `load_config` or `load_as` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+def to_yaml(config: Any, secrets: bool = False) -> str:
+    """Write the resolved configuration, or another dataclass, as YAML that `load_config` or `load_as` reads back.
+
+    Args:
+        config: to write.
+        secrets: write them too, for a file that nobody else may read. Else values that came from the environment are
+            written as `${oc.env:NAME}`, and other secrets as `***`.
+    """
+    write = _escaped if secrets else lambda text: concealed(_escaped(text))
+    return OmegaConf.to_yaml(OmegaConf.create(_each_text(asdict(config), write)))
 
 
-def _escaped(value: Any) -> Any:
-    # Everything is resolved: what still looks like an interpolation is text.
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {key: _escaped(inner) for key, inner in value.items()}
+        return {key: _each_text(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_escaped(inner) for inner in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+        return [_each_text(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _escaped(text: str) -> str:
+    # Everything is resolved: what still looks like an interpolation is text.
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

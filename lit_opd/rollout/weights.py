@@ -11,8 +11,11 @@ import copy
 import hashlib
 import json
 import math
+import os
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,8 @@ class WeightSync:
 
     def __init__(self, engine: str, held: Callable[[], str], load: Callable[[str, str], None]) -> None:
         self.held, self.load = held, load
-        self._lock = Path(tempfile.gettempdir()) / f"lit_opd-{hashlib.sha256(engine.encode()).hexdigest()[:16]}.lock"
+        name = f"lit_opd-{os.getuid()}-{hashlib.sha256(engine.encode()).hexdigest()[:16]}.lock"
+        self._lock = Path(tempfile.gettempdir()) / name  # the user's own: nobody may write to another's
 
     def push(self, model: nn.Module, dtype: torch.dtype | None) -> str:
         """Replace the engine's weights where they are not the model's, and return their label.
@@ -51,10 +55,23 @@ class WeightSync:
             return label
         with FileLock(self._lock):
             if self.held() != label:  # another process of this run may have loaded them while this one waited
-                with tempfile.TemporaryDirectory(prefix="lit_opd-") as folder:
+                with passing_folder() as folder:
                     write_weights(model, folder, dtype)
                     self.load(folder, label)
         return label
+
+
+@contextmanager
+def passing_folder() -> Iterator[str]:
+    """Make a folder that is gone afterwards, and also where this process is killed meanwhile.
+
+    A shell waits for the end of its input, which the system closes with this process, and then removes the folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="lit_opd-") as folder:
+        waiting = ["sh", "-c", 'cat; rm -rf "$0"', folder]
+        # In a session of its own: Ctrl-C in a terminal reaches a whole group.
+        with subprocess.Popen(waiting, stdin=subprocess.PIPE, start_new_session=True):
+            yield folder
 
 
 def weights_label(model: nn.Module) -> str:

@@ -72,14 +72,14 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
     """
     folder = RunFolder(Path(config.output_dir))
     checkpoint = folder.claim(resume)
-    check_tracking(config.tracking.uri)
+    known = folder.read_notes().get("mlflow_run_id") if resume else None
+    check_tracking(config.tracking.uri, begun=known is not None)
     trainer = build_trainer(config, folder, profile)
     module, data = build(config)
     if checkpoint is not None:
         check_weights("--resume", module.model, checkpoint)
     folder.make()
-    known = folder.read_notes().get("mlflow_run_id") if resume else None
-    trainer.logger = logger = begin_run(config, tags_of(config, module, data), known)
+    trainer.logger = logger = begin_run(config, tags_of(config, module, data), known, folder.path)
     if trainer.is_global_zero:
         folder.config.write_text(to_yaml(config))
         folder.write_notes(mlflow_run_id=logger.run_id)

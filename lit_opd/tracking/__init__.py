@@ -7,11 +7,12 @@ from lit_opd.tracking.lineage import log_datasets, log_medians, log_student
 from lit_opd.tracking.log import log_files, log_metrics, log_table, log_tag, logger_of
 from lit_opd.tracking.record import RunRecord, log_examples
 from lit_opd.tracking.run import RunLogger, begin_run, git_sha, ui_command
-from lit_opd.tracking.store import MlflowClient, MlflowException, MlflowRun, check_tracking
+from lit_opd.tracking.store import MlflowClient, MlflowException, MlflowRun, check_tracking, open_store
+from lit_opd.tracking.sync import send_kept
 from lit_opd.tracking.view import offer_view
 
 __all__ = [
     "MlflowClient", "MlflowException", "MlflowRun", "RunLogger", "RunRecord", "begin_run", "check_tracking", "git_sha",
     "log_datasets", "log_examples", "log_files", "log_medians", "log_metrics", "log_student", "log_table", "log_tag",
-    "logger_of", "offer_view", "ui_command",
+    "logger_of", "offer_view", "open_store", "send_kept", "ui_command",
 ]  # fmt: skip

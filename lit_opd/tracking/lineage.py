@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
+from mlflow.tracking import MlflowClient
 
 from lit_opd.data import PromptDataModule
 from lit_opd.data.rows import Row
+from lit_opd.errors import concealed
+from lit_opd.tracking.mailbox import message
 from lit_opd.tracking.run import RunLogger
+from lit_opd.tracking.words import RunClient
 
 __all__ = ["dataset_inputs", "log_datasets", "log_medians", "log_student"]
 
@@ -29,7 +32,7 @@ NOT_IN_NAMES = r"""[/:.%"']"""  # of MLflow's models
 @rank_zero_only
 def log_datasets(logger: RunLogger, data: PromptDataModule) -> None:
     """Fill the run's Dataset column, to which resuming adds nothing."""
-    logger.experiment.log_inputs(str(logger.run_id), dataset_inputs(data))
+    logger.experiment.log_inputs(logger.run_id, dataset_inputs(data))
 
 
 def dataset_inputs(data: PromptDataModule) -> list[DatasetInput]:
@@ -47,6 +50,7 @@ def dataset_inputs(data: PromptDataModule) -> list[DatasetInput]:
 
 
 def _dataset(data: PromptDataModule, context: str, path: str, rows: list[Row], sha256: str) -> Dataset:
+    path = concealed(path)
     name = re.split(r"[:/]", path)[-1]
     columns = [{"name": key, "type": TYPES.get(type(value), "object")} for key, value in rows[0].items()]
     part = "train" if context == "training" else context
@@ -67,22 +71,30 @@ def log_student(logger: RunLogger, folder: Path, step: int, data: PromptDataModu
         step: optimizer steps done.
         data: what it was measured on.
     """
-    client, run_id = logger.experiment, str(logger.run_id)
+    of = dataset_inputs(data)[-1].dataset
+    logger.experiment.enter_student(logger.run_id, str(folder.absolute()), step, of.name, of.digest)
+
+
+@message
+def enter_student(client: RunClient, run_id: str, folder: str, step: int, dataset: str, digest: str) -> None:
+    """Make the entry from what MLflow has of the run, unless it is there."""
     run = client.get_run(run_id)
-    if any(model.step == step for model in run.outputs.model_outputs):
+    if any(model.step == step for model in run.outputs.model_outputs):  # type: ignore[union-attr]
         return
-    tags, path = run.data.tags, str(folder.absolute())
-    shown = {name: tags[name] for name in ("estimator", "variant", "family", "seed", "teacher") if name in tags}
-    about = {**shown, "trained_from": tags["student"], "steps": str(step), "folder": path}
+    tags = run.data.tags
+    shown: dict[str, str] = {
+        name: tags[name] for name in ("estimator", "variant", "family", "seed", "teacher") if name in tags
+    }
+    about = {**shown, "trained_from": tags["student"], "steps": str(step), "folder": folder}
     name = re.sub(NOT_IN_NAMES, "-", f"{tags.get('variant', tags['estimator'])} seed {tags['seed']}")
-    model = client.create_logged_model(str(logger.experiment_id), name, run_id, params=about)
+    model = client.create_logged_model(run.info.experiment_id, name, run_id, params=about)
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-    client.set_tag(run_id, "exported_student", path)
-    now, of = int(time.time() * 1000), dataset_inputs(data)[-1].dataset
-    client.log_batch(run_id, metrics=[
-        Metric(name, value, now, step, model.model_id, of.name, of.digest, run_id)
-        for name, value in run.data.metrics.items() if name.startswith(("val/", "cost/"))
+    client.set_tag(run_id, "exported_student", folder)
+    # With the time at which the run got them: MLflow takes them for the model, and for the run they are no new points.
+    MlflowClient.log_batch(client, run_id, metrics=[
+        Metric(of.key, of.value, of.timestamp, of.step, model.model_id, dataset, digest, run_id)
+        for of in run.data._metric_objs if of.key.startswith(("val/", "cost/"))
     ])  # fmt: skip
 
 

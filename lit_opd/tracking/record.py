@@ -11,14 +11,21 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import MLFlowLogger
+from mlflow.entities import Param, RunTag
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
 from lit_opd.config import Config, to_flat
 from lit_opd.evaluation import Example
 from lit_opd.tracking.log import log_files, log_table, logger_of
+from lit_opd.tracking.mailbox import message
+from lit_opd.tracking.run import RunLogger
+from lit_opd.tracking.words import RunClient, fit_name, fit_value
 
 __all__ = ["RunRecord", "log_examples"]
 
 COMPLETIONS_FILE = "completions.json"
+NOWHERE = "http://127.0.0.1"  # for the client that MLflow's monitor makes, and that nobody asks here
 
 
 def log_examples(logger: MLFlowLogger, examples: list[Example], policy: str, step: int) -> None:
@@ -61,18 +68,16 @@ class RunRecord(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Describe the run once, and measure its system while a loop of Lightning is under way."""
         logger = logger_of(trainer)
-        if logger is None:
+        if not isinstance(logger, RunLogger):
             return
-        run_id = logger.run_id
         if not self._described:
             log_files(logger, {self.config_file.name: self.config_file.read_bytes()})
-            # MLflow refuses another value for a parameter it has: after resuming, config.yaml tells what changed.
-            known = logger.experiment.get_run(run_id).data.params
-            values = {name: value for name, value in to_flat(self.config).items() if value not in (None, {}, [])}
-            logger.log_hyperparams({name: value for name, value in values.items() if name not in known})
+            values = {name: str(v) for name, v in to_flat(self.config).items() if v not in (None, {}, [])}
+            logger.experiment.describe_run(logger.run_id, values)
             self._described = True
         if self.config.tracking.system_metrics and self._monitor is None:
-            self._monitor = _start_monitor(run_id, self.config.tracking.uri)
+            self._monitor = SystemLoad(logger)
+            self._monitor.start()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the examples of this evaluation."""
@@ -95,9 +100,45 @@ class RunRecord(L.Callback):
             self._monitor = None
 
 
-def _start_monitor(run_id: str | None, uri: str) -> Any:
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+@message
+def describe_run(client: RunClient, run_id: str, values: dict[str, str]) -> None:
+    """Log the configuration as parameters, and what changed since they were logged as tags `changed.NAME`.
 
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=5, resume_logging=True, tracking_uri=uri)
-    monitor.start()
-    return monitor
+    MLflow keeps the first value of a parameter.
+    """
+    known, held = client.get_run(run_id).data.params, {}
+    for name, value in values.items():
+        name, value = fit_name(name), fit_value(value, MAX_PARAM_VAL_LENGTH)
+        if known.get(name, value) != value:
+            held[f"changed.{name}"] = f"{value} (was {known[name]})"
+    client.log_batch(
+        run_id,
+        params=[Param(name, value) for name, value in values.items() if fit_name(name) not in known],
+        tags=[RunTag(name, value) for name, value in held.items()],
+    )
+
+
+class SystemLoad(SystemMetricsMonitor):
+    """MLflow's measurements of the system, which go through the run's logger and do not end while MLflow is away.
+
+    Args:
+        logger: of the run; a continued run has measurements already.
+    """
+
+    def __init__(self, logger: RunLogger) -> None:
+        super().__init__(logger.run_id, sampling_interval=5, tracking_uri=NOWHERE)
+        self._logger = logger
+        done = [step for name, step in logger.last_steps.items() if name.startswith(self._metrics_prefix)]
+        self._logging_step = max(done, default=-1) + 1
+
+    def monitor(self) -> None:
+        """Measure and log until the end."""
+        while not self._shutdown_event.is_set():
+            for _ in range(self.samples_before_logging):
+                self.collect_metrics()
+                self._shutdown_event.wait(self.sampling_interval)
+            values = {f"{self._metrics_prefix}{name}": value for name, value in self.aggregate_metrics().items()}
+            self._logger.log_metrics(values, self._logging_step)
+            self._logging_step += 1
+            for monitor in self.monitors:
+                monitor.clear_metrics()

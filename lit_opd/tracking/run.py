@@ -7,32 +7,125 @@ before anything is written, and end it when its results are.
 from __future__ import annotations
 
 import math
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
 
 from lit_opd.config import Config
-from lit_opd.errors import UserError
+from lit_opd.errors import UserError, concealed
+from lit_opd.tracking.mailbox import REFUSALS, Mailbox, reason
+from lit_opd.tracking.store import KEPT, connect
+from lit_opd.tracking.words import RunClient, fit_tags
 
 __all__ = ["RunLogger", "begin_run", "git_sha", "ui_command"]
 
+FOLDER = "run_folder"  # the tag that names the machine and the folder of a run
+
 
 class RunLogger(MLFlowLogger):
-    """Lightning's MLflow logger, which also tells a run that was interrupted (KILLED) from one that failed."""
+    """Lightning's MLflow logger for a run that goes on without MLflow, and is KILLED where it was interrupted.
+
+    Args:
+        experiment_name: of the experiment, made where there is none.
+        run_name: of a new run.
+        tracking_uri: of the store.
+        tags: of a new run; a continued one gets them too.
+        run_id: a run to continue.
+        artifact_location: of a new experiment.
+        keep_in: the folder for what MLflow does not get while it is away.
+    """
+
+    def __init__(
+        self, experiment_name: str = "lightning_logs", run_name: str | None = None, tracking_uri: str = "",
+        tags: Mapping[str, Any] | None = None, run_id: str | None = None, artifact_location: str | None = None,
+        keep_in: str | Path = KEPT,
+    ) -> None:  # fmt: skip
+        # Not that of MLFlowLogger: it opens the database, which may be locked or still to be made by another run.
+        Logger.__init__(self)
+        self._initialized = False
+        self._experiment_name, self._run_name, self._tracking_uri = experiment_name, run_name, tracking_uri
+        self._experiment_id, self._run_id = None, run_id
+        self._artifact_location, self._log_model, self._checkpoint_callback = artifact_location, False, None
+        self.tags: dict[str, Any] = dict(tags or {})
+        again = run_id is not None
+        self._mailbox = Mailbox(lambda: connect(tracking_uri, again), tracking_uri, Path(keep_in))
+        self.last_steps: dict[str, int] = {}  # by metric, those of an earlier process too
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The client of MLflow, behind a `Mailbox`; the run is begun where it was not."""
+        if not self._initialized:
+            self.begin()
+        return self._mailbox
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Log what is a number, as a mean over nothing is no point of a curve."""
-        super().log_metrics({name: value for name, value in metrics.items() if not math.isnan(value)}, step)
+        """Log what is a number, as a mean over nothing is no point of a curve, and no metric twice at a step."""
+        now = int(time.time() * 1000)
+        values = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+        # Lightning adds the number of the epoch to whatever it logs.
+        new = {name: value for name, value in values.items() if step is None or self.last_steps.get(name) != step}
+        self.last_steps |= dict.fromkeys(new, step or 0)
+        if new:
+            points = [Metric(name, value, now, step or 0) for name, value in new.items()]
+            self.experiment.log_batch(self.run_id, metrics=points)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log parameters."""
+        values = dict(params) if isinstance(params, Mapping) else vars(params)
+        self.experiment.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in values.items()])
 
     @rank_zero_only
     def begin(self) -> None:
-        """Make the MLflow run, or find the one to continue."""
-        self.experiment.update_run(self.run_id, status="RUNNING")
+        """Make the MLflow run, or find the one to continue.
+
+        Raises:
+            Exception: whatever MLflow raises. To a run that is to be continued no more than a refusal matters.
+        """
+        self._initialized = True
+        if self._run_id is None:
+            self._run_id, self._experiment_id = self._mailbox.ask(self._find_or_make)
+            return
+        self._mailbox.open(self._run_id)
+        run_id: str = self._run_id
+        try:
+            run = self._mailbox.ask(lambda client: client.get_run(run_id))
+        except Exception as error:
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+                raise
+        else:
+            self._experiment_id = run.info.experiment_id
+            self.last_steps = {metric.key: metric.step for metric in run.data._metric_objs}
+            if run.info.lifecycle_stage == "deleted":
+                raise MlflowException(f"run {self._run_id} was deleted: `mlflow runs restore` brings it back")
+        self._mailbox.update_run(self._run_id, status="RUNNING")
+        self._mailbox.log_batch(self._run_id, tags=[RunTag(key, str(value)) for key, value in self.tags.items()])
+
+    def _find_or_make(self, client: RunClient) -> tuple[str, str]:
+        known = client.get_experiment_by_name(self._experiment_name)
+        if known is not None and known.lifecycle_stage == "deleted":
+            restore = f"`mlflow experiments restore --experiment-id {known.experiment_id}` brings it back"
+            raise MlflowException(f"experiment {self._experiment_name!r} was deleted: {restore}")
+        new = (self._experiment_name, self._artifact_location)
+        where = known.experiment_id if known else _make_experiment(client, *new)
+        tags = fit_tags(self.tags)
+        if run_id := _abandoned(client, where, tags.get(FOLDER)):
+            return run_id, where
+        name = {"mlflow.runName": self._run_name[:250]} if self._run_name else {}
+        return client.create_run(where, tags=resolve_tags(tags | name)).info.run_id, where
 
     def finalize(self, status: str = "success") -> None:
         """End the run that broke off: FAILED, or KILLED after Ctrl-C.
@@ -41,40 +134,61 @@ class RunLogger(MLFlowLogger):
         ends it.
         """
         if status == "failed":
-            super().finalize(status)
-            if isinstance(sys.exception(), KeyboardInterrupt):
-                self.end("KILLED")
+            self.end("KILLED" if isinstance(sys.exception(), KeyboardInterrupt) else "FAILED")
 
     @rank_zero_only
     def end(self, status: str) -> None:
-        """Give the MLflow run its last status."""
-        self.experiment.set_terminated(self.run_id, status)
+        """Give the MLflow run its last status, and say what could not be sent."""
+        if self._initialized:
+            self.experiment.set_terminated(self.run_id, status)
+            self._mailbox.close(hurry=status == "KILLED")
 
 
-def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None) -> RunLogger:
+def _make_experiment(client: RunClient, name: str, artifact_location: str | None) -> str:
+    try:
+        return client.create_experiment(name, artifact_location=artifact_location)
+    except MlflowException:
+        known = client.get_experiment_by_name(name)  # another run may have made it meanwhile
+        if known is None:
+            raise
+        return known.experiment_id
+
+
+def _abandoned(client: RunClient, experiment: str, folder: str | None) -> str | None:
+    """Find the MLflow run of a process that was killed before it had written into its folder which one it has."""
+    if folder is None or "'" in folder:
+        return None
+    begun = f"tags.{FOLDER} = '{folder}' and attributes.status = 'RUNNING'"
+    return next((run.info.run_id for run in client.search_runs([experiment], begun) if not run.data.metrics), None)
+
+
+def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None, folder: Path | None = None) -> RunLogger:
     """Make the logger of a run, with its MLflow run made or, where it is to be continued, found.
 
     Args:
         config: its `tracking` section; the run's default name says estimator and pair.
         tags: of the design, merged with `tracking.tags`.
-        run_id: an MLflow run to continue.
+        run_id: an MLflow run to continue, which goes on where the store does not answer.
+        folder: of the run; what MLflow does not get is kept in it.
 
     Raises:
         UserError: the store refuses, or does not hold the run.
     """
     pair = f"{Path(tags['student']).name} <- {Path(tags['teacher']).name}"
+    own = {FOLDER: f"{socket.gethostname()}:{folder.absolute()}"} if folder else {}
+    logger = RunLogger(
+        experiment_name=config.tracking.experiment,
+        run_name=config.tracking.run_name or f"{tags['estimator']} · {pair} · seed {config.seed}",
+        tracking_uri=config.tracking.uri,
+        tags=own | tags | dict(config.tracking.tags),
+        run_id=run_id,
+        keep_in=(folder or Path(config.output_dir)) / KEPT,
+    )
     try:
-        logger = RunLogger(
-            experiment_name=config.tracking.experiment,
-            run_name=config.tracking.run_name or f"{tags['estimator']} · {pair} · seed {config.seed}",
-            tracking_uri=config.tracking.uri,
-            tags=tags | dict(config.tracking.tags),
-            run_id=run_id,
-        )
         logger.begin()
     except Exception as error:  # MLflow passes on whatever its database or its server raises
         remedy = "Correct it; to record a resumed run anew, delete run.json in output_dir."
-        found = f"{config.tracking.uri!r}: {error}"
+        found = f"{config.tracking.uri!r}: {reason(error)}"
         raise UserError("tracking.uri", "an MLflow store that takes the run", found, remedy) from error
     return logger
 
@@ -90,8 +204,9 @@ def git_sha() -> dict[str, str]:
 
 def ui_command(config: Config, logger: MLFlowLogger) -> str:
     """Spell the command that opens the MLflow UI on this run, and the address to open."""
+    uri = concealed(config.tracking.uri)
     page = f"/#/experiments/{logger.experiment_id}/runs/{logger.run_id}"
-    if config.tracking.uri.startswith("http"):
-        return config.tracking.uri.rstrip("/") + page
-    command = f"mlflow ui --backend-store-uri {config.tracking.uri} --host 127.0.0.1 --port 5000"
+    if uri.startswith("http"):
+        return uri.rstrip("/") + page
+    command = f"mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000"
     return f"{command}\n  then open http://127.0.0.1:5000{page}"

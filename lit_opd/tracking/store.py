@@ -5,38 +5,68 @@ Why here: `compare` reads and groups runs through MLflow's own client, whose nam
 
 from __future__ import annotations
 
-import socket
+import fcntl
+import logging
+import os
+import sqlite3
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
 
+import mlflow
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import UserError
+from lit_opd.tracking.mailbox import Mailbox, answer_within, reason
+from lit_opd.tracking.words import RunClient
 
-__all__ = ["MlflowClient", "MlflowException", "MlflowRun", "check_tracking"]
+__all__ = ["KEPT", "MlflowClient", "MlflowException", "MlflowRun", "check_tracking", "connect", "open_store"]
 
-# The first bytes of every SQLite file.
-SQLITE = b"SQLite format 3\0"
+KEPT = "unsent"  # the folder, in that of a run, of what MLflow did not get
+
+ANSWER_S = 10  # for a server's answer, or a lock of a database
+MIGRATION_S = 120  # for another run that makes the tables of a new database
 
 
-def check_tracking(uri: str) -> None:
+def bound_waiting() -> None:
+    """Have MLflow give up a request in seconds, where its own 120 s and 7 tries are minutes, and without a traceback.
+
+    What a run tells is tried again by its mailbox. MLflow's tries would make a run twice whose first answer got lost.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # It logs every error of a database with its traceback, and then raises it.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def check_tracking(uri: str, begun: bool = False) -> None:
     """Find out in seconds whether a tracking URI can answer, where MLflow itself would retry for minutes.
 
+    Args:
+        uri: of the store.
+        begun: the run is in the store already, and goes on where a server does not answer.
+
     Raises:
-        UserError: an unknown kind of URI, a server that does not answer, a folder that does not exist.
+        UserError: an unknown kind of URI, a server that does not answer, a folder that does not exist, a database that
+            cannot be written to.
     """
+    bound_waiting()
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):
         try:
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname or "", port), timeout=5).close()
-        except (OSError, ValueError) as error:
-            remedy = "Start the server, or set tracking.uri=sqlite:///mlflow.db."
-            raise UserError("tracking.uri", "an MLflow server that answers", f"{uri!r}: {error}", remedy) from error
+            answer_within(2 * ANSWER_S, lambda: MlflowClient(uri).search_experiments(max_results=1))
+        except Exception as error:  # whatever a server may answer that is none of MLflow
+            if begun and parts.hostname:
+                return
+            found, remedy = f"{uri!r}: {reason(error)}", "Start the server, or set tracking.uri=sqlite:///mlflow.db."
+            raise UserError("tracking.uri", "an MLflow server that answers", found, remedy) from error
     elif parts.scheme == "sqlite":
-        _check_database(Path(uri.removeprefix("sqlite:///")).expanduser())
+        _check_database(Path(parts.path[1:]).expanduser())
     elif parts.scheme not in ("postgresql", "mysql", "mssql", "databricks", "file"):
         raise UserError("tracking.uri", "sqlite:///FILE, http://HOST:PORT or a database URI", repr(uri), "Correct it.")
 
@@ -45,6 +75,57 @@ def _check_database(file: Path) -> None:
     if not file.parent.is_dir():
         expected = "a database in an existing folder"
         raise UserError("tracking.uri", expected, f"no folder {str(file.parent)!r}", "Make it.")
-    if file.is_dir() or (file.is_file() and file.stat().st_size and file.open("rb").read(len(SQLITE)) != SQLITE):
-        found, remedy = f"{str(file)!r}, which is another thing", "Name another file."
-        raise UserError("tracking.uri", "an SQLite database or a new file", found, remedy)
+    try:
+        if not os.access(file.parent, os.W_OK):  # SQLite writes its journal there
+            raise PermissionError(f"the folder {str(file.parent)!r} may not be written to")
+        if file.exists():
+            address = f"file:{urllib.parse.quote(str(file))}?mode=rw"
+            with closing(sqlite3.connect(address, timeout=ANSWER_S, isolation_level=None, uri=True)) as held:
+                held.execute("BEGIN IMMEDIATE")
+                held.execute("ROLLBACK")
+    except (OSError, sqlite3.Error) as error:
+        expected = "an SQLite database that can be written to, or a new file"
+        raise UserError("tracking.uri", expected, f"{str(file)!r}: {error}", "Name another file.") from error
+
+
+def connect(uri: str, again: bool) -> RunClient:
+    """Make the client of a run, of which an earlier process may have told `again`."""
+    bound_waiting()
+    mlflow.set_tracking_uri(uri)
+    with first_in(uri):
+        return RunClient(uri, again)
+
+
+def open_store(uri: str, folder: Path) -> Any:
+    """Open a store with what `MlflowClient` does, behind a mailbox that keeps in a folder what MLflow does not get."""
+    return Mailbox(lambda: connect(uri, again=True), uri, folder / KEPT)
+
+
+@contextmanager
+def first_in(uri: str) -> Iterator[None]:
+    """Let one process at a time make the tables of an SQLite database.
+
+    MLflow (3.17) has two migrate a new file at once, and one of them fails on a table that the other has made.
+    """
+    folder = Path(urllib.parse.urlsplit(uri).path[1:]).parent
+    if not uri.startswith("sqlite:///") or not folder.is_dir():
+        yield
+        return
+    # The folder, for a lock file would stay behind, and SQLite has locks of its own on the database.
+    place, end = os.open(folder, os.O_RDONLY), monotonic() + MIGRATION_S
+    try:
+        while not _locked(place) and monotonic() < end:
+            sleep(0.1)
+        yield
+    finally:
+        os.close(place)
+
+
+def _locked(place: int) -> bool:
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

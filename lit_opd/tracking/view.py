@@ -10,7 +10,9 @@ import time
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_opd.tracking.mailbox import message
 from lit_opd.tracking.run import RunLogger
+from lit_opd.tracking.words import RunClient
 
 __all__ = ["offer_view"]
 
@@ -32,8 +34,14 @@ STATE = {
 
 @rank_zero_only
 def offer_view(logger: RunLogger) -> None:
-    """Add the view to the experiment of a run, unless it has one, which somebody may have changed."""
-    client, experiment, now = logger.experiment, str(logger.experiment_id), int(time.time() * 1000)
+    """Add the view to the experiment of a run."""
+    logger.experiment.add_view(logger.run_id, int(time.time() * 1000))
+
+
+@message
+def add_view(client: RunClient, run_id: str, now: int) -> None:
+    """Add the view, unless the experiment has one, which somebody may have changed."""
+    experiment = client.get_run(run_id).info.experiment_id
     if VIEW_TAG not in client.get_experiment(experiment).tags:
         view = {"name": VIEW_NAME, "createdAt": now, "updatedAt": now, "state": json.dumps(STATE)}
         client.set_experiment_tag(experiment, VIEW_TAG, json.dumps(view))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lit_opd.errors import RunError, UserError
+from lit_opd.errors import RunError, UserError, concealed
 from lit_opd.lab.compare.collect import RunResult, collect
 from lit_opd.lab.compare.digest import make_report
 from lit_opd.lab.compare.document import to_summary, write_report
@@ -17,7 +18,7 @@ from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.lab.compare.preflight import check_recorded, check_runs
 from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
 from lit_opd.runs.folder import check_writable
-from lit_opd.tracking import MlflowClient, check_tracking
+from lit_opd.tracking import MlflowClient, check_tracking, open_store
 
 __all__ = ["compare", "compare_recorded"]
 
@@ -47,6 +48,7 @@ def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None 
             raise
         finally:
             client.set_terminated(parent, status)
+            client.close()
     if interrupted:
         raise KeyboardInterrupt
     if failed:
@@ -63,13 +65,13 @@ def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: 
     _report(collect(client, run_ids), Path(comparison.output_dir) / "report", json_file)
 
 
-def _client(comparison: Comparison, json_file: Path | None) -> MlflowClient:
+def _client(comparison: Comparison, json_file: Path | None) -> Any:
     check_tracking(comparison.tracking.uri)
     if json_file is not None:
         check_writable("--json", json_file.parent)
         if json_file.is_dir():
             raise UserError("--json", "a file", f"{str(json_file)!r}, a folder", "Name a file in it.")
-    return MlflowClient(comparison.tracking.uri)
+    return open_store(comparison.tracking.uri, Path(comparison.output_dir))
 
 
 def _conclude(
@@ -83,7 +85,8 @@ def _conclude(
         folder = Path(comparison.output_dir) / "report"
         _report(results, folder, json_file)
         client.log_artifacts(parent, str(folder), "report")
-        print(f"MLflow: run {parent} of experiment {comparison.tracking.experiment!r} in {comparison.tracking.uri}")
+        where = f"experiment {comparison.tracking.experiment!r} in {concealed(comparison.tracking.uri)}"
+        print(f"MLflow: run {parent} of {where}")
     return [run.name for run in runs if (run.variant, run.seed) not in finished]
 
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lit_opd.config import to_yaml
-from lit_opd.errors import UserError
+from lit_opd.errors import RunError, UserError
 from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.runs.folder import RunFolder, check_writable
 from lit_opd.tracking import MlflowClient, MlflowException, git_sha
@@ -164,7 +164,9 @@ def _send(number: int, workers: dict[subprocess.Popen[bytes], Run]) -> None:
 def _start(run: Run, parent: str, parallel: int, lock: int) -> subprocess.Popen[bytes]:
     tracking = replace(run.config.tracking, tags=run.config.tracking.tags | {PARENT: parent})
     run.file.parent.mkdir(parents=True, exist_ok=True)
-    run.file.write_text(to_yaml(replace(run.config, tracking=tracking)))
+    run.file.touch(mode=0o600)
+    run.file.chmod(0o600)  # the run reads its secrets there
+    run.file.write_text(to_yaml(replace(run.config, tracking=tracking), secrets=True))
     command = [sys.executable, "-m", "lit_opd", "fit", "--config", str(run.file), "--resume", "auto"]
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // parallel))} if parallel > 1 else {}
     with run.log.open("ab") as log:
@@ -178,12 +180,13 @@ def _settle(run: Run, code: int, client: MlflowClient, parent: str, asked: bool)
     if code == 0:
         return f"done: {run.name}"
     known = RunFolder(run.folder).read_notes().get("mlflow_run_id")
-    if known is None and not asked:  # it did not come as far as to record itself
-        experiment = client.get_run(parent).info.experiment_id
-        tags = {PARENT: parent, "variant": run.variant, "seed": str(run.seed)}
-        known = client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-    if known is not None and client.get_run(known).info.status == "RUNNING":
-        client.set_terminated(known, "KILLED" if asked else "FAILED")
+    with suppress(RunError):  # no answer: the other runs go on
+        if known is None and not asked:  # it did not come as far as to record itself
+            experiment = client.get_run(parent).info.experiment_id
+            tags = {PARENT: parent, "variant": run.variant, "seed": str(run.seed)}
+            known = client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
+        if known is not None and client.get_run(known).info.status == "RUNNING":
+            client.set_terminated(known, "KILLED" if asked else "FAILED")
     return f"stopped: {run.name}" if asked else f"failed: {run.name}: {_last_words(run.log)} (all of it: {run.log})"
 
 

@@ -1,0 +1,27 @@
+"""Send MLflow what a run could not tell it.
+
+The command line calls it for `sync`: a run goes on while MLflow is away, and may end before it is back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_opd.commands.quiet import quiet_libraries
+from lit_opd.config import Config
+from lit_opd.tracking import check_tracking, send_kept
+
+__all__ = ["sync"]
+
+
+def sync(config: Config) -> None:
+    """Send what is kept in `output_dir`, and say so.
+
+    Raises:
+        UserError: nothing is kept there, or MLflow does not answer.
+        RunError: MLflow took a part of it.
+    """
+    quiet_libraries()
+    check_tracking(config.tracking.uri)
+    send_kept(config.tracking.uri, Path(config.output_dir))
+    print(f"MLflow has got all that {config.output_dir} kept for it.")

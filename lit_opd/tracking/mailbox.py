@@ -1,0 +1,248 @@
+"""Stand between a run and MLflow's client, so that no call of it costs the run its life or its time.
+
+Why here: a server dies, hangs or is restarted, a database is locked, a run is deleted while it trains. The `experiment`
+of a `RunLogger` is one of these, so everything that talks to MLflow does so through it.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from tempfile import TemporaryDirectory
+from threading import RLock, Thread
+from typing import Any, TypeVar
+
+from mlflow import entities
+from mlflow.exceptions import MlflowException
+
+from lit_opd.errors import RunError, concealed
+from lit_opd.tracking.outbox import Call, Outbox, Refused
+from lit_opd.tracking.words import RunClient
+
+__all__ = ["Mailbox", "answer_within", "message", "reason"]
+
+LIMIT_S = 60.0  # for any call, an upload too; MLflow's own limits, of `bound_waiting`, are shorter and end most
+HURRY_S = 5.0  # for the last calls of a run that is being killed
+TELLING = ("log_", "set_", "update_", "delete_tag")  # calls whose answer nobody needs
+FILES = ("log_artifact", "log_artifacts", "log_table")
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+MESSAGES: dict[str, Callable[..., None]] = {}
+T = TypeVar("T")
+
+
+def message(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a mailbox make several calls as one, by the function's name; it takes the client, and may be made twice."""
+    MESSAGES[function.__name__] = function
+    return function
+
+
+def answer_within(seconds: float, work: Callable[[], T]) -> T:
+    """Return what work returns, in a thread that is left behind where it takes too long.
+
+    Raises:
+        TimeoutError: it took too long.
+        Exception: what work raised.
+    """
+    ended: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            ended.put((work(), None))
+        except Exception as error:
+            ended.put((None, error))
+
+    Thread(target=run, name="mlflow", daemon=True).start()
+    try:
+        answer, error = ended.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
+
+
+def reason(error: BaseException) -> str:
+    """Say in one line what was wrong at the bottom of a chain of errors."""
+    while below := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = below
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return concealed(lines[0].strip())[:300]
+
+
+class Mailbox:
+    """MLflow's client for one run: every method of it, and every `message`.
+
+    A call that changes something is made at once, or kept and made when MLflow is back. A call that asks is answered,
+    or raises `RunError`; where MLflow knows no such run it raises `MlflowException` as always. None takes longer than a
+    minute, and where they fail, all together take a tenth of the time.
+
+    Args:
+        connect: makes the client, which may take as long as a call.
+        uri: of the store, for messages.
+        folder: where calls are kept, in a file a run.
+    """
+
+    def __init__(self, connect: Callable[[], RunClient], uri: str, folder: Path) -> None:
+        self._connect, self._uri, self._folder = connect, concealed(uri), folder
+        self._client: RunClient | None = None
+        self._boxes: dict[str, Outbox] = {}
+        self._hurry, self._told = False, set[str]()
+        self._lock = RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        method = MESSAGES.get(name) or getattr(RunClient, name)
+        if name in MESSAGES or name.startswith(TELLING):
+            return partial(self._post, name, inspect.signature(method))
+        return partial(self._ask, name) if callable(method) else self._ask(name)
+
+    def open(self, run_id: str) -> None:
+        """Take up what an earlier process kept of a run: it is sent before anything else."""
+        for kind in ("calls", "files"):
+            self._box(run_id, kind)
+
+    def ask(self, work: Callable[[RunClient], T]) -> T:
+        """Return what work on the client returns, within a minute.
+
+        Raises:
+            Exception: whatever went wrong.
+        """
+        return answer_within(self._limit, lambda: work(self._connected()))
+
+    def close(self, hurry: bool = False) -> bool:
+        """Try once more to send what was kept, and say where it is if that fails; True where all is sent."""
+        with self._lock:
+            self._hurry = hurry
+            for box in self._boxes.values():
+                box.catch_up(self._limit)
+            left = any(box.waiting for box in self._boxes.values())
+            if left:
+                how = "`python -m lit_opd sync` with the same configuration sends it, as --resume auto does."
+                _say(f"MLflow lacks a part of this run, kept in {self._folder}: {how}")
+            elif "away" in self._told:
+                _say("MLflow has got all that was kept for it.")
+                self._told.discard("away")
+            return not left
+
+    @property
+    def _limit(self) -> float:
+        return HURRY_S if self._hurry else LIMIT_S
+
+    def _connected(self) -> RunClient:
+        if self._client is None:
+            self._client = self._connect()
+        return self._client
+
+    def _ask(self, name: str, *args: Any, **options: Any) -> Any:
+        def work(client: RunClient) -> Any:
+            held = getattr(client, name)
+            return held(*args, **options) if callable(held) else held
+
+        try:
+            return self.ask(work)
+        except Exception as error:
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+                raise
+            raise RunError(f"tracking.uri: MLflow at {self._uri} does not answer {name}: {reason(error)}") from error
+
+    def _post(self, name: str, signature: inspect.Signature, *args: Any, **options: Any) -> None:
+        bound = signature.bind(None, *args, **options).arguments
+        call = {"call": name, **dict(list(bound.items())[1:])}
+        with self._lock:
+            self._box(call.get("run_id"), "files" if name in FILES else "calls").post(call, _encoded)
+
+    def _box(self, run_id: str | None, kind: str) -> Outbox:
+        file = self._folder / f"{run_id}.{kind}.jsonl"
+        if file.name not in self._boxes:
+            self._boxes[file.name] = Outbox(self._make, file, self._tell)
+        return self._boxes[file.name]
+
+    def _make(self, call: Call) -> None:
+        try:
+            answer_within(self._limit, lambda: _perform(self._connected(), call))
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            lost = self._what_is_lost(call.get("run_id"))
+            if lost is None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with (self._folder / "refused.jsonl").open("a") as file:
+                    file.write(_encoded(call) + "\n")
+                raise Refused(f"{call['call']}: {reason(error)}") from error
+            raise MlflowException(lost) from None
+
+    def _what_is_lost(self, run_id: str | None) -> str | None:
+        """Say what was deleted, where it is the run and not the call that is refused."""
+        if run_id is None:
+            return None
+        try:
+            info = self.ask(lambda client: client.get_run(run_id).info)
+            where = self.ask(lambda client: client.get_experiment(info.experiment_id))
+        except MlflowException as error:
+            return f"run {run_id}: {reason(error)}"
+        if where.lifecycle_stage == "deleted":
+            restore = f"`mlflow experiments restore --experiment-id {where.experiment_id}`"
+            return f"the experiment {where.name!r} was deleted ({restore} brings it back)"
+        restore = f"`mlflow runs restore --run-id {run_id}`"
+        return f"the run was deleted ({restore} brings it back)" if info.lifecycle_stage == "deleted" else None
+
+    def _tell(self, kind: str, error: Exception) -> None:
+        """Say the first time of each kind what went wrong and what becomes of it."""
+        if kind in self._told:
+            return
+        self._told.add(kind)
+        said = {
+            "away": f"MLflow at {self._uri} fails: {reason(error)}. The run goes on; what it tells is kept in "
+                    f"{self._folder}.",
+            "refused": f"MLflow refuses {error}. The run goes on; what was refused is kept in "
+                       f"{self._folder / 'refused.jsonl'}.",
+            "lost": f"A call of MLflow could not be made and is lost: {reason(error)}. The run goes on.",
+            "unkept": f"{self._folder} cannot be written to: {reason(error)}. The run goes on; what MLflow does not "
+                      "get is kept in memory.",
+        }  # fmt: skip
+        _say(said[kind])
+
+
+def _perform(client: RunClient, call: Call) -> None:
+    arguments = {name: value for name, value in call.items() if name != "call"}
+    if call["call"] in MESSAGES:
+        MESSAGES[call["call"]](client, **arguments)
+    elif isinstance(files := arguments.get("local_dir"), dict):
+        with TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (place := Path(folder, name)).parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(base64.b64decode(content))
+            client.log_artifacts(**arguments | {"local_dir": folder})
+    else:
+        getattr(client, call["call"])(**_entities(arguments))
+
+
+def _encoded(call: Call) -> str:
+    """Write a call as a line of JSON, with the content of the files that it names."""
+    if call["call"] in ("log_artifact", "log_artifacts"):
+        place = Path(call.get("local_path") or call["local_dir"])
+        files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
+        root = place.parent if place.is_file() else place
+        kept = {str(file.relative_to(root)): base64.b64encode(file.read_bytes()).decode() for file in files}
+        call = {**call, "call": "log_artifacts", "local_dir": kept}
+        call.pop("local_path", None)
+    return concealed(json.dumps(call, default=lambda value: {"entity": type(value).__name__, "of": dict(value)}))
+
+
+def _entities(value: Any) -> Any:
+    """Make entities of MLflow again of what `_encoded` wrote."""
+    if isinstance(value, list):
+        return [_entities(inner) for inner in value]
+    if isinstance(value, dict):
+        inner = {key: _entities(held) for key, held in value.items()}
+        return getattr(entities, inner["entity"])(**inner["of"]) if inner.keys() == {"entity", "of"} else inner
+    return value
+
+
+def _say(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,5 @@
+"""Run commands in a workspace of their own."""
+
+from workspaces import database, make_workspace
+
+__all__ = ["database", "make_workspace"]
