@@ -50,7 +50,7 @@ def build_from(section: _Section) -> BoundEstimator:
         raise UserError(key, error.expected, error.found, error.remedy) from error
 
 
-def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
+def build(name: str | EstimatorFn, /, **kwargs: Any) -> BoundEstimator:
     """Bind and check an estimator's keywords, without any weights of models.
 
     Args:

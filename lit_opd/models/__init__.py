@@ -3,6 +3,7 @@
 `Pair` checks what the user named and loads it. Scorers, rollout engines and yardsticks run what it loaded.
 """
 
+from lit_opd.models.given import as_model, check_tokenizer, from_saved, to_saved
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
@@ -16,6 +17,9 @@ __all__ = [
     "Reference",
     "Student",
     "Teacher",
+    "as_model",
+    "check_tokenizer",
+    "from_saved",
     "frozen_names",
     "load_frozen",
     "load_student",
@@ -23,5 +27,6 @@ __all__ = [
     "measure_yardsticks",
     "read_model_config",
     "shared_vocabulary",
+    "to_saved",
     "token_ids",
 ]

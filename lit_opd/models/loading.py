@@ -21,6 +21,9 @@ __all__ = ["frozen_names", "load_frozen", "load_student", "load_tokenizer", "rea
 
 ModelConfig = StudentConfig | TeacherConfig
 
+# bitsandbytes, which peft imports too, asks the hub for a kernel that it can do without, and warns where it gets none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def load_tokenizer(config: ModelConfig, key: str) -> Any:
     """Load the tokenizer of a model folder or hub name.
@@ -67,7 +70,9 @@ def load_student(config: StudentConfig, tokenizer: Any = None) -> LanguageModel:
     if config.lora is not None:
         model = _add_lora(model, config.lora)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers gave it another name along the 5.x releases, and warns of the one before.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
         model.enable_input_require_grads()
     student = LanguageModel(model, tokenizer, "student")
     student.check_head()
