@@ -19,14 +19,18 @@ from lit_opd.config import (
     DiagnosticsConfig,
     EstimatorConfig,
     EvaluationConfig,
+    FrozenConfig,
     LintConfig,
     OptimConfig,
     RolloutConfig,
+    StudentConfig,
+    TeacherConfig,
     as_section,
 )
+from lit_opd.config.limits import SEED, as_type
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
-from lit_opd.evaluation import EvaluatedModule, tell_left_out
+from lit_opd.evaluation import EvaluatedModule, check_batch, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
 from lit_opd.measures.steps import Seen, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
@@ -56,9 +60,9 @@ class DistillationModule(EvaluatedModule):
     which is a different objective.
 
     Args:
-        student: path or hub name, `StudentConfig`, or a causal language model in memory.
-        teacher: path or hub name, `TeacherConfig`, a causal language model in memory, or any other `Scorer`.
-        estimator: registered name, `module:function`, `file.py:function`, or a function.
+        student: path or hub name, `StudentConfig` or its keys, or a causal language model in memory.
+        teacher: path or hub name, `TeacherConfig` or its keys, a causal language model, or any other `Scorer`.
+        estimator: registered name, `module:function`, `file.py:function`, a function, or `EstimatorConfig`.
         estimator_kwargs: the estimator's keywords.
         tokenizer: the student's; needed with a model in memory.
         teacher_tokenizer: the teacher's; by default read from its path, else the student's.
@@ -99,15 +103,27 @@ class DistillationModule(EvaluatedModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        built = isinstance(estimator, estimators.BoundEstimator)
-        self.estimator = estimator if built else estimators.build(estimator, **(estimator_kwargs or {}))
+        self.given = models.to_saved({k: v for k, v in locals().items() if k not in ("self", "__class__")})
+        student = models.as_model(StudentConfig, student, "student")
+        if not isinstance(teacher, Scorer):
+            teacher = models.as_model(TeacherConfig, teacher, "teacher")
+        if reference is not None:
+            reference = models.as_model(FrozenConfig, reference, "reference")
+        models.check_tokenizer("tokenizer", tokenizer)
+        models.check_tokenizer("teacher_tokenizer", teacher_tokenizer)
+        self.estimator = estimators.as_estimator(estimator, estimator_kwargs)
         self.rollout_config = as_section(RolloutConfig, rollout, "rollout")
         self.optim_config = as_section(OptimConfig, optim, "optim")
         settings = as_section(EvaluationConfig, evaluation, "evaluation")
         support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
-        as_section(EstimatorConfig, {"aggregation": aggregation}, "estimator")
+        counted = EstimatorConfig(aggregation=aggregation, masked_tokens=masked_tokens)  # type: ignore[arg-type]
+        counted.check("estimator")
+        masked_tokens = counted.masked_tokens
+        SEED("seed", as_type("seed", seed, int))
         self.law = training_law(self.rollout_config, self.estimator)
-        self.engine = engine or build_engine(self.rollout_config)
+        self.engine = build_engine(self.rollout_config) if engine is None else engine
+        if not callable(getattr(self.engine, "sample", None)):
+            raise UserError("engine", "a RolloutEngine, with a method `sample`", type(engine).__name__, "Pass one.")
         allow = as_section(LintConfig, lint, "lint").allow
         checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
         linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
@@ -132,11 +148,31 @@ class DistillationModule(EvaluatedModule):
     def from_config(cls, config: Config) -> DistillationModule:
         """Make the module that a configuration describes."""
         return cls(
-            config.student, config.teacher, estimators.build_from(config.estimator),
+            config.student, config.teacher, config.estimator,
             reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
             lint=config.lint, diagnostics=config.diagnostics,
         )  # fmt: skip
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> DistillationModule:  # type: ignore[override]
+        """Make the module of a checkpoint again, with its weights on the CPU.
+
+        Args:
+            checkpoint_path: a file that training wrote.
+            **arguments: in the place of those that the checkpoint holds. What was given in Python, as a model in
+                memory, it does not hold.
+
+        Raises:
+            UserError: no checkpoint, arguments that it lacks, or another student's weights.
+        """
+        checkpoint, held = models.from_saved(checkpoint_path, arguments)
+        module = cls(**held)
+        try:
+            module.load_state_dict(module.state_dict() | checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise UserError("student", "the student of the checkpoint", str(error)[:300], "Pass student=...") from error
+        return module
 
     @property
     def tokenizer(self) -> Any:
@@ -183,6 +219,7 @@ class DistillationModule(EvaluatedModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample, score, estimate and step."""
+        check_batch(batch)
         watch = Stopwatch(self.device)
         rollout = self.distiller.sample(batch)
         self.prove(rollout)
@@ -269,6 +306,7 @@ class DistillationModule(EvaluatedModule):
         frozen = {f"model.{name}" for name in models.frozen_names(self.model)}
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["torch_rng_state"] = torch.get_rng_state()
+        checkpoint["hyper_parameters"] = self.given
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put frozen weights back, so that the checkpoint is complete again, and the random state."""

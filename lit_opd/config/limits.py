@@ -93,8 +93,10 @@ def type_name(hint: Any) -> str:
     """Tell in words what a declared type asks for."""
     if get_origin(hint) in (dict, list):
         return "a mapping" if get_origin(hint) is dict else "a list"
-    names = [getattr(get_origin(t) or t, "__name__", str(t)) for t in type_options(hint)]
-    return "a value of type " + " or ".join("null" if n == "NoneType" else n for n in names)
+    words = [str(word) for option in type_options(hint) if get_origin(option) is Literal for word in get_args(option)]
+    types = [get_origin(t) or t for t in type_options(hint) if get_origin(t) is not Literal]
+    names = ["null" if t is NoneType else getattr(t, "__name__", str(t)) for t in types]
+    return "a value of type " + " or ".join(names) if not words else "one of " + ", ".join([*words, *names])
 
 
 def _converted(key: str, value: Any, option: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
@@ -46,7 +46,7 @@ REMOVED = {"estimator.adapt_gamma_every": "A fixed estimator.kwargs.gamma did as
 """Dotted keys of earlier versions that are gone, and what to do instead. All were null by default."""
 
 
-def load_config(files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+def load_config(files: str | Path | Sequence[str | Path] = (), overrides: str | Iterable[str] = ()) -> Config:
     """Build the configuration: defaults <- YAML files in order <- `key=value` overrides, then check every value.
 
     Naming another estimator, optimizer or scheduler drops the keywords that earlier sources gave to the one before.
@@ -67,7 +67,8 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
     return _load(schema, files, overrides, lambda _: None)
 
 
-def _load(schema: type[T], files: Sequence[str | Path], overrides: Iterable[str], check: Callable[[Any], None]) -> T:
+def _load(schema: type[T], files: Any, overrides: Any, check: Callable[[Any], None]) -> T:
+    files, overrides = ([given] if isinstance(given, str | Path) else given for given in (files, overrides))
     OmegaConf.register_resolver("lit_opd", lambda name: str(PACKAGE_FOLDER / name), replace=True)
     words = sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF)
     node, sources = OmegaConf.structured(schema), []
@@ -92,7 +93,7 @@ def _load(schema: type[T], files: Sequence[str | Path], overrides: Iterable[str]
     return gather(*steps, lambda: _merge_all(schema, node, sources), fill)[-1]
 
 
-def _refuse_missing(key: str) -> None:
+def _refuse_missing(key: str) -> NoReturn:
     raise UserError(key, "a value", "nothing", f"Set {key} in a config file or as {key}=VALUE.")
 
 
@@ -157,9 +158,8 @@ def _to_object(node: Any) -> Any:
 def _resolved(read: Callable[[], R]) -> R:
     try:
         return read()
-    except omegaconf_errors.MissingMandatoryValue as error:  # in a mapping, where nothing is declared
-        key = error.full_key or "a key"
-        raise UserError(key, "a value", "nothing", f"Set {key}, or leave it out.") from error
+    except omegaconf_errors.MissingMandatoryValue as error:
+        return _refuse_missing(error.full_key or "a key")
     except omegaconf_errors.InterpolationResolutionError as error:
         remedy = r"Correct it, or write \${...} where something else is to resolve it."
         raise UserError(error.full_key or "config", "a resolvable value", _first_line(error), remedy) from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_opd.config import DataConfig
+from lit_opd.config import DataConfig, as_section
 from lit_opd.data.findings import find_in_prompts
 from lit_opd.data.guarded import Guarded, Verifier
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
@@ -73,7 +73,7 @@ class PromptDataModule(L.LightningDataModule):
                 raise UserError(f"data.{key}", "a known key", "an unknown one", suggest(key, known))
         if isinstance(verifier, str):
             data_keys["verifier"], verifier = verifier, None
-        self.config = replace(config or DataConfig(), **data_keys)
+        self.config = replace(as_section(DataConfig, config, "data"), **data_keys)
         self.config.check("data")
         self.tokenizer = tokenizer
         name = self.config.verifier if verifier is None else None
@@ -227,6 +227,10 @@ class PromptDataModule(L.LightningDataModule):
     def _named(self, rows: Sequence[Row | str] | None, where: str) -> list[Row]:
         if rows is None:
             return []
+        for index, row in enumerate([rows] if isinstance(rows, str | Mapping) else rows):
+            if isinstance(rows, str | Mapping) or not isinstance(row, str | Mapping):
+                found = f"{rows if row is rows else row!r:.80}, a {type(row).__name__}"
+                raise UserError(f"{where}[{index}]", "a list of prompts, or of mappings of columns", found, "Pass one.")
         named = [{self.config.prompt_column: row} if isinstance(row, str) else dict(row) for row in rows]
         check_rows(named, self.config, where)
         return named

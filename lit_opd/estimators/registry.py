@@ -135,8 +135,11 @@ def get(name: str | EstimatorFn) -> EstimatorSpec:
     Raises:
         UserError: no such name, module, file or function.
     """
-    if not isinstance(name, str):
+    if callable(name):
         return _spec_of(name, getattr(name, "__name__", "estimator"))
+    if not isinstance(name, str):
+        expected = "a registered name, file.py:function or a function"
+        raise UserError("estimator.name", expected, f"{name!r}, a {type(name).__name__}", "Pass one of them.")
     if name in _REGISTRY:
         return _REGISTRY[name]
     if ":" in name:

@@ -9,29 +9,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
+from lit_opd.config import EstimatorConfig, as_section
+from lit_opd.config.limits import as_type
 from lit_opd.errors import UserError, choose, suggest
 from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term
 from lit_opd.estimators.registry import get, names
 from lit_opd.functional.support import SUPPORTS
 from lit_opd.types import Need
 
-__all__ = ["build", "build_from"]
+__all__ = ["as_estimator", "build", "build_from"]
 
 _TERM = ("name", "weight", "kwargs", "weighting")
 _WEIGHTING = ("name", "kwargs")
 
 
-class _Section(Protocol):
-    """The section `estimator` of a configuration."""
+def as_estimator(given: Any, keywords: Any = None) -> BoundEstimator:
+    """Build the estimator that a section, its keys, a name or a function says, unless it is built.
 
-    name: str
-    kwargs: dict[str, Any]
-    terms: list[Any]
+    Raises:
+        UserError: as of `build`, or what is given is none of these.
+    """
+    if isinstance(given, EstimatorConfig | Mapping):
+        return build_from(as_section(EstimatorConfig, given, "estimator"))
+    if isinstance(given, BoundEstimator):
+        return given
+    return build(given, **as_type("estimator.kwargs", keywords or {}, dict[str, Any]))
 
 
-def build_from(section: _Section) -> BoundEstimator:
+def build_from(section: EstimatorConfig) -> BoundEstimator:
     """Build the estimator that the section `estimator` of a configuration describes, by its name or by its terms.
 
     Raises:
@@ -50,7 +57,7 @@ def build_from(section: _Section) -> BoundEstimator:
         raise UserError(key, error.expected, error.found, error.remedy) from error
 
 
-def build(name: str | EstimatorFn, **kwargs: Any) -> BoundEstimator:
+def build(name: str | EstimatorFn, /, **kwargs: Any) -> BoundEstimator:
     """Bind and check an estimator's keywords, without any weights of models.
 
     Args:

@@ -6,6 +6,7 @@
 from lit_opd.models.context import context_length
 from lit_opd.models.endings import end_of_turn, read_stop_ids
 from lit_opd.models.exporting import export_student
+from lit_opd.models.given import as_model, check_tokenizer, from_saved, to_saved
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
@@ -21,6 +22,9 @@ __all__ = [
     "Teacher",
     "end_of_turn",
     "export_student",
+    "as_model",
+    "check_tokenizer",
+    "from_saved",
     "frozen_names",
     "load_frozen",
     "load_student",
@@ -30,5 +34,6 @@ __all__ = [
     "read_model_config",
     "read_stop_ids",
     "shared_vocabulary",
+    "to_saved",
     "token_ids",
 ]

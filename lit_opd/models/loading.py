@@ -23,6 +23,9 @@ __all__ = ["frozen_names", "load_frozen", "load_student", "load_tokenizer", "rea
 
 ModelConfig = StudentConfig | TeacherConfig
 
+# bitsandbytes, which peft imports too, asks the hub for a kernel that it can do without, and warns where it gets none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def load_tokenizer(config: ModelConfig, key: str) -> Any:
     """Load the tokenizer of a model folder or hub name.

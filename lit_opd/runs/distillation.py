@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from lit_opd.callbacks import StepSpeed
 from lit_opd.config import Config, to_yaml
 from lit_opd.data import PromptDataModule
 from lit_opd.data.guarded import tell_constant
+from lit_opd.errors import RunError, UserError, gather
 from lit_opd.measures.intervals import Interval
 from lit_opd.models import export_student
 from lit_opd.module import DistillationModule
+from lit_opd.plugins import calling_parts
 from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder
-from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer
+from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
 from lit_opd.runs.prepare import prepare_data
 from lit_opd.tracking import (
     RunLogger,
@@ -67,15 +70,20 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
 
     Raises:
         UserError: whatever cannot work; nothing has been written then.
+        RunError: a mistake that shows when the run has begun, as a part of the user's own that raises.
         NonFiniteStepError: a step whose loss or gradient was not finite; a checkpoint has been saved.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been saved, if training had begun.
     """
     folder = RunFolder(Path(config.output_dir))
-    checkpoint = folder.claim(resume)
     known = folder.read_notes().get("mlflow_run_id") if resume else None
-    check_tracking(config.tracking.uri, begun=known is not None)
-    trainer = build_trainer(config, folder, profile)
-    module, data = build(config)
+    checkpoint, _, trainer, data = gather(
+        partial(folder.claim, resume),
+        partial(check_tracking, config.tracking.uri, begun=known is not None),
+        partial(build_trainer, config, folder, profile),
+        partial(prepare, config),
+    )
+    check_shares(trainer, data)
+    module = DistillationModule.from_config(config)
     if checkpoint is not None:
         check_weights("--resume", module.model, checkpoint)
     folder.make()
@@ -86,13 +94,16 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
         log_datasets(logger, data)
         offer_view(logger)
     try:
-        return run(config, folder, trainer, module, data, logger, checkpoint)
+        with calling_parts():
+            return run(config, folder, trainer, module, data, logger, checkpoint)
     except BaseException as error:
         # Lightning turns Ctrl-C into SystemExit.
         interrupted = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__))
         logger.end("KILLED" if interrupted else "FAILED")
         if interrupted:
             raise KeyboardInterrupt from None
+        if isinstance(error, UserError):  # files tell of the run already
+            raise RunError(str(error)) from error
         raise
 
 
@@ -162,8 +173,9 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
     """
     if checkpoint is not None:
         read_checkpoint("--checkpoint", Path(checkpoint))
-    trainer = build_evaluation_trainer(config)
-    module, data = build(config)
+    trainer, data = gather(partial(build_evaluation_trainer, config), partial(prepare, config))
+    check_shares(trainer, data)
+    module = DistillationModule.from_config(config)
     if checkpoint is not None:
         load_weights("--checkpoint", module.model, Path(checkpoint))
     loop = trainer.validate if stage == "validate" else trainer.test
@@ -171,11 +183,10 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
     return module.results["val" if stage == "validate" else "test"]
 
 
-def build(config: Config) -> tuple[DistillationModule, PromptDataModule]:
-    """Build module and data, after everything that needs no weights has been checked."""
+def prepare(config: Config) -> PromptDataModule:
+    """Seed every library, then check what needs no weights and load the data."""
     L.seed_everything(config.seed, verbose=False)
-    data = prepare_data(config)
-    return DistillationModule.from_config(config), data
+    return prepare_data(config)
 
 
 def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) -> dict[str, str]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import lightning as L
 import torch
@@ -27,12 +29,13 @@ from lit_opd.callbacks import (
     WatchCollapse,
 )
 from lit_opd.config import Config
-from lit_opd.errors import UserError, suggest
+from lit_opd.config.limits import above, as_type, at_least, within
+from lit_opd.errors import UserError, gather, suggest
 from lit_opd.plugins import call_object
 from lit_opd.runs.folder import RunFolder
 from lit_opd.tracking import RunRecord
 
-__all__ = ["build_evaluation_trainer", "build_trainer", "check_trainer_keys"]
+__all__ = ["build_evaluation_trainer", "build_trainer", "check_shares", "check_trainer_keys"]
 
 # Set here, from other keys where there are any; a second source would contradict them.
 OWN_TRAINER_KEYS = {
@@ -51,6 +54,24 @@ OWN_TRAINER_KEYS = {
     "fast_dev_run": "Set trainer.max_steps=2 data.validation_size=8.",
     "barebones": "It switches off what a run needs.",
 }
+# What Lightning takes and what would train or measure nothing, or end without a word about the cause.
+TRAINER_LIMITS = {
+    "limit_train_batches": above(0, null="all"),
+    "limit_val_batches": above(0, null="all"),
+    "limit_test_batches": above(0, null="all"),
+    "max_steps": within("of -1 (no limit) or at least 1", lambda steps: steps == -1 or steps > 0),
+    "max_epochs": within("of -1 (no limit) or at least 1", lambda epochs: epochs is None or epochs == -1 or epochs > 0),
+    "num_sanity_val_steps": within("of 0, as fit measures before training", lambda steps: steps in (0, None)),
+    "max_time": within("longer than nothing", lambda time: time is None or re.search("[1-9]", str(time)) is not None),
+    "log_every_n_steps": at_least(1),
+    "precision": within(
+        "of 32-true, 64-true, bf16-mixed or bf16-true, as float16 needs a gradient scaler",
+        lambda word: str(word) not in ("16", "16-mixed", "16-true", "transformer-engine-float16"),
+    ),
+    "strategy": within(
+        "that starts processes anew, as ddp does", lambda word: not re.search("spawn|fork|notebook", f"{word}")
+    ),
+}
 SCALARS = (bool, int, float, str, NoneType)
 
 
@@ -60,16 +81,21 @@ def check_trainer_keys(config: Config) -> None:
     Raises:
         UserError: an argument it does not take, a value of a wrong type, or an argument that other keys decide.
     """
-    known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
     hints = get_type_hints(L.Trainer.__init__)
-    for key, value in config.trainer.items():
+    known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
+
+    def check(key: str, value: Any) -> None:
         name = f"trainer.{key}"
         if key not in known:
             raise UserError(name, "an argument of lightning.Trainer", "an unknown one", suggest(key, known))
         if key in OWN_TRAINER_KEYS:
             raise UserError(name, "to be left out: other keys decide it", repr(value), OWN_TRAINER_KEYS[key])
-        if not _fits(value, hints[key]):
-            raise UserError(name, f"a value of type {_name(hints[key])}", repr(value), "Correct the value.")
+        if type(value) in SCALARS:  # what lists and mappings may hold is Lightning's to say
+            as_type(name, value, hints[key])
+        if key in TRAINER_LIMITS:
+            TRAINER_LIMITS[key](name, value)
+
+    gather(*(partial(check, key, value) for key, value in config.trainer.items()))
 
 
 def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L.Trainer:
@@ -114,6 +140,23 @@ def build_evaluation_trainer(config: Config) -> L.Trainer:
     return _build(config, callbacks=[], enable_checkpointing=False)
 
 
+def check_shares(trainer: L.Trainer, data: L.LightningDataModule) -> None:
+    """Check that a share of the batches, as `trainer.limit_train_batches=0.1` asks for, is at least one.
+
+    Raises:
+        UserError: it is none.
+    """
+    for kind, loader in (
+        ("train", data.train_dataloader),
+        ("val", data.val_dataloader),
+        ("test", data.test_dataloader),
+    ):
+        key, batches = f"limit_{kind}_batches", len(loader())
+        share = getattr(trainer, key)
+        if isinstance(share, float) and int(share * batches) < 1:
+            raise UserError(f"trainer.{key}", f"a share of {batches} that is one batch or more", share, "Raise it.")
+
+
 def _own_callback(key: str, entry: Any) -> L.Callback:
     """Make a callback of a user's own from its path, or from a mapping of its path and its keywords."""
     given = entry if isinstance(entry, Mapping) else {"path": entry}
@@ -138,9 +181,9 @@ def _build(config: Config, callbacks: list[L.Callback], **own: Any) -> L.Trainer
         trainer = L.Trainer(**arguments, **own, callbacks=[*callbacks, *progress])
     except Exception as error:  # Lightning has no common class for what it refuses
         raise UserError("trainer", "values that lightning.Trainer accepts", str(error), "Correct them.") from error
-    if trainer.precision.startswith("16"):
-        found = repr(config.trainer.get("precision"))
-        raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", found, "Use bf16-mixed.")
+    if trainer.world_size > config.data.batch_size:  # found before as many processes start
+        expected = f"at most data.batch_size ({config.data.batch_size}) processes, each of which takes a prompt"
+        raise UserError("trainer.devices", expected, trainer.world_size, "Lower it, or raise data.batch_size.")
     return trainer
 
 
@@ -158,19 +201,3 @@ class WholeFileIO(TorchCheckpointIO):
         part = path.with_name(f"{path.name}.part")
         torch.save(checkpoint, part)
         os.replace(part, path)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    # Only scalars are judged: what lists and mappings may hold is Lightning's to say.
-    if type(value) not in SCALARS or hint is Any:
-        return True
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint) and get_origin(hint) not in (list, dict, tuple):
-        return any(_fits(value, option) for option in get_args(hint))
-    return type(value) is hint or (hint is float and type(value) is int)
-
-
-def _name(hint: Any) -> str:
-    options = [option for option in (get_args(hint) or (hint,)) if option in SCALARS]
-    return " or ".join("null" if option is NoneType else option.__name__ for option in options)

@@ -6,6 +6,8 @@ Called by `train` and `evaluate`, and by the experiments of `lab/`.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from lit_opd import estimators, linter
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
-from lit_opd.errors import LintWarning, UserError
+from lit_opd.errors import LintWarning, UserError, gather
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models import context_length, load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
@@ -27,24 +29,40 @@ __all__ = ["check_groups", "check_local_teacher", "check_optimizer", "check_weig
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
-    """Check estimator, optimizer and model folders, and then load and encode the data.
+    """Check estimator, optimizer and model folders, and load and encode the data.
 
     Args:
         config: the run.
         tell: warn of what `first_look` finds.
 
     Raises:
-        UserError: whatever cannot work and shows without weights.
+        UserError: whatever cannot work and shows without weights, all there is.
     """
+    return gather(
+        partial(_check_estimator, config), partial(check_optimizer, config.optim), partial(_load, config, tell)
+    )[-1]
+
+
+def _check_estimator(config: Config) -> None:
     estimator = estimators.build_from(config.estimator)
     if Need.REWARDS in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
     check_groups(config, estimator)
     sections = config.rollout, config.optim, config.student, config.teacher
     linter.check(estimator, *sections, masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)
-    check_optimizer(config.optim)
-    contexts = [_context_length(section, key) for key, section in _folders(config, estimator).items()]
-    tokenizer = load_tokenizer(config.student, "student")
+
+
+def _load(config: Config, tell: bool) -> PromptDataModule:
+    others: dict[str, Any] = (
+        {"teacher": config.teacher} if config.teacher.kind == "local" and config.teacher.path else {}
+    )
+    if config.reference.path is not None and _wants_reference(config):
+        others["reference"] = config.reference
+    (context, tokenizer), *contexts = gather(
+        lambda: (_context_length(config.student, "student"), load_tokenizer(config.student, "student")),
+        *(partial(_context_length, section, key) for key, section in others.items()),
+    )
+    contexts.append(context)
     token_ids(tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
     if tell:
         _tell(config, first_look(config, tokenizer))
@@ -57,6 +75,12 @@ def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
     )  # fmt: skip
     data.setup("fit")
     return data
+
+
+def _wants_reference(config: Config) -> bool:
+    with suppress(UserError):  # told by `_check_estimator`
+        return Need.REFERENCE in estimators.build_from(config.estimator).needs
+    return False
 
 
 def check_local_teacher(config: Config, command: str) -> None:
@@ -134,14 +158,6 @@ def _tell(config: Config, looks: dict[str, Finding]) -> None:
     for item, finding in looks.items():
         if finding.verdict != PASS:
             warnings.warn(f"{item}: {finding.found}. {finding.fix}", LintWarning, stacklevel=3)
-
-
-def _folders(config: Config, estimator: BoundEstimator) -> dict[str, Any]:
-    folders: dict[str, Any] = {"student": config.student}
-    if config.teacher.kind == "local":
-        folders["teacher"] = config.teacher
-    own = Need.REFERENCE in estimator.needs and config.reference.path is not None
-    return folders | ({"reference": config.reference} if own else {})
 
 
 def _context_length(section: Any, key: str) -> int | None:
