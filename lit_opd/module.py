@@ -118,7 +118,6 @@ class DistillationModule(EvaluatedModule):
         support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
         counted = EstimatorConfig(aggregation=aggregation, masked_tokens=masked_tokens)  # type: ignore[arg-type]
         counted.check("estimator")
-        masked_tokens = counted.masked_tokens
         SEED("seed", as_type("seed", seed, int))
         self.law = training_law(self.rollout_config, self.estimator)
         self.engine = build_engine(self.rollout_config) if engine is None else engine
@@ -126,7 +125,7 @@ class DistillationModule(EvaluatedModule):
             raise UserError("engine", "a RolloutEngine, with a method `sample`", type(engine).__name__, "Pass one.")
         allow = as_section(LintConfig, lint, "lint").allow
         checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
-        linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
+        linter.check(*checked, masked_tokens=counted.masked_tokens, tokenizer=tokenizer, allow=allow)
         self.scorer = own_scorer(teacher, student, tokenizer)
         if self.scorer is not None:
             check_gives(self.scorer, self.estimator, self.rollout_config)
@@ -140,7 +139,7 @@ class DistillationModule(EvaluatedModule):
         self.teacher: Any = None
         self.distiller: Any = None
         self.aggregation, self.seed = aggregation, seed
-        self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
+        self.masked_ids = models.token_ids(self.student.tokenizer, counted.masked_tokens, "estimator.masked_tokens")
         self.seen: list[Seen] = []
         self.proved = False
 
