@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_opd import DistillationModule, estimators
+from lit_opd.config import StudentConfig
 from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
 from lit_opd.module import NonFiniteStepError
@@ -23,10 +24,13 @@ def pair(make_model):
 # Modes
 
 
-def test_training_has_dropout_and_sampling_has_none(make_model, make_module, fit, full_logits, make_batch, sample):
+def test_training_has_dropout_where_it_is_kept_and_sampling_has_none(
+    make_model, save_model, make_module, fit, make_batch, sample
+):
     """The sampler is the eval-mode law; the training forward is another at every call."""
-    student = make_model(1, attention_dropout=0.5)
-    module = make_module(student, make_model(2), rollout={"max_new_tokens": 8})
+    kept = StudentConfig(save_model(make_model(1, attention_dropout=0.5)), dropout="keep")
+    module = make_module(kept, make_model(2), rollout={"max_new_tokens": 8})
+    student = module.model
     assert all(part.training for part in student.modules())
     first = sample(student, make_batch(), SamplingLaw())
     assert torch.equal(first.sampler_logps_BT, sample(student, make_batch(), SamplingLaw()).sampler_logps_BT)
@@ -41,8 +45,14 @@ def test_training_has_dropout_and_sampling_has_none(make_model, make_module, fit
     assert all(part.training for part in student.modules())
 
 
-def test_a_student_from_a_folder_trains_in_train_mode(student_path, teacher_path):
-    assert DistillationModule(student_path, teacher_path).model.training
+def test_a_student_trains_in_eval_mode(student_path, teacher_path, make_model, make_module, fit):
+    """A sampler has no dropout, so that training has none."""
+    assert not DistillationModule(student_path, teacher_path).model.training
+    student = make_model(1, attention_dropout=0.5).train()
+    module, seen = make_module(student, make_model(2)), []
+    student.model.register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), student.training)))
+    fit(module, limit_val_batches=1)
+    assert set(seen) == {(True, False), (False, False)}
 
 
 def test_parts_keep_the_mode_they_were_in(make_model, tiny_tokenizer, make_batch, sample):
@@ -127,8 +137,18 @@ def test_a_student_whose_logits_are_not_finite_is_told_by_the_step_that_it_wrote
             if pl_module.global_step == 1:
                 pair[0].lm_head.weight.data[3] = torch.nan
 
-    with pytest.raises(NonFiniteStepError, match=r"loss nan.* at optimizer step 1, rollout batch 1"):
+    message = r"loss nan.* at optimizer step 1, rollout batch 1 .*Log-probabilities of the student are not finite"
+    with pytest.raises(NonFiniteStepError, match=message):
         fit(make_module(*pair, rollout=law), steps=3, callbacks=[Spoil()])
+
+
+def test_a_teacher_that_overflows_is_named(pair, make_module, fit):
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.teacher.model.lm_head.weight.data[3] = torch.nan
+
+    with pytest.raises(NonFiniteStepError, match=r"of the teacher are not finite: .* Or set teacher\.dtype=float32\."):
+        fit(make_module(*pair), callbacks=[Spoil()])
 
 
 # Masked tokens
@@ -210,13 +230,15 @@ def checkpoint_of(trainer, path):
     return torch.load(path, weights_only=True)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(make_model, make_module, fit, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(make_model, save_model, make_module, fit, tmp_path):
     """Bit for bit, with dropout, momentum and a schedule."""
     settings = {"optim": {"name": "AdamW", "lr": 0.01, "warmup_steps": 2, "scheduler": "CosineAnnealingLR",
                           "scheduler_kwargs": {"T_max": 6}}}  # fmt: skip
 
+    student = StudentConfig(save_model(make_model(1, attention_dropout=0.3)), dropout="keep")
+
     def module():
-        return make_module(make_model(1, attention_dropout=0.3), make_model(2), **copy.deepcopy(settings))
+        return make_module(student, make_model(2), **copy.deepcopy(settings))
 
     torch.manual_seed(0)
     saving = {
