@@ -267,6 +267,10 @@ class LanguageModel:
         with self.evaluating(), torch.autocast(self.device.type, enabled=False):
             own = upcast(self.causal_lm(input_ids=ids_BL, attention_mask=mask_BL.long()).logits[0])
             rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.untempered().head)
+        if not own.isfinite().all():
+            found = f"others in {self.output_layer.weight.dtype}"
+            remedy = f"Set {self.key}.dtype=float32. If that does not help, the weights are damaged."
+            raise UserError(f"{self.key}.dtype", "logits that are finite", found, remedy)
         error = (own[:, : self.vocabulary] - rebuilt).abs().max().item() / max(own.abs().max().item(), 1e-6)
         if not error < 0.02:  # both are the same products, rounded to bf16 at different places
             found = f"{type(self.causal_lm).__name__}, off by {error:.2g}"

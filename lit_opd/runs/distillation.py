@@ -76,6 +76,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
     module, data = build(config)
     if checkpoint is not None:
         check_weights("--resume", module.model, checkpoint)
+    module.pair.read()
     folder.make()
     known = folder.read_notes().get("mlflow_run_id") if resume else None
     trainer.logger = logger = begin_run(config, tags_of(config, module, data), known)
