@@ -32,7 +32,7 @@ from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.evaluation import EvaluatedModule, check_batch, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
-from lit_opd.measures.steps import Seen, step_report, token_sums
+from lit_opd.measures.steps import Seen, not_finite, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
 from lit_opd.perf import Stopwatch, peak_memory_mb, phase
 from lit_opd.rollout import (
@@ -287,7 +287,8 @@ class DistillationModule(EvaluatedModule):
         if not (norm.isfinite() and math.isfinite(totals["loss"])):
             optimizer.zero_grad()
             prompt = self.tokenizer.decode(batch.prompts.ids_BP[0][batch.prompts.mask_BP[0]])
-            raise NonFiniteStepError(totals["loss"], totals["grad_norm"], self.global_step, batch.batch, prompt)
+            found = totals["loss"], totals["grad_norm"], self.global_step, batch.batch, prompt
+            raise NonFiniteStepError(*found, not_finite(self.seen))
         optimizer.step()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()

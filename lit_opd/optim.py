@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,16 @@ FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 class NonFiniteStepError(RunError):
     """A loss or gradient that was not finite, before the optimizer moved."""
 
-    def __init__(self, loss: float, grad_norm: float, step: int, batch: int, prompt: str) -> None:
+    def __init__(
+        self, loss: float, grad_norm: float, step: int, batch: int, prompt: str, not_finite: Sequence[str] = ()
+    ) -> None:
+        remedy = "Lower optim.lr, set optim.clip_norm, or bound the estimator's log-ratio."
+        if not_finite:  # the models whose own log-probabilities are at fault
+            whose = " and the ".join(not_finite)
+            remedy = f"Log-probabilities of the {whose} are not finite: {remedy} Or set {not_finite[0]}.dtype=float32."
         super().__init__(
             f"loss {loss}, gradient norm {grad_norm} at optimizer step {step}, rollout batch {batch} (first prompt "
-            f"{prompt!r}). The weights are those of before this step. Lower optim.lr, set optim.clip_norm, or bound "
-            "the estimator's log-ratio."
+            f"{prompt!r}). The weights are those of before this step. {remedy}"
         )
 
 

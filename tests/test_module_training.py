@@ -132,8 +132,18 @@ def test_a_student_whose_logits_are_not_finite_is_told_by_the_step_that_it_wrote
             if pl_module.global_step == 1:
                 pair[0].lm_head.weight.data[3] = torch.nan
 
-    with pytest.raises(NonFiniteStepError, match=r"loss nan.* at optimizer step 1, rollout batch 1"):
+    message = r"loss nan.* at optimizer step 1, rollout batch 1 .*Log-probabilities of the student are not finite"
+    with pytest.raises(NonFiniteStepError, match=message):
         fit(make_module(*pair, rollout=law), steps=3, callbacks=[Spoil()])
+
+
+def test_a_teacher_that_overflows_is_named(pair, make_module, fit):
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.teacher.model.lm_head.weight.data[3] = torch.nan
+
+    with pytest.raises(NonFiniteStepError, match=r"of the teacher are not finite: .* Or set teacher\.dtype=float32\."):
+        fit(make_module(*pair), callbacks=[Spoil()])
 
 
 # Masked tokens
@@ -215,13 +225,15 @@ def checkpoint_of(trainer, path):
     return torch.load(path, weights_only=True)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(make_model, make_module, fit, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(make_model, save_model, make_module, fit, tmp_path):
     """Bit for bit, with dropout, momentum and a schedule."""
     settings = {"optim": {"name": "AdamW", "lr": 0.01, "warmup_steps": 2, "scheduler": "CosineAnnealingLR",
                           "scheduler_kwargs": {"T_max": 6}}}  # fmt: skip
 
+    student = StudentConfig(save_model(make_model(1, attention_dropout=0.3)), dropout="keep")
+
     def module():
-        return make_module(make_model(1, attention_dropout=0.3), make_model(2), **copy.deepcopy(settings))
+        return make_module(student, make_model(2), **copy.deepcopy(settings))
 
     torch.manual_seed(0)
     saving = {

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from lit_opd.types import FinishReason, Rollout
 
-__all__ = ["Seen", "gradient_noise", "observed_tokens", "quantiles", "step_report", "token_numbers", "token_sums"]
+__all__ = [
+    "Seen", "gradient_noise", "not_finite", "observed_tokens", "quantiles", "step_report", "token_numbers",
+    "token_sums",
+]  # fmt: skip
 
 # A micro-batch, and the per-position values [N] of `models.student_loss` at its counted tokens.
 Seen = tuple[Rollout, Mapping[str, Tensor]]
@@ -43,6 +46,12 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
         values |= {"student_mass": stats["student_mass"][own_N]} if "student_mass" in stats else {}
         sums = {name: value.sum() + sums.get(name, 0) for name, value in values.items()}
     return sums
+
+
+def not_finite(seen: Sequence[Seen]) -> list[str]:
+    """Name the models whose log-probabilities of sampled tokens are not all finite, where a step's loss is not."""
+    models = ("teacher", "student")
+    return [name for name in models if not all(stats[f"{name}_logps"].isfinite().all() for _, stats in seen)]
 
 
 def step_report(

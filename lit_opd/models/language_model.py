@@ -297,6 +297,10 @@ class LanguageModel:
                 rebuilt = head_logits(self.run_body(ids_BL, mask_BL).last_hidden_state[0], self.untempered().head)
         except FAILURES as failure:
             raise UserError(f"{self.key}.path", expected, f"{kind}: {failure}", remedy) from failure
+        if not own.isfinite().all():
+            found = f"others in {self.output_layer.weight.dtype}"
+            finite = f"Set {self.key}.dtype=float32. If that does not help, the weights are damaged."
+            raise UserError(f"{self.key}.dtype", "logits that are finite", found, finite)
         error = (own[:, : self.vocabulary] - rebuilt).abs().max().item() / max(own.abs().max().item(), 1e-6)
         if not error < 0.02:  # both are the same products, rounded to bf16 at different places
             raise UserError(f"{self.key}.path", expected, f"{kind}, off by {error:.2g}", remedy)

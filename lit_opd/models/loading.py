@@ -7,6 +7,8 @@ Errors of other libraries become `UserError`s that name a configuration key, whe
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,8 @@ def load_tokenizer(config: ModelConfig, key: str) -> Any:
     from transformers import AutoTokenizer
 
     _check_path(config, key)
-    try:
+    with _reading(config, key, "a tokenizer"):
         return AutoTokenizer.from_pretrained(config.path, **_source(config))
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(f"{key}.path", "a tokenizer", config.path, error) from error
 
 
 def read_model_config(config: ModelConfig, key: str) -> Any:
@@ -52,10 +52,8 @@ def read_model_config(config: ModelConfig, key: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     _check_path(config, key)
-    try:
+    with _reading(config, key, "a model folder"):
         found = AutoConfig.from_pretrained(config.path, **_source(config))
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(f"{key}.path", "a model folder", config.path, error) from error
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.trust_remote_code:
         raise UserError(f"{key}.path", "a causal language model", f"model_type {found.model_type!r}", "Name another.")
     return found
@@ -91,7 +89,10 @@ def load_frozen(config: TeacherConfig, tokenizer: Any = None, key: str = "teache
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(config, key)
     extra = {} if config.quantization == "none" else {"quantization_config": _quantization(config, key)}
-    read_model_config(config, key)
+    found = read_model_config(config, key)
+    if extra and getattr(found, "quantization_config", None):
+        expected, given = "none for a model that is quantised already", config.quantization
+        raise UserError(f"{key}.quantization", expected, given, "Drop it, or name the model in full precision.")
     model = _load_weights(config, key, extra)
     return LanguageModel(model, tokenizer, key, True, config.temperature, config.offload).freeze()
 
@@ -118,6 +119,8 @@ def refuse_quantised(model_config: Any, key: str) -> None:
 
 def _check_path(config: ModelConfig, key: str) -> None:
     path = Path(config.path).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise _adapter(config, key)
     looks_local = path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1
     if path.is_dir() and config.gguf_file is None and not (path / "config.json").is_file():
         expected, remedy = "a model folder with a config.json", "Name the folder that save_pretrained wrote."
@@ -136,18 +139,18 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=getattr(torch, config.dtype), output_loading_info=True, **_source(config), **extra
-        )
-    except ImportError as error:
-        raise _unreadable(f"{key}.path", "the packages this model needs", "a missing one", error) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise _unreadable(f"{key}.path", "readable weights", config.path, error) from error
+    keywords = {"output_loading_info": True, "ignore_mismatched_sizes": True, **_source(config), **extra}
+    with _reading(config, key, "readable weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(config.path, dtype=getattr(torch, config.dtype), **keywords)
     model, found = loaded
-    if found["missing_keys"]:  # transformers only warns, and fills them with random numbers
-        lacking = f"{config.path!r} without {min(found['missing_keys'])}"
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub name, of which nothing was seen before
+        raise _adapter(config, key)
+    # transformers only warns of both, and fills weights with random numbers.
+    absent = [f"{name} of that shape" for name, *_ in found["mismatched_keys"]] + [*found["missing_keys"]]
+    if absent:
+        lacking = f"{config.path!r} without {min(absent)}"
         raise UserError(f"{key}.path", "weights for all that config.json names", lacking, "Correct or replace them.")
+    _check_finite(model, config, key)
     if config.gguf_file is not None:
         # The weights are dense now. What says otherwise keeps a model from moving to a device, and from being saved.
         del model.config.quantization_config
@@ -172,6 +175,38 @@ def _quantization(config: TeacherConfig, key: str) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
 
 
-def _unreadable(key: str, expected: str, found: str, error: Exception) -> UserError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(key, expected, f"{found!r}: {lines[0]}", "Check the path, and that this machine reaches the hub.")
+@contextmanager
+def _reading(config: ModelConfig, key: str, expected: str) -> Iterator[None]:
+    """Tell in one line what transformers, and what it reads with, cannot read of a model."""
+    try:
+        yield
+    except ImportError as error:
+        expected = "a model whose packages are installed"
+        raise UserError(f"{key}.path", expected, f"{config.path!r}: {_words(error)}", "Install them.") from error
+    except Exception as error:  # transformers, tokenizers and safetensors have no common class for it
+        local = Path(config.path).expanduser().is_dir()
+        where = "" if local else ", no folder here and not to be had from the hub"
+        remedy = "Correct or replace its files." if local else "Check the path, and that this machine reaches the hub."
+        if "trust_remote_code" in str(error):
+            remedy = f"Set {key}.trust_remote_code=true, if you trust the code that lies there."
+        raise UserError(f"{key}.path", expected, f"{config.path!r}{where}: {_words(error)}", remedy) from error
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _adapter(config: ModelConfig, key: str) -> UserError:
+    merged = "peft.AutoPeftModelForCausalLM.from_pretrained(PATH).merge_and_unload()"
+    remedy = f"Merge it into the model it belongs to, and save that: {merged}."
+    return UserError(f"{key}.path", "a whole model", f"{config.path!r}, which holds an adapter of one", remedy)
+
+
+def _check_finite(model: nn.Module, config: ModelConfig, key: str) -> None:
+    for name, weight in model.named_parameters():
+        wide = weight.is_floating_point() and weight.element_size() > 1  # torch sums no float8
+        # The sum first: it makes no copy of the weight.
+        if wide and not weight.detach().sum(dtype=torch.float64).isfinite() and not weight.isfinite().all():
+            expected, found = f"finite weights in {config.dtype}", f"others in {name} of {config.path!r}"
+            remedy = f"Set {key}.dtype=bfloat16." if config.dtype == "float16" else "Replace the damaged files."
+            raise UserError(f"{key}.path", expected, found, remedy)

@@ -78,6 +78,11 @@ class Pair:
         self.student.vocabulary = self.vocabulary
         self._loaded: dict[str, LanguageModel] = {}
 
+    def read(self) -> None:
+        """Read the weights of the frozen models, so that what is wrong with them shows before a run writes anything."""
+        for key in self._frozen:
+            self.load(key, torch.device("cpu"))
+
     def load(self, key: str, device: torch.device) -> LanguageModel:
         """Return the frozen `teacher` or `reference` on a device, reading its weights at the first call."""
         if key not in self._loaded:

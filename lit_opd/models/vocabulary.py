@@ -25,19 +25,22 @@ def shared_vocabulary(
     Raises:
         UserError: naming the first id on which the tokenizers differ, or the layer that is too short.
     """
+    for who, tokenizer, rows in (("student", student_tokenizer, student_rows), (key, other_tokenizer, other_rows)):
+        token, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+        if last >= rows:
+            expected = f"an output layer of at least {last + 1} rows, one a token"
+            remedy = "Take added tokens out of the tokenizer (padding needs none here), or resize the model."
+            raise UserError(f"{who}.path", expected, f"{rows}, and none for {token!r} (id {last})", remedy)
     student = {index: token for token, index in student_tokenizer.get_vocab().items()}
     other = {index: token for token, index in other_tokenizer.get_vocab().items()}
     for index in sorted(student.keys() | other.keys()):
         if student.get(index) != other.get(index):
             found = f"id {index} is {student.get(index)!r} for the student and {other.get(index)!r} for the {key}"
             remedy = f"Choose a {key} and a student of one tokenizer family."
+            if None in (student.get(index), other.get(index)):
+                remedy += " If it was added to one of the two, take it out (padding needs none here)."
             raise UserError(f"{key}.path", "the student's tokenizer, id by id", found, remedy)
-    shared, tokens = min(student_rows, other_rows), max(student) + 1
-    if shared < tokens:
-        short = "student" if student_rows < other_rows else key
-        expected = f"an output layer of at least {tokens} rows, one a token"
-        raise UserError(f"{short}.path", expected, shared, "Resize or replace it.")
-    return shared
+    return min(student_rows, other_rows)
 
 
 def token_ids(tokenizer: Any, tokens: Iterable[str | int], key: str) -> list[int]:

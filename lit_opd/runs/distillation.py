@@ -86,6 +86,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
     module = DistillationModule.from_config(config)
     if checkpoint is not None:
         check_weights("--resume", module.model, checkpoint)
+    module.pair.read()
     folder.make()
     trainer.logger = logger = begin_run(config, tags_of(config, module, data), known, folder.path)
     if trainer.is_global_zero:

@@ -6,6 +6,7 @@ import shutil
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -171,3 +172,91 @@ def test_a_config_that_names_more_layers_than_the_weights_hold_is_refused(tmp_pa
     (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 9}))
     with pytest.raises(UserError, match=r"teacher\.path: expected weights for all that config\.json names.*layers\.3"):
         load_frozen(TeacherConfig(str(folder)))
+
+
+# What a folder may hold instead of a model
+
+
+def spoil(folder, **settings):
+    """Change keys of a folder's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def overflow(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data *= 1e30
+    model.save_pretrained(folder)
+
+
+def damage(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(folder)
+
+
+def adapter(folder):
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(folder)
+
+
+def needs_a_package(folder):
+    code = "import no_such_package\nfrom transformers import PretrainedConfig\n\nclass Mine(PretrainedConfig): pass\n"
+    (folder / "mine.py").write_text(code)
+    spoil(folder, model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
+
+
+UNREADABLE = {
+    "GPTQ": (lambda f: spoil(f, quantization_config={"quant_method": "gptq", "bits": 4}), {},
+             r"path: expected a model whose packages are installed, found .* requires optimum .*Install them"),
+    "AWQ": (lambda f: spoil(f, quantization_config={"quant_method": "awq", "bits": 4}), {},
+            r"path: expected a model whose packages are installed, found .* requires gptqmodel.*Install them"),
+    "flash attention": (lambda f: spoil(f, attn_implementation="flash_attention_2"), {},
+                        r"path: expected a model whose packages are installed, found .*FlashAttention2.*Install them"),
+    "a package of its code": (needs_a_package, {"trust_remote_code": True},
+                              r"path: expected a model whose packages are installed, found .*no_such_package"),
+    "its code": (needs_a_package, {}, r"path: expected a model folder.*Set teacher\.trust_remote_code=true, if"),
+    "quantised twice": (lambda f: spoil(f, quantization_config={"quant_method": "gptq", "bits": 4}),
+                        {"quantization": "8bit"}, r"quantization: expected none for a model that is quantised already"),
+    "an adapter": (adapter, {}, r"path: expected a whole model, found .* holds an adapter of one\. Merge it into"),
+    "NaN": (damage, {}, r"path: expected finite weights in bfloat16, found others in model\.layers\.1\.mlp\.up_proj"),
+    "overflow": (overflow, {"dtype": "float16"}, r"path: expected finite weights in float16.*teacher\.dtype=bfloat16"),
+    "other shapes": (lambda f: spoil(f, hidden_size=24), {},
+                     r"path: expected weights for all that config\.json names, found .*without model.* of that shape"),
+    "no such activation": (lambda f: spoil(f, hidden_act="x"), {}, r"path: expected readable weights, found .*'x'"),
+    "a wrong type": (lambda f: spoil(f, vocab_size="x"), {}, r"path: expected a tokenizer, found .*vocab_size"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), {}, r"path: expected a tokenizer, found .*mapping"),
+    "garbage": (lambda f: (f / "model.safetensors").write_bytes(b"garbage"), {},
+                r"path: expected readable weights, found .*SafetensorError.*Correct or replace its files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_wrong_with_a_folder_is_told_in_one_line(name, tmp_path):
+    change, keys, message = UNREADABLE[name]
+    folder = tmp_path / "teacher"
+    shutil.copytree(TINY["teacher"], folder)
+    change(folder)
+    with pytest.raises(UserError, match=rf"^teacher\.{message}") as error:
+        load_frozen(TeacherConfig(str(folder), **keys))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_logits_that_overflow_are_told_where_the_weights_are_finite(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(TINY["teacher"])
+    model.model.norm.weight.data *= 3e4
+    model.save_pretrained(tmp_path)
+    load_tokenizer(TeacherConfig(TINY["teacher"]), "teacher").save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"teacher\.dtype: expected logits that are finite, found others in torch\.float16"
+    ):
+        load_frozen(TeacherConfig(str(tmp_path), dtype="float16"))
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(
+        UserError, match=r"student\.path: .*'outputs/student', no folder here and not to be had from the"
+    ):
+        load_student(StudentConfig("outputs/student"))

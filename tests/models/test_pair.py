@@ -1,6 +1,7 @@
 """Student, teacher and reference fit, or are refused before any weight loads."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from lit_opd import DistillationModule, estimators
 from lit_opd.config import FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
-from lit_opd.models import Pair, shared_vocabulary, token_ids
+from lit_opd.models import Pair, load_tokenizer, shared_vocabulary, token_ids
 
 CPU, TOKEN = torch.device("cpu"), estimators.build("token")
 
@@ -56,9 +57,24 @@ def test_too_short_an_output_layer_is_refused(make_model, save_model, student_pa
         DistillationModule(save_model(make_model(2, vocab_size=12)), student_path)
 
 
+@pytest.mark.usefixtures("no_weights")
+def test_a_token_that_was_added_behind_the_vocabulary_is_named(student_path, teacher_path, tmp_path):
+    tokenizer = load_tokenizer(StudentConfig(student_path), "student")
+    shutil.copytree(student_path, tmp_path / "padded")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "padded")
+    padded = str(tmp_path / "padded")
+    for pair, who in (((padded, teacher_path), "student"), ((student_path, padded), "teacher")):
+        message = (
+            rf"{who}\.path: expected an output layer of at least 18 rows.* none for '\[PAD\]' \(id 17\)\. Take added"
+        )
+        with pytest.raises(UserError, match=message):
+            DistillationModule(*pair)
+
+
 def test_shared_vocabulary_is_the_smaller_layer(tiny_tokenizer, make_tiny_tokenizer):
     assert shared_vocabulary(tiny_tokenizer, tiny_tokenizer, 24, 32) == 24
-    with pytest.raises(UserError, match="id 17 is None for the student and '!' for the teacher"):
+    with pytest.raises(UserError, match="id 17 is None for the student and '!' for the teacher.*was added"):
         shared_vocabulary(tiny_tokenizer, make_tiny_tokenizer("0123456789+=-!"), 24, 32)
 
 

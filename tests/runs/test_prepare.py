@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from lit_opd.config import PACKAGE_FOLDER, load_config
 from lit_opd.errors import UserError
+from lit_opd.runs import train
 from lit_opd.runs.prepare import prepare_data
 
 QUICKSTART = Path(__file__).parents[2] / "conf" / "quickstart.yaml"
@@ -51,6 +53,20 @@ def test_a_reference_is_looked_at_like_the_teacher(other_teacher):
         prepare(*REFERENCE, f"reference.path={other_teacher}")
     assert prepare(*REFERENCE)
     assert prepare("estimator.name=token", "reference.path=/nowhere"), "looked at, and not needed"
+
+
+def test_weights_are_read_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(PACKAGE_FOLDER / "tiny" / "teacher")
+    model.lm_head.weight.data[3, 4] = float("nan")
+    shutil.copytree(PACKAGE_FOLDER / "tiny" / "teacher", "teacher")
+    model.save_pretrained("teacher")
+    words = [*SMALL, "teacher.path=./teacher", "output_dir=run", "tracking.uri=sqlite:///mlflow.db"]
+    with pytest.raises(
+        UserError, match=r"teacher\.path: expected finite weights in float32, found others in .*embed_tok"
+    ):
+        train(load_config([QUICKSTART], words))
+    assert not (tmp_path / "run").exists()
 
 
 def test_demonstrations_come_from_somewhere_known():

@@ -24,7 +24,7 @@ def test_a_permutation_of_the_vocabulary_fails_and_is_counted(make_tiny_tokenize
 
 def test_an_output_layer_without_rows_for_all_tokens_fails(tiny_tokenizer):
     found = vocabulary(tiny_tokenizer, tiny_tokenizer, 17, 16)
-    assert (found.verdict, found.found) == ("fail", "teacher.path has 16")
+    assert (found.verdict, found.found) == ("fail", "teacher.path has 16, and none for '-' (id 16)")
 
 
 def test_completions_that_both_tokenizers_spell_alike_pass(make_evidence):
