@@ -215,7 +215,7 @@ def _function(config: DataConfig) -> tuple[list[Row], list[Row]]:
         try:
             rows = function(split=split, size=size, seed=config.validation_seed, **config.kwargs)
             parts.append([dict(row) for row in rows])
-        except (TypeError, ValueError) as error:
+        except (Exception, SystemExit) as error:  # it is the user's own
             call = f"{config.path} to give rows for split={split!r}, size={size}"
             remedy = f"Correct the function, data.kwargs or data.{split}_size."
             raise UserError("data.path", call, f"{type(error).__name__}: {error}", remedy) from error

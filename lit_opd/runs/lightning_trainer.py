@@ -111,6 +111,8 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         expected = "trainer.profiler to be null: one hinders the other"
         raise UserError("--profile", expected, repr(other), "Drop one of them.")
     every = config.evaluation.every_n_steps
+    own = (partial(_own_callback, f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks))
+    _, *own_callbacks = gather(partial(check_trainer_keys, config), *own)
     callbacks: list[L.Callback] = [
         # The first, so that what the others do before a step counts as part of it.
         *([ProfileSteps(folder.profile)] if profile else []),
@@ -126,7 +128,7 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         *([StepDiagnostics(config.diagnostics.every_n_steps)] if config.diagnostics.every_n_steps else []),
         *([WatchCollapse(config.collapse)] if config.collapse.action != "off" else []),
     ]  # fmt: skip
-    callbacks += [_own_callback(f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks)]
+    callbacks += own_callbacks
     when = {"val_check_interval": every, "check_val_every_n_epoch": None}
     return _build(config, callbacks=callbacks, default_root_dir=folder.path, **when)
 

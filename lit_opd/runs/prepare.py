@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def check_optimizer(config: OptimConfig) -> None:
     parameter.grad = torch.zeros(1, 1)
     try:
         optimizer = build_optimizer(config, [parameter])
-        scheduler = build_scheduler(config, optimizer)
+        scheduler = build_scheduler(replace(config, warmup_steps=0), optimizer)  # the one after warm-up makes the step
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
