@@ -177,6 +177,11 @@ def test_empty_prompt(empty, kind, make_tokenizer):
         encode_rows([{"prompt": "a"}, {"prompt": empty}], DataConfig(chat="chat" in kind), make_tokenizer(**kind))
 
 
+def test_half_a_character(tokenizer):
+    with pytest.raises(UserError, match=r"data\.prompt_column.*surrogate, in row 1"):
+        encode_rows([{"prompt": "a"}, {"prompt": "b\ud800"}], DataConfig(), tokenizer)
+
+
 def test_prompt_of_nothing_that_the_tokenizer_knows(make_tokenizer):
     tokenizer = make_tokenizer(bos=True)
     tokenizer.unk_token = "?"
