@@ -67,13 +67,6 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
     messages = _messages(prompt, config)
     if not config.chat:
         raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
-    for key, value, default in (
-        ("prompt_template", config.prompt_template, "{prompt}"),
-        ("examples", config.examples, []),
-    ):
-        if value != default:
-            remedy = "Unset it, or write it into the messages."
-            raise UserError(f"data.{key}", "its default where prompts are lists of messages", repr(value), remedy)
     return _apply_chat(_open_ended(messages, config), config, tokenizer)
 
 
@@ -112,6 +105,11 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
         UserError: a prompt without text, a prompt too long under `error`, or none left under `drop`.
     """
     config.check("data")
+    for key, default in (("prompt_template", "{prompt}"), ("examples", [])):
+        value = getattr(config, key)
+        if value != default and any(isinstance(row[config.prompt_column], list) for row in rows):
+            remedy = "Unset it, or write it into the messages."
+            raise UserError(f"data.{key}", "its default where prompts are lists of messages", repr(value), remedy)
     texts = [render(row, config, tokenizer) for row in rows]
     for index, text in enumerate(texts):
         if HALF.search(text):  # tokenizers answers with a TypeError
