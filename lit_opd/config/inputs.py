@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lit_opd.config.limits import SEED, Section, above, at_least, limited, one_of, one_of_or_path
+from lit_opd.config.limits import SEED, Section, above, at_least, limited, one_of, one_of_or_path, within
 from lit_opd.errors import UserError
 
 __all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig"]
@@ -103,11 +103,13 @@ class DataConfig(Section):
     """The column that holds the right answer, or a demonstration."""
     chat: bool = False
     """Put prompts into the tokenizer's chat template."""
-    system_prompt: str | None = None
+    system_prompt: str | None = limited(
+        None, within("other than the word None: nothing is null", lambda v: v != "None")
+    )
     """The system message of a chat."""
     examples: list[dict[str, str]] = field(default_factory=list)
     """Worked turns of a chat, before the prompt: a list of {user: ..., assistant: ...}."""
-    prompt_template: str = "{prompt}"
+    prompt_template: str = limited("{prompt}", within("with {prompt} or a column in braces", lambda v: "{" in v))
     """The text around a prompt; braces may also name other columns."""
     train_size: int | None = limited(None, at_least(1, null="all"))
     """Prompts to train on; null for all."""

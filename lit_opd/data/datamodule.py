@@ -77,7 +77,7 @@ class PromptDataModule(L.LightningDataModule):
         self.config.check("data")
         self.tokenizer = tokenizer
         name = self.config.verifier if verifier is None else None
-        verifier = verifier or build_verifier(self.config)
+        verifier = build_verifier(self.config) if verifier is None else verifier
         self.verifier = None if verifier is None else Guarded(verifier, self.config, name)
         self.seed, self.evaluation_batch_size = seed, evaluation_batch_size
         self.context_length, self.max_new_tokens = context_length, max_new_tokens

@@ -52,15 +52,10 @@ def find_in_prompts(train: EncodedPrompts, validation: EncodedPrompts, config: D
 
 
 def _of_the_template(texts: Sequence[str], config: DataConfig, tokenizer: Any) -> Counter[str]:
-    """Count texts that hold a special token, or the template's own words at one of their ends."""
+    """Count texts that hold a special token, or what the template writes before or after a message of the user."""
     probe = "\0"  # which no template and no prompt has
     written = render({config.prompt_column: [{"role": "user", "content": probe}]}, config, tokenizer)
     before, _, after = (part.strip() for part in written.removeprefix(tokenizer.bos_token or "").partition(probe))
-    opening = before.splitlines()[-1] if before else ""
-    held = (
-        [token for token in tokenizer.all_special_tokens if token in text]
-        + [opening] * text.strip().startswith(opening or probe)
-        + [after] * text.strip().endswith(after or probe)
-        for text in texts
-    )
-    return Counter(markers[0] for markers in held if markers)
+    markers = [*tokenizer.all_special_tokens, *before.splitlines()[-1:], after]
+    held = (next((marker for marker in markers if marker and marker in text), None) for text in texts)
+    return Counter(marker for marker in held if marker)

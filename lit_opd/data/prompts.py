@@ -5,6 +5,7 @@ The data module calls it. No other room knows templates.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from lit_opd.errors import UserError
 
 __all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render"]
 
+HALF = re.compile("[\ud800-\udfff]")
 ASSISTANT = ("assistant", "model")  # Gemma's template takes both
 
 
@@ -65,13 +67,6 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
     messages = _messages(prompt, config)
     if not config.chat:
         raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
-    for key, value, default in (
-        ("prompt_template", config.prompt_template, "{prompt}"),
-        ("examples", config.examples, []),
-    ):
-        if value != default:
-            remedy = "Unset it, or write it into the messages."
-            raise UserError(f"data.{key}", "its default where prompts are lists of messages", repr(value), remedy)
     return _apply_chat(_open_ended(messages, config), config, tokenizer)
 
 
@@ -107,10 +102,20 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
     of sequence; a chat prompt then loses its opening. `error` refuses.
 
     Raises:
-        UserError: a prompt of no tokens, a prompt too long under `error`, or none left under `drop`.
+        UserError: a prompt without text, a prompt too long under `error`, or none left under `drop`.
     """
     config.check("data")
-    ids = encode([render(row, config, tokenizer) for row in rows], config, tokenizer)
+    for key, default in (("prompt_template", "{prompt}"), ("examples", [])):
+        value = getattr(config, key)
+        if value != default and any(isinstance(row[config.prompt_column], list) for row in rows):
+            remedy = "Unset it, or write it into the messages."
+            raise UserError(f"data.{key}", "its default where prompts are lists of messages", repr(value), remedy)
+    texts = [render(row, config, tokenizer) for row in rows]
+    for index, text in enumerate(texts):
+        if HALF.search(text):  # tokenizers answers with a TypeError
+            found = f"half of one, a lone surrogate, in row {index}"
+            raise UserError("data.prompt_column", "prompts of whole characters", found, "Correct it in the data.")
+    ids = encode(texts, config, tokenizer)
     ignored = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
     for index, prompt in enumerate(ids):
         if ignored.issuperset(prompt) or not own_text(rows[index], config).strip():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,13 @@ def check_rows(rows: Sequence[Row], config: DataConfig, where: str) -> None:
         needed.append(("data.answer_column", config.answer_column))
     for index, row in enumerate(rows):
         for key, column in needed:
-            if row.get(column) is None or (key == "data.answer_column" and row[column] == ""):
+            value = row.get(column)
+            # A list is no answer to compare with, as str would write it in Python's spelling.
+            compares = isinstance(value, (str, Number)) and value != "" and value == value
+            if value is None or (key == "data.answer_column" and not compares):
                 found = f"row {index} of {where} with columns {_columns(row)}"
-                raise UserError(key, f"a column {column!r} in every row", found, f"Set {key} to one of the columns.")
+                remedy = f"Set {key} to one of the columns."
+                raise UserError(key, f"a column {column!r} with text in every row", found, remedy)
     column = config.answer_column or DEFAULT_ANSWER_COLUMN
     if column != DEFAULT_ANSWER_COLUMN and all(row.get(column) is None for row in rows):
         expected, found = f"a column {column!r} in some row", f"columns {_columns(rows[0])} in {where}"
@@ -106,7 +111,7 @@ def check_rows(rows: Sequence[Row], config: DataConfig, where: str) -> None:
 
 
 def _columns(row: Row) -> str:
-    return ", ".join(str(key) for key, value in row.items() if value not in (None, ""))
+    return ", ".join(str(key) for key, value in row.items() if value is not None)
 
 
 def _split_key(row: Row, config: DataConfig) -> str:

@@ -368,6 +368,11 @@ def test_context_that_is_just_large_enough(tokenizer):
         ({"batchsize": 1}, "data.batchsize", "Did you mean 'batch_size'"),
         ({"batch_size": 0}, "data.batch_size", "at least 1"),
         ({"overlong": "dropp"}, "data.overlong", "Did you mean 'drop'"),
+        ({"prompt_template": "Answer:"}, "data.prompt_template", "a column in braces"),  # one prompt for all rows
+        ({"system_prompt": "None"}, "data.system_prompt", "nothing is null"),
+        ({"verifier_seconds": 0}, "data.verifier_seconds", "above 0, or null for no limit"),
+        ({"on_verifier_error": "skip"}, "data.on_verifier_error", "stop, zero"),
+        ({"last_assistant_turn": "keep"}, "data.last_assistant_turn", "refuse, drop, continue"),
         ({"train_rows": [{"q": "a"}]}, "data.prompt_column", "row 0 of train_rows with columns q"),
         ({"validation_rows": []}, "data.path", "none in validation_rows"),
         ({"verifier": None, "batch_size": 8}, "data.batch_size", "at most the 7"),

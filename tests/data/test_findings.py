@@ -20,8 +20,11 @@ def found(tokenizer, train, validation=("z",), **keys):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_nothing_is_said_of_prompts_that_are_as_they_should_be(chat, make_tokenizer):
-    prompts = ["a [b] <c", "user: d", "", "e\nassistant"][: 2 if chat else 4 : 1]
-    assert found(make_tokenizer(bos=True, chat=chat), [p for p in prompts if p], chat=chat) == []
+    tokenizer = make_tokenizer(bos=True, chat=chat)
+    assert found(tokenizer, ["a [b] <c", "user: d", "e assistant"], chat=chat) == []
+    if chat:
+        turns = [{"user": "1+1", "assistant": "2"}]
+        assert found(tokenizer, ["a"], chat=True, prompt_template="Q {prompt}", examples=turns) == []
 
 
 def test_prompts_that_are_too_long_are_counted(tokenizer):

@@ -105,8 +105,6 @@ def test_null_in_a_column_of_the_template_is_no_text(tokenizer):
         (3, {}, "data.prompt_column"),
         (["a"], {"chat": True}, "data.prompt_column"),
         ([], {"chat": True}, "data.prompt_column"),
-        ([{"role": "user", "content": "a"}], {"chat": True, "prompt_template": "Q {prompt}"}, "data.prompt_template"),
-        ([{"role": "user", "content": "a"}], {"chat": True, "examples": [{"user": "a"}]}, "data.examples"),
     ],
 )
 def test_what_cannot_be_rendered(prompt, keys, key, tokenizer):
@@ -175,6 +173,18 @@ def test_dropping_every_prompt_is_refused(tokenizer):
 def test_empty_prompt(empty, kind, make_tokenizer):
     with pytest.raises(UserError, match="an empty one in row 1"):
         encode_rows([{"prompt": "a"}, {"prompt": empty}], DataConfig(chat="chat" in kind), make_tokenizer(**kind))
+
+
+@pytest.mark.parametrize(("key", "value"), [("prompt_template", "Q {prompt}"), ("examples", [{"user": "a"}])])
+def test_what_messages_would_ignore_is_refused(key, value, make_tokenizer):
+    row = {"prompt": [{"role": "user", "content": "a"}]}
+    with pytest.raises(UserError, match=rf"data\.{key}: expected its default where prompts are lists of messages"):
+        encode_rows([row], DataConfig(chat=True, **{key: value}), make_tokenizer(chat=True))
+
+
+def test_half_a_character(tokenizer):
+    with pytest.raises(UserError, match=r"data\.prompt_column.*surrogate, in row 1"):
+        encode_rows([{"prompt": "a"}, {"prompt": "b\ud800"}], DataConfig(), tokenizer)
 
 
 def test_prompt_of_nothing_that_the_tokenizer_knows(make_tokenizer):

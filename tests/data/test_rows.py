@@ -192,6 +192,17 @@ def test_missing_columns_are_named(write):
         load_rows(config)
 
 
+@pytest.mark.parametrize("answer", ["", None, [1], {"a": 1}, float("nan")])
+def test_an_answer_that_no_completion_can_be_is_refused(answer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a", "answer": a}) + "\n" for a in (7, True, "x", answer)))
+    with pytest.raises(
+        UserError, match=r"data\.answer_column: expected a column 'answer' with text in every row.*row 3"
+    ):
+        load_rows(DataConfig(path=str(path), validation_path=str(path), verifier="exact"))
+    assert len(load_rows(DataConfig(path=str(path), validation_path=str(path)))[0]) == 4
+
+
 def test_an_answer_is_needed_only_to_compare_with(write):
     path = write("rows.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
     assert len(load_rows(DataConfig(path=path, validation_size=1))[0]) == 1
