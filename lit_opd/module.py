@@ -31,7 +31,7 @@ from lit_opd.evaluation import Evaluation, Example, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
 from lit_opd.measures.intervals import Interval
 from lit_opd.measures.steps import Seen, step_report, token_sums
-from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
+from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler, play_schedule
 from lit_opd.perf import Stopwatch, peak_memory_mb, phase
 from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import (
@@ -302,9 +302,10 @@ class DistillationModule(AcrossProcesses):
         checkpoint["torch_rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put frozen weights back, so that the checkpoint is complete again, and the random state."""
+        """Put frozen weights back, so that the checkpoint is complete again, the random state, and this schedule."""
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         torch.set_rng_state(checkpoint["torch_rng_state"])
+        play_schedule(self.configure_optimizers(), checkpoint)
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """Read the completions that the data holds for the rows, which only a `PromptDataModule` does."""

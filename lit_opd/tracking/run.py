@@ -46,6 +46,11 @@ class RunLogger(MLFlowLogger):
                 self.end("KILLED")
 
     @rank_zero_only
+    def drop(self) -> None:
+        """Delete the MLflow run of a mistake, by which nothing was made."""
+        self.experiment.delete_run(self.run_id)
+
+    @rank_zero_only
     def end(self, status: str) -> None:
         """Give the MLflow run its last status."""
         self.experiment.set_terminated(self.run_id, status)
