@@ -65,12 +65,14 @@ class SaveOnInterrupt(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         asked = self._is_asked(trainer)
-        if batch_idx == 0:
-            if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-                # It holds references to what no evaluation changes, so it costs nothing. Elsewhere it is a collection.
-                self._evaluation_begun = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            elif asked:
-                trainer.save_checkpoint(self.path)
+        # It holds references to what no evaluation changes, so it costs nothing; elsewhere it is a collection.
+        if batch_idx == 0 and (asked or isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)):
+            begun = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            # Lightning makes an evaluation anew that stopped in a batch, and counts one as started after this hook.
+            progress = begun["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for count in (progress["total"], progress["current"]):
+                count["started"] = count["ready"]
+            self._evaluation_begun = begun
         if asked:
             raise Stopped(self._asked or signal.SIGINT)
         self._evaluating = trainer.world_size == 1

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
 from lit_opd.config.limits import Section
+from lit_opd.config.paths import expand_paths
 from lit_opd.config.schema import Config
 from lit_opd.errors import UserError, suggest
 
@@ -63,6 +64,7 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
     node = _merge_all(schema, OmegaConf.structured(schema), sources)
     filled = _to_object(node)
     assert isinstance(filled, schema)
+    expand_paths(filled)
     return filled
 
 
