@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from typing import TYPE_CHECKING, NoReturn
 
 from lit_opd.errors import RunError, UserError
 from lit_opd.plugins import calling_parts
+from lit_opd.stopping import Stopped, heeding
 from lit_opd.streams import outlive_readers
 
 if TYPE_CHECKING:
@@ -24,11 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0 done, 1 the run failed, 2 a mistake of the user, 130 interrupted.
+        The exit code: 0 done, 1 the run failed, 2 a mistake of the user, 130, 143 or 129 stopped by
+        SIGINT (Ctrl-C), SIGTERM or SIGHUP.
     """
     outlive_readers()
     try:
-        with calling_parts():
+        with heeding(), calling_parts():
             parsed = _parse(arguments)
             parsed.run(parsed)
     except UserError as error:
@@ -38,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+    except Stopped as stop:
+        if not stop.told:
+            print(stop, file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         return 130
     return 0
@@ -63,19 +70,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lit_opd", description="On-policy distillation of language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     fit = _command(commands, "fit", _fit, "distil the student from the teacher")
-    fit.add_argument("--resume", metavar="auto|CHECKPOINT", help="continue the run in output_dir")
+    fit.add_argument("--resume", metavar="auto|CHECKPOINT", type=expanduser, help="continue the run in output_dir")
     left = "a table of phases and a chrome trace, in output_dir/profile and in MLflow"
     fit.add_argument("--profile", action="store_true", help=f"record where the time of a few steps goes: {left}")
     test = ("test", "the same, reported as test results")
     for name, what in (("validate", "measure the student on the validation prompts"), test):
         _command(commands, name, _evaluate, what).add_argument(
-            "--checkpoint", metavar="FILE", help="default: the student as configured, untrained"
+            "--checkpoint", metavar="FILE", type=expanduser, help="default: the student as configured, untrained"
         )
     export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
-    export.add_argument("--checkpoint", metavar="FILE", help="default: the newest of output_dir")
-    export.add_argument("--out", metavar="FOLDER", help="default: output_dir/student")
+    export.add_argument("--checkpoint", metavar="FILE", type=expanduser, help="default: the newest of output_dir")
+    export.add_argument("--out", metavar="FOLDER", type=expanduser, help="default: output_dir/student")
     measure = _command(commands, "measure", _measure, "the gradients of several estimators on the same rollouts")
-    measure.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    measure.add_argument("--json", metavar="FILE", type=expanduser, help="write the numbers there too")
     ui = _command(commands, "ui", _ui, "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     _command(commands, "sync", _sync, "send MLflow what the run in output_dir could not tell it")
@@ -84,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--from-runs", metavar="ID", nargs="+", default=[], help="compare runs that MLflow has, and make none"
     )
-    compare.add_argument("--json", metavar="FILE", help="write the report's numbers to a file too")
+    compare.add_argument("--json", metavar="FILE", type=expanduser, help="write the report's numbers to a file too")
     audit = _command(commands, "audit", _audit, "look for what would spoil a long run, before it")
-    audit.add_argument("--json", metavar="FILE", help="write every finding there too")
+    audit.add_argument("--json", metavar="FILE", type=expanduser, help="write every finding there too")
     what = "hold an estimator to the laws and say whose gradient it has"
     told = "the laws it holds and the gradient it has, exactly"
     usage = "lit_opd check NAME|FILE.py:FUNCTION [key=value ...]"

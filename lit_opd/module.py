@@ -33,7 +33,7 @@ from lit_opd.errors import UserError
 from lit_opd.evaluation import EvaluatedModule, check_batch, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
 from lit_opd.measures.steps import Seen, not_finite, step_report, token_sums
-from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler
+from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler, play_schedule
 from lit_opd.perf import Stopwatch, peak_memory_mb, phase
 from lit_opd.rollout import (
     RolloutEngine,
@@ -309,9 +309,10 @@ class DistillationModule(EvaluatedModule):
         checkpoint["hyper_parameters"] = self.given
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put frozen weights back, so that the checkpoint is complete again, and the random state."""
+        """Put frozen weights back, so that the checkpoint is complete again, the random state, and this schedule."""
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         torch.set_rng_state(checkpoint["torch_rng_state"])
+        play_schedule(self.configure_optimizers(), checkpoint)
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], int]:
         """Read the completions that the data holds for the rows, as only a `PromptDataModule` does, and their end."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from lit_opd.config import OptimConfig
 from lit_opd.errors import RunError, UserError, suggest
 from lit_opd.plugins import import_object
 
-__all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler"]
+__all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler", "play_schedule"]
 
 # What a step without closure, metric or sparse gradients cannot drive, and the base classes.
 UNUSABLE = {"LBFGS", "SparseAdam", "Optimizer", "ReduceLROnPlateau", "LRScheduler"}
@@ -86,6 +87,38 @@ def build_scheduler(config: OptimConfig, optimizer: Optimizer) -> Any:
     if len(parts) < 2:
         return parts[0] if parts else None
     return lr_scheduler.SequentialLR(optimizer, parts, milestones=[config.warmup_steps])
+
+
+def play_schedule(made: Any, checkpoint: dict[str, Any]) -> None:
+    """Give a checkpoint the options of a new optimizer and its scheduler, after as many steps as it has made.
+
+    Lightning would go on with the learning rate, the options and the scheduler of the checkpoint, whatever the module
+    was made with.
+
+    Args:
+        made: what `configure_optimizers` returned; other forms than those of `DistillationModule` are left alone.
+        checkpoint: as Lightning reads it.
+
+    Raises:
+        UserError: the schedule ends before.
+    """
+    made = {"optimizer": made} if isinstance(made, Optimizer) else made
+    if not isinstance(made, dict):
+        return
+    scheduler: Any = made.get("lr_scheduler")
+    steps = checkpoint["global_step"]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch: no step of the optimizer between two of the scheduler
+            for _ in range(steps if scheduler is not None else 0):
+                scheduler.step()
+    except ValueError as error:
+        expected = f"a schedule that reaches step {steps}, where training goes on"
+        raise UserError("optim.scheduler_kwargs", expected, str(error), "Correct them.") from error
+    checkpoint["lr_schedulers"] = [] if scheduler is None else [scheduler.state_dict()]
+    for state in checkpoint.get("optimizer_states", []):
+        for own, group in zip(made["optimizer"].param_groups, state["param_groups"], strict=False):
+            group |= own | {"params": group["params"]}
 
 
 def _member(key: str, home: Any, name: str, base: type) -> Any:

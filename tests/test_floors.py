@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room may import from those on lower floors, and from itself.
 FLOORS = (
     ("errors", "streams", "types"),
-    ("config", "functional", "plugins"),
+    ("config", "files", "functional", "plugins", "stopping"),
     ("estimators", "measures"),
     ("data", "models", "optim", "perf", "processes"),
     ("linter", "objective", "rollout", "teachers"),

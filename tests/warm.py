@@ -34,7 +34,7 @@ streams = array.array("i", [0, 1, 2])
 server.sendmsg([b"!"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
 server.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n")
 program = int(answers.readline())
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, frame: os.killpg(program, number))
 status = int(answers.readline())
 if status < 0:

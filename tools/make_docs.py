@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from lit_opd.commands.estimators import markdown_table
 from lit_opd.config import Config
 from lit_opd.measures.table import MEASURES
+from lit_opd.runs.resuming import AT_A_RESUME
 
 DOCS = Path(__file__).parents[1] / "docs"
 OMEGACONF_MISSING = "???"
@@ -37,6 +38,12 @@ def configuration() -> str:
     tables = [keys(Config, "", leave_out=sections)]
     tables += [f"### {name}\n\n{said[name]}\n\n{keys(schema, f'{name}.')}" for name, schema in sections.items()]
     return "\n\n".join(tables)
+
+
+def at_a_resume() -> str:
+    """Say of every key what becomes of another value where a run is resumed."""
+    rows = ((side, ", ".join(f"`{key}`" for key in keys)) for side, keys in AT_A_RESUME.items())
+    return table(("at a resume", "keys"), rows)
 
 
 def keys(schema: type, prefix: str, leave_out: Iterable[str] = ()) -> str:
@@ -84,7 +91,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "steps": lambda: measures(lambda kind: kind == "step"),
         "positions": lambda: measures(lambda kind: kind not in ("token", "completion", "step")),
     },
-    "configuration.md": {"keys": configuration},
+    "configuration.md": {"resume": at_a_resume, "keys": configuration},
 }
 
 

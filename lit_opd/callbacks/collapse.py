@@ -72,9 +72,10 @@ class WatchCollapse(L.Callback):
     the MLflow run gets the tag `collapse`.
     """
 
-    def __init__(self, config: CollapseConfig) -> None:
+    def __init__(self, config: CollapseConfig, updates_per_rollout: int = 1) -> None:
         self.config = config
-        self._recent: dict[str, deque[float]] = {name: deque(maxlen=config.window) for name in SIGNS}
+        self.window = math.ceil(config.window / updates_per_rollout)  # batches, each of which has one number
+        self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.window) for name in SIGNS}
         self._armed: set[str] = set()
         self._told: set[str] = set()
 
@@ -93,7 +94,7 @@ class WatchCollapse(L.Callback):
         mean, limit = fmean(recent), getattr(self.config, sign.key)
         if not sign.is_bad(mean, limit):
             self._armed.add(name)
-        elif len(recent) == self.config.window and name in self._armed - self._told:
+        elif len(recent) == self.window and name in self._armed - self._told:
             self._told.add(name)
             self._tell(trainer, name, mean, limit)
 
@@ -115,5 +116,5 @@ class WatchCollapse(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._recent = {name: deque(v, maxlen=self.config.window) for name, v in state_dict["recent"].items()}
+        self._recent = {name: deque(v, maxlen=self.window) for name, v in state_dict["recent"].items()}
         self._armed, self._told = set(state_dict["armed"]), set(state_dict["told"])

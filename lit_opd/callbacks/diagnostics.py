@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lit_opd.callbacks.pace import is_due
 from lit_opd.measures.steps import gradient_noise, observed_tokens, token_numbers
 from lit_opd.module import DistillationModule
 from lit_opd.tracking import log_metrics
@@ -26,7 +27,7 @@ class StepDiagnostics(L.Callback):
     gradient was clipped is of all steps since the last look.
 
     Args:
-        every_n_steps: training steps between two looks.
+        every_n_steps: optimizer steps between two looks.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -40,7 +41,7 @@ class StepDiagnostics(L.Callback):
         limit = pl_module.optim_config.clip_norm
         if limit is not None:
             self._clipped.append(float(trainer.callback_metrics["train/grad_norm"]) > limit)
-        if (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.every_n_steps:
+        if not is_due(pl_module, pl_module.global_step, self.every_n_steps):
             return
         own = observed_tokens(pl_module.seen, pl_module.rollout_config.max_new_tokens)
         tokens = _of_all_processes(own, trainer.world_size)

@@ -1,4 +1,4 @@
-"""End a run on Ctrl-C between two steps, where its state is whole, and save it.
+"""End a run where its state is whole when it is asked to stop, and save it.
 
 Why here: Lightning ends a run wherever it is. Every trainer of `fit` has it; so may a user's own.
 """
@@ -7,41 +7,45 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_opd.module import NonFiniteStepError
+from lit_opd.stopping import Stopped, heed
 
 __all__ = ["SaveOnInterrupt"]
 
 
 class SaveOnInterrupt(L.Callback):
-    """Saves a checkpoint to `path` on Ctrl-C and on a non-finite step.
+    """Saves a checkpoint to `path` on Ctrl-C, SIGTERM and SIGHUP, and on a non-finite step.
 
-    The first Ctrl-C lets the step under way finish, saves, and ends the run; the second ends it at once, with what the
-    last checkpoint holds. A non-finite step has not moved the weights, so they are saved as they are.
+    The first signal lets the step under way finish, saves, and ends the run. An evaluation is given up, and made anew
+    when the run is resumed. The second signal ends the run at once, with what the last checkpoint holds. A non-finite
+    step has not moved the weights, so they are saved as they are.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._asked = self._saved = False
+        self._asked: int | None = None
+        self._saved = self._evaluating = False
+        self._evaluation_begun: dict[str, Any] | None = None
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for Ctrl-C, and for the signal by which a scheduler ends a job."""
-        self._asked = self._saved = False
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Listen for Ctrl-C, and for the signals by which a scheduler or a lost terminal ends a job."""
+        self._asked, self._saved, self._evaluating = None, False, False
+        self._previous = heed(self._ask)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where Ctrl-C was pressed during the step, in whichever process."""
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+        """Save where a signal came during the step, in whichever process."""
+        if self._is_asked(trainer):
             trainer.save_checkpoint(self.path)
             self._saved = True
 
@@ -50,12 +54,36 @@ class SaveOnInterrupt(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """End the run after the step that was saved."""
-        self._end()
+        """End the run after the step, or the evaluation, that was saved."""
+        if self._saved or self._is_asked(trainer):
+            raise Stopped(self._asked or signal.SIGINT)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the run after the step that was saved."""
-        self._end()
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep what a checkpoint of the first batch would hold: what resumes from it begins the evaluation anew."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        asked = self._is_asked(trainer)
+        # It holds references to what no evaluation changes, so it costs nothing; elsewhere it is a collection.
+        if batch_idx == 0 and (asked or isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)):
+            begun = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            # Lightning makes an evaluation anew that stopped in a batch, and counts one as started after this hook.
+            progress = begun["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            for count in (progress["total"], progress["current"]):
+                count["started"] = count["ready"]
+            self._evaluation_begun = begun
+        if asked:
+            raise Stopped(self._asked or signal.SIGINT)
+        self._evaluating = trainer.world_size == 1
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Let what follows be done before the run ends."""
+        self._evaluating = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the beginning of the evaluation."""
+        self._evaluation_begun = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back."""
@@ -66,14 +94,16 @@ class SaveOnInterrupt(L.Callback):
         self._restore()
         if isinstance(exception, NonFiniteStepError):
             trainer.save_checkpoint(self.path)
+        if isinstance(exception, KeyboardInterrupt) and self._evaluation_begun is not None:
+            trainer.strategy.save_checkpoint(self._evaluation_begun, self.path)
         if isinstance(exception, NonFiniteStepError | KeyboardInterrupt) and self.path.is_file():
             resume = f"--resume auto, or with trainer.fit(..., ckpt_path={str(self.path)!r})"
             _say(f"Saved {self.path}. Go on with {resume}.")
+            if isinstance(exception, Stopped):
+                exception.told = True
 
-    def _end(self) -> None:
-        if self._saved:
-            self._saved = False
-            raise KeyboardInterrupt
+    def _is_asked(self, trainer: L.Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -81,9 +111,9 @@ class SaveOnInterrupt(L.Callback):
         self._previous = {}
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
+        first, self._asked = self._asked is None, number
+        if not first or self._evaluating:
+            raise Stopped(number)
         _say("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
 
 

@@ -11,6 +11,7 @@ import math
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +23,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from lit_opd.files import replacing, write_file
 from lit_opd.module import DistillationModule
 from lit_opd.perf import STEP, Breakdown, Part, break_down, peak_memory_mb, phase
 from lit_opd.tracking import log_files, logger_of
@@ -113,12 +115,13 @@ class ProfileSteps(L.Callback):
         trace = self.folder / "trace.json"
         profiler.export_chrome_trace(str(trace))
         # Lightly: the exporter's own compression takes longer than all the rest.
-        with trace.open("rb") as file, gzip.open(f"{trace}.gz", "wb", compresslevel=1) as packed:
+        packing = partial(gzip.open, mode="wb", compresslevel=1)
+        with replacing(Path(f"{trace}.gz")) as part, trace.open("rb") as file, packing(part) as packed:
             shutil.copyfileobj(file, packed)
         trace.unlink()
         numbers = asdict(self.breakdown) | {"peak_memory_before_mb": self.peak_mb}
-        (self.folder / "phases.json").write_text(json.dumps(numbers, indent=2))
-        (self.folder / "phases.md").write_text(f"{self._phases()}\n\n{operator_table(self.breakdown)}\n")
+        write_file(self.folder / "phases.json", json.dumps(numbers, indent=2))
+        write_file(self.folder / "phases.md", f"{self._phases()}\n\n{operator_table(self.breakdown)}\n")
         log_files(logger_of(trainer), {kept.name: kept.read_bytes() for kept in self.folder.iterdir()}, "profile")
 
 

@@ -27,6 +27,7 @@ class StepSpeed(L.Callback):
 
     def __init__(self) -> None:
         self.steps: dict[str, list[float]] = {}
+        self._before: dict[str, float] = {}
         self.cost = {"cost/tokens": 0.0, "cost/seconds": 0.0}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -43,13 +44,19 @@ class StepSpeed(L.Callback):
             log_metrics(trainer, {name: round(value, 3) for name, value in self.cost.items()}, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give a checkpoint the totals, which a resumed run adds to."""
-        return dict(self.cost)
+        """Give a checkpoint the totals, which a resumed run adds to, and what `typical` says."""
+        return self.cost | {"typical": self.typical()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's totals."""
-        self.cost.update(state_dict)
+        self._before = state_dict.get("typical", {})  # which an earlier version did not keep
+        self.cost.update({name: state_dict[name] for name in self.cost})
 
     def typical(self) -> dict[str, float]:
-        """Take the median over steps, which a slow first one does not move, and the largest of the peak memory."""
+        """Take the median over steps, which a slow first one does not move, and the largest of the peak memory.
+
+        Where a resumed run had no step left to make, they are those of the process before it.
+        """
+        if not self.steps:
+            return self._before
         return {name: max(values) if name == PEAK else median(values) for name, values in self.steps.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config
+from lit_opd.files import write_file
 from lit_opd.lab import audit as audits
 from lit_opd.lab import measure as measurements
 from lit_opd.lab.compare import command as comparisons
@@ -31,8 +32,7 @@ def measure(config: Config, json_file: str | None) -> None:
     measurement = measurements.measure(config)
     measurements.print_measurement(measurement)
     if json_file:
-        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(json_file).write_text(json.dumps(measurement.as_json(), indent=2, allow_nan=False))
+        write_file(Path(json_file), json.dumps(measurement.as_json(), indent=2, allow_nan=False))
     print(f"MLflow: {measurements.record(config, measurement)}")
     if measurement.interrupted:
         raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
 from lit_opd.config.limits import Section, as_type, type_name
+from lit_opd.config.paths import expand_paths
 from lit_opd.config.schema import Config
 from lit_opd.config.words import hint_of, typed_override, typed_yaml
 from lit_opd.errors import UserError, concealed, gather, keep_secret, suggest
@@ -98,6 +99,7 @@ def _refuse_missing(key: str) -> NoReturn:
 
 
 def _checked(filled: T, check: Callable[[T], None]) -> T:
+    expand_paths(filled)
     check(filled)
     return filled
 

@@ -5,6 +5,8 @@ Called by `train` and `evaluate`, and by the command `export`.
 
 from __future__ import annotations
 
+import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(key, "a checkpoint file", f"no file {str(path)!r}", "Check the path.")
     try:
+        _check_sums(path, path.stat().st_mtime_ns)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # there is no end to what a damaged file makes the reader raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -41,6 +44,19 @@ def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
         found = f"{str(path)!r}, without weights"
         raise UserError(key, "a checkpoint of lit_opd", found, "Choose another file.")
     return checkpoint
+
+
+@lru_cache
+def _check_sums(path: Path, changed_ns: int) -> None:
+    """Compare every part of a file with the checksum that `torch.save` wrote beside it and `torch.load` ignores.
+
+    Raises:
+        ValueError: a part that differs.
+        BadZipFile: no archive, as an old or a truncated checkpoint.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (part := archive.testzip()) is not None:
+            raise ValueError(f"its part {part!r} is not what was written")
 
 
 def read_training_state(key: str, path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -18,14 +19,17 @@ from lit_opd.config import Config, to_yaml
 from lit_opd.data import PromptDataModule
 from lit_opd.data.guarded import tell_constant
 from lit_opd.errors import RunError, UserError, gather
+from lit_opd.files import replacing, write_file
 from lit_opd.measures.intervals import Interval
 from lit_opd.models import export_student
 from lit_opd.module import DistillationModule
 from lit_opd.plugins import calling_parts
 from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
-from lit_opd.runs.folder import RunFolder
+from lit_opd.runs.folder import RunFolder, check_export
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
 from lit_opd.runs.prepare import prepare_data
+from lit_opd.runs.resuming import changes, check_changes
+from lit_opd.stopping import Stopped, as_raised
 from lit_opd.tracking import (
     RunLogger,
     begin_run,
@@ -72,39 +76,75 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
         UserError: whatever cannot work; nothing has been written then.
         RunError: a mistake that shows when the run has begun, as a part of the user's own that raises.
         NonFiniteStepError: a step whose loss or gradient was not finite; a checkpoint has been saved.
+        RunError: what shows as a mistake of the user only after the first step.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been saved, if training had begun.
     """
     folder = RunFolder(Path(config.output_dir))
     known = folder.read_notes().get("mlflow_run_id") if resume else None
-    checkpoint, _, trainer, data = gather(
-        partial(folder.claim, resume),
+    (checkpoint, ended), _, trainer, data = gather(
+        partial(claim, config, folder, resume),
         partial(check_tracking, config.tracking.uri, begun=known is not None),
         partial(build_trainer, config, folder, profile),
         partial(prepare, config),
     )
+    if ended is not None:
+        return ended
     check_shares(trainer, data)
     module = DistillationModule.from_config(config)
     if checkpoint is not None:
         check_weights("--resume", module.model, checkpoint)
     module.pair.read()
-    folder.make()
+    with folder.held(resume):
+        return record(config, folder, trainer, module, data, checkpoint, known)
+
+
+def claim(config: Config, folder: RunFolder, resume: str | None) -> tuple[Path | None, Outcome | None]:
+    """Find the checkpoint to go on from, and what came of the run if it has ended.
+
+    Raises:
+        UserError: the folder holds something else, or a key changed that cannot change along a run.
+    """
+    checkpoint, ended = folder.claim(resume), None
+    if checkpoint is not None:
+        ended = ended_before(config, folder, checkpoint)
+        if ended is None:
+            check_changes(config, checkpoint, own=folder.holds(checkpoint))
+    check_export(config, folder.student)
+    return checkpoint, ended
+
+
+def record(
+    config: Config,
+    folder: RunFolder,
+    trainer: L.Trainer,
+    module: DistillationModule,
+    data: PromptDataModule,
+    checkpoint: Path | None,
+    known: str | None,
+) -> Outcome:
+    """Begin the MLflow run or find the `known` one, make the run, and record how it ended, as `train` does."""
     trainer.logger = logger = begin_run(config, tags_of(config, module, data), known, folder.path)
     if trainer.is_global_zero:
-        folder.config.write_text(to_yaml(config))
-        folder.write_notes(mlflow_run_id=logger.run_id)
+        notes = {"mlflow_run_id": logger.run_id, "mlflow_experiment_id": logger.experiment_id, "ended": None}
+        folder.write_notes(**notes, **({"before": {}, "teacher": {}} if checkpoint is None else {}))
+        write_file(folder.config, to_yaml(config))
         log_datasets(logger, data)
         offer_view(logger)
     try:
-        with calling_parts():
+        with calling_parts(), as_raised():
             return run(config, folder, trainer, module, data, logger, checkpoint)
     except BaseException as error:
-        # Lightning turns Ctrl-C into SystemExit.
-        interrupted = any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__))
-        logger.end("KILLED" if interrupted else "FAILED")
-        if interrupted:
-            raise KeyboardInterrupt from None
-        if isinstance(error, UserError):  # files tell of the run already
-            raise RunError(str(error)) from error
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        logger.end(status)
+        if trainer.is_global_zero and known is None and isinstance(error, UserError) and not speed_of(trainer).steps:
+            logger.drop()
+            raise
+        if trainer.is_global_zero:
+            folder.write_notes(ended=status)
+        if isinstance(error, Stopped) and folder.last_checkpoint.is_file():
+            error.args = (f"{error}: {folder.last_checkpoint} holds the training so far. Go on with --resume auto.",)
+        if isinstance(error, UserError) and speed_of(trainer).steps:
+            raise RunError(str(error)) from error  # a mistake of the user leaves nothing behind, and there are steps
         raise
 
 
@@ -121,20 +161,39 @@ def run(
     if checkpoint is None:
         measured = measure_before(config, trainer, module, data)
         if trainer.is_global_zero:
-            folder.write_notes(**measured, perf={})
+            folder.write_notes(**measured)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    (perf,) = (callback.typical() for callback in trainer.callbacks if isinstance(callback, StepSpeed))  # type: ignore[attr-defined]
+    trainer.save_checkpoint(folder.last_checkpoint)  # now: from here on a run that is stopped loses no step
     if module.measured_at != trainer.global_step:
         trainer.validate(module, data, verbose=False)
     notes = folder.read_notes()
     before, teacher = ({k: Interval(*v) for k, v in notes.get(name, {}).items()} for name in ("before", "teacher"))
-    # A finished run that is resumed makes no step to time.
-    after, perf = module.results["val"], perf or notes.get("perf", {})
+    after, perf = module.results["val"], speed_of(trainer).typical()
     outcome = Outcome(before, after, teacher, trainer.global_step, perf, folder.last_checkpoint, folder.student, logger)
-    trainer.save_checkpoint(folder.last_checkpoint)
     if trainer.is_global_zero:
         close_run(folder, module, data, outcome)
     return outcome
+
+
+def speed_of(trainer: L.Trainer) -> StepSpeed:
+    """Find the callback that times the steps of this process."""
+    (speed,) = (callback for callback in trainer.callbacks if isinstance(callback, StepSpeed))  # type: ignore[attr-defined]
+    return speed
+
+
+def ended_before(config: Config, folder: RunFolder, checkpoint: Path) -> Outcome | None:
+    """Read how the run of a folder ended, if it did and the configuration does not tell it to go on."""
+    notes = folder.read_notes()
+    if not (notes.get("ended") == "FINISHED" and folder.summary.is_file() and folder.holds(checkpoint)):
+        return None
+    if any(key.startswith("trainer") or key == "collapse.action" for key, _ in changes(folder.config, config)):
+        return None
+    found = json.loads(folder.summary.read_text())
+    results = {name: {k: Interval(**v) for k, v in found[name].items()} for name in ("before", "after", "teacher")}
+    where: Any = SimpleNamespace(run_id=notes["mlflow_run_id"], experiment_id=notes["mlflow_experiment_id"])
+    checkpoint, student = folder.last_checkpoint, folder.student
+    return Outcome(**results, steps=found["steps"], perf=found["perf"], checkpoint=checkpoint, student=student,
+                   logger=where)  # fmt: skip
 
 
 def measure_before(
@@ -151,14 +210,15 @@ def measure_before(
 
 def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataModule, outcome: Outcome) -> None:
     """Export the student, write the results, prompt by prompt and summed up, and end the MLflow run."""
-    export_student(module.student, folder.student)
-    folder.prompts.write_text(json.dumps(_prompts_json(module, data)))
-    folder.summary.write_text(json.dumps(_as_json(outcome), indent=2))
-    folder.write_notes(perf=outcome.perf)
+    with replacing(folder.student) as part:
+        export_student(module.student, part)
+    write_file(folder.prompts, json.dumps(_prompts_json(module, data)))
+    write_file(folder.summary, json.dumps(_as_json(outcome), indent=2))
     log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
     log_medians(outcome.logger, outcome.perf, outcome.steps)
     log_student(outcome.logger, folder.student, outcome.steps, data)
     outcome.logger.end("FINISHED")
+    folder.write_notes(ended="FINISHED")
 
 
 def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
@@ -180,7 +240,8 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
     if checkpoint is not None:
         load_weights("--checkpoint", module.model, Path(checkpoint))
     loop = trainer.validate if stage == "validate" else trainer.test
-    loop(module, data, verbose=False)
+    with as_raised():
+        loop(module, data, verbose=False)
     return module.results["val" if stage == "validate" else "test"]
 
 

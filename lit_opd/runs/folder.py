@@ -1,4 +1,4 @@
-"""Name the files of a run's folder, and see that no run begins in the folder of another.
+"""Name the files of a run's folder, and see that a run replaces nothing there but its own.
 
 `train` claims and fills the folder. The command `export` and the runs of a comparison look into it.
 """
@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import _get_rank
 
+from lit_opd.config import Config
 from lit_opd.errors import UserError
+from lit_opd.files import only_one, write_file
 from lit_opd.runs.checkpoints import read_training_state
 
-__all__ = ["RunFolder", "check_writable"]
+__all__ = ["RunFolder", "check_export", "check_writable"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class RunFolder:
 
     @property
     def notes(self) -> Path:
-        """Notes for a resumed run on its beginning: the MLflow run and the results before training."""
+        """Notes for a resumed run: its MLflow run, the results before training, and how it ended, if it did."""
         return self.path / "run.json"
 
     @property
@@ -76,20 +83,62 @@ class RunFolder:
             The checkpoint to continue from, or None.
 
         Raises:
-            UserError: the folder holds another run, or cannot be written to; no such checkpoint, or a damaged one.
+            UserError: the folder holds another run or what no run made, or cannot be written to; no such checkpoint, or
+                a damaged one.
         """
         checkpoint = Path(resume) if resume not in (None, "auto") else self.last_checkpoint if resume else None
         if checkpoint == self.last_checkpoint and not checkpoint.is_file() and resume == "auto":
             checkpoint = None
         if checkpoint is not None:
             read_training_state("--resume", checkpoint)
-        continued = resume == "auto" or (checkpoint and checkpoint.resolve().parent == self.checkpoints.resolve())
-        # Only the first process looks: it may have begun the run before the others come here.
-        if self.config.exists() and not continued and _get_rank() in (None, 0):
-            remedy = "Set output_dir=NEW, delete the folder, or add --resume auto to continue that run."
-            raise UserError("output_dir", "a new folder", f"{str(self.path)!r}, which holds another run", remedy)
+        if _is_first():  # it may have begun the run before the others come here
+            self._check_place(resume)
         check_writable("output_dir", self.path)
         return checkpoint
+
+    def _check_place(self, resume: str | None) -> None:
+        continued = resume == "auto" or (resume is not None and self.holds(Path(resume)))
+        own = (self.notes, self.config, self.checkpoints, self.student, self.summary, self.prompts, self.profile)
+        there = [path.name for path in own if path.exists()]
+        is_run = {self.notes.name, self.config.name} & set(there)
+        ended_at_once = self.read_notes().get("ended") in ("FAILED", "KILLED") and not self.last_checkpoint.is_file()
+        if not there or (is_run and (continued or ended_at_once)):
+            return
+        if is_run:
+            remedy = "Set output_dir=NEW, delete the folder, or add --resume auto to continue that run."
+            raise UserError("output_dir", "a new folder", f"{str(self.path)!r}, which holds another run", remedy)
+        found = f"{str(self.path)!r}, which holds {', '.join(there)} of something else"
+        raise UserError("output_dir", "a folder where nothing would be replaced", found, "Set output_dir=NEW.")
+
+    @contextmanager
+    def held(self, resume: str | None) -> Iterator[None]:
+        """Make the folder and keep other runs out of it. After a mistake of the user it is as it was.
+
+        Raises:
+            UserError: the file system refuses, or another process is at work here, or was since the folder was claimed.
+        """
+        if not _is_first():
+            yield
+            return
+        was_there, was_locked = self.path.exists(), (self.path / "lock").exists()
+        with only_one("output_dir", self.path):
+            self._check_place(resume)
+            others = {path for path in self.path.iterdir() if path.name != "lock" or was_locked}
+            kept = {file: file.read_bytes() for file in (self.config, self.notes) if file in others}
+            try:
+                yield
+            except UserError:
+                for path in set(self.path.iterdir()) - others:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                for file, content in kept.items():
+                    write_file(file, content)
+                if not was_there:
+                    self.path.rmdir()
+                raise
+
+    def holds(self, checkpoint: Path) -> bool:
+        """Find out whether a checkpoint is one of this run's own."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def find_checkpoint(self, given: str | None) -> Path:
         """Find the checkpoint that `--checkpoint` names, or the newest of the run in this folder.
@@ -102,24 +151,43 @@ class RunFolder:
             raise UserError("output_dir", "the folder of a run", f"no file {str(self.last_checkpoint)!r}", remedy)
         return Path(given) if given is not None else self.last_checkpoint
 
-    def make(self) -> None:
-        """Make the folder.
-
-        Raises:
-            UserError: the file system refuses.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError("output_dir", "a folder that can be made", str(error), "Set output_dir.") from error
-
     def read_notes(self) -> dict[str, Any]:
-        """Read the notes, empty where there are none."""
-        return json.loads(self.notes.read_text()) if self.notes.is_file() else {}
+        """Read the notes, empty where there are none, or where they are damaged, which is told."""
+        if not self.notes.is_file():
+            return {}
+        try:
+            notes = json.loads(self.notes.read_text())
+        except ValueError:
+            notes = None
+        if not _are_notes(notes):
+            _tell_damaged(self.notes)
+            return {}
+        return notes
 
     def write_notes(self, **notes: Any) -> None:
         """Add to the notes."""
-        self.notes.write_text(json.dumps(self.read_notes() | notes, indent=2))
+        write_file(self.notes, json.dumps(self.read_notes() | notes, indent=2))
+
+
+def _are_notes(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(found.get("mlflow_run_id", ""), str):
+        return False
+    results = [found.get(name, {}) for name in ("before", "teacher")]
+    return all(isinstance(held, dict) and all(_is_interval(v) for v in held.values()) for held in results)
+
+
+def _is_interval(found: Any) -> bool:
+    return isinstance(found, list) and len(found) == 3 and all(isinstance(value, int | float) for value in found)
+
+
+@lru_cache
+def _tell_damaged(notes: Path) -> None:
+    lost = "a resumed run is recorded anew in MLflow, and without its results before training"
+    print(f"warning: {notes} is damaged: {lost}.", file=sys.stderr)
+
+
+def _is_first() -> bool:
+    return _get_rank() in (None, 0)
 
 
 def check_writable(key: str, folder: Path) -> None:
@@ -135,3 +203,16 @@ def check_writable(key: str, folder: Path) -> None:
         reason = "may not be written to" if place.is_dir() else "is a file"
         remedy = "Choose another folder."
         raise UserError(key, "a folder that can be written to", f"{str(folder)!r}: {str(place)!r} {reason}", remedy)
+
+
+def check_export(config: Config, folder: Path) -> None:
+    """See that an export does not replace a model that the run reads.
+
+    Raises:
+        UserError: it would.
+    """
+    for name in ("student", "teacher", "reference"):
+        path = getattr(config, name).path
+        if path and Path(path).resolve() == folder.resolve():
+            found, remedy = f"{str(folder)!r}, which is {name}.path", "Choose another folder for the export."
+            raise UserError("output_dir", "an export that replaces no model that it is made from", found, remedy)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -16,11 +15,12 @@ from typing import Any, get_type_hints
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_opd.callbacks import (
     EvaluationFigures,
+    KeepPace,
     ProfileSteps,
     SaveOnInterrupt,
     StepDiagnostics,
@@ -31,6 +31,7 @@ from lit_opd.callbacks import (
 from lit_opd.config import Config
 from lit_opd.config.limits import above, as_type, at_least, within
 from lit_opd.errors import UserError, gather, suggest
+from lit_opd.files import replacing
 from lit_opd.plugins import call_object
 from lit_opd.runs.folder import RunFolder
 from lit_opd.tracking import RunRecord
@@ -110,7 +111,7 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
     if profile and other is not None:
         expected = "trainer.profiler to be null: one hinders the other"
         raise UserError("--profile", expected, repr(other), "Drop one of them.")
-    every = config.evaluation.every_n_steps
+    watch = [WatchCollapse(config.collapse, config.optim.updates_per_rollout)]
     own = (partial(_own_callback, f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks))
     _, *own_callbacks = gather(partial(check_trainer_keys, config), *own)
     callbacks: list[L.Callback] = [
@@ -124,12 +125,13 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
                         every_n_epochs=1, save_on_train_epoch_end=False),
         SaveOnInterrupt(folder.last_checkpoint),
         RunRecord(config, folder.config),
-        LearningRateMonitor(logging_interval="step"),
+        KeepPace(config.evaluation.every_n_steps),
         *([StepDiagnostics(config.diagnostics.every_n_steps)] if config.diagnostics.every_n_steps else []),
-        *([WatchCollapse(config.collapse)] if config.collapse.action != "off" else []),
+        *(watch if config.collapse.action != "off" else []),
     ]  # fmt: skip
     callbacks += own_callbacks
-    when = {"val_check_interval": every, "check_val_every_n_epoch": None}
+    # KeepPace says after which batches.
+    when = {"val_check_interval": config.evaluation.every_n_steps, "check_val_every_n_epoch": None}
     return _build(config, callbacks=callbacks, default_root_dir=folder.path, **when)
 
 
@@ -198,8 +200,5 @@ class WholeFileIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the whole file or nothing."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        torch.save(checkpoint, part)
-        os.replace(part, path)
+        with replacing(Path(path)) as part:
+            torch.save(checkpoint, part)

@@ -137,6 +137,11 @@ class RunLogger(MLFlowLogger):
             self.end("KILLED" if isinstance(sys.exception(), KeyboardInterrupt) else "FAILED")
 
     @rank_zero_only
+    def drop(self) -> None:
+        """Delete the MLflow run of a mistake, by which nothing was made."""
+        self.experiment.delete_run(self.run_id)
+
+    @rank_zero_only
     def end(self, status: str) -> None:
         """Give the MLflow run its last status, and say what could not be sent."""
         if self._initialized:

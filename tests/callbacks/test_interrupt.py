@@ -3,6 +3,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_opd.callbacks import SaveOnInterrupt
 from lit_opd.optim import NonFiniteStepError
@@ -11,6 +12,7 @@ from lit_opd.optim import NonFiniteStepError
 class FakeTrainer:
     def __init__(self):
         self.saved = []
+        self.state, self.sanity_checking, self.world_size = SimpleNamespace(fn=TrainerFn.FITTING), False, 1
         self.strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
 
     def save_checkpoint(self, path):
@@ -41,12 +43,13 @@ def step(callback, trainer):
 def test_nothing_happens_without_signal(callback, trainer):
     step(callback, trainer)
     step(callback, trainer)
-    callback.on_validation_start(trainer, None)
+    callback.on_validation_batch_start(trainer, None, None, 0)
+    callback.on_validation_batch_end(trainer, None)
     assert trainer.saved == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_start"])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_start"])
 def test_signal_lets_the_step_finish_saves_and_ends_at_what_comes_next(callback, trainer, capsys, number, hook):
     callback.on_train_batch_start(trainer, None, None, 0)
     os.kill(os.getpid(), number)
@@ -55,7 +58,7 @@ def test_signal_lets_the_step_finish_saves_and_ends_at_what_comes_next(callback,
     callback.on_train_batch_end(trainer, None, None, None, 0)
     assert trainer.saved == [callback.path]
     with pytest.raises(KeyboardInterrupt):
-        getattr(callback, hook)(trainer, None, *((None, 1) if "batch" in hook else ()))
+        getattr(callback, hook)(trainer, None, None, 1)
     callback.on_exception(trainer, None, KeyboardInterrupt())
     assert "--resume auto" in capsys.readouterr().err
 

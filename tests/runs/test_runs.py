@@ -187,13 +187,19 @@ def test_what_training_cost_is_told_however_seldom_steps_are_logged(finished, ma
     assert list(curve(workspace, "cost/seconds")) == [0, 3, 6, 8]
 
 
-def test_several_updates_on_a_rollout_count_its_tokens_once(make_workspace, student_with_dropout):
+def test_several_updates_on_a_rollout_count_steps_everywhere_and_its_tokens_once(make_workspace, student_with_dropout):
     workspace = make_workspace("updates", student_with_dropout)
-    done = workspace.run(*workspace.arguments("fit", "optim.updates_per_rollout=2"))
+    steps = ("optim.updates_per_rollout=2", "trainer.log_every_n_steps=3", "diagnostics.every_n_steps=4")
+    done = workspace.run(*workspace.arguments("fit", *steps))
     assert done.returncode == 0, done.stderr
     lengths = curve(workspace, "rollout/length")
-    assert list(lengths) == [2, 4, 6, 8]
-    assert curve(workspace, "cost/tokens")[8] == pytest.approx(sum(8 * length for length in lengths.values()), rel=1e-6)
+    # At the first end of a batch, of two steps each, at which so many are full.
+    assert list(lengths) == list(curve(workspace, "train/loss")) == [4, 6]
+    assert list(curve(workspace, "lr-AdamW")) == [2, 4], "of the steps that follow"
+    assert list(curve(workspace, "val/reverse_kl")) == [0, 4, 6, 8]
+    assert list(curve(workspace, "advantage/mean")) == [4, 8]
+    tokens = curve(workspace, "cost/tokens")
+    assert tokens[6] - tokens[4] == pytest.approx(8 * lengths[6], rel=1e-6)
 
 
 def test_fit_enters_the_student_among_mlflows_models_without_its_weights(finished):

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_opd.errors import UserError
+from lit_opd.files import write_file
 from lit_opd.lab.audit.auditing import Audit
 from lit_opd.runs.numbers import finite
 from lit_opd.runs.verdicts import VERDICTS
@@ -60,7 +61,7 @@ def write_json(audit: Audit, path: str) -> None:
         "probe": audit.probe,
         "seconds": audit.seconds,
     }
-    Path(path).write_text(json.dumps(finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(Path(path), json.dumps(finite(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _verdicts(audit: Audit) -> Table:

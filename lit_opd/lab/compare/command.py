@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lit_opd.errors import RunError, UserError, concealed
+from lit_opd.files import only_one, write_file
 from lit_opd.lab.compare.collect import RunResult, collect
 from lit_opd.lab.compare.digest import make_report
 from lit_opd.lab.compare.document import to_summary, write_report
 from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.lab.compare.preflight import check_recorded, check_runs
-from lit_opd.lab.compare.runs import begin_parent, claimed, make_runs
+from lit_opd.lab.compare.runs import begin_parent, make_runs
 from lit_opd.runs.folder import check_writable
 from lit_opd.tracking import MlflowClient, check_tracking, open_store
 
@@ -36,7 +36,8 @@ def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None 
     client = _client(comparison, json_file)
     check_runs(runs, comparison.may_differ)
     check_recorded(runs, client)
-    with claimed(Path(comparison.output_dir)) as lock:
+    check_writable("output_dir", Path(comparison.output_dir))
+    with only_one("output_dir", Path(comparison.output_dir)) as lock:
         parent = begin_parent(comparison, client)
         status = "FAILED"
         try:
@@ -94,7 +95,6 @@ def _report(results: list[RunResult], folder: Path, json_file: Path | None) -> N
     report = make_report(results)
     write_report(report, folder)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "report.json", json_file)
+        write_file(json_file, (folder / "report.json").read_bytes())
     print(to_summary(report))
     print(f"report: {folder / 'report.html'}")

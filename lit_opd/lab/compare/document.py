@@ -15,6 +15,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
+from lit_opd.files import write_file
 from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
 from lit_opd.lab.compare.paired import CONFIDENCE, Mean
@@ -57,10 +58,10 @@ def write_report(report: Report, folder: Path) -> None:
     text, pictures = to_markdown(report)
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for file, picture in pictures.items():
-        (folder / file).write_bytes(picture)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    (folder / "report.html").write_text(to_html(text, pictures), encoding="utf-8")
-    (folder / "report.json").write_text(json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
+        write_file(folder / file, picture)
+    write_file(folder / "report.md", text)
+    write_file(folder / "report.html", to_html(text, pictures))
+    write_file(folder / "report.json", json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
 
 
 def to_summary(report: Report) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -24,37 +23,16 @@ from rich.text import Text
 
 from lit_opd.config import to_yaml
 from lit_opd.errors import RunError, UserError
+from lit_opd.files import write_file
 from lit_opd.lab.compare.grid import Comparison, Run
-from lit_opd.runs.folder import RunFolder, check_writable
+from lit_opd.runs.folder import RunFolder
 from lit_opd.tracking import MlflowClient, MlflowException, git_sha
 
-__all__ = ["PARENT", "begin_parent", "claimed", "is_finished", "make_runs"]
+__all__ = ["PARENT", "begin_parent", "is_finished", "make_runs"]
 
 PARENT = "mlflow.parentRunId"
 POLL_S = 0.2
 DAY_S = 86400
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[int]:
-    """Make the folder of a comparison, and keep others out of it.
-
-    Yields:
-        The descriptor of the lock, for runs to inherit: they may outlive this process, and then keep others out.
-
-    Raises:
-        UserError: the folder cannot be written to, or somebody is at work in it.
-    """
-    check_writable("output_dir", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            found = f"{str(folder)!r}, where it, or a run that outlived it, is under way"
-            remedy = "Wait for it, stop it, or set output_dir=NEW."
-            raise UserError("output_dir", "a comparison that nobody is making", found, remedy) from error
-        yield file.fileno()
 
 
 def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
@@ -65,7 +43,7 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
     """
     folder, tracking = Path(comparison.output_dir), comparison.tracking
     notes, described = folder / "comparison.json", folder / "comparison.yaml"
-    described.write_text(to_yaml(comparison))
+    write_file(described, to_yaml(comparison))
     try:
         if notes.is_file():
             parent = json.loads(notes.read_text())["mlflow_run_id"]
@@ -79,7 +57,7 @@ def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
             experiment = known.experiment_id if known else client.create_experiment(tracking.experiment)
             name = tracking.run_name or f"comparison of {', '.join(comparison.variants)}"
             parent = client.create_run(experiment, run_name=name, tags=git_sha()).info.run_id
-            notes.write_text(json.dumps({"mlflow_run_id": parent}))
+            write_file(notes, json.dumps({"mlflow_run_id": parent}))
         client.update_run(parent, status="RUNNING")
         client.log_artifact(parent, str(described))
     except UserError:
@@ -163,10 +141,7 @@ def _send(number: int, workers: dict[subprocess.Popen[bytes], Run]) -> None:
 
 def _start(run: Run, parent: str, parallel: int, lock: int) -> subprocess.Popen[bytes]:
     tracking = replace(run.config.tracking, tags=run.config.tracking.tags | {PARENT: parent})
-    run.file.parent.mkdir(parents=True, exist_ok=True)
-    run.file.touch(mode=0o600)
-    run.file.chmod(0o600)  # the run reads its secrets there
-    run.file.write_text(to_yaml(replace(run.config, tracking=tracking), secrets=True))
+    write_file(run.file, to_yaml(replace(run.config, tracking=tracking), secrets=True), private=True)
     command = [sys.executable, "-m", "lit_opd", "fit", "--config", str(run.file), "--resume", "auto"]
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // parallel))} if parallel > 1 else {}
     with run.log.open("ab") as log:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_opd.files import write_file
 from lit_opd.lab.measure.result import Measurement, Row
 from lit_opd.measures.drawing import figure, look, plain, png, style
 from lit_opd.measures.intervals import Interval
@@ -29,7 +30,7 @@ def draw(measurement: Measurement, file: Path) -> Path:
         file: a PNG.
     """
     with style():
-        file.write_bytes(png(_compose(measurement.rows, measurement.on_policy), dpi=110))
+        write_file(file, png(_compose(measurement.rows, measurement.on_policy), dpi=110))
     return file
 
 

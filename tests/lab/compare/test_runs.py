@@ -12,8 +12,9 @@ import pytest
 
 from lit_opd.cli import main
 from lit_opd.errors import UserError
+from lit_opd.files import only_one
 from lit_opd.lab.compare.preflight import check_recorded
-from lit_opd.lab.compare.runs import PARENT, begin_parent, claimed, is_finished, make_runs
+from lit_opd.lab.compare.runs import PARENT, begin_parent, is_finished, make_runs
 
 # What it is called with: -m lit_opd fit --config FILE --resume auto.
 PRELUDE = '#!/bin/sh\n[ "$1 $2 $3 $4 $6 $7" = "-m lit_opd fit --config --resume auto" ] || exit 9\nrun=${5%.yaml}\n'
@@ -38,7 +39,7 @@ def make(workspace, make_comparison):
 
     def run(**keys):
         comparison, runs = make_comparison(**keys)
-        with claimed(workspace.folder / "out") as lock:
+        with only_one("output_dir", workspace.folder / "out") as lock:
             parent = begin_parent(comparison, workspace.client)
             return make_runs(comparison, runs, workspace.client, parent, lock), parent, runs
 
@@ -87,7 +88,7 @@ def test_a_run_that_fails_before_it_is_recorded_stops_no_other_and_is_recorded(w
 
 def test_a_run_that_dies_without_a_word_is_a_failed_run(workspace, make, stand_in, make_comparison):
     comparison, (run,) = make_comparison(variants=["token"])
-    with claimed(workspace.folder / "out"):
+    with only_one("output_dir", workspace.folder / "out"):
         parent = begin_parent(comparison, workspace.client)
     run_id = finish(workspace, run, parent)
     workspace.client.update_run(run_id, status="RUNNING")
@@ -98,7 +99,7 @@ def test_a_run_that_dies_without_a_word_is_a_failed_run(workspace, make, stand_i
 
 def test_finished_runs_are_not_made_again(workspace, make, stand_in, make_comparison, capfd):
     comparison, runs = make_comparison()
-    with claimed(workspace.folder / "out"):
+    with only_one("output_dir", workspace.folder / "out"):
         parent = begin_parent(comparison, workspace.client)
     finish(workspace, runs[0], parent)
     stand_in('echo made > "$run.made"')
@@ -117,7 +118,7 @@ def test_finished_runs_are_not_made_again(workspace, make, stand_in, make_compar
 def test_a_finished_run_joins_the_comparison_that_finds_it(workspace, make, stand_in, make_comparison):
     """Under a new parent, as the notes of the old one were deleted, and under a label that was renamed."""
     before, (run,) = make_comparison(variants={"full vocab": ["estimator.name=full_vocab"]})
-    with claimed(workspace.folder / "out"):
+    with only_one("output_dir", workspace.folder / "out"):
         parent = begin_parent(before, workspace.client)
     run_id = finish(workspace, run, parent)
     (workspace.folder / "out" / "comparison.json").unlink()
@@ -131,7 +132,7 @@ def test_a_finished_run_joins_the_comparison_that_finds_it(workspace, make, stan
 
 def test_a_run_that_mlflow_lost_is_told_before_anything_happens(workspace, make_comparison):
     comparison, runs = make_comparison()
-    with claimed(workspace.folder / "out"):
+    with only_one("output_dir", workspace.folder / "out"):
         run_id = finish(workspace, runs[0], begin_parent(comparison, workspace.client))
     check_recorded(runs, workspace.client)
     workspace.client.delete_run(run_id)
@@ -195,15 +196,15 @@ def test_signals_are_given_back(make, stand_in):
 
 
 def test_one_comparison_at_a_time_also_when_a_run_outlived_the_last_one(tmp_path):
-    with claimed(tmp_path) as lock:
-        with pytest.raises(UserError, match="output_dir: expected a comparison that nobody is making"):
-            claimed(tmp_path).__enter__()
+    with only_one("output_dir", tmp_path) as lock:
+        with pytest.raises(UserError, match="output_dir: expected a folder that nobody is at work in"):
+            only_one("output_dir", tmp_path).__enter__()
         left = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
-    with pytest.raises(UserError, match="a run that outlived it, is under way"):
-        claimed(tmp_path).__enter__()
+    with pytest.raises(UserError, match="or one that it started, is at work"):
+        only_one("output_dir", tmp_path).__enter__()
     left.kill()
     left.wait()
-    with claimed(tmp_path):
+    with only_one("output_dir", tmp_path):
         pass
 
 

@@ -1,0 +1,101 @@
+"""Signals at every phase of a run: what is said, what is saved, how MLflow has it, and which exit code."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from lit_opd.cli import main
+
+SHORT = ("trainer.max_steps=3", "evaluation.every_n_steps=2", "rollout.max_new_tokens=4", "data.validation_size=2",
+         "tracking.system_metrics=false", "optim.warmup_steps=0")  # fmt: skip
+MINE = """
+import os
+import lightning as L
+from lit_opd.data.arithmetic import is_correct, problems
+
+def stop(number):
+    os.kill(os.getpid(), number)
+
+def rows(number, **kwargs):
+    stop(number)
+    return problems(**kwargs)
+
+class At(L.Callback):
+    def __init__(self, where, number):
+        self.where, self.number = where, number
+
+    def look(self, *here):
+        if " ".join(map(str, here)) == self.where:
+            stop(self.number)
+
+    def on_validation_batch_start(self, trainer, module, *_):
+        self.look(trainer.state.fn.value, module.judged, trainer.global_step)
+
+    def on_train_batch_start(self, trainer, *_):
+        self.look("step", trainer.global_step)
+"""
+NONE = "stopped by {}"
+HOLDS = "holds the training so far. Go on with --resume auto."
+SAVED = "Go on with --resume auto, or with"
+# The phase, the signal, the line that is told, MLflow's status, and the step of the checkpoint.
+PHASES = [
+    ("data", "SIGHUP", NONE, None, None),
+    ("validate teacher 0", "SIGTERM", NONE, "KILLED", None),
+    ("validate student 0", "SIGINT", NONE, "KILLED", None),
+    ("step 1", "SIGHUP", SAVED, "KILLED", 2),
+    ("fit student 2", "SIGTERM", SAVED, "KILLED", 2),
+    ("validate student 3", "SIGINT", SAVED, "KILLED", 3),
+    ("export", "SIGTERM", HOLDS, "KILLED", 3),
+    ("command validate", "SIGTERM", NONE, None, None),
+    ("command export", "SIGINT", NONE, "FINISHED", 3),
+]
+
+
+@pytest.fixture
+def stop_in_export(monkeypatch):
+    def arrange(number):
+        def save(*_, **__):
+            signal.raise_signal(number)
+
+        monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("phase", "name", "said", "status", "step"), PHASES, ids=[phase[0] for phase in PHASES])
+def test_a_signal_ends_every_phase_in_order(workspace, capsys, stop_in_export, phase, name, said, status, step):
+    number = int(signal.Signals[name])
+    Path("mine.py").write_text(MINE)
+    command = phase.removeprefix("command ") if phase.startswith("command") else "fit"
+    words = [f"callbacks=[{{path: mine.py:At, kwargs: {{where: {phase}, number: {number}}}}}]"]
+    if phase in ("data", "command validate"):
+        words = ["data.path=mine.py:rows", f"data.kwargs.number={number}"]
+    if phase == "command export":
+        assert main(workspace.arguments("fit", *SHORT)) == 0
+    if phase.endswith("export"):
+        stop_in_export(number)
+    capsys.readouterr()
+    began = time.monotonic()
+    assert main(workspace.arguments(command, *SHORT, *words)) == 128 + number
+    assert time.monotonic() - began < 10
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    (told,) = [line for line in err.splitlines() if "stopped by" in line or "Go on" in line]
+    assert said.format(name) in told
+    assert [run.info.status for run in workspace.runs] == ([status] if status else [])
+    assert workspace.checkpoint.is_file() == (step is not None)
+    if step is not None:
+        assert torch.load(workspace.checkpoint, weights_only=True)["global_step"] == step
+    if phase == "fit student 2":  # the evaluation that was given up is made
+        assert main(workspace.arguments("fit", *SHORT, "--resume", "auto")) == 0
+        (run,) = workspace.runs
+        assert run.info.status == "FINISHED"
+        points = workspace.client.get_metric_history(run.info.run_id, "val/reverse_kl")
+        # MLflow repeats the last among those of the exported student.
+        assert [point.step for point in points] == [0, 2, 3, 3]
+        assert json.loads((workspace.output / "summary.json").read_text())["steps"] == 3
