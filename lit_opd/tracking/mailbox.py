@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from mlflow import entities
 from mlflow.exceptions import MlflowException
+from tqdm import tqdm
 
 from lit_opd.errors import RunError, concealed
 from lit_opd.tracking.outbox import Call, Outbox, Refused
@@ -245,4 +246,4 @@ def _entities(value: Any) -> Any:
 
 
 def _say(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    tqdm.write(f"warning: {text}", file=sys.stderr)  # on a line of its own, above the bar of the run
