@@ -192,11 +192,18 @@ def test_fit_ends_well_while_its_server_hangs_and_the_command_sends_the_rest(ser
     assert {step for name, step in points if name == "train/loss"} == set(range(1, 9))
     assert {"config.yaml", "completions.json", "summary.json", "prompts.json"} <= set(files)
     assert run.data.params["tracking.uri"] == shown
-    for text in (out, err, synced.stdout, *(file.read_bytes().decode(errors="ignore") for file in texts(workspace))):
+    for text in (
+        out,
+        err,
+        synced.stdout,
+        *(file.read_bytes().decode(errors="ignore") for file in texts(workspace, server)),
+    ):
         assert "hunter22" not in text
     again = workspace.run(*workspace.arguments("sync"))
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
 
 
-def texts(workspace):
-    return [file for file in workspace.folder.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
+def texts(*places):
+    """All that was written: the run's folder, what MLflow downloaded, the server's database and artifacts."""
+    files = [file for place in places for file in place.folder.rglob("*") if file.is_file()]
+    return [file for file in files if file.suffix != ".safetensors"]
