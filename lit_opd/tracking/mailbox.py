@@ -122,7 +122,11 @@ class Mailbox:
             for box in self._boxes.values():
                 box.catch_up(self._limit)
             left = any(box.waiting for box in self._boxes.values())
-            if left:
+            if lost := sum(len(box.unwritten) for box in self._boxes.values()):
+                _say(
+                    f"MLflow lacks {lost} calls of this run, which {self._folder} could not take either: they are lost."
+                )
+            elif left:
                 how = "`python -m lit_opd sync` with the same configuration sends it, as --resume auto does."
                 _say(f"MLflow lacks a part of this run, kept in {self._folder}: {how}")
             elif "away" in self._told:
