@@ -23,9 +23,9 @@ def serve(config: Config, port: int) -> None:
         UserError: a store that cannot answer, or one that has a server already; a port that is taken.
     """
     uri = config.tracking.uri
-    check_tracking(uri)
     if uri.startswith("http"):
         raise UserError("tracking.uri", "a store without a server of its own", repr(uri), f"Open {uri} in a browser.")
+    check_tracking(uri)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

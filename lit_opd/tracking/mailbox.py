@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from mlflow import entities
 from mlflow.exceptions import MlflowException
+from tqdm import tqdm
 
 from lit_opd.errors import RunError, concealed
 from lit_opd.tracking.outbox import Call, Outbox, Refused
@@ -121,7 +122,11 @@ class Mailbox:
             for box in self._boxes.values():
                 box.catch_up(self._limit)
             left = any(box.waiting for box in self._boxes.values())
-            if left:
+            if lost := sum(len(box.unwritten) for box in self._boxes.values()):
+                _say(
+                    f"MLflow lacks {lost} calls of this run, which {self._folder} could not take either: they are lost."
+                )
+            elif left:
                 how = "`python -m lit_opd sync` with the same configuration sends it, as --resume auto does."
                 _say(f"MLflow lacks a part of this run, kept in {self._folder}: {how}")
             elif "away" in self._told:
@@ -245,4 +250,4 @@ def _entities(value: Any) -> Any:
 
 
 def _say(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    tqdm.write(f"warning: {text}", file=sys.stderr)  # on a line of its own, above the bar of the run

@@ -38,13 +38,13 @@ class Outbox:
 
     def __init__(self, make: Callable[[Call], None], file: Path, tell: Callable[[str, Exception], None]) -> None:
         self._make, self._file, self._tell = make, file, tell
-        self._unwritten: list[str] = []
+        self.unwritten: list[str] = []  # what a full disk does not take
         self._sent, self._next_try = 0, 0.0
 
     @property
     def waiting(self) -> bool:
         """True where calls wait to be made."""
-        return bool(self._unwritten) or self._file.is_file()
+        return bool(self.unwritten) or self._file.is_file()
 
     def post(self, call: Call, encode: Callable[[Call], str]) -> None:
         """Make a call after those that wait, or keep it."""
@@ -52,7 +52,7 @@ class Outbox:
             self.catch_up(CATCH_UP_S)
         if self.waiting or monotonic() < self._next_try or not self._try(call):
             try:
-                self._unwritten.append(encode(call))
+                self.unwritten.append(encode(call))
             except (TypeError, ValueError, OSError) as error:  # an object of a user's own call that is no JSON
                 self._tell("lost", error)
             self._write()
@@ -70,8 +70,8 @@ class Outbox:
                     self._sent += len(line)
             self._file.unlink()
             self._sent = 0
-        while self._unwritten and monotonic() <= end and self._send(self._unwritten[0]):
-            self._unwritten.pop(0)
+        while self.unwritten and monotonic() <= end and self._send(self.unwritten[0]):
+            self.unwritten.pop(0)
 
     def _send(self, line: str) -> bool:
         try:
@@ -98,14 +98,14 @@ class Outbox:
 
     def _write(self) -> None:
         """Write what is not in the file yet, and keep it in memory where the disk is full too."""
-        if not self._unwritten:
+        if not self.unwritten:
             return
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a") as file:
                 # A line break first: the line before may have been cut off.
-                file.write("\n" + "\n".join(self._unwritten) + "\n")
+                file.write("\n" + "\n".join(self.unwritten) + "\n")
         except OSError as error:
             self._tell("unkept", error)
         else:
-            self._unwritten.clear()
+            self.unwritten.clear()

@@ -40,6 +40,7 @@ def bound_waiting() -> None:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the password that is in it
     # It logs every error of a database with its traceback, and then raises it.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 

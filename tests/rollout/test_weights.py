@@ -2,7 +2,10 @@
 
 import copy
 import inspect
+import signal
 import subprocess
+import time
+from pathlib import Path
 
 import peft
 import pytest
@@ -143,3 +146,21 @@ def test_weights_are_written_only_where_the_engine_has_others():
     assert sync.push(layer, None) == engine["label"]
     assert engine["loads"] == 3
     assert engine["weights"]["weight"].dtype == torch.float32
+
+
+def test_what_was_written_is_gone_where_the_process_was_killed(warm_python):
+    code = """if True:
+        import os, signal
+        from lit_opd.rollout.weights import passing_folder
+        with passing_folder() as folder:
+            open(f"{folder}/model.safetensors", "w").close()
+            print(folder, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([warm_python, "-c", code], stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while Path(killed.stdout.strip()).exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert killed.returncode == -signal.SIGKILL
+    assert killed.stdout.strip()
+    assert not Path(killed.stdout.strip()).exists()

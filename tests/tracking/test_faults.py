@@ -19,7 +19,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import UserError
-from lit_opd.tracking import RunLogger, log_files, log_table, mailbox, send_kept
+from lit_opd.tracking import RunLogger, check_tracking, log_files, log_table, mailbox, send_kept
 
 
 class Server:
@@ -192,11 +192,22 @@ def test_fit_ends_well_while_its_server_hangs_and_the_command_sends_the_rest(ser
     assert {step for name, step in points if name == "train/loss"} == set(range(1, 9))
     assert {"config.yaml", "completions.json", "summary.json", "prompts.json"} <= set(files)
     assert run.data.params["tracking.uri"] == shown
-    for text in (out, err, synced.stdout, *(file.read_bytes().decode(errors="ignore") for file in texts(workspace))):
+    for text in (out, err, synced.stdout, *written(workspace, server)):
         assert "hunter22" not in text
     again = workspace.run(*workspace.arguments("sync"))
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
 
 
-def texts(workspace):
-    return [file for file in workspace.folder.rglob("*") if file.is_file() and file.suffix != ".safetensors"]
+def written(*places):
+    """All that is in the run's folder, and in the server's database and artifacts."""
+    files = [file for place in places for file in place.folder.rglob("*") if file.is_file()]
+    return [file.read_bytes().decode(errors="ignore") for file in files if file.suffix != ".safetensors"]
+
+
+def test_a_server_that_never_answers_is_refused_in_seconds(monkeypatch):
+    monkeypatch.setattr("lit_opd.tracking.store.ANSWER_S", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(UserError, match=r"expected an MLflow server that answers, .*: no answer within 1 s"):
+            check_tracking(f"http://127.0.0.1:{silent.getsockname()[1]}")
