@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,10 @@ def _reading(config: ModelConfig, key: str, expected: str) -> Iterator[None]:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """Take the first line of an error, with what follows a colon at its end, and its kind where it is one word."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 1 + len([*takewhile(lambda line: line.endswith(":"), lines)])])[:200]
+    return text if " " in text else f"{type(error).__name__}: {text}"
 
 
 def _adapter(config: ModelConfig, key: str) -> UserError:

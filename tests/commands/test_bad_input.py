@@ -262,7 +262,8 @@ def test_a_hub_that_does_not_answer_is_told_once(workspace, capsys, monkeypatch)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", attempt)
     assert main(workspace.arguments("fit", "student.path=some/student")) == 2
     err = capsys.readouterr().err
-    one_line(err, "student.path", "'some/student': no such name in the cached files. Check the path")
+    told = "'some/student', no folder here and not to be had from the hub: no such name in the cached files. Check"
+    one_line(err, "student.path", told)
 
 
 def test_export_to_where_nothing_can_be_written(workspace, bad, no_weights, capsys):
