@@ -80,6 +80,13 @@ def test_the_last_turn_of_the_assistant_is_dropped_or_continued(choice, text, ma
     assert render({"prompt": TURNS}, config, make_tokenizer(chat=True)) == dropped
 
 
+def test_a_turn_that_is_continued_has_no_end(make_tokenizer):
+    tokenizer = make_tokenizer(chat=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", "{{ m.content }}<eos>")
+    text = render({"prompt": ANSWERED[2:]}, DataConfig(chat=True, last_assistant_turn="continue"), tokenizer)
+    assert text == "<bos>[user]2+2<eos>[assistant]It is"
+
+
 def test_the_last_turn_of_the_assistant_is_refused_unless_chosen(make_tokenizer):
     tokenizer = make_tokenizer(chat=True)
     with pytest.raises(UserError, match=r"data\.last_assistant_turn.*ends with the assistant: 'It is'.*drop.*continue"):
