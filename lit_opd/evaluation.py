@@ -20,7 +20,7 @@ from lit_opd.measures.positions import POSITION_VALUES, Profile, TokenProfile
 from lit_opd.measures.table import YARDSTICKS
 from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
-from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, judge, uniforms
+from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, check_batch, judge, uniforms
 from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
@@ -76,6 +76,7 @@ class Evaluation(nn.Module):
         verifier: Verifier | None, rows: int,
     ) -> None:  # fmt: skip
         """Sample one batch of prompts with `policy`, the student or the teacher itself, and measure what it wrote."""
+        check_batch(batch)
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
         device = batch.prompts.ids_BP.device

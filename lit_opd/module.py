@@ -20,15 +20,12 @@ from lit_opd.config import (
     DiagnosticsConfig,
     EstimatorConfig,
     EvaluationConfig,
-    FrozenConfig,
     LintConfig,
     OptimConfig,
     RolloutConfig,
-    StudentConfig,
-    TeacherConfig,
     as_section,
 )
-from lit_opd.config.limits import SEED, as_type
+from lit_opd.config.limits import seed as check_seed
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.evaluation import Evaluation, Example, tell_left_out
@@ -53,7 +50,7 @@ from lit_opd.types import Need, PromptBatch, ScoredRollout
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
 
-class DistillationModule(AcrossProcesses):
+class DistillationModule(models.Restorable, AcrossProcesses):  # type: ignore[misc]
     """On-policy distillation of a student from a frozen teacher.
 
     One `training_step` is one rollout batch: sampled once, scored once, then `optim.updates_per_rollout` optimizer
@@ -68,15 +65,11 @@ class DistillationModule(AcrossProcesses):
         tokenizer: the student's; needed with a model in memory.
         teacher_tokenizer: the teacher's; by default read from its path, else the student's.
         reference: as the teacher, for an estimator that asks for one; by default the student before training.
-        rollout: `RolloutConfig` or its keys.
-        optim: `OptimConfig` or its keys.
-        evaluation: `EvaluationConfig` or its keys.
+        rollout, optim, evaluation, lint, diagnostics: sections of the configuration, or their keys as mappings.
         aggregation: `token_mean`, `sequence_mean` or `sequence_sum`.
         masked_tokens: tokens (strings or ids) whose positions are not counted.
         seed: of everything that is sampled in training.
         engine: samples completions; by default in this process.
-        lint: `LintConfig` or its keys: which refusals of configurations that cannot work are to pass.
-        diagnostics: `DiagnosticsConfig` or its keys; of these, how many tokens an evaluation compares at a position.
 
     Raises:
         UserError: whatever cannot work, before weights load where that can be known.
@@ -104,29 +97,19 @@ class DistillationModule(AcrossProcesses):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.given = models.to_saved(
-            {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        )
-        student = models.as_model(StudentConfig, student, "student")
-        if not isinstance(teacher, Scorer):
-            teacher = models.as_model(TeacherConfig, teacher, "teacher")
-        if reference is not None:
-            reference = models.as_model(FrozenConfig, reference, "reference")
-        models.check_tokenizer("tokenizer", tokenizer)
-        models.check_tokenizer("teacher_tokenizer", teacher_tokenizer)
-        self.estimator = _build(estimator, estimator_kwargs)
+        self.given = models.to_saved(locals())
+        tokenizers = {"tokenizer": tokenizer, "teacher_tokenizer": teacher_tokenizer}
+        student, teacher, reference = models.as_models(student, teacher, reference, Scorer, **tokenizers)
+        self.estimator = estimators.build_given(estimator, estimator_kwargs)
         self.rollout_config = as_section(RolloutConfig, rollout, "rollout")
         self.optim_config = as_section(OptimConfig, optim, "optim")
         settings = as_section(EvaluationConfig, evaluation, "evaluation")
         support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
         counted = EstimatorConfig(aggregation=aggregation, masked_tokens=masked_tokens)  # type: ignore[arg-type]
-        counted.check("estimator")
-        masked_tokens = counted.masked_tokens
-        SEED("seed", as_type("seed", seed, int))
+        masked_tokens = as_section(EstimatorConfig, counted, "estimator").masked_tokens
+        check_seed("seed", seed)
         self.law = training_law(self.rollout_config, self.estimator)
-        self.engine = build_engine(self.rollout_config) if engine is None else engine
-        if not callable(getattr(self.engine, "sample", None)):
-            raise UserError("engine", "a RolloutEngine, with a method `sample`", type(engine).__name__, "Pass one.")
+        self.engine = build_engine(self.rollout_config, engine)
         allow = as_section(LintConfig, lint, "lint").allow
         checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
         linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
@@ -138,8 +121,7 @@ class DistillationModule(AcrossProcesses):
         self.evaluation = Evaluation(settings, self.rollout_config.max_new_tokens, support_size)
         local: Any = teacher if self.scorer is None else None
         self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
-        self.student = self.pair.student
-        self.model = self.student.model
+        self.student, self.model = self.pair.student, self.pair.student.model
         self.teacher: Any = None
         self.distiller: Any = None
         self.aggregation, self.seed = aggregation, seed
@@ -159,26 +141,6 @@ class DistillationModule(AcrossProcesses):
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
             lint=config.lint, diagnostics=config.diagnostics,
         )  # fmt: skip
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> DistillationModule:  # type: ignore[override]
-        """Make the module of a checkpoint again, with its weights on the CPU.
-
-        Args:
-            checkpoint_path: a file that training wrote.
-            **arguments: in the place of those that the checkpoint holds. What was given in Python, as a model in
-                memory, it does not hold.
-
-        Raises:
-            UserError: no checkpoint, arguments that it lacks, or another student's weights.
-        """
-        checkpoint, held = models.from_saved(checkpoint_path, arguments)
-        module = cls(**held)
-        try:
-            module.load_state_dict(module.state_dict() | checkpoint["state_dict"])
-        except RuntimeError as error:
-            raise UserError("student", "the student of the checkpoint", str(error)[:300], "Pass student=...") from error
-        return module
 
     @property
     def tokenizer(self) -> Any:
@@ -225,7 +187,6 @@ class DistillationModule(AcrossProcesses):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample, score, estimate and step."""
-        _check_batch(batch)
         watch = Stopwatch(self.device)
         rollout = self.distiller.sample(batch)
         watch.lap("rollout_s")
@@ -295,7 +256,6 @@ class DistillationModule(AcrossProcesses):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
-        _check_batch(batch)
         policy = self.student if self.judged == "student" else self.teacher.untempered()
         scorer = self.distiller.scorers["teacher"].untempered()
         self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
@@ -358,19 +318,3 @@ class DistillationModule(AcrossProcesses):
     def verifier(self) -> Any:
         """The data module's verifier, which judges completions, or None."""
         return getattr(getattr(self.trainer, "datamodule", None), "verifier", None)
-
-
-def _build(estimator: Any, keywords: Any) -> estimators.BoundEstimator:
-    """Build the estimator that a section, a name or a function says, unless it is built."""
-    if isinstance(estimator, EstimatorConfig | Mapping):
-        return estimators.build_from(as_section(EstimatorConfig, estimator, "estimator"))
-    if isinstance(estimator, estimators.BoundEstimator):
-        return estimator
-    return estimators.build(estimator, **as_type("estimator.kwargs", keywords or {}, dict[str, Any]))
-
-
-def _check_batch(batch: Any) -> None:
-    """Refuse what a loader that is not ours gives, before anything reads it."""
-    if not isinstance(batch, PromptBatch):
-        remedy = "Give the trainer a PromptDataModule(train_rows=...), or a loader of such batches."
-        raise UserError("data", "batches of the type lit_opd.types.PromptBatch", type(batch).__name__, remedy)

@@ -22,7 +22,7 @@ from lit_opd.estimators import (  # noqa: F401  (importing registers)
 )
 from lit_opd.estimators.contract import BoundEstimator, Contract, EstimatorSpec, Term, Variant, any_clipped
 from lit_opd.estimators.registry import get, names, register_estimator, register_mixture, register_weighting
-from lit_opd.estimators.terms import build, build_from
+from lit_opd.estimators.terms import build, build_from, build_given
 
 __all__ = [
     "BoundEstimator",
@@ -33,6 +33,7 @@ __all__ = [
     "any_clipped",
     "build",
     "build_from",
+    "build_given",
     "get",
     "names",
     "register_estimator",

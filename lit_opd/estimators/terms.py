@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
+from lit_opd.config import EstimatorConfig, as_section
+from lit_opd.config.limits import as_type
 from lit_opd.errors import UserError, choose, suggest
 from lit_opd.estimators.contract import BoundEstimator, EstimatorFn, EstimatorSpec, Term
 from lit_opd.estimators.registry import get, names
 from lit_opd.functional.support import SUPPORTS
 from lit_opd.types import Need
 
-__all__ = ["build", "build_from"]
+__all__ = ["build", "build_from", "build_given"]
 
 _TERM = ("name", "weight", "kwargs", "weighting")
 _WEIGHTING = ("name", "kwargs")
 
 
-class _Section(Protocol):
-    """The section `estimator` of a configuration."""
-
-    name: str
-    kwargs: dict[str, Any]
-    terms: list[Any]
-
-
-def build_from(section: _Section) -> BoundEstimator:
+def build_from(section: EstimatorConfig) -> BoundEstimator:
     """Build the estimator that the section `estimator` of a configuration describes, by its name or by its terms.
 
     Raises:
@@ -48,6 +42,19 @@ def build_from(section: _Section) -> BoundEstimator:
     except UserError as error:
         key = "estimator.terms" if error.key == "estimator.kwargs" else error.key
         raise UserError(key, error.expected, error.found, error.remedy) from error
+
+
+def build_given(estimator: Any, keywords: Any = None) -> BoundEstimator:
+    """Build what a script gives: a section `estimator` or its keys, a name or a function with keywords, or one built.
+
+    Raises:
+        UserError: as of `build_from` and `build`.
+    """
+    if isinstance(estimator, EstimatorConfig | Mapping):
+        return build_from(as_section(EstimatorConfig, estimator, "estimator"))
+    if isinstance(estimator, BoundEstimator):
+        return estimator
+    return build(estimator, **as_type("estimator.kwargs", keywords or {}, dict[str, Any]))
 
 
 def build(name: str | EstimatorFn, /, **kwargs: Any) -> BoundEstimator:

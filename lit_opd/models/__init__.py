@@ -3,7 +3,7 @@
 `Pair` checks what the user named and loads it. Scorers, rollout engines and yardsticks run what it loaded.
 """
 
-from lit_opd.models.given import as_model, check_tokenizer, from_saved, to_saved
+from lit_opd.models.given import Restorable, as_models, to_saved
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
@@ -15,11 +15,10 @@ __all__ = [
     "LanguageModel",
     "Pair",
     "Reference",
+    "Restorable",
     "Student",
     "Teacher",
-    "as_model",
-    "check_tokenizer",
-    "from_saved",
+    "as_models",
     "frozen_names",
     "load_frozen",
     "load_student",
