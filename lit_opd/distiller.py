@@ -17,7 +17,7 @@ from lit_opd.functional import token_weights
 from lit_opd.models import LanguageModel
 from lit_opd.objective import Loss, student_loss
 from lit_opd.perf import phase
-from lit_opd.rollout import RolloutSource, Verifier, judge, micro_batches
+from lit_opd.rollout import RolloutSource, Verifier, check_batch, judge, micro_batches
 from lit_opd.teachers import Scorer, Wanted, wanted_by
 from lit_opd.types import Need, PromptBatch, Rollout, ScoredRollout
 
@@ -68,6 +68,7 @@ class Distiller:
     @phase("rollout")
     def sample(self, batch: PromptBatch) -> Rollout:
         """Complete every prompt, with rewards where the estimator asks for them."""
+        check_batch(batch)
         rollout = self.source.complete(batch)
         rollout = rollout.uncount(torch.isin(rollout.ids_BT, rollout.ids_BT.new_tensor(self.masked_ids)))
         return self.judged(batch, rollout) if Need.REWARDS in self.estimator.needs else rollout

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
-from lit_opd.errors import LintWarning, UserError
+from lit_opd.errors import LintWarning
 from lit_opd.measures.custom import load_measures
 from lit_opd.measures.intervals import Interval
 from lit_opd.measures.positions import POSITION_VALUES, Profile, TokenProfile
@@ -23,11 +23,11 @@ from lit_opd.measures.table import YARDSTICKS
 from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
 from lit_opd.processes import AcrossProcesses
-from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, failed, judge, uniforms
+from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, check_batch, failed, judge, uniforms
 from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
-__all__ = ["EvaluatedModule", "Evaluation", "Example", "check_batch", "tell_left_out"]
+__all__ = ["EvaluatedModule", "Evaluation", "Example", "tell_left_out"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Evaluation(nn.Module):
         verifier: Verifier | None, rows: int,
     ) -> None:  # fmt: skip
         """Sample one batch of prompts with `policy`, the student or the teacher itself, and measure what it wrote."""
+        check_batch(batch)
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
         device = batch.prompts.ids_BP.device
@@ -127,17 +128,6 @@ class Evaluation(nn.Module):
             self.examples.append(example)
 
 
-def check_batch(batch: Any) -> None:
-    """Refuse what a loader that is not ours gives, before anything reads it.
-
-    Raises:
-        UserError: it is no `PromptBatch`.
-    """
-    if not isinstance(batch, PromptBatch):
-        remedy = "Give the trainer a PromptDataModule(train_rows=...), or a loader of such batches."
-        raise UserError("data", "batches of the type lit_opd.types.PromptBatch", type(batch).__name__, remedy)
-
-
 class EvaluatedModule(AcrossProcesses):
     """A Lightning module that measures its student, or the teacher in its place, on held-out prompts.
 
@@ -168,7 +158,6 @@ class EvaluatedModule(AcrossProcesses):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
-        check_batch(batch)
         policy = self.student if self.judged == "student" else self.teacher.untempered()
         scorer = self.distiller.scorers["teacher"].untempered()
         self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)

@@ -19,18 +19,15 @@ from lit_opd.config import (
     DiagnosticsConfig,
     EstimatorConfig,
     EvaluationConfig,
-    FrozenConfig,
     LintConfig,
     OptimConfig,
     RolloutConfig,
-    StudentConfig,
-    TeacherConfig,
     as_section,
 )
-from lit_opd.config.limits import SEED, as_type
+from lit_opd.config.limits import seed as check_seed
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
-from lit_opd.evaluation import EvaluatedModule, check_batch, tell_left_out
+from lit_opd.evaluation import EvaluatedModule, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
 from lit_opd.measures.steps import Seen, not_finite, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler, play_schedule
@@ -52,7 +49,7 @@ from lit_opd.types import Need, PromptBatch, Rollout, ScoredRollout
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
 
-class DistillationModule(EvaluatedModule):
+class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[misc]
     """On-policy distillation of a student from a frozen teacher.
 
     One `training_step` is one rollout batch: sampled once, scored once, then `optim.updates_per_rollout` optimizer
@@ -67,15 +64,11 @@ class DistillationModule(EvaluatedModule):
         tokenizer: the student's; needed with a model in memory.
         teacher_tokenizer: the teacher's; by default read from its path, else the student's.
         reference: as the teacher, for an estimator that asks for one; by default the student before training.
-        rollout: `RolloutConfig` or its keys.
-        optim: `OptimConfig` or its keys.
-        evaluation: `EvaluationConfig` or its keys.
+        rollout, optim, evaluation, lint, diagnostics: sections of the configuration, or their keys as mappings.
         aggregation: `token_mean`, `sequence_mean` or `sequence_sum`.
         masked_tokens: tokens (strings or ids) whose positions are not counted.
         seed: of everything that is sampled in training.
         engine: samples completions; by default in this process.
-        lint: `LintConfig` or its keys: which refusals of configurations that cannot work are to pass.
-        diagnostics: `DiagnosticsConfig` or its keys; of these, how many tokens an evaluation compares at a position.
 
     Raises:
         UserError: whatever cannot work, before weights load where that can be known.
@@ -103,29 +96,22 @@ class DistillationModule(EvaluatedModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.given = models.to_saved({k: v for k, v in locals().items() if k not in ("self", "__class__")})
-        student = models.as_model(StudentConfig, student, "student")
-        if not isinstance(teacher, Scorer):
-            teacher = models.as_model(TeacherConfig, teacher, "teacher")
-        if reference is not None:
-            reference = models.as_model(FrozenConfig, reference, "reference")
-        models.check_tokenizer("tokenizer", tokenizer)
-        models.check_tokenizer("teacher_tokenizer", teacher_tokenizer)
-        self.estimator = estimators.as_estimator(estimator, estimator_kwargs)
+        self.given = models.to_saved(locals())
+        tokenizers = {"tokenizer": tokenizer, "teacher_tokenizer": teacher_tokenizer}
+        student, teacher, reference = models.as_models(student, teacher, reference, Scorer, **tokenizers)
+        self.estimator = estimators.build_given(estimator, estimator_kwargs)
         self.rollout_config = as_section(RolloutConfig, rollout, "rollout")
         self.optim_config = as_section(OptimConfig, optim, "optim")
         settings = as_section(EvaluationConfig, evaluation, "evaluation")
         support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
         counted = EstimatorConfig(aggregation=aggregation, masked_tokens=masked_tokens)  # type: ignore[arg-type]
-        counted.check("estimator")
-        SEED("seed", as_type("seed", seed, int))
+        masked_tokens = as_section(EstimatorConfig, counted, "estimator").masked_tokens
+        check_seed("seed", seed)
         self.law = training_law(self.rollout_config, self.estimator)
-        self.engine = build_engine(self.rollout_config) if engine is None else engine
-        if not callable(getattr(self.engine, "sample", None)):
-            raise UserError("engine", "a RolloutEngine, with a method `sample`", type(engine).__name__, "Pass one.")
+        self.engine = build_engine(self.rollout_config, engine)
         allow = as_section(LintConfig, lint, "lint").allow
         checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
-        linter.check(*checked, masked_tokens=counted.masked_tokens, tokenizer=tokenizer, allow=allow)
+        linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
         self.scorer = own_scorer(teacher, student, tokenizer)
         if self.scorer is not None:
             check_gives(self.scorer, self.estimator, self.rollout_config)
@@ -134,12 +120,11 @@ class DistillationModule(EvaluatedModule):
         self.begin_evaluations(settings, self.rollout_config.max_new_tokens, support_size)
         local: Any = teacher if self.scorer is None else None
         self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
-        self.student = self.pair.student
-        self.model = self.student.model
+        self.student, self.model = self.pair.student, self.pair.student.model
         self.teacher: Any = None
         self.distiller: Any = None
         self.aggregation, self.seed = aggregation, seed
-        self.masked_ids = models.token_ids(self.student.tokenizer, counted.masked_tokens, "estimator.masked_tokens")
+        self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
         self.seen: list[Seen] = []
         self.proved = False
 
@@ -152,26 +137,6 @@ class DistillationModule(EvaluatedModule):
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
             lint=config.lint, diagnostics=config.diagnostics,
         )  # fmt: skip
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> DistillationModule:  # type: ignore[override]
-        """Make the module of a checkpoint again, with its weights on the CPU.
-
-        Args:
-            checkpoint_path: a file that training wrote.
-            **arguments: in the place of those that the checkpoint holds. What was given in Python, as a model in
-                memory, it does not hold.
-
-        Raises:
-            UserError: no checkpoint, arguments that it lacks, or another student's weights.
-        """
-        checkpoint, held = models.from_saved(checkpoint_path, arguments)
-        module = cls(**held)
-        try:
-            module.load_state_dict(module.state_dict() | checkpoint["state_dict"])
-        except RuntimeError as error:
-            raise UserError("student", "the student of the checkpoint", str(error)[:300], "Pass student=...") from error
-        return module
 
     @property
     def tokenizer(self) -> Any:
@@ -218,7 +183,6 @@ class DistillationModule(EvaluatedModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample, score, estimate and step."""
-        check_batch(batch)
         watch = Stopwatch(self.device)
         rollout = self.distiller.sample(batch)
         self.prove(rollout)

@@ -26,7 +26,7 @@ WRONG = [
     ("evaluation", {"pass_at": 1}, "evaluation.pass_at"), ("evaluation", {"seed": -1}, "evaluation.seed"),
     ("aggregation", 3, "estimator.aggregation"), ("aggregation", "mean", "estimator.aggregation"),
     ("masked_tokens", "abc", "estimator.masked_tokens"), ("masked_tokens", [1.5], "estimator.masked_tokens[0]"),
-    ("seed", "1", "seed"), ("seed", -1, "seed"), ("seed", 2**64, "seed"), ("engine", object(), "engine"),
+    ("seed", "1", "seed"), ("seed", -1, "seed"), ("seed", 2**64, "seed"), ("engine", object(), "rollout.engine"),
     ("lint", {"allow": "x"}, "lint.allow"), ("lint", [1], "lint"), ("diagnostics", {"support_size": 0}, "diagnostics"),
 ]  # fmt: skip
 

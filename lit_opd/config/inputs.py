@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lit_opd.config.limits import SEED, Section, above, at_least, limited, one_of, one_of_or_path, within
+from lit_opd.config import limits
+from lit_opd.config.limits import Section, above, at_least, limited, one_of, one_of_or_path, within
 from lit_opd.errors import UserError
 
 __all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig"]
@@ -115,7 +116,7 @@ class DataConfig(Section):
     """Prompts to train on; null for all."""
     validation_size: int = limited(256, at_least(1))
     """Held-out prompts, never trained on."""
-    validation_seed: int = limited(0, SEED)
+    validation_seed: int = limited(0, limits.seed)
     """Of which prompts are held out."""
     max_prompt_tokens: int = limited(512, at_least(1))
     """The longest prompt."""

@@ -20,7 +20,6 @@ from omegaconf import MISSING
 from lit_opd.errors import UserError, choose, gather
 
 __all__ = [
-    "SEED",
     "Section",
     "above",
     "as_type",
@@ -28,6 +27,7 @@ __all__ = [
     "limited",
     "one_of",
     "one_of_or_path",
+    "seed",
     "type_name",
     "type_options",
     "within",
@@ -153,8 +153,9 @@ def at_least(minimum: float, note: str = "", null: str | None = None, most: floa
     return check
 
 
-SEED = at_least(0, most=2**32 - 1)
-"""The numbers that seed every library."""
+def seed(key: str, value: Any) -> None:
+    """Ask for a number that every library takes as a seed."""
+    at_least(0, most=2**32 - 1)(key, as_type(key, value, int))
 
 
 def above(bound: float, null: str | None = None) -> Limit:

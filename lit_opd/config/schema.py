@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_opd.config import limits
 from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
-from lit_opd.config.limits import SEED, Section, limited
+from lit_opd.config.limits import Section, limited
 from lit_opd.config.watching import (
     CollapseConfig,
     DiagnosticsConfig,
@@ -28,7 +29,7 @@ __all__ = ["Config"]
 class Config(Section):
     """One run."""
 
-    seed: int = limited(0, SEED)
+    seed: int = limited(0, limits.seed)
     """Of the order of prompts and of everything sampled in training."""
     output_dir: str = "outputs/run"
     """Checkpoints, exported student, summary; must not hold another run."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_opd.config.limits import SEED, Section, at_least, limited, one_of, within
+from lit_opd.config import limits
+from lit_opd.config.limits import Section, at_least, limited, one_of, within
 from lit_opd.errors import UserError
 
 __all__ = ["CollapseConfig", "DiagnosticsConfig", "EvaluationConfig", "LintConfig", "MeasureConfig", "TrackingConfig"]
@@ -28,7 +29,7 @@ class EvaluationConfig(Section):
     """Prompts a batch, in each process."""
     pass_at: list[int] = field(default_factory=lambda: [1])
     """The k of pass@k: the chance that one of k completions is right."""
-    seed: int = limited(0, SEED)
+    seed: int = limited(0, limits.seed)
     """Of the completions."""
     num_examples: int = limited(16, at_least(0))
     """Completions kept to read, with the log-ratio of every token."""

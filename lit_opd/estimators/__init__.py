@@ -22,7 +22,7 @@ from lit_opd.estimators import (  # noqa: F401  (importing registers)
 )
 from lit_opd.estimators.contract import BoundEstimator, Contract, EstimatorSpec, Term, Variant, any_clipped
 from lit_opd.estimators.registry import get, names, register_estimator, register_mixture, register_weighting
-from lit_opd.estimators.terms import as_estimator, build, build_from
+from lit_opd.estimators.terms import build, build_from, build_given
 
 __all__ = [
     "BoundEstimator",
@@ -32,8 +32,8 @@ __all__ = [
     "Variant",
     "any_clipped",
     "build",
-    "as_estimator",
     "build_from",
+    "build_given",
     "get",
     "names",
     "register_estimator",

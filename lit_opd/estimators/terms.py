@@ -19,23 +19,10 @@ from lit_opd.estimators.registry import get, names
 from lit_opd.functional.support import SUPPORTS
 from lit_opd.types import Need
 
-__all__ = ["as_estimator", "build", "build_from"]
+__all__ = ["build", "build_from", "build_given"]
 
 _TERM = ("name", "weight", "kwargs", "weighting")
 _WEIGHTING = ("name", "kwargs")
-
-
-def as_estimator(given: Any, keywords: Any = None) -> BoundEstimator:
-    """Build the estimator that a section, its keys, a name or a function says, unless it is built.
-
-    Raises:
-        UserError: as of `build`, or what is given is none of these.
-    """
-    if isinstance(given, EstimatorConfig | Mapping):
-        return build_from(as_section(EstimatorConfig, given, "estimator"))
-    if isinstance(given, BoundEstimator):
-        return given
-    return build(given, **as_type("estimator.kwargs", keywords or {}, dict[str, Any]))
 
 
 def build_from(section: EstimatorConfig) -> BoundEstimator:
@@ -55,6 +42,19 @@ def build_from(section: EstimatorConfig) -> BoundEstimator:
     except UserError as error:
         key = "estimator.terms" if error.key == "estimator.kwargs" else error.key
         raise UserError(key, error.expected, error.found, error.remedy) from error
+
+
+def build_given(estimator: Any, keywords: Any = None) -> BoundEstimator:
+    """Build what a script gives: a section `estimator` or its keys, a name or a function with keywords, or one built.
+
+    Raises:
+        UserError: as of `build_from` and `build`.
+    """
+    if isinstance(estimator, EstimatorConfig | Mapping):
+        return build_from(as_section(EstimatorConfig, estimator, "estimator"))
+    if isinstance(estimator, BoundEstimator):
+        return estimator
+    return build(estimator, **as_type("estimator.kwargs", keywords or {}, dict[str, Any]))
 
 
 def build(name: str | EstimatorFn, /, **kwargs: Any) -> BoundEstimator:

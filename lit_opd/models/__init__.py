@@ -6,7 +6,7 @@
 from lit_opd.models.context import context_length
 from lit_opd.models.endings import end_of_turn, read_stop_ids
 from lit_opd.models.exporting import export_student
-from lit_opd.models.given import as_model, check_tokenizer, from_saved, to_saved
+from lit_opd.models.given import Restorable, as_models, to_saved
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
@@ -18,13 +18,12 @@ __all__ = [
     "LanguageModel",
     "Pair",
     "Reference",
+    "Restorable",
     "Student",
     "Teacher",
+    "as_models",
     "end_of_turn",
     "export_student",
-    "as_model",
-    "check_tokenizer",
-    "from_saved",
     "frozen_names",
     "load_frozen",
     "load_student",

@@ -15,20 +15,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_opd.config import FrozenConfig, Section, StudentConfig, as_section
+from lit_opd.config import FrozenConfig, Section, StudentConfig, TeacherConfig, as_section
 from lit_opd.errors import UserError
 
-__all__ = ["as_model", "check_tokenizer", "from_saved", "to_saved"]
+__all__ = ["Restorable", "as_models", "to_saved"]
 
 IN_PYTHON = "given in Python"
 
 
-def as_model(schema: type[StudentConfig] | type[FrozenConfig], value: Any, key: str) -> Any:
-    """Make a section of a path or of a mapping of its keys, and give back a section or a model as it is.
+def as_models(student: Any, teacher: Any, reference: Any, scorer: type, **tokenizers: Any) -> tuple[Any, Any, Any]:
+    """Make sections of paths and of mappings of keys; sections, models in memory and a `scorer` stay as they are.
 
     Raises:
-        UserError: it is none of them, or a section that checks refuse.
+        UserError: one is none of them, or a section that checks refuse; what was given for a tokenizer is none.
     """
+    for key, value in tokenizers.items():
+        if value is not None and not hasattr(value, "get_vocab"):
+            remedy = "Pass what AutoTokenizer.from_pretrained returns."
+            raise UserError(key, "a tokenizer of transformers", f"{value!r:.80}, a {type(value).__name__}", remedy)
+    student = _as_model(StudentConfig, student, "student")
+    teacher = teacher if isinstance(teacher, scorer) else _as_model(TeacherConfig, teacher, "teacher")
+    return student, teacher, None if reference is None else _as_model(FrozenConfig, reference, "reference")
+
+
+def _as_model(schema: type[StudentConfig] | type[FrozenConfig], value: Any, key: str) -> Any:
     if isinstance(value, str | os.PathLike):
         value = schema(path=os.fspath(value))
     if isinstance(value, Mapping | schema):
@@ -39,21 +49,12 @@ def as_model(schema: type[StudentConfig] | type[FrozenConfig], value: Any, key: 
     raise UserError(key, expected, f"{value!r:.80}, a {type(value).__name__}", "Pass one of them.")
 
 
-def check_tokenizer(key: str, value: Any) -> None:
-    """Check that a tokenizer, where one was given, is one.
-
-    Raises:
-        UserError: it is a path or something else.
-    """
-    if value is not None and not hasattr(value, "get_vocab"):
-        remedy = "Pass what AutoTokenizer.from_pretrained returns."
-        raise UserError(key, "a tokenizer of transformers", f"{value!r:.80}, a {type(value).__name__}", remedy)
-
-
 def to_saved(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Write arguments as plain values that a checkpoint may hold, and mark what lives in Python only."""
+    """Write `locals()` of a constructor as plain values for a checkpoint, and mark what lives in Python only."""
     saved: dict[str, Any] = {}
     for key, value in given.items():
+        if key in ("self", "__class__"):
+            continue
         plain: Any = asdict(value) if isinstance(value, Section) else value  # type: ignore[call-overload]
         try:
             saved[key] = json.loads(json.dumps(plain, default=os.fspath))
@@ -62,23 +63,31 @@ def to_saved(given: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def from_saved(path: str | os.PathLike[str], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a checkpoint, and the arguments that it holds with the given ones in their place.
+class Restorable(nn.Module):
+    """A module whose checkpoints hold the arguments that it was made with."""
 
-    Raises:
-        UserError: no checkpoint, a damaged one, one without arguments, or one that asks for some of them.
-    """
-    key, remedy = "checkpoint_path", "Choose a file that training wrote."
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        held = checkpoint.get("hyper_parameters", {}) | given
-        _ = checkpoint["state_dict"]
-    except Exception as error:  # there is no end to what a damaged file makes the reader raise
-        found = f"{os.fspath(path)!r}: {type(error).__name__}: {error}"[:300]
-        raise UserError(key, "a readable checkpoint of lit_opd", found, remedy) from error
-    lacking = [name for name, value in held.items() if isinstance(value, Mapping) and IN_PYTHON in value]
-    lacking += [name for name in ("student", "teacher") if name not in held]
-    if lacking:
-        expected = f"the arguments {', '.join(lacking)}, which the checkpoint does not hold"
-        raise UserError(key, expected, "none", f"Pass {lacking[0]}=... too.")
-    return checkpoint, held
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> Any:
+        """Make the module of a checkpoint again, on the CPU, with `arguments` in the place of those that it holds.
+
+        Raises:
+            UserError: no checkpoint, a damaged one, arguments that it does not hold, or another student's weights.
+        """
+        key, remedy = "checkpoint_path", "Choose a file that training wrote."
+        try:
+            checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            held, weights = checkpoint.get("hyper_parameters", {}) | arguments, checkpoint["state_dict"]
+        except Exception as error:  # there is no end to what a damaged file makes the reader raise
+            found = f"{str(checkpoint_path)!r}: {type(error).__name__}: {error}"[:300]
+            raise UserError(key, "a readable checkpoint of lit_opd", found, remedy) from error
+        lacking = [name for name, value in held.items() if isinstance(value, Mapping) and IN_PYTHON in value]
+        lacking += [name for name in ("student", "teacher") if name not in held]
+        if lacking:
+            expected = f"the arguments {', '.join(lacking)}, which the checkpoint does not hold"
+            raise UserError(key, expected, "none", f"Pass {lacking[0]}=... too.")
+        module = cls(**held)
+        try:
+            module.load_state_dict(module.state_dict() | weights)
+        except RuntimeError as error:
+            raise UserError("student", "the student of the checkpoint", str(error)[:300], "Pass student=...") from error
+        return module

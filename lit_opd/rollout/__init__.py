@@ -4,7 +4,14 @@ A source completes prompts, most often by an engine that samples from a model. `
 rollouts.
 """
 
-from lit_opd.rollout.batching import EVALUATION_STREAM, TRAINING_STREAM, micro_batches, split_updates, uniforms
+from lit_opd.rollout.batching import (
+    EVALUATION_STREAM,
+    TRAINING_STREAM,
+    check_batch,
+    micro_batches,
+    split_updates,
+    uniforms,
+)
 from lit_opd.rollout.engine import RolloutEngine, build_engine
 from lit_opd.rollout.judging import Verifier, completion_texts, failed, judge
 from lit_opd.rollout.law import training_law
@@ -27,6 +34,7 @@ __all__ = [
     "Written",
     "build_engine",
     "build_source",
+    "check_batch",
     "check_gap",
     "completion_texts",
     "gap_sums",

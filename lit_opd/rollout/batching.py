@@ -12,12 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_opd.types import Rollout
+from lit_opd.errors import UserError
+from lit_opd.types import PromptBatch, Rollout
 
-__all__ = ["EVALUATION_STREAM", "TRAINING_STREAM", "micro_batches", "split_updates", "uniforms"]
+__all__ = ["EVALUATION_STREAM", "TRAINING_STREAM", "check_batch", "micro_batches", "split_updates", "uniforms"]
 
 # The second number of a seed, which keeps draws of training and of evaluations apart.
 TRAINING_STREAM, EVALUATION_STREAM = 0, 1
+
+
+def check_batch(batch: object) -> None:
+    """Refuse what a loader of another kind gives, before anything reads it.
+
+    Raises:
+        UserError: it is no `PromptBatch`.
+    """
+    if not isinstance(batch, PromptBatch):
+        remedy = "Give the trainer a PromptDataModule(train_rows=...), or a loader of such batches."
+        raise UserError("data", "batches of the type lit_opd.types.PromptBatch", type(batch).__name__, remedy)
 
 
 def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completions: int, length: int) -> Tensor:

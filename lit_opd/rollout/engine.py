@@ -6,7 +6,7 @@ with the engine that `rollout.engine` names.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -43,20 +43,25 @@ class RolloutEngine(Protocol):
         ...
 
 
-def build_engine(config: RolloutConfig) -> RolloutEngine:
-    """Make the configured engine, calling a user's own class or function with the section.
+def build_engine(config: RolloutConfig, given: RolloutEngine | None = None) -> RolloutEngine:
+    """Make the configured engine, calling a user's own class or function with the section, or take the given one.
 
     No server is asked before the first sampling.
 
     Raises:
         UserError: no such class or function, or the object it makes cannot sample.
     """
+    if given is not None:
+        return _checked(given, "one")
     if config.engine == "local":
         return LocalEngine()
     if config.engine == "vllm":
         return VllmEngine(config.server or "")
-    engine = call_object("rollout.engine", config.engine, config)
+    return _checked(call_object("rollout.engine", config.engine, config), f"{config.engine} to make one")
+
+
+def _checked(engine: Any, expected: str) -> RolloutEngine:
     if not callable(getattr(engine, "sample", None)):
-        expected = f"{config.engine} to make an object with a method `sample`"
-        raise UserError("rollout.engine", expected, type(engine).__name__, "See RolloutEngine in lit_opd.rollout.")
+        remedy = "See RolloutEngine in lit_opd.rollout."
+        raise UserError("rollout.engine", f"{expected} with a method `sample`", type(engine).__name__, remedy)
     return engine
