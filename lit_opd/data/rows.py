@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_opd.config import DataConfig
-from lit_opd.data.files import Row, import_extra, read_csv, read_file, read_json
+from lit_opd.data.readers import Row, import_extra, read_csv, read_file, read_json
 from lit_opd.errors import UserError, suggest
 from lit_opd.plugins import import_object
 

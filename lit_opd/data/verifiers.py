@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from lit_opd.config import DataConfig
-from lit_opd.data.files import import_extra
 from lit_opd.data.guarded import Verifier
+from lit_opd.data.readers import import_extra
 from lit_opd.data.rows import reasoning_gym_task
 from lit_opd.errors import UserError, suggest
 from lit_opd.plugins import import_object

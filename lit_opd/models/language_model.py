@@ -20,8 +20,8 @@ from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
 from lit_opd.functional.precision import upcast
 from lit_opd.models.context import steady_length
-from lit_opd.models.endings import end_of_turn, named_ends
 from lit_opd.models.forward import FAILURES, Forward, PaddedForward, choose_forward, circumstances
+from lit_opd.models.stops import end_of_turn, named_ends
 from lit_opd.types import Rollout
 
 __all__ = ["LanguageModel"]

@@ -17,9 +17,9 @@ from mlflow.tracking import MlflowClient
 from lit_opd.data import PromptDataModule
 from lit_opd.data.rows import Row
 from lit_opd.errors import concealed
+from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.mailbox import message
 from lit_opd.tracking.run import RunLogger
-from lit_opd.tracking.words import RunClient
 
 __all__ = ["dataset_inputs", "log_datasets", "log_medians", "log_student"]
 

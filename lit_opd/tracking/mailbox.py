@@ -23,8 +23,8 @@ from mlflow.exceptions import MlflowException
 from tqdm import tqdm
 
 from lit_opd.errors import RunError, concealed
+from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.outbox import Call, Outbox, Refused
-from lit_opd.tracking.words import RunClient
 
 __all__ = ["Mailbox", "answer_within", "message", "reason"]
 

@@ -17,10 +17,10 @@ from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
 from lit_opd.config import Config, to_flat
 from lit_opd.evaluation import Example
+from lit_opd.tracking.fitting import RunClient, fit_name, fit_value
 from lit_opd.tracking.log import log_files, log_table, logger_of
 from lit_opd.tracking.mailbox import message
 from lit_opd.tracking.run import RunLogger
-from lit_opd.tracking.words import RunClient, fit_name, fit_value
 
 __all__ = ["RunRecord", "log_examples"]
 

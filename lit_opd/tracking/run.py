@@ -24,9 +24,9 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from lit_opd.config import Config
 from lit_opd.errors import UserError, concealed
+from lit_opd.tracking.fitting import RunClient, fit_tags
 from lit_opd.tracking.mailbox import REFUSALS, Mailbox, reason
 from lit_opd.tracking.store import KEPT, connect
-from lit_opd.tracking.words import RunClient, fit_tags
 
 __all__ = ["RunLogger", "begin_run", "git_sha", "ui_command"]
 

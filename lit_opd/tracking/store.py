@@ -22,8 +22,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import UserError
+from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.mailbox import Mailbox, answer_within, reason
-from lit_opd.tracking.words import RunClient
 
 __all__ = ["KEPT", "MlflowClient", "MlflowException", "MlflowRun", "check_tracking", "connect", "open_store"]
 

@@ -10,9 +10,9 @@ import time
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.mailbox import message
 from lit_opd.tracking.run import RunLogger
-from lit_opd.tracking.words import RunClient
 
 __all__ = ["offer_view"]
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from lit_opd.config import DataConfig
-from lit_opd.data.files import read_file
+from lit_opd.data.readers import read_file
 from lit_opd.data.rows import load_rows
 from lit_opd.data.verifiers import build_verifier
 from lit_opd.errors import UserError
