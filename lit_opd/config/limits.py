@@ -20,7 +20,6 @@ from omegaconf import MISSING
 from lit_opd.errors import UserError, choose, gather
 
 __all__ = [
-    "SEED",
     "Section",
     "above",
     "as_type",
