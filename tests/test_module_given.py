@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from lit_opd import DistillationModule, PromptDataModule, estimators, load_config
 from lit_opd.config import StudentConfig
@@ -107,3 +108,10 @@ def test_what_a_checkpoint_does_not_hold_is_asked_for(
     assert torch.equal(again.model.lm_head.weight, module.model.lm_head.weight)
     with pytest.raises(UserError, match=r"^student: expected the student of the checkpoint"):
         DistillationModule.load_from_checkpoint(file, student=make_model(5, hidden_size=24), **given)
+
+
+def test_the_student_is_written_as_a_folder_that_transformers_loads(make_model, make_module, tmp_path):
+    module = make_module(make_model(1), make_model(2))
+    assert module.save_pretrained(tmp_path / "student") == tmp_path / "student"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in module.model.state_dict().items())

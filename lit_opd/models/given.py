@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import nn
 
 from lit_opd.config import FrozenConfig, Section, StudentConfig, TeacherConfig, as_section
 from lit_opd.errors import UserError
+from lit_opd.models.exporting import export_student
+from lit_opd.models.language_model import LanguageModel
 
 __all__ = ["Restorable", "as_models", "to_saved"]
 
@@ -64,7 +67,13 @@ def to_saved(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Restorable(nn.Module):
-    """A module whose checkpoints hold the arguments that it was made with."""
+    """A module whose checkpoints hold the arguments that it was made with, and whose student can be written."""
+
+    student: LanguageModel
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the student as a Hugging Face folder, as `fit` does at its end, and compare the two."""
+        return export_student(self.student, Path(folder))
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> Any:
