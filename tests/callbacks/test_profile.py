@@ -170,8 +170,11 @@ def test_speed_is_summed_up_by_medians_and_the_largest_memory():
                    "train/loss": math.nan}  # fmt: skip
         speed.on_train_batch_end(SimpleNamespace(callback_metrics=metrics), None, None, None, 0)
     assert speed.typical() == {"perf/step_s": 2.0, "perf/tokens_per_s": 5.0, "perf/peak_memory_mb": 30.0}
-    assert speed.state_dict() == {"cost/seconds": 12.0, "cost/tokens": 60.0}
+    assert speed.state_dict() == {"cost/seconds": 12.0, "cost/tokens": 60.0, "typical": speed.typical()}
     assert StepSpeed().typical() == {}
+    resumed = StepSpeed()  # with no step left to make
+    resumed.load_state_dict(speed.state_dict())
+    assert (resumed.cost, resumed.typical()) == (speed.cost, speed.typical())
 
 
 def test_speed_is_that_of_the_steps(train):
