@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 
 from lit_opd import DistillationModule, estimators
 from lit_opd.cli import main
@@ -428,7 +427,7 @@ def test_a_module_refuses_before_it_reads_weights(unreadable, keywords, message)
 
 
 def test_the_garbage_above_is_what_stops_a_module_without_findings(unreadable):
-    with pytest.raises(SafetensorError):
+    with pytest.raises(UserError, match=r"student\.path: expected readable weights, found .* deserializing"):
         DistillationModule(unreadable, TEACHER, **STALE | {"optim": {}})
 
 
@@ -488,8 +487,9 @@ def test_a_command_refuses_before_weights_and_writes_nothing(command, unreadable
     words = ["estimator.name=token", "rollout.temperature=0.7", f"student.path={unreadable}"]
     assert main([command, *COMMAND, *words]) == 2
     printed = capsys.readouterr()
-    (line,) = printed.err.splitlines()
+    line, weights = printed.err.splitlines()
     assert line.startswith("error: rollout.temperature: expected 1 for 'token'")
+    assert weights.startswith("error: student.path: expected readable weights")
     assert line.endswith("lint.allow=[sampler_is_not_student] lets it pass knowingly.")
     assert printed.out == ""
     assert list(workplace.iterdir()) == []

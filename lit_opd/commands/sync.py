@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config
+from lit_opd.files import only_one
 from lit_opd.tracking import check_tracking, send_kept
 
 __all__ = ["sync"]
@@ -18,10 +19,11 @@ def sync(config: Config) -> None:
     """Send what is kept in `output_dir`, and say so.
 
     Raises:
-        UserError: nothing is kept there, or MLflow does not answer.
+        UserError: nothing is kept there, a run is at work there, or MLflow does not answer.
         RunError: MLflow took a part of it.
     """
     quiet_libraries()
     check_tracking(config.tracking.uri)
-    send_kept(config.tracking.uri, Path(config.output_dir))
+    with only_one("output_dir", Path(config.output_dir)):  # a run at work there sends it itself
+        send_kept(config.tracking.uri, Path(config.output_dir))
     print(f"MLflow has got all that {config.output_dir} kept for it.")

@@ -29,9 +29,10 @@ def steady_length(config: Any) -> int | None:
     transformers chooses the frequencies of `longrope` and `dynamic` by the longest row of a batch. Beyond this length a
     row's log-probabilities depend on its neighbours, and keys that were cached earlier keep other frequencies.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
+    text = getattr(config, "text_config", config)  # of a model that also sees or hears
+    rope = getattr(text, "rope_parameters", None) or {}
     layers = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, Mapping)]
-    whole = getattr(config, "max_position_embeddings", None)
+    whole = getattr(text, "max_position_embeddings", None)
     limits = [
         part.get("original_max_position_embeddings", whole) for part in layers if part.get("rope_type") == "longrope"
     ]

@@ -79,7 +79,7 @@ class LanguageModel:
         # transformers 5.24 renamed `past_key_values` to `cache`: there the old name warns, in 5.40 it is gone.
         self.cache_name = next((name for name in ("cache", "past_key_values") if name in takes), None)
         self.vocabulary = self.output_layer.weight.shape[0]
-        self._steady_length = steady_length(self.config.get_text_config())
+        self._steady_length = steady_length(self.config)
 
     @property
     def device(self) -> torch.device:

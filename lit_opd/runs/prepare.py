@@ -23,6 +23,7 @@ from lit_opd.estimators import BoundEstimator
 from lit_opd.models import context_length, load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.runs.first_look import first_look
+from lit_opd.runs.lightning_trainer import check_trainer_keys
 from lit_opd.runs.verdicts import FAIL, PASS, Finding
 from lit_opd.types import Need
 
@@ -39,9 +40,16 @@ def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
     Raises:
         UserError: whatever cannot work and shows without weights, all there is.
     """
-    return gather(
-        partial(_check_estimator, config), partial(check_optimizer, config.optim), partial(_load, config, tell)
-    )[-1]
+    return gather(partial(_check_estimator, config), partial(_check_steps, config), partial(_load, config, tell))[-1]
+
+
+def _check_steps(config: Config) -> None:
+    try:
+        check_optimizer(config.optim)
+    except UserError as error:
+        if error.key == "optim":  # a schedule may take its length from the trainer, whose mistake it is then
+            check_trainer_keys(config)
+        raise
 
 
 def _check_estimator(config: Config) -> None:

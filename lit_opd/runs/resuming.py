@@ -23,7 +23,8 @@ __all__ = ["AT_A_RESUME", "check_changes"]
 AT_A_RESUME: dict[str, tuple[str, ...]] = {
     # What the checkpoint holds, or what names the run: half of it would be made with the one and half with the other.
     "refused": (
-        "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "teacher.path", "teacher.kind",
+        "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "student.dropout",
+        "teacher.path", "teacher.kind",
         "teacher.temperature", "teacher.gguf_file", "reference.path", "reference.gguf_file", "estimator.name",
         "estimator.kwargs", "estimator.terms", "estimator.masked_tokens", "estimator.aggregation", "optim.name",
         "optim.kwargs", "trainer.precision", "tracking.experiment",
@@ -35,6 +36,7 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "data.validation_path", "data.split", "data.kwargs", "data.prompt_column", "data.answer_column", "data.chat",
         "data.system_prompt", "data.examples", "data.prompt_template", "data.train_size", "data.validation_size",
         "data.validation_seed", "data.max_prompt_tokens", "data.overlong", "data.batch_size", "data.verifier",
+        "data.last_assistant_turn", "data.verifier_seconds", "data.on_verifier_error",
         "rollout.engine", "rollout.num_completions", "rollout.max_new_tokens", "rollout.min_new_tokens",
         "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p", "rollout.student_share",
         "rollout.demonstrations", "optim.lr", "optim.scheduler", "optim.scheduler_kwargs", "optim.warmup_steps",

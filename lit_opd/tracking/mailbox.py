@@ -50,12 +50,12 @@ def answer_within(seconds: float, work: Callable[[], T]) -> T:
         TimeoutError: it took too long.
         Exception: what work raised.
     """
-    ended: SimpleQueue[tuple[T | None, Exception | None]] = SimpleQueue()
+    ended: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
 
     def run() -> None:
         try:
             ended.put((work(), None))
-        except Exception as error:
+        except BaseException as error:  # nobody else would see it
             ended.put((None, error))
 
     Thread(target=run, name="mlflow", daemon=True).start()

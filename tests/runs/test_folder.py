@@ -65,7 +65,8 @@ def test_a_run_that_is_killed_at_any_write_resumes_to_the_same_end(make_workspac
     assert moves == ["run.json", "config.yaml", "run.json", last, last, last, "student", "prompts.json", "summary.json",
                      "run.json"]  # fmt: skip
     wanted, results = files(whole.output), json.loads((whole.output / "summary.json").read_text())
-    # After one move is before the next. Before the first only MLflow knows of the run.
+    # Half of the points, for each takes two runs. After one move is before the next. At the first only MLflow knows of
+    # the run.
     for number, after in ((1, 1), (2, 1), (4, 0), (5, 0), (6, 0), (7, 0), (7, 1), (8, 1), (9, 1)):
         one = make_workspace("killed")
         words = one.arguments("fit", *SHORT, "--resume", "auto")

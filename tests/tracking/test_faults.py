@@ -180,7 +180,7 @@ def test_fit_ends_well_while_its_server_hangs_and_the_command_sends_the_rest(ser
     assert process.returncode == 0, err
     shown = f"http://me:${{oc.env:OPD_PASSWORD}}@127.0.0.1:{server.port}"
     assert f"MLflow: {shown}/#/experiments/" in out
-    failed, left = [line for line in err.splitlines() if line.startswith("warning: ")]
+    failed, left = [line for line in err.splitlines() if line.startswith("warning: MLflow")]
     assert failed.startswith(f"warning: MLflow at {shown} fails: ")
     assert "python -m lit_opd sync" in left
     synced = workspace.run(*workspace.arguments("sync"))

@@ -23,6 +23,7 @@ from lit_opd import estimators
 from lit_opd.config import OptimConfig
 from lit_opd.functional import Head, HiddenDistributions, chunk_rows
 from lit_opd.models import LanguageModel
+from lit_opd.models.forward import PaddedForward
 from lit_opd.objective import student_loss
 from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw, ScoredRollout, Scores
 from tools.benchmark.processes import answer, peak_mb, reset_peak, resident_mb
@@ -66,6 +67,12 @@ class GivenStates(nn.Module):
         return SimpleNamespace(last_hidden_state=self.hidden_NH.unsqueeze(0))
 
 
+class GivenStudent(LanguageModel):
+    """A student whose body reads nothing, so that no way to run it could be tried out."""
+
+    forward = PaddedForward("its hidden states are given")  # type: ignore[assignment]
+
+
 def ours(inputs: Inputs) -> Tensor:
     """The objective of a step over one completion of N tokens, by a student whose body gives these hidden states."""
     positions, (vocabulary, _) = len(inputs.hidden_NH), inputs.weight_VH.shape
@@ -73,7 +80,7 @@ def ours(inputs: Inputs) -> Tensor:
     model = SimpleNamespace(
         base_model=GivenStates(inputs.hidden_NH), config=SimpleNamespace(), get_output_embeddings=lambda: output_layer
     )
-    student = LanguageModel(model, None, "student")
+    student = GivenStudent(model, None, "student")
     ids_BT, counted_BT = torch.zeros(1, positions, dtype=torch.long), torch.ones(1, positions, dtype=torch.bool)
     batch = PromptBatch(Prompts(ids_BT[:, :1], counted_BT[:, :1]), rows=[{}], batch=0, places=[0])
     ended, logps_BT = torch.tensor([False]), torch.zeros(1, positions)
