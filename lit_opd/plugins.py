@@ -12,7 +12,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from lit_opd.errors import RunError, UserError, suggest
@@ -115,6 +117,14 @@ def _import_module(key: str, target: str) -> Any:
         return importlib.import_module(target)
 
 
+class _ReadAnew(SourceFileLoader):
+    """Python's loader without its cache, which takes a file of the same size and second for the one before."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the file as it is now."""
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _import_file(key: str, target: str) -> Any:
     path = Path(target).expanduser().resolve()
     if not path.is_file():
@@ -124,14 +134,14 @@ def _import_file(key: str, target: str) -> Any:
     name = f"lit_opd_plugin_{path.stem}_{abs(hash(str(path)))}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    loader = _ReadAnew(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         with calling(key, f"{target} to import", "Correct the file."):
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
     except UserError:
         del sys.modules[name]
         raise

@@ -16,7 +16,7 @@ import wide_norm  # noqa: F401  (takes effect on import)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lit_opd import DistillationModule, PromptDataModule, estimators
+from lit_opd import DistillationModule, PromptDataModule, errors, estimators
 from lit_opd.estimators import registry
 from lit_opd.measures import custom
 from lit_opd.measures.table import MEASURES
@@ -178,8 +178,8 @@ def warm_python():
 
 @pytest.fixture(autouse=True)
 def forget():
-    """What a test registers is forgotten after it, with the files it came from: another test may use its name."""
-    kept = [(held, dict(held)) for held in (registry._REGISTRY, custom._REGISTERED, MEASURES)]
+    """What a test registers or keeps secret is forgotten after it, with its files: another test may use the name."""
+    kept = [(held, dict(held)) for held in (registry._REGISTRY, custom._REGISTERED, MEASURES, errors._SECRETS)]
     yield
     if all(held == before for held, before in kept):
         return

@@ -43,7 +43,8 @@ def test_the_program_has_them_and_its_records_do_not(config, tmp_path):
     assert to_flat(again) == flat
 
 
-def test_errors_do_not_show_them(config, capsys):
+def test_errors_do_not_show_them(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     told = "no way to http://me:hunter22@127.0.0.1:9/api with tok-en-1234"
     for error in (UserError("tracking.uri", "a server", told, "Start it."), RunError(told)):
         assert "no way to http://me:${oc.env:OPD_TEST_PASSWORD}@127.0.0.1:9/api with ***" in str(error)
