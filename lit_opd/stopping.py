@@ -18,7 +18,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal that asked the process to stop; `told` once somebody has said what became of the work."""
+    """A signal that asked the process to stop.
+
+    It is `told` once somebody has said what became of the work.
+    """
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")

@@ -285,3 +285,14 @@ def fit(make_trainer, make_data):
         return record
 
     return run
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a text to a new file, and returns its path."""
+
+    def make(name, text):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return make

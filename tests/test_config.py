@@ -33,15 +33,6 @@ PATHS = ("student.path=s", "teacher.path=t")
 SERVED = ("rollout.engine=vllm", "rollout.server=http://127.0.0.1:8000")
 
 
-@pytest.fixture
-def write(tmp_path):
-    def make(name, text):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return make
-
-
 def test_defaults_then_files_in_order_then_overrides(write):
     first = write("1.yaml", "seed: 1\noptim: {lr: 0.1, clip_norm: 2.0}\ntrainer: {max_steps: 1, devices: 1}\n")
     second = write("2.yaml", "optim: {lr: 0.2, warmup_steps: 3}\ntrainer: {max_steps: 2}\n")

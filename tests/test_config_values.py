@@ -19,15 +19,6 @@ PATHS = ("student.path=s", "teacher.path=t")
 SECTIONS = [Config, *(hint for hint in get_type_hints(Config).values() if is_dataclass(hint))]
 
 
-@pytest.fixture
-def write(tmp_path):
-    def make(name, text):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    return make
-
-
 WRITTEN = ["no", "off", "on", "y", "yes", "true", "010", "0x10", "1:30", "1e-3", "1_000", ".inf", "2024-01-01", "None",
            "?", "- x", "#1", "a: b", "{prompt}", "[a", "*x", "!t", "%", "@x", "it's", "'a' or 'b'"]  # fmt: skip
 

@@ -5,7 +5,6 @@ The command line calls `load_config`. What takes a section in Python calls `as_s
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -19,18 +18,13 @@ from omegaconf import errors as omegaconf_errors
 from lit_opd.config.limits import Section, as_type, type_name
 from lit_opd.config.paths import expand_paths
 from lit_opd.config.schema import Config
+from lit_opd.config.secret_keys import keep_secrets
 from lit_opd.config.words import hint_of, typed_override, typed_yaml
-from lit_opd.errors import UserError, concealed, gather, keep_secret, suggest
+from lit_opd.errors import UserError, concealed, gather, suggest
 
 __all__ = ["as_section", "load_as", "load_config", "parse_overrides", "to_flat", "to_yaml"]
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
-ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([A-Za-z_]\w*)")
-# Keys whose values are secret. Others that end in `token` name a token of a vocabulary, as `pad_token`.
-SECRET_KEY = re.compile(
-    r"((.*[_-])?(password|passwd|pwd|secret|credentials?|authorization|api_?key|access_?key|secret_?key|account_?key)"
-    r"|((hf|hub|auth|use_auth|access|api|bearer|refresh|sas|session)_)?token)", re.I,
-)  # fmt: skip
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S", bound=Section)
@@ -76,7 +70,7 @@ def _load(schema: type[T], files: Any, overrides: Any, check: Callable[[Any], No
 
     def read(make: Callable[[], DictConfig], where: str) -> None:
         update = make()
-        _keep_secrets(OmegaConf.to_container(update))
+        keep_secrets(OmegaConf.to_container(update))
         sources.append((update, where))
 
     steps = [partial(read, partial(_read, Path(file), schema), str(file)) for file in files]
@@ -104,22 +98,6 @@ def _checked(filled: T, check: Callable[[T], None]) -> T:
     return filled
 
 
-def _keep_secrets(value: Any, key: str = "") -> None:
-    """Have everything that is printed and recorded show the name of an environment variable, and no secret."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _keep_secrets(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            _keep_secrets(inner, key)
-    elif isinstance(value, str):
-        for name in ENVIRONMENT.findall(value):
-            if held := os.environ.get(name):
-                keep_secret(held, f"${{oc.env:{name}}}")
-        if SECRET_KEY.fullmatch(key) and value and "${" not in value:
-            keep_secret(value)
-
-
 def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) -> S:
     """Make a section of itself, of a mapping of its keys, or of nothing (its defaults), and check its values.
 
@@ -135,7 +113,7 @@ def as_section(schema: type[S], value: S | Mapping[str, Any] | None, name: str) 
         # This section alone: OmegaConf takes a tenth of a second for the tree of all of them.
         node = OmegaConf.create({name: OmegaConf.structured(schema)})
         keys = {name: _plain(schema, value, name)}
-        _keep_secrets(keys)
+        keep_secrets(keys)
         given = OmegaConf.create(keys, flags={"allow_objects": True})
         value = gather(lambda: _merge_all(Config, node, [(given, "keyword")]), lambda: _to_object(node[name]))[-1]
     assert isinstance(value, schema)

@@ -28,7 +28,7 @@ CALL = "It is called as verifier(completion, row), and finds the answer in row['
 
 
 class _Failure(BaseException):
-    """What a verifier did instead of giving a reward; no Exception, which the verifier may catch."""
+    """Stand for what a verifier did instead of giving a reward. It is no Exception, which the verifier may catch."""
 
 
 class Guarded:
@@ -109,7 +109,7 @@ class Guarded:
             rank_zero_warn(found.format(1, "an empty text"), category=LintWarning)
 
     def failures(self) -> list[bool]:
-        """Tell of each reward since the last call whether it is an error's; nothing where errors end the run."""
+        """Tell of each reward since the last call whether it is an error's, or nothing where errors end the run."""
         failed, self.failed = self.failed, []
         return failed
 

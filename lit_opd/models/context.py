@@ -6,13 +6,18 @@ Runs check prompts against it before weights load, and a model against every rol
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["context_length", "steady_length"]
+from lit_opd.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_opd.models.language_model import LanguageModel
+
+__all__ = ["check_length", "context_length", "steady_length"]
 
 
 def context_length(config: Any) -> int | None:
-    """Read how many tokens of a row are within a model's context; None where its configuration does not say.
+    """Read how many tokens of a row are within a model's context, or None where its configuration does not say.
 
     >>> from transformers import LlamaConfig
     >>> rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
@@ -24,7 +29,7 @@ def context_length(config: Any) -> int | None:
 
 
 def steady_length(config: Any) -> int | None:
-    """Find the longest row at which rotary frequencies do not depend on the length; None where they never do.
+    """Find the longest row at which rotary frequencies do not depend on the length, or None where they never do.
 
     transformers chooses the frequencies of `longrope` and `dynamic` by the longest row of a batch. Beyond this length a
     row's log-probabilities depend on its neighbours, and keys that were cached earlier keep other frequencies.
@@ -38,3 +43,20 @@ def steady_length(config: Any) -> int | None:
     ]
     limits += [whole for part in layers if part.get("rope_type") == "dynamic" and not part.get("alpha")]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def check_length(model: LanguageModel, tokens: int) -> None:
+    """Refuse rows so long that the model's rotary frequencies depend on the longest of a batch.
+
+    Args:
+        model: that is to write or to score them.
+        tokens: of the longest prompt and completion together.
+
+    Raises:
+        UserError: naming the longest row for which they do not.
+    """
+    if model.steady_length is not None and tokens > model.steady_length:
+        expected = f"prompt and completion of at most {model.steady_length} tokens, for in longer rows the rotary "
+        expected += f"frequencies of {model.key}.path depend on the longest row of a batch"
+        remedy = "Lower it or data.max_prompt_tokens, or name a model whose rope_type is static (yarn, llama3)."
+        raise UserError("rollout.max_new_tokens", expected, f"rows of up to {tokens}", remedy)

@@ -27,7 +27,7 @@ IN_PYTHON = "given in Python"
 
 
 def as_models(student: Any, teacher: Any, reference: Any, scorer: type, **tokenizers: Any) -> tuple[Any, Any, Any]:
-    """Make sections of paths and of mappings of keys; sections, models in memory and a `scorer` stay as they are.
+    """Make sections of paths and mappings of keys, and leave sections, models in memory and a `scorer` as they are.
 
     Raises:
         UserError: one is none of them, or a section that checks refuse; what was given for a tokenizer is none.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
 from lit_opd.functional.precision import upcast
-from lit_opd.models.context import steady_length
+from lit_opd.models.context import check_length, steady_length
 from lit_opd.models.forward import FAILURES, Forward, PaddedForward, choose_forward, circumstances
 from lit_opd.models.stops import end_of_turn, named_ends
 from lit_opd.types import Rollout
@@ -79,7 +79,7 @@ class LanguageModel:
         # transformers 5.24 renamed `past_key_values` to `cache`: there the old name warns, in 5.40 it is gone.
         self.cache_name = next((name for name in ("cache", "past_key_values") if name in takes), None)
         self.vocabulary = self.output_layer.weight.shape[0]
-        self._steady_length = steady_length(self.config)
+        self.steady_length = steady_length(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -260,24 +260,9 @@ class LanguageModel:
             [N, H] hidden states that predict each counted token, row by row, in the dtype the body ran in, and the
             head to use with them. Where weights are tied that is not `head`, so that both gradients add up in place.
         """
-        self.check_length(rollout.prompts.ids_BP.shape[1] + rollout.ids_BT.shape[1])
+        check_length(self, rollout.prompts.ids_BP.shape[1] + rollout.ids_BT.shape[1])
         forward = self.forward if rollout.mask_BT.any() else PaddedForward("nothing is counted")
         return forward.hidden(self, rollout)
-
-    def check_length(self, tokens: int) -> None:
-        """Refuse rows so long that the model's rotary frequencies depend on the longest of a batch.
-
-        Args:
-            tokens: of the longest prompt and completion together.
-
-        Raises:
-            UserError: naming the longest row for which they do not.
-        """
-        if self._steady_length is not None and tokens > self._steady_length:
-            expected = f"prompt and completion of at most {self._steady_length} tokens, for in longer rows the rotary "
-            expected += f"frequencies of {self.key}.path depend on the longest row of a batch"
-            remedy = "Lower it or data.max_prompt_tokens, or name a model whose rope_type is static (yarn, llama3)."
-            raise UserError("rollout.max_new_tokens", expected, f"rows of up to {tokens}", remedy)
 
     @torch.no_grad()
     def check_head(self) -> None:

@@ -114,7 +114,8 @@ class CacheDecoder:
         hidden = []
         for part in self._parts:
             part.seen_RL = torch.nn.functional.pad(part.seen_RL, (0, 1), value=True)
-            hidden.append(self._read(part, ids_B[part.rows_R, None]))
+            own_R = ids_B if len(self._parts) == 1 else ids_B[part.rows_R]
+            hidden.append(self._read(part, own_R[:, None]))
         return self._in_order(hidden)
 
     def keep(self, index: Tensor) -> bool:
@@ -127,6 +128,8 @@ class CacheDecoder:
         return True
 
     def _in_order(self, hidden: list[Tensor]) -> Tensor:
+        if len(hidden) == 1:
+            return hidden[0]
         rows_B = torch.cat([part.rows_R for part in self._parts])
         return torch.cat(hidden)[rows_B.argsort()]
 

@@ -28,7 +28,7 @@ def judge(tokenizer: Any, batch: PromptBatch, rollout: Rollout, verifier: Verifi
 
 
 def failed(verifier: Verifier | None, rollout: Rollout) -> Tensor | None:
-    """Take which of the rewards just given [B] stand for errors of the verifier; None where errors end the run."""
+    """Take which of the rewards just given [B] stand for errors of the verifier, or None where errors end the run."""
     flags = verifier.failures() if isinstance(verifier, Guarded) else []
     last = flags[-len(rollout) :]  # an interrupted step may have left others
     return torch.tensor(last, device=rollout.mask_BT.device) if len(last) == len(rollout) else None

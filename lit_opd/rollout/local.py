@@ -16,6 +16,7 @@ from lit_opd.functional import sample_tokens
 from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
+from lit_opd.models.context import check_length
 from lit_opd.models.forward import distance
 from lit_opd.rollout.decoders import CacheDecoder, Decoder, probe, reads_together
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
@@ -44,7 +45,7 @@ class LocalEngine:
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
     ) -> Rollout:
         """Complete every prompt, as `RolloutEngine.sample` says, reading each once for all its completions."""
-        policy.check_length(batch.prompts.ids_BP.shape[1] + uniforms_BT.shape[1])
+        check_length(policy, batch.prompts.ids_BP.shape[1] + uniforms_BT.shape[1])
         # Without dropout, for the recorded log-probabilities are those of the whole model.
         with policy.evaluating(), policy.precision(cache_casts=True):
             decoder = self.decoder(policy, len(uniforms_BT))

@@ -135,6 +135,6 @@ def _fitting(metric: Metric) -> Metric:
 
 
 def _place(columns: Sequence[str], row: Sequence[Any]) -> str:
-    """Name what a row tells of: a step and whose completions; in a table without steps, all of it."""
+    """Name what a row tells of: a step and whose completions, or all of it in a table without steps."""
     values = dict(zip(columns, row, strict=True))
     return json.dumps([values["step"], values.get("policy")] if "step" in values else values)

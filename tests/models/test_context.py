@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel, context_length
-from lit_opd.models.context import steady_length
+from lit_opd.models.context import check_length, steady_length
 from lit_opd.rollout import LocalEngine, uniforms
 from lit_opd.types import SamplingLaw
 
@@ -59,7 +59,7 @@ def test_a_row_has_one_log_probability_or_is_refused(kind, make_policy, make_bat
         )
         rollout = sample(policy, batch, 9)
         with pytest.raises(UserError, match=r"found rows of up to 39\."):
-            policy.check_length(39)
+            check_length(policy, 39)
     else:
         rollout = sample(policy, batch, 30)
         assert rollout.real_BT.sum(1).amax() + batch.prompts.mask_BP.sum(1).amax() > SHORT

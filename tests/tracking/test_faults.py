@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -78,19 +79,11 @@ def gone(server, logger):
 
 
 @contextmanager
-def run_deleted(server, logger):
-    client = MlflowClient(f"sqlite:///{server.folder / 'mlflow.db'}")
-    client.delete_run(logger.run_id)
+def deleted(what, server, logger):
+    client, identity = MlflowClient(f"sqlite:///{server.folder / 'mlflow.db'}"), getattr(logger, f"{what}_id")
+    getattr(client, f"delete_{what}")(identity)
     yield
-    client.restore_run(logger.run_id)
-
-
-@contextmanager
-def experiment_deleted(server, logger):
-    client = MlflowClient(f"sqlite:///{server.folder / 'mlflow.db'}")
-    client.delete_experiment(logger.experiment_id)
-    yield
-    client.restore_experiment(logger.experiment_id)
+    getattr(client, f"restore_{what}")(identity)
 
 
 @contextmanager
@@ -131,8 +124,8 @@ def held(uri, run_id, folder):
 FAULTS = {
     "hanging": (hanging, "timed out|no answer"),
     "gone": (gone, "Connection"),
-    "run deleted": (run_deleted, "the run was deleted"),
-    "experiment deleted": (experiment_deleted, "the experiment 'experiment deleted' was deleted"),
+    "run deleted": (partial(deleted, "run"), "the run was deleted"),
+    "experiment deleted": (partial(deleted, "experiment"), "the experiment 'experiment deleted' was deleted"),
     "locked": (locked, "locked|no answer|timed out"),
     "artifacts": (artifacts_full, "."),
 }

@@ -70,3 +70,9 @@ def test_a_run_of_a_comparison_gets_them_in_a_file_of_its_own(tmp_path, monkeypa
     assert stat.S_IMODE(run.file.stat().st_mode) == 0o600
     assert "tok-en-1234" not in to_yaml(comparison)
     assert load_config([run.file]).data.kwargs["token"] == "tok-en-1234"
+
+
+def test_a_variant_of_a_comparison_that_is_called_token_is_no_secret():
+    words = ["output_dir=out", "variants={token: [estimator.name=token]}", "overrides=[]", "seeds=[1]"]
+    load_comparison([QUICKSTART.parent / "compare" / "quickstart.yaml"], words)
+    assert concealed("Set estimator.name=token.") == "Set estimator.name=token."
