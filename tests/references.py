@@ -93,6 +93,17 @@ def padded(policy, rollout):
     return PaddedForward("asked for").hidden(policy, rollout)[0]
 
 
+def alone(policy, rollout):
+    """The hidden states that predict counted tokens, by a plain forward pass of each row without any padding."""
+    found = []
+    for row in range(len(rollout)):
+        prompt = rollout.prompts.ids_BP[row][rollout.prompts.mask_BP[row]]
+        ids = torch.cat([prompt, rollout.ids_BT[row][rollout.real_BT[row]]])[None, :-1]
+        hidden = policy.body(input_ids=ids, use_cache=False).last_hidden_state[0]
+        found.append(hidden[len(prompt) - 1 + torch.nonzero(rollout.mask_BT[row]).flatten()])
+    return torch.cat(found)
+
+
 def scored(rollout, estimator, teacher, reference=None, rows=3, progress=0.0):
     """A micro-batch with what frozen models say of it, as a training step has it scored."""
     scores = {"teacher": LocalScorer(teacher, rows).score(rollout, wanted_by(estimator))}

@@ -1,9 +1,9 @@
-"""Hidden states of every architecture, packed where it can be, are those of padded rows."""
+"""Hidden states of every architecture, packed or padded, are those of each row alone."""
 
 import pytest
 import torch
 from architectures import ATTENTION, RECURRENT, build
-from references import padded, rollout_from
+from references import alone, rollout_from
 
 from lit_opd.models import LanguageModel
 from lit_opd.models.forward import PaddedForward
@@ -27,9 +27,9 @@ def make_rollout():
 
 
 @pytest.mark.parametrize("name", [*ATTENTION, *RECURRENT])
-def test_counted_hidden_states_and_their_gradients_are_the_padded_ones(name, tiny_tokenizer):
+def test_counted_hidden_states_and_their_gradients_are_those_of_each_row_alone(name, tiny_tokenizer):
     policy, rollout = LanguageModel(build(name, 0), tiny_tokenizer, "student"), make_rollout()
-    found, expected = policy.hidden(rollout)[0], padded(policy, rollout)
+    found, expected = policy.hidden(rollout)[0], alone(policy, rollout)
     assert isinstance(policy.forward, PaddedForward) == (name in PADDED)
     assert (found - expected).norm() < 1e-5 * expected.norm()
     along = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
