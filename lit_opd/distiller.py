@@ -96,10 +96,11 @@ class Distiller:
         for name, wanted in self.asks.items():
             scorer = self.scorers[name]
             with scorer.present():
-                scored = [
-                    micro._replace(scores={**micro.scores, name: scorer.score(micro.rollout, wanted)})
-                    for micro in scored
-                ]
+                found = scorer.score_each([micro.rollout for micro in scored], wanted)
+            scored = [
+                micro._replace(scores={**micro.scores, name: scores})
+                for micro, scores in zip(scored, found, strict=True)
+            ]
         return scored
 
     def weights(self, mask_BT: Tensor, tokens: Tensor, sequences: Tensor) -> Tensor:

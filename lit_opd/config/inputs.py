@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,11 @@ class FrozenConfig(Section):
             raise UserError(f"{name}.offload", expected, True, f"Drop it, or {name}.quantization.")
 
 
+def _are_addresses(value: Any) -> bool:
+    several = value if isinstance(value, list) else [value]
+    return value is None or bool(several) and all(re.fullmatch(r"https?://[^/\s]+(/.*)?", str(one)) for one in several)
+
+
 @dataclass
 class TeacherConfig(FrozenConfig):
     """The frozen model to learn from."""
@@ -72,16 +78,38 @@ class TeacherConfig(FrozenConfig):
     """A model folder or a hub name; its vocabulary must be the student's. Only a local teacher needs one."""
     temperature: float = limited(1.0, above(0))
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
-    kind: str = limited("local", one_of_or_path("local"))
-    """Who scores: local (a model in this process), or package.module:name or file.py:name of a scorer."""
+    kind: str = limited("local", one_of_or_path("local", "served"))
+    """Who scores: local (a model in this process), served (a vLLM server), or package.module:name or file.py:name."""
+    server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
+    """Of a served teacher: its address, as http://127.0.0.1:8000, or several, each of which scores a part."""
+    model: str | None = None
+    """The name under which a server serves it; null for the only one there is."""
+    top_k: int = limited(20, at_least(0))
+    """The most probable tokens that a server is asked for at most; 0 for none."""
+    key_variable: str | None = None
+    """The environment variable that holds the server's key."""
+    in_flight: int = limited(32, at_least(1))
+    """The most completions that a server is asked to score at once."""
+    timeout_s: float = limited(60.0, above(0))
+    """The longest wait for an answer of a server; a request without one is sent again."""
+    patience_s: float = limited(600.0, at_least(0))
+    """For how long a server that fails is asked again, in seconds, before the run ends."""
+    canary_every: int = limited(50, at_least(1))
+    """Rollouts after which a server scores its probe again, to see whether its weights are the same."""
 
     def check(self, name: str = "") -> None:
-        """Check every value, and that a local teacher has a path."""
+        """Check every value, and that a teacher has what its kind needs."""
         super().check(name)
-        if self.kind == "local" and not self.path:
-            raise UserError(
-                f"{name}.path", "a value", "nothing", f"Set {name}.path in a config file or as {name}.path=VALUE."
-            )
+        needed = {"local": "path", "served": "server"}.get(self.kind)
+        if needed and not getattr(self, needed):
+            remedy = f"Set {name}.{needed} in a config file or as {name}.{needed}=VALUE."
+            raise UserError(f"{name}.{needed}", "a value", "nothing", remedy)
+        if self.server and self.kind == "local":
+            expected = "served for a teacher with a server"
+            raise UserError(f"{name}.kind", expected, "local", f"Set {name}.kind=served, or drop {name}.server.")
+        if self.kind == "served" and self.temperature != 1:
+            expected = "1 for a served teacher, whose log-probabilities cannot be normalised again"
+            raise UserError(f"{name}.temperature", expected, self.temperature, f"Drop it, or use {name}.kind=local.")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from lit_opd.models import Pair, load_tokenizer
 from lit_opd.plugins import call_object
 from lit_opd.teachers.frozen import LocalScorer
 from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, wanted_by
+from lit_opd.teachers.served import ServedScorer
 from lit_opd.types import Need
 
 __all__ = ["build_scorers", "check_gives", "own_scorer"]
@@ -42,6 +43,8 @@ def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | No
         return None
     if tokenizer is None and not isinstance(student, nn.Module):
         tokenizer = load_tokenizer(StudentConfig(path=student) if isinstance(student, str) else student, "student")
+    if teacher.kind == "served":
+        return ServedScorer(teacher, tokenizer)
     scorer = call_object("teacher.kind", teacher.kind, teacher, tokenizer)
     if not isinstance(scorer, Scorer):
         expected = f"{teacher.kind} to make a scorer, with name, gives and score"

@@ -13,13 +13,13 @@ from torch import Tensor
 from lit_opd.functional import HiddenDistributions, log_softmax, position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
-from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Wanted
+from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, Wanted
 from lit_opd.types import Rollout, Scores
 
 __all__ = ["LocalScorer"]
 
 
-class LocalScorer:
+class LocalScorer(Scorer):
     """Scores with a model in this process, at its temperature and in its precision.
 
     Args:

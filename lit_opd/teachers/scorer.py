@@ -6,6 +6,7 @@ model. `Distiller.score` asks scorers before any student activation exists.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -61,6 +62,10 @@ class Scorer(Protocol):
             Scores of the N counted tokens in row-major order, log-probabilities in fp32 nats.
         """
         ...
+
+    def score_each(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[Scores]:
+        """Score several micro-batches, one after the other unless the scorer can do more at once."""
+        return [self.score(rollout, wanted) for rollout in rollouts]
 
     def untempered(self) -> Scorer:
         """Give the scorer at temperature 1, which evaluations compare with."""
