@@ -90,15 +90,15 @@ def check_canary(replicas: Replicas, meeting: Meeting) -> None:
 def _meet_one(replicas: Replicas, address: str, config: TeacherConfig, tokenizer: Any) -> Meeting:
     model, context = _model(replicas, address, config.model)
     _check_tokens(replicas, address, model, tokenizer)
-    probe = _probe(tokenizer)
+    probe, top = _probe(tokenizer), min(config.top_k, len(tokenizer.get_vocab()))
     try:
-        row = _score(replicas, address, model, probe, config.top_k)
+        row = _score(replicas, address, model, probe, top)
     except Refusal as refusal:
-        raise _explained(refusal, config.top_k) from refusal
+        raise _explained(refusal, top) from refusal
     if max(row.logps) - min(row.logps) < EVEN:
         found = f"{row.logps[0]:.3f} nats for every token of it"
         raise UserError(KEY, "a trained model's log-probabilities of a text", found, "Load the weights again.")
-    noise = max(_apart(row.logps, r.logps) for r in _score_copies(replicas, model, probe))
+    noise = max(_apart(row.logps, r.logps) for r in _score_copies(replicas, address, model, probe))
     if noise > NOISE:
         expected = f"one sequence scored alike each time, to {NOISE} nats"
         remedy = "Serve it with a fixed batch-invariant kernel, or in another dtype."
@@ -163,10 +163,10 @@ def _score(replicas: Replicas, address: str, model: str, ids: Sequence[int], top
     return read_row(replicas.ask(path, body, address), ids, 1, top)
 
 
-def _score_copies(replicas: Replicas, model: str, probe: Sequence[int]) -> list[Row]:
+def _score_copies(replicas: Replicas, address: str, model: str, probe: Sequence[int]) -> list[Row]:
     """Score the probe several times at once, among shorter sequences."""
     sequences = [probe[: len(probe) - cut] for cut in range(COPIES) for _ in (0, 1)]
-    answers = replicas.ask_all([ask_for(ids, 0, model) for ids in sequences])
+    answers = replicas.ask_all([ask_for(ids, 0, model) for ids in sequences], address)
     return [read_row(answer, ids, 1, 0) for answer, ids in zip(answers, sequences, strict=True)]
 
 
@@ -182,10 +182,8 @@ def _check_plain(replicas: Replicas, address: str, model: str, probe: Sequence[i
 
 def _check_positions(replicas: Replicas, address: str, model: str, probe: Sequence[int]) -> None:
     """Compare the log-probabilities of tokens that the server writes with those it gives them when it scores."""
-    path, body = ask_for(
-        probe, 0, model, max_tokens=WRITTEN, logprobs=0, return_token_ids=True, ignore_eos=True, seed=0
-    )
-    del body["prompt_logprobs"]
+    wanted = {"max_tokens": WRITTEN, "logprobs": 0, "return_token_ids": True, "ignore_eos": True, "seed": 0}
+    path, body = ask_for(probe, 0, model, **wanted)
     choice = replicas.ask(path, body, address)["choices"][0]
     ids, written = choice.get("token_ids") or [], (choice.get("logprobs") or {}).get("token_logprobs") or []
     sequence = [*probe, *ids]

@@ -62,22 +62,22 @@ class Replicas:
             self._headers["Authorization"] = f"Bearer {key}"
         self._pool = urllib3.PoolManager(len(self.addresses), maxsize=self.in_flight)
         self._turns, self._turn = cycle(self.addresses), Lock()
-        self._waiting: SimpleQueue[tuple[Future[Any], Asked]] = SimpleQueue()
+        self._waiting: SimpleQueue[tuple[Future[Any], Asked, str | None]] = SimpleQueue()
         self._started = 0
 
-    def begin(self, path: str, body: dict[str, Any]) -> Future[Any]:
+    def begin(self, asked: Asked, address: str | None = None) -> Future[Any]:
         """Send a request as soon as fewer than `in_flight` for each server are under way, and return at once."""
         answer: Future[Any] = Future()
-        self._waiting.put((answer, (path, body)))
+        self._waiting.put((answer, asked, address))
         if self._started < self.in_flight * len(self.addresses):
             self._started += 1
             # No thread of an executor: Python waits for these at its end, for as long as a server does not answer.
             Thread(target=self._work, name="teacher", daemon=True).start()
         return answer
 
-    def ask_all(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
-        """Send several requests at once, and return their answers in order."""
-        answers = [self.begin(path, body) for path, body in asked]
+    def ask_all(self, asked: Sequence[Asked], address: str | None = None) -> list[dict[str, Any]]:
+        """Send several requests at once, to one address or to each in turn, and return their answers in order."""
+        answers = [self.begin(one, address) for one in asked]
         try:
             return [answer.result() for answer in answers]
         finally:
@@ -109,11 +109,11 @@ class Replicas:
 
     def _work(self) -> None:
         while True:
-            answer, (path, body) = self._waiting.get()
+            answer, (path, body), address = self._waiting.get()
             if not answer.set_running_or_notify_cancel():
                 continue
             try:
-                answer.set_result(self.ask(path, body))
+                answer.set_result(self.ask(path, body, address))
             except BaseException as error:
                 answer.set_exception(error)
 

@@ -81,8 +81,8 @@ class StandIn:
         return 200, {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logps}, "finish_reason": reason}]}
 
     @contextmanager
-    def listening(self):
-        """The address it listens on, while it does."""
+    def listening(self, port=0):
+        """The address it listens on, while it does. An answer that is None breaks the connection off."""
         standin = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -93,11 +93,14 @@ class StandIn:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
                 status, answer = standin.answer(self.path, body)
+                if answer is None:
+                    self.close_connection = True
+                    return self.connection.shutdown(socket.SHUT_RDWR)
                 text = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
-                self.wfile.write(text)
+                return self.wfile.write(text)
 
             def log_message(self, *args):
                 pass
@@ -105,7 +108,7 @@ class StandIn:
         class Server(ThreadingHTTPServer):
             request_queue_size = 1000  # the rows of a rollout come all at once
 
-        server = Server(("127.0.0.1", 0), Handler)
+        server = Server(("127.0.0.1", port), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
@@ -121,9 +124,9 @@ def free_port():
 
 
 @contextmanager
-def vllm_serving(folder, log, *flags):
+def vllm_serving(folder, log, *flags, port=None):
     """The address of `vllm serve FOLDER`, while it runs."""
-    port = free_port()
+    port = port or free_port()
     command = [VLLM, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64",
                "--enforce-eager", "--block-size", "32", *flags]  # fmt: skip
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
