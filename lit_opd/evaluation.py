@@ -159,6 +159,8 @@ class EvaluatedModule(AcrossProcesses):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
         policy = self.student if self.judged == "student" else self.teacher.untempered()
+        if self.judged == "teacher":  # which reads its own prompts when it writes, too
+            batch = batch._replace(prompts=batch.shown.get("teacher", batch.prompts))
         scorer = self.distiller.scorers["teacher"].untempered()
         self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
 

@@ -125,6 +125,10 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         self.distiller: Any = None
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
+        if self.pair.followed is not None:
+            self.pair.followed.check_updates(self.optim_config.updates_per_rollout)
+        prompt = getattr(teacher, "prompt", None)
+        self.shown = {} if prompt is None else {"teacher": prompt}
         self.seen: list[Seen] = []
         self.proved = False
 
@@ -255,6 +259,8 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
             raise NonFiniteStepError(*found, not_finite(self.seen))
         optimizer.step()
         optimizer.zero_grad()
+        if self.pair.followed is not None:
+            self.pair.followed.learned(self.global_step)
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
@@ -271,11 +277,15 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["torch_rng_state"] = torch.get_rng_state()
         checkpoint["hyper_parameters"] = self.given
+        if self.pair.followed is not None:
+            checkpoint["teacher"] = self.pair.followed.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put frozen weights back, so that the checkpoint is complete again, the random state, and this schedule."""
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         torch.set_rng_state(checkpoint["torch_rng_state"])
+        if self.pair.followed is not None:
+            self.pair.followed.load_state(checkpoint["teacher"])
         play_schedule(self.configure_optimizers(), checkpoint)
 
     def demonstrations(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], int]:

@@ -78,8 +78,11 @@ class TeacherConfig(FrozenConfig):
     """A model folder or a hub name; its vocabulary must be the student's. Only a local teacher needs one."""
     temperature: float = limited(1.0, above(0))
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
-    kind: str = limited("local", one_of_or_path("local", "served"))
-    """Who scores: local (a model in this process), served (a vLLM server), or package.module:name or file.py:name."""
+    kind: str = limited("local", one_of_or_path("local", "served", "student"))
+    """Who scores: local (a model in this process) | served (a vLLM server) | student (itself), or the path of a scorer:
+    package.module:name or file.py:name."""
+    prompt: str | None = limited(None, within("with {prompt} or a column in braces", lambda v: v is None or "{" in v))
+    """What the teacher reads instead of the prompt: a template over the row, as data.prompt_template."""
     server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
     """Of a served teacher: its address, as http://127.0.0.1:8000, or several, each of which scores a part."""
     model: str | None = None
@@ -97,6 +100,14 @@ class TeacherConfig(FrozenConfig):
     canary_every: int = limited(50, at_least(1))
     """Rollouts after which a server scores its probe again, to see whether its weights are the same."""
 
+    follow: str = limited("initial", one_of("initial", "ema", "every", "live", "adapter_off"))
+    """Of the student as teacher, its weights: initial (before training) | ema (a moving average) | every (those of
+    every n-th step) | live (the present ones) | adapter_off (without LoRA)."""
+    follow_rate: float = limited(0.01, within("above 0 and at most 1", lambda v: 0 < v <= 1))
+    """The share of the student's weights in the moving average after a step."""
+    follow_every: int = limited(10, at_least(1))
+    """Optimizer steps after which `every` takes the student's weights."""
+
     def check(self, name: str = "") -> None:
         """Check every value, and that a teacher has what its kind needs."""
         super().check(name)
@@ -104,6 +115,9 @@ class TeacherConfig(FrozenConfig):
         if needed and not getattr(self, needed):
             remedy = f"Set {name}.{needed} in a config file or as {name}.{needed}=VALUE."
             raise UserError(f"{name}.{needed}", "a value", "nothing", remedy)
+        if self.kind == "student" and self.prompt is None and self.temperature == 1:
+            expected = "a template, for a student that is its own teacher knows no more unless it reads more"
+            raise UserError(f"{name}.prompt", expected, "null", f"Set it, as {name}.prompt='HINT {{prompt}}'.")
         if self.server and self.kind == "local":
             expected = "served for a teacher with a server"
             raise UserError(f"{name}.kind", expected, "local", f"Set {name}.kind=served, or drop {name}.server.")

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lit_opd.config import DataConfig, as_section
 from lit_opd.data.findings import find_in_prompts
 from lit_opd.data.guarded import Guarded, Verifier
-from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
+from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id, show
 from lit_opd.data.rows import Row, check_rows, load_rows
 from lit_opd.data.stream import Pick, PromptLoader, PromptStream
 from lit_opd.data.verifiers import build_verifier
@@ -46,6 +46,8 @@ class PromptDataModule(L.LightningDataModule):
         evaluation_batch_size: validation rows of a batch on each rank.
         context_length: tokens that the model can take; None to leave it unchecked.
         max_new_tokens: tokens that have to fit after each prompt.
+        shown: by the name of a scorer, the template of what it reads instead of each prompt; by default those that the
+            LightningModule that is trained asks for.
         **data_keys: single keys of `config`, as in `PromptDataModule(source="file", path="prompts.jsonl")`.
 
     Raises:
@@ -64,6 +66,7 @@ class PromptDataModule(L.LightningDataModule):
         evaluation_batch_size: int = 64,
         context_length: int | None = None,
         max_new_tokens: int = 0,
+        shown: Mapping[str, str] | None = None,
         **data_keys: Any,
     ) -> None:
         super().__init__()
@@ -81,6 +84,7 @@ class PromptDataModule(L.LightningDataModule):
         self.verifier = None if verifier is None else Guarded(verifier, self.config, name)
         self.seed, self.evaluation_batch_size = seed, evaluation_batch_size
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
+        self.shown = shown
         self._given = (train_rows, validation_rows)
         self._loaded_state: dict[str, Any] = {}
         self._looked_at = False
@@ -101,6 +105,8 @@ class PromptDataModule(L.LightningDataModule):
         if self.tokenizer is None:
             remedy = "Pass tokenizer= or train a module that has one."
             raise UserError("tokenizer", "one to encode prompts with", "none", remedy)
+        if self.shown is None:
+            self.shown = getattr(getattr(self.trainer, "lightning_module", None), "shown", {})
         for prompts in (self.train_prompts, self.validation_prompts):
             self._check_context(prompts)
         if stage == "fit":
@@ -180,12 +186,16 @@ class PromptDataModule(L.LightningDataModule):
     @cached_property
     def train_prompts(self) -> EncodedPrompts:
         """The training rows with the ids of their prompts."""
-        return encode_rows(self.rows[0], self.config, self.tokenizer)
+        return self._encoded(self.rows[0])
 
     @cached_property
     def validation_prompts(self) -> EncodedPrompts:
         """The validation rows with the ids of their prompts."""
-        return encode_rows(self.rows[1], self.config, self.tokenizer)
+        return self._encoded(self.rows[1])
+
+    def _encoded(self, rows: Sequence[Row]) -> EncodedPrompts:
+        prompts = encode_rows(rows, self.config, self.tokenizer)
+        return show(prompts, self.shown or {}, self.config, self.tokenizer)
 
     @cached_property
     def validation_hashes(self) -> list[str]:
@@ -205,7 +215,8 @@ class PromptDataModule(L.LightningDataModule):
     @cached_property
     def rendered_sha256(self) -> str:
         """Hash of all prompts as the student gets them: a template may hold the date."""
-        ids = [self.train_prompts.ids, self.validation_prompts.ids]
+        ids: list[Any] = [self.train_prompts.ids, self.validation_prompts.ids]
+        ids += [prompts.shown for prompts in (self.train_prompts, self.validation_prompts) if prompts.shown]
         return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
     @cached_property
@@ -266,7 +277,7 @@ class PromptDataModule(L.LightningDataModule):
         return {"seed": self.seed, "data.batch_size": self.config.batch_size, **hashes}
 
     def _check_context(self, prompts: EncodedPrompts) -> None:
-        longest = max(map(len, prompts.ids), default=0)
+        longest = max((len(ids) for read in (prompts.ids, *prompts.shown.values()) for ids in read), default=0)
         if self.context_length is not None and longest + self.max_new_tokens > self.context_length:
             room = self.context_length - self.max_new_tokens
             expected = f"prompts of at most {room} tokens (context {self.context_length} - {self.max_new_tokens} new)"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_opd.config import DataConfig
 from lit_opd.errors import UserError
 
-__all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render"]
+__all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render", "show"]
 
 HALF = re.compile("[\ud800-\udfff]")
 ASSISTANT = ("assistant", "model")  # Gemma's template takes both
@@ -31,12 +31,14 @@ class EncodedPrompts:
         ids: the token ids of each row's prompt.
         dropped: how many rows were left out.
         truncated: how many prompts lost their beginning.
+        shown: by the name of a scorer, the token ids of what it reads instead of each prompt.
     """
 
     rows: list[dict[str, Any]]
     ids: list[list[int]]
     dropped: int = 0
     truncated: int = 0
+    shown: dict[str, list[list[int]]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,6 +135,33 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
         raise UserError("data.max_prompt_tokens", f"prompts of at most {limit} tokens", found, remedy)
     fitting = [i for i, prompt in enumerate(ids) if len(prompt) <= limit]
     return EncodedPrompts([rows[i] for i in fitting], [ids[i] for i in fitting], dropped=long)
+
+
+def show(prompts: EncodedPrompts, templates: Mapping[str, str], config: DataConfig, tokenizer: Any) -> EncodedPrompts:
+    """Add what scorers read instead of the prompts: their own templates over the same rows.
+
+    Args:
+        prompts: the rows that were kept.
+        templates: by the name of a scorer.
+        config: how prompts are rendered otherwise.
+        tokenizer: the student's.
+
+    Raises:
+        UserError: a template that asks for a column that is not there, or prompts that are lists of messages.
+    """
+    shown = {}
+    for name, template in templates.items():
+        key = f"{name}.prompt"
+        if any(isinstance(row[config.prompt_column], list) for row in prompts.rows):
+            raise UserError(key, "null where prompts are lists of messages", repr(template), "Unset it.")
+        try:
+            texts = [render(row, replace(config, prompt_template=template), tokenizer) for row in prompts.rows]
+        except UserError as error:
+            if error.key != "data.prompt_template":
+                raise
+            raise UserError(key, error.expected, error.found, error.remedy) from error
+        shown[name] = encode(texts, config, tokenizer)
+    return replace(prompts, shown=shown)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

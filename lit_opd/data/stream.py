@@ -95,7 +95,11 @@ class PromptLoader:
             ids_BP, mask_BP = pad_left([self.prompts.ids[row] for row, _ in picks], self.pad_id)
             rows: list[Mapping[str, Any]] = [self.prompts.rows[row] for row, _ in picks]
             places = [place for _, (_, place) in picks]
-            yield PromptBatch(Prompts(ids_BP, mask_BP), rows, picks[0][1][0], places)
+            shown = {
+                name: Prompts(*pad_left([ids[row] for row, _ in picks], self.pad_id))
+                for name, ids in self.prompts.shown.items()
+            }
+            yield PromptBatch(Prompts(ids_BP, mask_BP), rows, picks[0][1][0], places, shown)
 
     # These two only tell Lightning that training can be resumed within an epoch. The position is not theirs to keep:
     # Lightning does not hand it back after an epoch's end, and a batch given is not yet a batch trained on.

@@ -17,6 +17,7 @@ from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models.adapters import check_adapters
 from lit_opd.models.dropout import set_dropout
+from lit_opd.models.followed import FollowedStudent
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config, refuse_quantised
 from lit_opd.models.vocabulary import shared_vocabulary
@@ -34,7 +35,7 @@ class Pair:
 
     Args:
         student: a path or hub name, a section of the configuration, or a model in memory.
-        teacher: given in one of these ways; None where the teacher is no model in this process.
+        teacher: given in one of these ways, or a section of kind `student`; None where it is no model in this process.
         estimator: says whether a reference is needed, and how many tokens are compared at a position.
         tokenizer: the student's; needed for a model in memory, else read from its folder.
         teacher_tokenizer: the teacher's; for a model in memory by default the student's.
@@ -55,7 +56,8 @@ class Pair:
     ) -> None:
         student = StudentConfig(path=student) if isinstance(student, str) else student
         frozen: dict[str, Any] = {}
-        if teacher is not None:
+        itself = teacher if isinstance(teacher, TeacherConfig) and teacher.kind == "student" else None
+        if teacher is not None and itself is None:
             frozen["teacher"] = TeacherConfig(path=teacher) if isinstance(teacher, str) else teacher
         if Need.REFERENCE in estimator.needs:
             frozen["reference"] = _as_reference(reference, student)
@@ -77,6 +79,9 @@ class Pair:
         self.student = _as_student(student, tokenizer)
         self.student.vocabulary = self.vocabulary
         self._loaded: dict[str, LanguageModel] = {}
+        if itself is not None:
+            itself.check("teacher")
+            self._loaded["teacher"] = FollowedStudent(self.student, itself)
 
     def read(self) -> None:
         """Read the weights of the frozen models, so that what is wrong with them shows before a run writes anything."""
@@ -89,6 +94,12 @@ class Pair:
             self._loaded[key] = _as_frozen(*self._frozen[key], key)
             self._loaded[key].vocabulary = self.vocabulary
         return self._loaded[key].to(device)
+
+    @property
+    def followed(self) -> FollowedStudent | None:
+        """The teacher that is the student itself, or None."""
+        teacher = self._loaded.get("teacher")
+        return teacher if isinstance(teacher, FollowedStudent) else None
 
     def names(self) -> dict[str, str]:
         """Name the models, and the teacher's quantisation, for a run's tags."""

@@ -81,6 +81,7 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         evaluation_batch_size=config.evaluation.batch_size,
         context_length=min((c for c in contexts if c is not None), default=None),
         max_new_tokens=max(config.rollout.max_new_tokens, evaluated),
+        shown={} if config.teacher.prompt is None else {"teacher": config.teacher.prompt},
     )  # fmt: skip
     data.setup("fit")
     return data

@@ -24,7 +24,8 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
     # What the checkpoint holds, or what names the run: half of it would be made with the one and half with the other.
     "refused": (
         "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "student.dropout",
-        "teacher.path", "teacher.kind",
+        "teacher.path", "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
+        "teacher.follow_every",
         "teacher.temperature", "teacher.gguf_file", "reference.path", "reference.gguf_file", "estimator.name",
         "estimator.kwargs", "estimator.terms", "estimator.masked_tokens", "estimator.aggregation", "optim.name",
         "optim.kwargs", "trainer.precision", "tracking.experiment",
@@ -46,7 +47,9 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
     ),
     # No number of the training or of an evaluation depends on them, or they say how long to go on.
     "taken": (
-        "output_dir", "student.gradient_checkpointing", "teacher.offload", "reference.offload", "rollout.server",
+        "output_dir", "teacher.server", "teacher.top_k", "teacher.key_variable", "teacher.in_flight",
+        "teacher.timeout_s", "teacher.patience_s", "teacher.canary_every", "student.gradient_checkpointing",
+        "teacher.offload", "reference.offload", "rollout.server",
         "optim.micro_batch_tokens", "optim.head_chunk_mib", "trainer.max_steps", "trainer.max_epochs",
         "trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "evaluation.batch_size",
         "evaluation.num_examples", "measure.estimators", "measure.units", "measure.prompts_per_unit",

@@ -39,7 +39,7 @@ def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | No
     """
     if isinstance(teacher, Scorer):
         return teacher
-    if not isinstance(teacher, TeacherConfig) or teacher.kind == "local":
+    if not isinstance(teacher, TeacherConfig) or teacher.kind in ("local", "student"):
         return None
     if tokenizer is None and not isinstance(student, nn.Module):
         tokenizer = load_tokenizer(StudentConfig(path=student) if isinstance(student, str) else student, "student")

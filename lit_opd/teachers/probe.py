@@ -23,7 +23,7 @@ __all__ = ["Meeting", "check_canary", "meet"]
 KEY = "teacher.server"
 TEXT = (
     "In 1687 Newton wrote: F = m * a. Was it true? Ja, größtenteils; 是的。 def f(x):\n    return [x ** 2, None]\n"
-    "The answer is 42, because 6 x 7 = 42 and nothing else does."
+    "The answer is 42, because 6 x 7 = 42, and 3 x 4 = 12 does not."
 )
 LONGEST, COPIES, WRITTEN = 64, 8, 4  # tokens of the probe, times that it is sent at once, tokens to be written
 CHUNK = 4096  # tokens of the vocabulary whose text is asked for at once

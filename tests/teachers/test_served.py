@@ -97,6 +97,7 @@ def test_a_served_teacher_says_what_the_same_model_says_here(server, tiny_tokeni
         assert ServedScorer(section(address, top_k=0), tiny_tokenizer).gives == {"token"}
 
 
+@pytest.mark.timeout(1200)  # two starts of a server
 @pytest.mark.parametrize("dtype", [pytest.param(name, marks=NEEDS_VLLM) for name in BOUND])
 def test_vllm_says_what_the_same_model_says_here(dtype, model, save_model, tiny_tokenizer, rollout, local, tmp_path):
     """And one that was killed and started again goes on with the same numbers."""
