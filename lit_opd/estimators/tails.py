@@ -22,16 +22,11 @@ from lit_opd.estimators.sampled import sampled_reverse_kl
 from lit_opd.estimators.topk import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
 from lit_opd.functional.divergences import expectation, log_difference, renormalise, reverse_kl
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import allow, at_least, one_of, whole
 from lit_opd.functional.support import MASSES, support_divergence
 from lit_opd.types import Estimate, TokenBatch
 
 WEIGHTS = ("student", "teacher", "none")
-
-
-def _check_weights(k: int, weights: str, **_: object) -> None:
-    check_k(k)
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, found {weights!r}")
 
 
 @register_estimator(
@@ -39,7 +34,7 @@ def _check_weights(k: int, weights: str, **_: object) -> None:
     target="reverse_kl",
     needs="support",
     source="arXiv:2604.13016 (K-wise policy gradient)",
-    check=_check_weights,
+    check=allow(k=whole(), weights=one_of(WEIGHTS)),
     variants=(
         Variant({"weights": "teacher"}, "other weights"),
         Variant({"weights": "none"}, "other weights"),
@@ -60,9 +55,6 @@ def topk_weighted_scores(
         k: size of the support.
         support: whose most probable tokens.
         weights: whose probabilities, renormalised over S, are the weights: `student`, `teacher`, or `none` for one.
-
-    Returns:
-        Surrogate loss, and the sampled log-ratio as KL estimate.
     """
     student_logps, teacher_logps = support_logps(tokens)
     assert tokens.support_mask_BTK is not None
@@ -92,7 +84,7 @@ def _tail_log_ratio(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
     unbiased=True,
     needs="support",
     source="arXiv:2602.04417 with the log-ratio of its head detached",
-    check=check_k,
+    check=allow(k=whole()),
     on_policy=True,
     variants=OTHER_SUPPORTS,
 )
@@ -122,7 +114,7 @@ def head_and_tail(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") 
     target="reverse_kl",
     needs="support",
     source="EMA-PG, arXiv:2602.04417; arXiv:2603.25562 (tail sampling)",
-    check=check_k,
+    check=allow(k=whole()),
     at_equal="never",
     on_policy=True,
     variants=(
@@ -156,11 +148,9 @@ def head_and_tail_published(
 
 
 def _check_entropy_aware(k: int, entropy_threshold: float, mass: str) -> None:
-    check_k(k, least=2 if mass == "renormalise" else 1)
-    if not entropy_threshold >= 0:
-        raise ValueError(f"entropy_threshold must be at least 0, found {entropy_threshold}")
-    if mass not in MASSES:
-        raise ValueError(f"mass must be one of {', '.join(MASSES)}, found {mass!r}")
+    check_k(k, mass)
+    at_least(0).check("entropy_threshold", entropy_threshold)
+    one_of(MASSES).check("mass", mass)
 
 
 @register_estimator(
@@ -189,9 +179,6 @@ def entropy_aware(
         k: size of the support.
         entropy_threshold: nats above which the forward KL is added.
         mass: what the forward KL does about the tokens outside: `renormalise`, `truncate`, `tail` or `generalised`.
-
-    Returns:
-        Surrogate loss and the log-ratio.
     """
     assert tokens.teacher_entropy_BT is not None
     reverse = sampled_reverse_kl(tokens)
