@@ -116,17 +116,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def choose(key: str, value: str, allowed: Iterable[str], otherwise: str = "") -> None:
-    """Check that a value is one of the allowed words.
-
-    Args:
-        key: the configuration key, for messages.
-        value: of the key.
-        allowed: words.
-        otherwise: what else the message offers.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Refuse the value of a key that is none of the allowed words, with a message that may offer something else too."""
     allowed = list(allowed)
     if value not in allowed:
         words = ", ".join(allowed) + (f", or {otherwise}" if otherwise else "")

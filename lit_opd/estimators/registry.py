@@ -43,8 +43,8 @@ def register_estimator(
 
     Args:
         name: how a configuration selects it.
-        family: `token`, `sequence` or `hybrid`.
-        target: whose gradient it aims at, e.g. `reverse_kl`, `sequence_reverse_kl`; None claims nothing.
+        family: `token` (each position for itself), `sequence` (a token also pays for those after it) or `hybrid`.
+        target: whose gradient it aims at, e.g. `reverse_kl`; None where it changes the optimum or claims nothing.
         unbiased: whether its expected gradient is exactly the target's, on-policy.
         needs: `token`, `support` or `full`, with any of `+kl`, `+entropy`, `+rewards`, `+groups`, `+reference`.
         source: citation.
@@ -52,9 +52,9 @@ def register_estimator(
         at_equal: where student == teacher, the gradient is zero for every `sample`, in `expectation`, or `never`.
         on_policy: whether it is right only where the student itself wrote the tokens; by default where it needs no more
             than these.
-        corrects: whether it weighs tokens by student over sampler.
+        corrects: whether it weighs tokens by student over sampler, so that stale or tempered samples do.
         variants: keywords with which the contract is another, or which deserve a test of their own.
-        kind: what the function returns; `register_mixture` and `register_weighting` set it.
+        kind: set by `register_mixture`, whose functions return terms, and `register_weighting`, whose return weights.
 
     Raises:
         UserError: an unknown family or need, a name already taken by another function, or a `token` estimator that

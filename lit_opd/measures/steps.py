@@ -16,11 +16,6 @@ from torch import Tensor
 
 from lit_opd.types import FinishReason, Rollout
 
-__all__ = [
-    "Seen", "gradient_noise", "not_finite", "observed_tokens", "quantiles", "step_report", "token_numbers",
-    "token_sums",
-]  # fmt: skip
-
 # A micro-batch, and the per-position values [N] of `models.student_loss` at its counted tokens.
 Seen = tuple[Rollout, Mapping[str, Tensor]]
 
@@ -170,15 +165,7 @@ def _advantages(values: Tensor) -> dict[str, Tensor]:
 
 
 def quantiles(values_N: Tensor, shares: Sequence[float]) -> Tensor:
-    """Compute quantiles of any number of values, where `torch.quantile`, which interpolates alike, refuses 2^24.
-
-    Args:
-        values_N: [N] at least one.
-        shares: S of them, from 0 to 1.
-
-    Returns:
-        [S] in the dtype of the values.
-    """
+    """Compute quantiles of any number of values, where `torch.quantile`, which interpolates alike, refuses 2^24."""
     ranked_N = values_N.sort().values
     ranks_S = torch.tensor(shares, dtype=torch.float64, device=values_N.device) * (len(values_N) - 1)
     below_S, above_S = ranks_S.floor(), ranks_S.ceil()
@@ -200,9 +187,6 @@ def gradient_noise(optimizer: torch.optim.Optimizer) -> tuple[float, float] | No
     |G|^2 + c S, where c = (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)) after t steps. Solved for both, S / |G|^2 times
     the batch size is the simple noise scale (arXiv:1812.06162), here of the gradients that reached the optimizer, after
     clipping, over as many steps as the moments remember.
-
-    Args:
-        optimizer: of which every parameter group has the keyword `betas`.
 
     Returns:
         Estimates of |G|^2 and of S, which can come out negative; None before the second step, or where the optimizer

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import UserError
+from lit_opd.estimators.asking import check_estimate
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.needs import write_needs
 from lit_opd.estimators.oracle.batches import (
@@ -88,15 +89,12 @@ def _raises(error: Exception) -> str:
 
 
 def returns_one_value_a_position(estimator: BoundEstimator) -> str | None:
-    """Demand one value a position, as an estimator that averages by itself would depend on the micro-batch."""
-    tokens = example_batch(estimator)
-    estimate, expected = estimator(tokens), tuple(tokens.mask_BT.shape)
-    for name, value in (("loss", estimate.loss_BT), ("KL", estimate.kl_BT)):
-        if tuple(value.shape) != expected:
-            return f"its {name} has the shape {tuple(value.shape)}, not that of the positions, {expected}"
-    clipped = estimate.clipped_BT
-    if clipped is not None and (clipped.dtype != torch.bool or tuple(clipped.shape) != expected):
-        return f"its clipped_BT is {clipped.dtype} {tuple(clipped.shape)}, not torch.bool {expected}"
+    """Demand of an fp32 batch what training does, above all one value a position, or micro-batches would matter."""
+    tokens = cast(example_batch(estimator), torch.float32)
+    try:
+        check_estimate("it", estimator(tokens), tokens)
+    except UserError as error:
+        return f"training expects {error.expected} and finds {error.found}"
     return None
 
 
