@@ -50,11 +50,10 @@ def todi(tokens: TokenBatch) -> Estimate:
     source="motivated by CSD, arXiv:2509.25837",
     check=allow(weighting=one_of(weighted_divergences.WEIGHTINGS)),
     variants=(
-        Variant({"weighting": "student"}, "weighed by the student it is the reverse KL", target="reverse_kl",
-                unbiased=True),
+        Variant({"weighting": "student"}, "it is the reverse KL", target="reverse_kl", unbiased=True),
         Variant({"weighting": "uniform"}, "every token counts the same"),
     ),
-)  # fmt: skip
+)
 def logit_matching(tokens: TokenBatch, *, weighting: str = "teacher") -> Estimate:
     """Match logits up to a shift by their squared differences, which pull where the student's softmax is saturated.
 

@@ -28,9 +28,6 @@ from lit_opd.functional.returns import leave_one_out_mean, return_to_go
 from lit_opd.functional.support import support_divergence
 from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["centred_rao_blackwell_return", "exact_local_return", "future_kl_return",
-           "leave_one_out", "rao_blackwell_return", "vopd", "vopd_topk"]  # fmt: skip
-
 # In between the ends the target is neither KL, so that only they are declared unbiased.
 _DISCOUNTED: dict[str, Any] = {
     "target": "sequence_reverse_kl",

@@ -13,18 +13,6 @@ from torch import Tensor
 
 from lit_opd.types import Estimate, Need, TokenBatch
 
-__all__ = [
-    "BoundEstimator",
-    "Contract",
-    "EstimatorFn",
-    "EstimatorSpec",
-    "Mixture",
-    "Term",
-    "Variant",
-    "Weighting",
-    "any_clipped",
-]
-
 EstimatorFn = Callable[..., Estimate]
 Mixture = Callable[..., Mapping[str, Any] | Sequence[Mapping[str, Any]]]
 Weighting = Callable[..., Tensor]

@@ -75,8 +75,8 @@ def outcome_advantage(tokens: TokenBatch, normalise: bool) -> Tensor:
 
 def _check_weights(kl_weight: float, outcome_weight: float, **_: object) -> None:
     if not (kl_weight >= 0 and outcome_weight >= 0 and kl_weight + outcome_weight > 0):
-        raise ValueError("kl_weight and outcome_weight must be at least 0 and not both 0, "
-                         f"found {kl_weight} and {outcome_weight}")  # fmt: skip
+        found = f"found {kl_weight} and {outcome_weight}"
+        raise ValueError(f"kl_weight and outcome_weight must be at least 0 and not both 0, {found}")
 
 
 @register_estimator(
@@ -176,8 +176,8 @@ def kdrl(tokens: TokenBatch, *, kl_as: str = "k2", kl_weight: float = 1.0, norma
 def _check_mopd(outcome_weight: float, low: float, high: float, **_: object) -> None:
     at_least(0).check("outcome_weight", outcome_weight)
     if not 0 <= low <= 1 <= high:
-        raise ValueError(f"low and high must satisfy 0 <= low <= 1 <= high, found {low} and {high}; "
-                         "on-policy every ratio is 1")  # fmt: skip
+        found = f"found {low} and {high}; on-policy every ratio is 1"
+        raise ValueError(f"low and high must satisfy 0 <= low <= 1 <= high, {found}")
 
 
 @register_estimator(
@@ -189,10 +189,9 @@ def _check_mopd(outcome_weight: float, low: float, high: float, **_: object) -> 
     at_equal="never",
     corrects=True,
     variants=(
-        Variant({"outcome_weight": 0.0}, "on-policy it is the token estimator", target="reverse_kl", unbiased=True,
-                at_equal="sample"),
+        Variant({"outcome_weight": 0.0}, "on-policy `token`", target="reverse_kl", unbiased=True, at_equal="sample"),
     ),
-)  # fmt: skip
+)
 def mopd(
     tokens: TokenBatch,
     *,

@@ -35,11 +35,10 @@ def _reference_logps(tokens: TokenBatch) -> Tensor:
     at_equal="never",
     corrects=True,
     variants=(
-        Variant({"extrapolation": 1.0}, "on-policy it is the token estimator, whatever the reference",
-                target="reverse_kl", unbiased=True, at_equal="sample"),
+        Variant({"extrapolation": 1.0}, "on-policy `token`", target="reverse_kl", unbiased=True, at_equal="sample"),
         Variant({"extrapolation": 0.0}, "the teacher drops out: towards the reference"),
     ),
-)  # fmt: skip
+)
 def exopd(tokens: TokenBatch, *, extrapolation: float = 1.25, max_ratio: float = 5.0) -> Estimate:
     """Extrapolate beyond the teacher by making the student's gain over a reference that of the teacher times a factor.
 
@@ -66,10 +65,9 @@ def exopd(tokens: TokenBatch, *, extrapolation: float = 1.25, max_ratio: float =
     check=allow(reference_weight=WEIGHT),
     at_equal="never",
     variants=(
-        Variant({"reference_weight": 0.0}, "it is the token estimator", target="reverse_kl", unbiased=True,
-                at_equal="sample"),
+        Variant({"reference_weight": 0.0}, "it is `token`", target="reverse_kl", unbiased=True, at_equal="sample"),
     ),
-)  # fmt: skip
+)
 def stable_opd(tokens: TokenBatch, *, reference_weight: float = 0.1) -> Estimate:
     """Add some reverse KL to a reference model, which holds the student back from running off.
 

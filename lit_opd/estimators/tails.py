@@ -160,11 +160,10 @@ def _check_entropy_aware(k: int, entropy_threshold: float, mass: str) -> None:
     check=_check_entropy_aware,
     on_policy=True,
     variants=(
-        Variant({"entropy_threshold": 100.0}, "above the entropy of any vocabulary it is the `token` estimator",
-                target="reverse_kl", unbiased=True),
+        Variant({"entropy_threshold": 100.0}, "above any entropy it is `token`", target="reverse_kl", unbiased=True),
         Variant({"mass": "truncate"}, "raises the mass of the support, even at p = q", at_equal="never"),
     ),
-)  # fmt: skip
+)
 def entropy_aware(
     tokens: TokenBatch, *, k: int = 16, entropy_threshold: float = 0.8, mass: str = "renormalise"
 ) -> Estimate:

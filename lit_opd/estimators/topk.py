@@ -120,15 +120,7 @@ def topk_divergence(
 class _Preset(NamedTuple):
     """A published form of `topk_divergence`: two of its keywords, and what follows from them.
 
-    Attributes:
-        name: how a configuration selects it.
-        divergence: as of `topk_divergence`.
-        mass: as of `topk_divergence`.
-        source: citation.
-        doc: what it is and what it trades, then its formula.
-        own_support: the only support it is published with; None where it takes any, by default the teacher's.
-        at_equal: the gradient where student == teacher.
-        variants: keywords which deserve a test of their own.
+    `own_support` is the only one it is published with, None where it takes any, by default the teacher's.
     """
 
     name: str

@@ -18,9 +18,6 @@ from torch.autograd.function import once_differentiable
 from lit_opd.functional.precision import upcast
 from lit_opd.functional.ranges import BELOW_ONE, SHARE
 
-__all__ = ["entropy", "expectation", "forward_kl", "jsd", "log_difference", "mixed_kl", "renormalise", "reverse_kl",
-           "skew_forward_kl", "skew_reverse_kl", "tvd"]  # fmt: skip
-
 
 def expectation(weights: Tensor, values: Tensor) -> Tensor:
     """Sum weights x values over the last dimension, where a weight of zero counts zero even if the value is infinite.

@@ -17,17 +17,6 @@ from torch.nn.functional import linear
 
 from lit_opd.functional.precision import log_softmax, upcast
 
-__all__ = [
-    "Head",
-    "HiddenDistributions",
-    "block_rows",
-    "chunk_rows",
-    "chunks",
-    "compute_dtype",
-    "head_logits",
-    "position_losses",
-]
-
 Stats = dict[str, Tensor]
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Stats]]
 

@@ -54,16 +54,9 @@ def step_report(
 ) -> dict[str, float]:
     """Name the metrics that every step logs, which but for a support's mass are those of every estimator.
 
-    Args:
-        update: totals of the last update: `loss` and `grad_norm`; over the tokens that the student wrote, `kl`,
-            `entropy`, `gap`, their number `own`, and `student_mass` where there is one.
-        rollout: totals over sequences, from `rollout_sums`.
-        seconds: of each phase; together they are the step's.
-        peak_mb: the most memory ever used.
-
-    Returns:
-        By name. What is a mean over nothing, in a step whose completions are all demonstrations, is not a number: a
-        key that were left out would keep the value of the step before in Lightning's records.
+    The update has `loss`, `grad_norm` and what `token_sums` gives, the rollout what `rollout_sums` gives. All phases
+    together take the seconds of the step. A mean over nothing, in a step whose completions are all demonstrations, is
+    not a number: a key that were left out would keep the value of the step before in Lightning's records.
     """
     tokens, rows, step_s = update["own"] or math.nan, rollout["rows"] or math.nan, sum(seconds.values())
     return {
@@ -83,10 +76,6 @@ def step_report(
 
 def observed_tokens(seen: Sequence[Seen], horizon: int) -> dict[str, Tensor]:
     """Collect the tokens of an update that the student wrote and that count, one value each.
-
-    Args:
-        seen: micro-batches.
-        horizon: the longest completion there can be, in tokens.
 
     Returns:
         [tokens] of `advantage`, `student_nll`, `teacher_nll` (nats), `sampler_log_ratio` (student minus sampler),

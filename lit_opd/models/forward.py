@@ -25,17 +25,6 @@ from lit_opd.types import Rollout
 if TYPE_CHECKING:
     from lit_opd.models.language_model import LanguageModel
 
-__all__ = [
-    "FAILURES",
-    "Forward",
-    "LlamaForward",
-    "PackedForward",
-    "PaddedForward",
-    "choose_forward",
-    "circumstances",
-    "distance",
-]
-
 _log = logging.getLogger(__name__)
 
 # The errors that the bodies of transformers raise when they are tried out with inputs that they do not take.

@@ -56,11 +56,9 @@ def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
 
 
 def broken_laws(estimator: BoundEstimator, laws: Mapping[str, Law] | None = None) -> dict[str, str]:
-    """Find the laws that an estimator breaks, each with how, where an exception breaks a law too.
+    """Find the laws, by default of `LAWS`, that an estimator breaks, each with how, where an exception breaks one too.
 
-    Args:
-        estimator: what is judged.
-        laws: by name, all of `LAWS` if None. Where the first is broken the others are not asked.
+    Where the first is broken the others are not asked.
     """
     found: dict[str, str] = {}
     for name, law in (LAWS if laws is None else laws).items():
@@ -187,8 +185,8 @@ def empty_support_slots_have_no_effect(estimator: BoundEstimator) -> str | None:
     if tokens.support_mask_BTK is None or tokens.support_mask_BTK.all():
         return None
     mask_BTK = tokens.support_mask_BTK
-    spoilt = {name: torch.where(mask_BTK, value, value - 1.5)
-              for name, value in tensors(tokens).items() if name.endswith("support_logps_BTK")}  # fmt: skip
+    supports = {name: value for name, value in tensors(tokens).items() if name.endswith("support_logps_BTK")}
+    spoilt = {name: torch.where(mask_BTK, value, value - 1.5) for name, value in supports.items()}
     broken = difference(estimator, tokens, replace(tokens, **spoilt))  # type: ignore[arg-type]
     return f"other values in empty slots of the support {broken}" if broken else None
 
@@ -222,8 +220,8 @@ def other_rows_do_not_matter(estimator: BoundEstimator) -> str | None:
         _, alone = loss_and_gradients(estimator, part)
         counted = torch.where(part.mask_BT, estimator(part).loss_BT - whole.loss_BT[rows], 0.0)
         if counted.abs().max() > ROUNDING or not all(same(alone[n], g[rows]) for n, g in inside.items()):
-            return ("a row's loss depends on the rows beside it" if tokens.groups_B is None
-                    else "a row's loss depends on completions of other prompts")  # fmt: skip
+            others = "the rows beside it" if tokens.groups_B is None else "completions of other prompts"
+            return f"a row's loss depends on {others}"
     return None
 
 
