@@ -106,8 +106,12 @@ def _decode(
     project = make_product(head.weight_VH, head.bias_V, rows)
     for t in range(length):
         forbidden = stop_ids if t < law.min_new_tokens else None
-        logits_AV = head.shape_logits(upcast(project(hidden_AH.to(head.weight_VH.dtype))))
-        token_A, logps_A = sample_tokens(logits_AV, law, uniforms_BT[active_A, t], forbidden)
+        token_A, logps_A = sample_tokens(
+            head.shape_logits(upcast(project(hidden_AH.to(head.weight_VH.dtype)))),
+            law,
+            uniforms_BT[active_A, t],
+            forbidden,
+        )
         running_A = ~stopped_B[active_A]
         ids_BT[active_A, t] = torch.where(running_A, token_A, policy.pad_id)
         logps_BT[active_A, t] = torch.where(running_A, logps_A.float(), 0.0)
