@@ -82,6 +82,8 @@ class EstimatorSpec:
         on_policy: is it right only where the student itself wrote the tokens?
         corrects: does it weigh tokens by student over sampler, so that stale or tempered samples do?
         variants: keywords with which the contract is another, or which deserve a test of their own.
+        small: keywords that tests and `check` take for the defaults, where those set a limit that the oracle's small
+            models never meet.
         kind: an `estimator` maps a `TokenBatch` to an `Estimate`, a `weighting` to the weights of its `base`'s tokens;
             a `mixture` maps its keywords to the terms of a sum.
     """
@@ -98,6 +100,7 @@ class EstimatorSpec:
     on_policy: bool = True
     corrects: bool = False
     variants: tuple[Variant, ...] = field(default=(), repr=False)
+    small: Mapping[str, Any] = field(default_factory=dict, repr=False)
     kind: Literal["estimator", "mixture", "weighting"] = "estimator"
 
     @property
