@@ -71,6 +71,7 @@ class EstimatorSpec:
     on_policy: bool = True
     corrects: bool = False
     variants: tuple[Variant, ...] = field(default=(), repr=False)
+    small: Mapping[str, Any] = field(default_factory=dict, repr=False)
     kind: Literal["estimator", "mixture", "weighting"] = "estimator"
 
     @property

@@ -7,7 +7,7 @@ this room and users' files register, `terms.build` looks up.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from lit_opd.errors import UserError, choose, suggest
@@ -37,6 +37,7 @@ def register_estimator(
     on_policy: bool | None = None,
     corrects: bool = False,
     variants: tuple[Variant, ...] = (),
+    small: Mapping[str, Any] | None = None,
     kind: Literal["estimator", "mixture", "weighting"] = "estimator",
 ) -> Callable[[F], F]:
     """Register a pure function `(tokens: TokenBatch, *, ...) -> Estimate` under a name, with its contract.
@@ -54,6 +55,8 @@ def register_estimator(
             than these.
         corrects: whether it weighs tokens by student over sampler, so that stale or tempered samples do.
         variants: keywords with which the contract is another, or which deserve a test of their own.
+        small: keywords that tests and `check` take for the defaults, where those set a limit that models of a few
+            tokens and positions never meet.
         kind: set by `register_mixture`, whose functions return terms, and `register_weighting`, whose return weights.
 
     Raises:
@@ -73,7 +76,20 @@ def register_estimator(
             raise UserError(where, "a new name", "a registered one", "Choose another name.")
         sampled = Need.TOKEN in wanted if on_policy is None else on_policy
         _REGISTRY[name] = EstimatorSpec(
-            name, fn, family, target, unbiased, wanted, source, check, at_equal, sampled, corrects, variants, kind
+            name,
+            fn,
+            family,
+            target,
+            unbiased,
+            wanted,
+            source,
+            check,
+            at_equal,
+            sampled,
+            corrects,
+            variants,
+            dict(small or {}),
+            kind,
         )
         return fn
 

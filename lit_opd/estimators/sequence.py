@@ -65,11 +65,11 @@ def sequence_reverse_kl(tokens: TokenBatch) -> Estimate:
     check=allow(steps=whole(), gamma=SHARE),
     variants=(
         Variant({"steps": 1}, "it is the token estimator", target="reverse_kl", unbiased=True),
-        Variant({"steps": 2}, "no default; a window that ends before the completion does"),
         Variant({"steps": 2, "gamma": 0.5}, "window and discount"),
     ),
+    small={"steps": 2},
 )
-def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
+def k_step(tokens: TokenBatch, *, steps: int = 8, gamma: float = 1.0) -> Estimate:
     """Sum the log-ratios of a window that begins here, whose length trades bias for variance.
 
     Formula, with d_i detached: loss_t = (sum over i = t .. t + steps - 1 of gamma^(i - t) d_i) log p(y_t). One step is
@@ -77,7 +77,7 @@ def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
 
     Args:
         tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
-        steps: positions in the window, this one included.
+        steps: positions in the window, this one included; the default is a choice of ours.
         gamma: discount within it, 0 to 1.
     """
     return score_function(tokens, k_step_return(counted(tokens, log_ratio(tokens)), steps, gamma))

@@ -193,7 +193,20 @@ _PRESETS = (
         doc="""
         Sum the reverse KL over K tokens and one bucket of all others, a lower bound that sees how much mass is outside.
 
-        Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread.""",
+        Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread, which `resopd`
+        samples.""",
+    ),
+    _Preset(
+        "topk_tail_forward_kl", "forward_kl", "tail", variants=OTHER_SUPPORTS,
+        source="as described of the residual symbol of ReTaCo, arXiv:2609.39275; verl #7855 (forward_kl_topk_tail)",
+        doc="""
+        Sum the forward KL over K tokens and one residual symbol for all others, which is at rest at the teacher.
+
+        Formula, with P and Q the masses on the support S: loss_t = sum over S of q (log q - log p) + (1 - Q) log((1 -
+        Q) / (1 - P)). Never above the full forward KL, and zero with its gradient only where p = q on S. To leave the
+        symbol out moves the student away from the teacher: `topk_soft_targets`, which renormalises the teacher alone,
+        and `topk_truncated_forward_kl` have the gradients of -log P and -P there. `topk_divergence`, which renormalises
+        both sides, rests at the teacher too, but wherever p is proportional to q on S.""",
     ),
 )  # fmt: skip
 

@@ -39,12 +39,12 @@ _TRUST = Range("be finite and not negative", lambda value: 0 <= value < math.inf
     source="as described of TrOPD, arXiv:2606.01249",
     check=allow(trust=_TRUST, outlier=one_of(OUTLIERS, "`tropd_forward` is the third")),
     variants=(
-        Variant({"trust": 0.5}, "no default; a region that small models leave"),
-        Variant({"trust": 0.5, "outlier": "clip"}, "the other way with outliers"),
+        Variant({"outlier": "clip"}, "the other way with outliers"),
         Variant({"trust": 0.0}, "only tokens that the teacher finds at least as probable"),
     ),
+    small={"trust": 0.5},
 )
-def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimate:
+def tropd(tokens: TokenBatch, *, trust: float = 5.0, outlier: str = "mask") -> Estimate:
     """Trust `token` where the teacher finds it not far less probable, and drop or clip the others with a bias.
 
     Formula, with d_t detached and the region d_t <= trust, which is q/p >= exp(-trust): loss_t = d_t log p(y_t) inside,
@@ -53,7 +53,8 @@ def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimat
 
     Args:
         tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
-        trust: end of the region, nats, 0 or more; where log-ratios are clipped instead, 5 is usual (arXiv:2603.25562).
+        trust: end of the region, nats, 0 or more; by default where arXiv:2603.25562 clips log-ratios, as TrOPD's own is
+            not known to us.
         outlier: `mask` or `clip`.
     """
     d = log_ratio(tokens)
@@ -69,9 +70,9 @@ def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimat
     source="as described of TrOPD, arXiv:2606.01249",
     check=allow(trust=_TRUST, k=whole()),
     on_policy=True,
-    variants=(Variant({"trust": 0.5}, "no default; a region that small models leave"),),
+    small={"trust": 0.5},
 )
-def tropd_forward(tokens: TokenBatch, *, trust: float, k: int = 16) -> Estimate:
+def tropd_forward(tokens: TokenBatch, *, trust: float = 5.0, k: int = 16) -> Estimate:
     """Trust `token` inside a region and take the forward KL on the teacher's top K outside, which says what to write.
 
     Formula, with d_t detached in the first: loss_t = d_t log p(y_t) where d_t <= trust, elsewhere the sum over the
@@ -100,11 +101,11 @@ _MIXTURE = Range("lie in (0, 0.5]", lambda value: 0 < value <= 0.5, "above, agre
     source="as described of REOPOLD, arXiv:2603.11137",
     check=allow(mixture=_MIXTURE, entropy_share=POSITIVE_SHARE),
     variants=(
-        Variant({"mixture": 0.3}, "no default; a floor that small models meet"),
+        Variant({"mixture": 0.3}, "a higher floor"),
         Variant({"mixture": 0.3, "entropy_share": 0.5}, "half of the tokens"),
     ),
 )
-def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -> Estimate:
+def reopold(tokens: TokenBatch, *, mixture: float = 0.2, entropy_share: float = 1.0) -> Estimate:
     """Bound the cost of the tokens where the student is least sure and drop the others, against heavy negatives.
 
     Formula, with the reward R_t = -d_t detached: loss_t = -max(R_t, log(mixture / (1 - mixture))) log p(y_t) on the
@@ -113,7 +114,8 @@ def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -
 
     Args:
         tokens: sampled log-probabilities and the student's entropy, [B, T], nats, and the mask.
-        mixture: sets the floor: -4.6 at 0.01, -2.2 at 0.1, and 0, no negative reward at all, at 0.5, the largest.
+        mixture: sets the floor: -2.2 at 0.1, -1.4 at 0.2, and 0, no negative reward at all, at 0.5, the largest. The
+            default is a choice of ours.
         entropy_share: share of tokens kept, above 0; 1 keeps all.
     """
     assert tokens.student_entropy_BT is not None

@@ -48,11 +48,11 @@ def _check_horizon(horizon: int, grow_to: int | None, **_: object) -> None:
     check=_check_horizon,
     variants=(
         Variant({"horizon": 1_000_000, "base": "token"}, "longer than the completions", unbiased=True),
-        Variant({"horizon": 1}, "no default; a prefix that ends before the completion does"),
         Variant({"horizon": 1, "grow_to": 3}, "a prefix that grows with training"),
     ),
+    small={"horizon": 1},
 )
-def prefix_opd(tokens: TokenBatch, *, horizon: int, grow_to: int | None = None) -> Tensor:
+def prefix_opd(tokens: TokenBatch, *, horizon: int = 100, grow_to: int | None = None) -> Tensor:
     """Count only the first tokens of every completion, and drop late ones where a teacher is asked far off its path.
 
     Formula: w_t = 1 at the first h counted tokens, else 0. h is `horizon`, or grows from it to `grow_to` in proportion
@@ -61,7 +61,7 @@ def prefix_opd(tokens: TokenBatch, *, horizon: int, grow_to: int | None = None) 
 
     Args:
         tokens: the mask and the progress of training.
-        horizon: h, or where it starts from.
+        horizon: h, or where it starts from; the default is about where arXiv:2605.27028 stops.
         grow_to: where h ends; None for a fixed one.
     """
     reach = horizon if grow_to is None else horizon + int(tokens.progress * (grow_to - horizon))

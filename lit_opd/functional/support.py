@@ -29,7 +29,8 @@ from lit_opd.functional.divergences import forward_kl, jsd, renormalise, reverse
 from lit_opd.functional.precision import upcast
 from lit_opd.functional.ranges import one_of
 
-__all__ = ["MASSES", "SUPPORTS", "SUPPORT_DIVERGENCES", "choose_support", "support_divergence", "support_mass"]
+__all__ = ["MASSES", "SUPPORTS", "SUPPORT_DIVERGENCES", "choose_support", "outside_logp", "support_divergence",
+           "support_mass"]  # fmt: skip
 
 SUPPORTS = ("teacher", "student", "union", "intersection")
 MASSES = ("truncate", "renormalise", "tail", "generalised")
@@ -119,6 +120,25 @@ def support_mass(logps_K: Tensor, mask_K: Tensor | None = None) -> Tensor:
     return _inside(logps_K, mask_K).exp().sum(-1)
 
 
+def outside_logp(logps_K: Tensor, mask_K: Tensor | None = None) -> Tensor:
+    """Compute the log-probability of all tokens outside the support together.
+
+    Args:
+        logps_K: [..., K] log-probabilities under the full softmax.
+        mask_K: [..., K] True where the slot belongs to the support, None where all do.
+
+    Returns:
+        [...] nats, not below the logarithm of the floating-point epsilon, where it has no gradient.
+
+    >>> outside_logp(torch.tensor([0.5, 0.25]).log()).exp()
+    tensor(0.2500)
+    """
+    # Rounding leaves a mass outside of the order of epsilon on either side, or below zero. One floor under both keeps
+    # log-ratio and gradient finite, and makes what lies below it count zero: it is the same on both sides.
+    mass = support_mass(logps_K, mask_K)
+    return torch.log1p(-mass.clamp(max=1 - torch.finfo(mass.dtype).eps))
+
+
 def _inside(logps_K: Tensor, mask_K: Tensor | None) -> Tensor:
     logps_K = upcast(logps_K)
     return logps_K if mask_K is None else logps_K.masked_fill(~mask_K, -torch.inf)
@@ -132,7 +152,4 @@ def _renormalised(logps_K: Tensor, mask_K: Tensor | None) -> Tensor:
 
 
 def _with_tail(logps_K: Tensor) -> Tensor:
-    # Rounding leaves a mass outside of the order of epsilon on either side, or below zero. One floor under both keeps
-    # log-ratio and gradient finite, and makes what lies below it count zero: it is the same on both sides.
-    mass = logps_K.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(logps_K.dtype).eps)
-    return torch.cat([logps_K, torch.log1p(-mass)], dim=-1)
+    return torch.cat([logps_K, outside_logp(logps_K)[..., None]], dim=-1)

@@ -37,19 +37,19 @@ from lit_opd.estimators.oracle.batches import (
 from lit_opd.estimators.oracle.claims import CLAIMS, Law
 from lit_opd.types import Need, TokenBatch
 
-__all__ = ["LAWS", "broken_laws", "cases", "small_support", "works_on_what_it_needs"]
+__all__ = ["LAWS", "broken_laws", "cases", "small_keywords", "works_on_what_it_needs"]
 
 _SUPPORT = 2
 
 
-def small_support(spec: EstimatorSpec) -> dict[str, int]:
-    """Choose the keyword `k` so that a support fits into small models, or nothing where none is compared."""
-    return {"k": _SUPPORT} if Need.SUPPORT in spec.needs else {}
+def small_keywords(spec: EstimatorSpec) -> dict[str, Any]:
+    """Choose the keywords that fit small models: a support that leaves tokens out, and limits that are met."""
+    return ({"k": _SUPPORT} if Need.SUPPORT in spec.needs else {}) | dict(spec.small)
 
 
 def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
-    """List keywords to test an estimator with: its defaults, where it has any, and its variants, on a small support."""
-    small = small_support(spec)
+    """List keywords to test an estimator with: its defaults, where it has any, and its variants, on small models."""
+    small = small_keywords(spec)
     incomplete = any(default is inspect.Parameter.empty for default in (spec.defaults | small).values())
     variants = [dict(variant.keywords) for variant in spec.variants]
     return tuple(small | keywords for keywords in (variants if variants and incomplete else [{}, *variants]))

@@ -269,6 +269,7 @@ def test_cases_are_defaults_and_variants_on_a_small_support():
     assert cases(estimators.get("token")) == ({},)
     assert cases(estimators.get("teacher_topk"))[0] == {"k": 2}
     assert {"gamma": 1.0} in cases(estimators.get("hybrid"))
+    assert cases(estimators.get("k_step"))[:2] == ({"steps": 2}, {"steps": 1})  # the default, 8, is not met
     assert {} not in cases(estimators.get("mix"))  # it has no default terms
 
 
