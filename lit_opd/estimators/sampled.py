@@ -26,7 +26,7 @@ from lit_opd.functional.precision import upcast
 from lit_opd.functional.ranges import Range, allow, one_of
 from lit_opd.types import Estimate, TokenBatch
 
-WHERE = ("doubted", "all")
+_WHERE = ("doubted", "all")
 
 
 def log_ratio(tokens: TokenBatch) -> Tensor:
@@ -162,7 +162,7 @@ _NEGATIVE = Range("be negative and finite", lambda value: -math.inf < value < 0)
     "fixed_advantage",
     target="reverse_kl",
     source="as described in arXiv:2608.31046 (one fixed negative advantage)",
-    check=allow(advantage=_NEGATIVE, where=one_of(WHERE)),
+    check=allow(advantage=_NEGATIVE, where=one_of(_WHERE)),
     variants=(
         Variant({"where": "all"}, "the teacher is not looked at: nothing in expectation", at_equal="expectation"),
         Variant({"advantage": -0.25}, "another size"),

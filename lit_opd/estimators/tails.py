@@ -153,7 +153,7 @@ def head_and_tail_published(
     unbiased=True,
     needs="support",
     source="as described of ResOPD, arXiv:2610.04882",
-    check=check_k,
+    check=allow(k=whole()),
     on_policy=True,
     variants=OTHER_SUPPORTS,
 )
