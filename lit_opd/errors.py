@@ -7,18 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-__all__ = [
-    "LintWarning",
-    "RunError",
-    "UserError",
-    "UserErrors",
-    "choose",
-    "concealed",
-    "gather",
-    "keep_secret",
-    "suggest",
-]
-
 MASK = "***"
 # Credentials in an address, tokens by their usual beginnings, and values of keys that name a secret. What comes from an
 # environment variable is `${oc.env:NAME}` already, and stays.
@@ -116,17 +104,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 
 def choose(key: str, value: str, allowed: Iterable[str], otherwise: str = "") -> None:
-    """Check that a value is one of the allowed words.
-
-    Args:
-        key: the configuration key, for messages.
-        value: of the key.
-        allowed: words.
-        otherwise: what else the message offers.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Refuse the value of a key that is none of the allowed words, with a message that may offer something else too."""
     allowed = list(allowed)
     if value not in allowed:
         words = ", ".join(allowed) + (f", or {otherwise}" if otherwise else "")

@@ -93,11 +93,7 @@ def play_schedule(made: Any, checkpoint: dict[str, Any]) -> None:
     """Give a checkpoint the options of a new optimizer and its scheduler, after as many steps as it has made.
 
     Lightning would go on with the learning rate, the options and the scheduler of the checkpoint, whatever the module
-    was made with.
-
-    Args:
-        made: what `configure_optimizers` returned; other forms than those of `DistillationModule` are left alone.
-        checkpoint: as Lightning reads it.
+    was made with. What `configure_optimizers` made in other forms than that of `DistillationModule` is left alone.
 
     Raises:
         UserError: the schedule ends before.

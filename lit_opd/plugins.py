@@ -26,11 +26,9 @@ _KEYS: dict[str, tuple[str, str]] = {}
 
 
 def import_object(key: str, reference: str) -> Callable[..., Any]:
-    """Import the function or class that `reference` names. A file is imported once, under a name made from its path.
+    """Import the function or class that the reference of a key names: `package.module:name` or `path/to/file.py:name`.
 
-    Args:
-        key: the configuration key, for messages.
-        reference: `package.module:name` or `path/to/file.py:name`.
+    A file is imported once, under a name made from its path.
 
     Raises:
         UserError: the module or file cannot be imported, or holds no such function or class.
@@ -38,7 +36,8 @@ def import_object(key: str, reference: str) -> Callable[..., Any]:
     target, _, name = reference.rpartition(":")
     if not target or not name:
         raise UserError(key, "package.module:name or path/to/file.py:name", repr(reference), "Name both.")
-    module = _import_file(key, target) if target.endswith(".py") else _import_module(key, target)
+    with calling(key, f"an importable module {target!r}", "Install it, or correct it or its name."):
+        module = _import_file(key, target) if target.endswith(".py") else importlib.import_module(target)
     found = getattr(module, name, None)
     if not callable(found):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -49,16 +48,10 @@ def import_object(key: str, reference: str) -> Callable[..., Any]:
 
 
 def call_object(key: str, reference: str, *arguments: Any, **keywords: Any) -> Any:
-    """Import a function or class and call it.
-
-    Args:
-        key: the configuration key, for messages.
-        reference: as in `import_object`.
-        *arguments: of the call.
-        **keywords: of the call.
+    """Import a function or class, as `import_object` does, and call it.
 
     Raises:
-        UserError: see `import_object`; arguments that it does not take.
+        UserError: see `import_object`; arguments that it does not take, and what it raises.
     """
     found = import_object(key, reference)
     try:
@@ -110,11 +103,6 @@ def _told(error: BaseException) -> str:
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
     where = f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
     return f"{type(error).__name__}: {error}{where}"
-
-
-def _import_module(key: str, target: str) -> Any:
-    with calling(key, f"an importable module {target!r}", "Install it, or correct it or its name."):
-        return importlib.import_module(target)
 
 
 class _ReadAnew(SourceFileLoader):

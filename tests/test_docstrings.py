@@ -1,4 +1,4 @@
-"""What is public is documented, and what `__all__` names exists."""
+"""What is public is documented: what `__all__` names, or where a file has none, what no underscore hides."""
 
 import importlib
 import inspect
@@ -16,7 +16,8 @@ MODULES = ["lit_opd", *(name for name in FOUND if "__main__" not in name)]
 def test_public_names_exist_and_are_documented(name):
     module = importlib.import_module(name)
     assert module.__doc__
-    for public in getattr(module, "__all__", ()):
+    own = [n for n, v in vars(module).items() if not n.startswith("_") and getattr(v, "__module__", None) == name]
+    for public in getattr(module, "__all__", own):
         value = getattr(module, public)
         if not (inspect.isclass(value) or inspect.isfunction(value)) or not value.__module__.startswith("lit_opd"):
             continue

@@ -131,6 +131,7 @@ MASKED = {"estimator__masked_tokens": "[7]"}
 FIRES = [
     ("k1_as_loss", "refuse", own(k1), {}),
     ("k1_as_loss", "refuse", own(lambda tokens: Estimate(3 * tokens.student_logps_BT, tokens.teacher_logps_BT)), {}),
+    ("k1_as_loss", "refuse", estimators.build("fixed_advantage", where="all"), {}),
     ("action_independent_advantage", "refuse", own(kl_as_reward, "token+kl"), {}),
     ("action_independent_advantage", "refuse", own(topk_as_reward, "support"), {}),
     ("renormalised_over_one_token", "refuse", own(renormalised, "support"), {}),

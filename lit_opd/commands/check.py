@@ -17,7 +17,7 @@ from lit_opd.errors import RunError
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.needs import write_needs
 from lit_opd.estimators.oracle.claims import CLAIMS
-from lit_opd.estimators.oracle.laws import LAWS, broken_laws, cases, small_support, works_on_what_it_needs
+from lit_opd.estimators.oracle.laws import LAWS, broken_laws, cases, small_keywords, works_on_what_it_needs
 from lit_opd.estimators.oracle.verdict import EXACT, Verdict, verify
 
 __all__ = ["check"]
@@ -36,15 +36,15 @@ def check(reference: str, keywords: Mapping[str, Any]) -> None:
 
     Args:
         reference: a registered name, `package.module:function` or `path/to/file.py:function`.
-        keywords: its keywords. Without any, the laws are asked of its variants too. A support is small if no `k` is
-            given.
+        keywords: its keywords. Without any, the laws are asked of its variants too. Supports and limits are small where
+            they are not given.
 
     Raises:
         UserError: no such estimator, or keywords that it does not take.
         RunError: it breaks a law or its contract, or its expected gradient is zero.
     """
     spec = estimators.get(reference)
-    estimator = estimators.build(reference, **(small_support(spec) | dict(keywords)))
+    estimator = estimators.build(reference, **(small_keywords(spec) | dict(keywords)))
     console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False, markup=False)
     _print_contract(console, estimator)
     tried = [estimator] if keywords else [estimators.build(reference, **case) for case in cases(spec)]

@@ -25,7 +25,7 @@ class StudentConfig(Section):
     """The model that learns."""
 
     path: str = MISSING
-    """A model folder or a hub name; `${lit_opd:NAME}` is a path inside the package."""
+    """A model folder or a hub name, where `${lit_opd:NAME}` is a path inside the package."""
     dtype: str = limited("float32", DTYPE)
     """Of the weights that train: float32 | bfloat16 | float16 | float64."""
     gguf_file: str | None = None
@@ -35,9 +35,9 @@ class StudentConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations twice, to hold fewer of them."""
     dropout: str = limited("none", one_of("none", "keep"))
-    """none | keep: in training, as the model's configuration says; the sampler never has any."""
+    """none | keep: in training, as the model's configuration says. The sampler never has any."""
     lora: dict[str, Any] | None = None
-    """Keywords of peft.LoraConfig, to train adapters only; null trains all weights."""
+    """Keywords of peft.LoraConfig, to train adapters only, or null to train all weights."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class TeacherConfig(FrozenConfig):
     """The frozen model to learn from."""
 
     path: str = ""
-    """A model folder or a hub name; its vocabulary must be the student's. Only a local teacher needs one."""
+    """A model folder or a hub name, with the student's vocabulary. Only a local teacher needs one."""
     temperature: float = limited(1.0, above(0))
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
     kind: str = limited("local", one_of_or_path("local", "served", "student"))
@@ -135,7 +135,7 @@ class DataConfig(Section):
     path: str | None = None
     """What the source reads: a file, a data set, a task, or package.module:function or file.py:function."""
     validation_path: str | None = None
-    """A file of validation prompts; null holds some of the others out."""
+    """A file of validation prompts, or null to hold some of the others out."""
     split: str = "train"
     """Of a data set on the hub."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -153,9 +153,9 @@ class DataConfig(Section):
     examples: list[dict[str, str]] = field(default_factory=list)
     """Worked turns of a chat, before the prompt: a list of {user: ..., assistant: ...}."""
     prompt_template: str = limited("{prompt}", within("with {prompt} or a column in braces", lambda v: "{" in v))
-    """The text around a prompt; braces may also name other columns."""
+    """The text around a prompt, in which braces may also name other columns."""
     train_size: int | None = limited(None, at_least(1, null="all"))
-    """Prompts to train on; null for all."""
+    """Prompts to train on, or null for all."""
     validation_size: int = limited(256, at_least(1))
     """Held-out prompts, never trained on."""
     validation_seed: int = limited(0, limits.seed)
@@ -171,6 +171,6 @@ class DataConfig(Section):
     verifier: str | None = None
     """Judges a completion from 0 to 1: exact | last_number | math | reasoning_gym, or a function (completion, row)."""
     verifier_seconds: float | None = limited(60.0, above(0, null="no limit"))
-    """The longest that the verifier may take for a completion, in the main thread; null for no limit."""
+    """The longest that the verifier may take for a completion, in the main thread, or null for no limit."""
     on_verifier_error: str = limited("stop", one_of("stop", "zero"))
     """Where the verifier raises, takes too long or gives no number from 0 to 1: stop | zero (reward 0, counted)."""

@@ -29,15 +29,15 @@ class RolloutConfig(Section):
     min_new_tokens: int = limited(0, at_least(0))
     """The shortest: until then, tokens that end a completion are not sampled."""
     temperature: float = limited(1.0, at_least(0))
-    """Divides the student's logits; 1, with top_p 1, top_k 0 and min_p 0, samples from the student itself."""
+    """Divides the student's logits. 1, with top_p 1, top_k 0 and min_p 0, samples from the student itself."""
     top_p: float = limited(1.0, within("in (0, 1]", lambda v: 0 < v <= 1))
     """Sample from the most probable tokens that hold this much probability together."""
     top_k: int = limited(0, at_least(0, " (0 keeps all tokens)"))
-    """Sample from this many most probable tokens; 0 for all."""
+    """Sample from this many most probable tokens, or 0 for all."""
     min_p: float = limited(0.0, within("in [0, 1)", lambda v: 0 <= v < 1))
     """Sample from tokens at least this probable, as a share of the most probable one."""
     student_share: float = limited(1.0, within("in [0, 1]", lambda v: 0 <= v <= 1))
-    """The share of prompts that the student completes; the others get demonstrations."""
+    """The share of prompts that the student completes, where the others get demonstrations."""
     demonstrations: str = limited("teacher", one_of("teacher", "data"))
     """Who writes demonstrations: teacher | data (data.answer_column)."""
 
@@ -72,7 +72,7 @@ class EstimatorConfig(Section):
     name: str = "full_vocab"
     """A registered estimator (`python -m lit_opd estimators`), package.module:function or file.py:function."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Its keywords; another estimator begins with its own defaults."""
+    """Its keywords. Another estimator begins with its own defaults."""
     terms: list[Any] = field(default_factory=list)
     """Instead of a name, a weighted sum: a list of {name, weight, kwargs, weighting: {name, kwargs}}."""
     masked_tokens: list[int | str] = field(default_factory=list)
@@ -90,17 +90,17 @@ class OptimConfig(Section):
     lr: float = limited(1e-5, above(0))
     """The learning rate after warm-up."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further keywords of the optimizer; another one begins with its own defaults."""
+    """Further keywords of the optimizer. Another one begins with its own defaults."""
     scheduler: str | None = None
-    """Any scheduler of torch.optim.lr_scheduler, or package.module:name or file.py:name of one; null for none."""
+    """Any scheduler of torch.optim.lr_scheduler, or package.module:name or file.py:name of one, or null."""
     scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Keywords of the scheduler; another one begins with its own defaults."""
+    """Keywords of the scheduler. Another one begins with its own defaults."""
     warmup_steps: int = limited(0, at_least(0))
     """Linear warm-up, in optimizer steps."""
     clip_norm: float | None = limited(1.0, above(0, null="no clipping"))
     """The largest gradient norm, or null."""
     updates_per_rollout: int = limited(1, at_least(1))
-    """Optimizer steps on the completions of one batch; from the second on they are not the present student's."""
+    """Optimizer steps on the completions of one batch. From the second on they are not the present student's."""
     micro_batch_tokens: int = limited(16384, at_least(1))
     """Rows x longest length of a micro-batch, in tokens."""
     head_chunk_mib: int = limited(256, at_least(1))

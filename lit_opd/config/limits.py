@@ -19,22 +19,8 @@ from omegaconf import MISSING
 
 from lit_opd.errors import UserError, choose, gather
 
-__all__ = [
-    "Section",
-    "above",
-    "as_type",
-    "at_least",
-    "limited",
-    "one_of",
-    "one_of_or_path",
-    "seed",
-    "type_name",
-    "type_options",
-    "within",
-]
-
 Limit = Callable[[str, Any], None]
-"""Called with a key and its value; raises UserError."""
+"""Called with a key and its value, for which it may raise a UserError."""
 
 MOST = 2**31 - 1  # beyond it a number of things overflows an index of some library
 
@@ -134,14 +120,7 @@ def within(expected: str, holds: Callable[[Any], bool]) -> Limit:
 
 
 def at_least(minimum: float, note: str = "", null: str | None = None, most: float = MOST) -> Limit:
-    """Ask for a number that is not smaller.
-
-    Args:
-        minimum: the smallest value.
-        note: what the message adds.
-        null: what null means; by default it is refused.
-        most: the largest value.
-    """
+    """Ask for a number that is not smaller, nor beyond `most`, where null means what `null` says or is refused."""
     nothing = "" if null is None else f", or null for {null}"
     small = within(f"at least {minimum:g}{note}{nothing}", lambda v: null is not None if v is None else v >= minimum)
     large = within(f"at most {most}{nothing}", lambda v: v is None or v <= most or v == math.inf)

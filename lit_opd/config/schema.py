@@ -32,13 +32,13 @@ class Config(Section):
     seed: int = limited(0, limits.seed)
     """Of the order of prompts and of everything sampled in training."""
     output_dir: str = "outputs/run"
-    """Checkpoints, exported student, summary; must not hold another run."""
+    """Checkpoints, exported student and summary, in a folder that holds no other run."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """The model that learns."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen model to learn from."""
     reference: FrozenConfig = field(default_factory=FrozenConfig)
-    """A third model, for estimators that stay near one; by default the student before training."""
+    """A third model, for estimators that stay near one, by default the student before training."""
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts, where they come from, and how an answer is judged."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

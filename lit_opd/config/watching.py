@@ -24,7 +24,7 @@ class EvaluationConfig(Section):
     num_completions: int = limited(1, at_least(1))
     """Completions a prompt."""
     max_new_tokens: int | None = limited(None, at_least(1, null="rollout.max_new_tokens"))
-    """The longest completion, in tokens; null for rollout.max_new_tokens."""
+    """The longest completion, in tokens, or null for rollout.max_new_tokens."""
     batch_size: int = limited(64, at_least(1))
     """Prompts a batch, in each process."""
     pass_at: list[int] = field(default_factory=lambda: [1])
@@ -52,7 +52,7 @@ class MeasureConfig(Section):
     """The gradients of several estimators on the same rollouts: `python -m lit_opd measure`."""
 
     estimators: list[Any] = field(default_factory=list)
-    """Names, or {name: ..., kwargs: {...}, label: ...}; none for a choice of all families."""
+    """Names, or {name: ..., kwargs: {...}, label: ...}, or none for a choice of all families."""
     units: int = limited(64, at_least(4))
     """Independent measurements, from which intervals come."""
     prompts_per_unit: int = limited(16, at_least(1))
@@ -68,7 +68,7 @@ class DiagnosticsConfig(Section):
     """The numbers and pictures of a run besides its evaluations."""
 
     every_n_steps: int = limited(10, at_least(0, " (0 leaves them out)"))
-    """Steps between two looks at advantages, masses, sampler and gradient; 0 for none."""
+    """Steps between two looks at advantages, masses, sampler and gradient, or 0 for none."""
     support_size: int = limited(16, at_least(1))
     """Tokens of each model whose overlap and mass evaluations measure."""
     figures: bool = True
@@ -102,7 +102,7 @@ class TrackingConfig(Section):
     experiment: str = "lit_opd"
     """Runs of one experiment are compared in one table."""
     run_name: str | None = None
-    """The name of the run; null lets MLflow choose."""
+    """The name of the run, which MLflow chooses where it is null."""
     tags: dict[str, str] = field(default_factory=dict)
     """Further tags of the run."""
     system_metrics: bool = True

@@ -25,11 +25,7 @@ SURPRISING = re.compile(r"[-+]?(?:[0-9_]+(?::[0-9.]+)+|0[0-9_]+)")
 
 
 def typed_yaml(text: str, hint: Any) -> str:
-    """Quote, in a YAML text, what the declared type takes as it is written.
-
-    Args:
-        text: a document.
-        hint: its declared type; a dataclass for a whole file.
+    """Quote, in a YAML text, what the declared type, for a file its dataclass, takes as it is written.
 
     Raises:
         yaml.YAMLError: it is no YAML.

@@ -18,23 +18,15 @@ HELD_OUT_ONE_IN = 6
 
 
 def problems(*, split: str, size: int, seed: int) -> list[dict[str, str]]:
-    """Draw distinct addition problems of one split.
+    """Draw distinct addition problems of one split, chosen and ordered by the seed.
 
     An ordered pair of operands, each from 1 to 99, belongs to ``validation`` when the CRC-32 of
     ``"{smaller}+{larger}"`` is divisible by six, and to ``train`` otherwise. The rule depends on nothing but the
     operands: no seed, size or process can move a pair to the other split, and ``58+37`` is always in the same
     split as ``37+58``, so that a held-out sum was not seen in the other order.
 
-    Args:
-        split: ``train`` or ``validation``.
-        size: How many problems, at most the number of pairs in the split.
-        seed: Chooses the problems and their order.
-
-    Returns:
-        Rows with the keys ``prompt``, ``answer`` and ``completion`` (the reference working, which ends in the answer).
-
     Raises:
-        ValueError: If the split is unknown, or has fewer than ``size`` pairs.
+        ValueError: the split is unknown, or has fewer than ``size`` pairs.
 
     >>> problems(split="validation", size=1, seed=0)[0].keys()
     dict_keys(['prompt', 'answer', 'completion'])
@@ -52,13 +44,6 @@ def is_correct(completion: str, row: Mapping[str, str]) -> float:
 
     The answer is what follows the last ``;``, or everything if there is none. The working is not checked. A completion
     which was cut off within a column therefore scores zero, even when that column happens to end in the answer.
-
-    Args:
-        completion: The generated text, without special tokens.
-        row: The problem it answers, as returned by ``problems``.
-
-    Returns:
-        1.0 if the final answer is the text ``row["answer"]``, else 0.0.
 
     >>> is_correct("7+8=15;3+5+1=9;95", {"answer": "95"})
     1.0

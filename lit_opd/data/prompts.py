@@ -165,11 +165,7 @@ def show(prompts: EncodedPrompts, templates: Mapping[str, str], config: DataConf
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the left to one rectangle.
-
-    Returns:
-        ids_BP (int64) and mask_BP (bool, True at real tokens).
-    """
+    """Pad token ids on the left to one rectangle, ids_BP, with mask_BP True at real tokens."""
     width = max(map(len, prompts), default=0)
     ids_BP = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask_BP = torch.zeros((len(prompts), width), dtype=torch.bool)

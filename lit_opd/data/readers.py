@@ -20,12 +20,7 @@ Row = dict[str, Any]
 
 
 def read_file(key: str, name: str, kwargs: dict[str, Any]) -> list[Row]:
-    """Read a local .jsonl, .json, .csv or .parquet.
-
-    Args:
-        key: that named the file, for messages.
-        name: of the file, never a pattern.
-        kwargs: of `read_json`, `read_csv` or `read_parquet`.
+    """Read a local .jsonl, .json, .csv or .parquet that a key names, with the keywords of its reader.
 
     Raises:
         UserError: no such file, keywords that its reader does not take, or a file that is damaged, with the line.

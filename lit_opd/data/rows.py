@@ -34,7 +34,7 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
     """Load the training and the validation rows, the same in the same order at every call.
 
     - `file`: a local .jsonl, .json, .parquet or .csv at `path`; validation rows come from `validation_path`, or by the
-      rule of `split_rows`. `kwargs` go to the reader in `files.py`.
+      rule of `split_rows`. `kwargs` go to the reader in `readers.py`.
     - `hub`: `datasets.load_dataset(path, split=split, **kwargs)`, divided by the rule of `split_rows`; a subset is
       `kwargs.name`. JSON and CSV of a data set are read as local files are.
     - `reasoning_gym`: the task `path` with the settings `kwargs`. Validation questions are drawn with the seed
@@ -150,7 +150,7 @@ def _hub_rows(path: str, config: DataConfig) -> list[Row]:
         return datasets.load_dataset(path, split=config.split, **config.kwargs).to_list()
     settings = builder.config
     encoding = {"encoding": "utf-8-sig" if settings.encoding in (None, "utf-8") else settings.encoding}
-    # Not datasets' own reading of JSON and CSV, which guesses types: see `files`.
+    # Not datasets' own reading of JSON and CSV, which guesses types: see `readers`.
     download = datasets.DownloadManager(download_config=datasets.DownloadConfig(token=config.kwargs.get("token")))
     parts: dict[str, list[Row]] = {}
     for split, files in settings.data_files.items():

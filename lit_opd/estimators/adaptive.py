@@ -15,15 +15,11 @@ from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.full import full_logps, with_exact_kl
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.functional import weighted_divergences
+from lit_opd.functional.ranges import POSITIVE_SHARE, allow, one_of
 from lit_opd.types import Estimate, TokenBatch
 
 
-def _check_head_mass(head_mass: float) -> None:
-    if not 0 < head_mass <= 1:
-        raise ValueError(f"head_mass must lie in (0, 1], found {head_mass}")
-
-
-@register_estimator("adaptive_kl", needs="full", source="AKL, arXiv:2404.02657", check=_check_head_mass)
+@register_estimator("adaptive_kl", needs="full", source="AKL, arXiv:2404.02657", check=allow(head_mass=POSITIVE_SHARE))
 def adaptive_kl(tokens: TokenBatch, *, head_mass: float = 0.5) -> Estimate:
     """Weigh forward against reverse KL by whether the models differ in the teacher's head or in its tail.
 
@@ -34,9 +30,6 @@ def adaptive_kl(tokens: TokenBatch, *, head_mass: float = 0.5) -> Estimate:
     Args:
         tokens: full log-probabilities, [..., V], nats.
         head_mass: teacher mass of the head, above 0 to 1.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     return with_exact_kl(tokens, weighted_divergences.adaptive_kl(*full_logps(tokens), head_mass))
 
@@ -47,32 +40,20 @@ def todi(tokens: TokenBatch) -> Estimate:
 
     Formula, with a = sigmoid(log q - log p) held fixed: loss_t = sum over tokens of a q log(q / p) + (1 - a) p
     log(p / q). Exact; the value is the sum of both KLs, the gradient is not.
-
-    Args:
-        tokens: full log-probabilities, [..., V], nats.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     return with_exact_kl(tokens, weighted_divergences.todi(*full_logps(tokens)))
-
-
-def _check_weighting(weighting: str) -> None:
-    if weighting not in weighted_divergences.WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(weighted_divergences.WEIGHTINGS)}, found {weighting!r}")
 
 
 @register_estimator(
     "logit_matching",
     needs="full",
     source="motivated by CSD, arXiv:2509.25837",
-    check=_check_weighting,
+    check=allow(weighting=one_of(weighted_divergences.WEIGHTINGS)),
     variants=(
-        Variant({"weighting": "student"}, "weighed by the student it is the reverse KL", target="reverse_kl",
-                unbiased=True),
+        Variant({"weighting": "student"}, "it is the reverse KL", target="reverse_kl", unbiased=True),
         Variant({"weighting": "uniform"}, "every token counts the same"),
     ),
-)  # fmt: skip
+)
 def logit_matching(tokens: TokenBatch, *, weighting: str = "teacher") -> Estimate:
     """Match logits up to a shift by their squared differences, which pull where the student's softmax is saturated.
 

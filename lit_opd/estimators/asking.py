@@ -36,8 +36,7 @@ def check_estimate(name: str, estimate: Any, tokens: TokenBatch) -> None:
     """Check that the estimator `name` gave one value a position.
 
     Raises:
-        UserError: another number of values, integers, less precision than fp32 or the batch has, or a loss without a
-            gradient.
+        UserError: another number of values, less precision than fp32 or the batch has, or a loss without a gradient.
     """
     if not isinstance(estimate, Estimate):
         found = type(estimate).__name__
@@ -46,6 +45,9 @@ def check_estimate(name: str, estimate: Any, tokens: TokenBatch) -> None:
         _check_values(f"{name} to return a {field}", getattr(estimate, field), tokens)
     if estimate.clipped_BT is not None:
         _check_shape(f"{name} to return a clipped_BT", estimate.clipped_BT, tokens)
+        if estimate.clipped_BT.dtype != torch.bool:
+            expected = f"{name} to return a clipped_BT of torch.bool"
+            raise UserError(KEY, expected, estimate.clipped_BT.dtype, "Compare what a limit gives with what it got.")
     differentiable = tokens.student_logps_BT.requires_grad and torch.is_grad_enabled()
     if differentiable and not estimate.loss_BT.requires_grad:
         expected = f"{name} to return a loss_BT that depends on the student"

@@ -20,21 +20,19 @@ from torch import Tensor
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator, register_mixture
 from lit_opd.estimators.sampled import log_ratio, score_function
-from lit_opd.estimators.sequence import check_gamma, counted
-from lit_opd.estimators.topk import check_k, support_logps
+from lit_opd.estimators.sequence import counted
+from lit_opd.estimators.topk import support_logps
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import SHARE, allow, whole
 from lit_opd.functional.returns import leave_one_out_mean, return_to_go
 from lit_opd.functional.support import support_divergence
 from lit_opd.types import Estimate, TokenBatch
-
-__all__ = ["centred_rao_blackwell_return", "exact_local_return", "future_kl_return",
-           "leave_one_out", "rao_blackwell_return", "vopd", "vopd_topk"]  # fmt: skip
 
 # In between the ends the target is neither KL, so that only they are declared unbiased.
 _DISCOUNTED: dict[str, Any] = {
     "target": "sequence_reverse_kl",
     "unbiased": False,
-    "check": check_gamma,
+    "check": allow(gamma=SHARE),
     "variants": (
         Variant({"gamma": 1.0}, "undiscounted, the whole sequence", unbiased=True),
         Variant({"gamma": 0.0}, "this position alone", target="reverse_kl", unbiased=True),
@@ -73,12 +71,6 @@ def vopd(tokens: TokenBatch) -> Estimate:
     Formula, with d_t and KL_t detached: loss_t = (d_t - KL_t) log p(y_t). The cost has mean zero at every prefix.
     That is not the baseline of least variance: where the models differ on what the student is sure of, the KL is large
     and the rare tokens pay for it. `full_vocab` has the same expectation, needs, and no action noise at all.
-
-    Args:
-        tokens: sampled log-probabilities and the exact reverse KL, [B, T] or [N], nats.
-
-    Returns:
-        Surrogate loss and the exact KL, same shape.
     """
     kl = _exact_kl(tokens)
     return score_function(tokens, log_ratio(tokens) - kl, kl)
@@ -90,7 +82,7 @@ def vopd(tokens: TokenBatch) -> Estimate:
     unbiased=True,
     needs="support",
     source="vOPD, arXiv:2605.07865",
-    check=check_k,
+    check=allow(k=whole()),
     on_policy=True,
 )
 def vopd_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
@@ -103,9 +95,6 @@ def vopd_topk(tokens: TokenBatch, *, k: int = 16) -> Estimate:
     Args:
         tokens: sampled and support log-probabilities, the latter under the full softmax, [..., K], nats.
         k: size of the support.
-
-    Returns:
-        Surrogate loss and the log-ratio: the baseline, which may be negative, is no estimate of the KL.
     """
     baseline = support_divergence(*support_logps(tokens), divergence="reverse_kl", mass="truncate")
     return score_function(tokens, log_ratio(tokens) - baseline)
@@ -130,9 +119,6 @@ def leave_one_out(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
     Args:
         tokens: student and teacher log-probabilities, [B, T], nats, the mask, and which rows share a prompt.
         gamma: discount, 0 to 1.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     returns_BT = return_to_go(counted(tokens, log_ratio(tokens)), gamma)
     return score_function(tokens, _centred(tokens, returns_BT))
@@ -154,9 +140,6 @@ def rao_blackwell_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
     Args:
         tokens: sampled log-probabilities and the exact reverse KL, [B, T], nats, and the mask.
         gamma: discount, 0 to 1; between the ends the target is that of `hybrid`.
-
-    Returns:
-        Surrogate loss and the exact KL, [B, T].
     """
     kl_BT = _exact_kl(tokens)
     return score_function(tokens, log_ratio(tokens) - kl_BT + _future_kl(tokens, gamma), kl_BT)
@@ -179,9 +162,6 @@ def centred_rao_blackwell_return(tokens: TokenBatch, *, gamma: float = 1.0) -> E
     Args:
         tokens: as of `rao_blackwell_return`, and which rows share a prompt.
         gamma: discount, 0 to 1; between the ends the target is that of `hybrid`.
-
-    Returns:
-        Surrogate loss and the exact KL, [B, T].
     """
     kl_BT = _exact_kl(tokens)
     return score_function(tokens, log_ratio(tokens) - kl_BT + _centred(tokens, _future_kl(tokens, gamma)), kl_BT)
@@ -192,7 +172,7 @@ def centred_rao_blackwell_return(tokens: TokenBatch, *, gamma: float = 1.0) -> E
     family="sequence",
     needs="token+kl+groups",
     source="the part of `centred_rao_blackwell_return` that the local reverse KL lacks",
-    check=check_gamma,
+    check=allow(gamma=SHARE),
 )
 def future_kl_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
     """Score each token by the exact KLs to come alone, centred, which is what a local reverse KL lacks.
@@ -203,9 +183,6 @@ def future_kl_return(tokens: TokenBatch, *, gamma: float = 1.0) -> Estimate:
     Args:
         tokens: student log-probabilities, the exact reverse KL, [B, T], nats, the mask, and which rows share a prompt.
         gamma: discount, 0 to 1.
-
-    Returns:
-        Surrogate loss and the exact KL, [B, T].
     """
     return score_function(tokens, _centred(tokens, _future_kl(tokens, gamma)), _exact_kl(tokens))
 
@@ -224,8 +201,5 @@ def exact_local_return(*, gamma: float = 1.0) -> dict[str, Any]:
 
     Args:
         gamma: discount of the KLs to come, 0 to 1; 0 is `full_vocab`, between the ends the target is that of `hybrid`.
-
-    Returns:
-        The terms.
     """
     return {"full_vocab": 1.0, "future_kl_return": {"weight": 1.0, "gamma": gamma}}

@@ -13,18 +13,6 @@ from torch import Tensor
 
 from lit_opd.types import Estimate, Need, TokenBatch
 
-__all__ = [
-    "BoundEstimator",
-    "Contract",
-    "EstimatorFn",
-    "EstimatorSpec",
-    "Mixture",
-    "Term",
-    "Variant",
-    "Weighting",
-    "any_clipped",
-]
-
 EstimatorFn = Callable[..., Estimate]
 Mixture = Callable[..., Mapping[str, Any] | Sequence[Mapping[str, Any]]]
 Weighting = Callable[..., Tensor]
@@ -53,9 +41,7 @@ class Variant:
     Attributes:
         keywords: the keywords; the others keep their defaults.
         reason: why this row is here.
-        target: None where it is the declared one.
-        unbiased: None where it is as declared.
-        at_equal: None where it is as declared.
+        target, unbiased, at_equal: of the contract, None where they are as declared.
     """
 
     keywords: Mapping[str, Any]
@@ -67,23 +53,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class EstimatorSpec:
-    """An estimator and the contract it declares.
+    """An estimator and the contract it declares, as the arguments of `registry.register_estimator` describe it.
 
-    Attributes:
-        name: the registered name, or the path it was loaded from.
-        fn: the pure function.
-        family: `token` (each position for itself), `sequence` (a token also pays for those after it) or `hybrid`.
-        target: whose gradient it aims at, or None where it changes the optimum on purpose or declares nothing.
-        unbiased: is its expected gradient exactly the target's, on-policy?
-        needs: what it asks to see; nothing of its own where it is a sum, which is given what its terms need.
-        source: where the formula comes from.
-        check: raises ValueError for keywords that cannot work, before any model is loaded.
-        at_equal: where student == teacher, the gradient is zero for every `sample`, in `expectation`, or `never`.
-        on_policy: is it right only where the student itself wrote the tokens?
-        corrects: does it weigh tokens by student over sampler, so that stale or tempered samples do?
-        variants: keywords with which the contract is another, or which deserve a test of their own.
-        kind: an `estimator` maps a `TokenBatch` to an `Estimate`, a `weighting` to the weights of its `base`'s tokens;
-            a `mixture` maps its keywords to the terms of a sum.
+    A function that was not registered is named by its path. A sum has no needs of its own, and is given those of its
+    terms.
     """
 
     name: str
@@ -98,6 +71,7 @@ class EstimatorSpec:
     on_policy: bool = True
     corrects: bool = False
     variants: tuple[Variant, ...] = field(default=(), repr=False)
+    small: Mapping[str, Any] = field(default_factory=dict, repr=False)
     kind: Literal["estimator", "mixture", "weighting"] = "estimator"
 
     @property

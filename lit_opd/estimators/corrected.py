@@ -17,6 +17,7 @@ import torch
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import k3, log_ratio, score_function
+from lit_opd.functional.ranges import POSITIVE, POSITIVE_SHARE, Range, allow, one_of
 from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
 from lit_opd.types import Estimate, TokenBatch
 
@@ -39,9 +40,6 @@ def importance_k3(tokens: TokenBatch) -> Estimate:
     position, and the gradient, that of the KL, (p/mu) d_t grad log p(y_t): what the ratio adds turns the forward KL of
     `k3_loss` around. Where the log-ratio of student over sampler leaves [-20, 20] the ratio has no gradient.
 
-    Args:
-        tokens: student, teacher and sampler log-probabilities of the sampled tokens, [B, T] or [N], nats.
-
     Returns:
         Loss, and the weighted k3 estimate of the KL, same shape.
     """
@@ -51,16 +49,13 @@ def importance_k3(tokens: TokenBatch) -> Estimate:
 
 
 def _check_correction(correction: str, cap: float, low: float, high: float, max_drop: float) -> None:
-    if correction not in CORRECTIONS:
-        raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, found {correction!r}")
-    if not cap >= 1:
-        raise ValueError(f"cap must be at least 1, the ratio of a fresh sample, found {cap}")
+    one_of(CORRECTIONS).check("correction", correction)
+    Range("be at least 1, the ratio of a fresh sample", lambda value: value >= 1).check("cap", cap)
+    POSITIVE_SHARE.check("max_drop", max_drop)
     if not 0 <= low < 1 < high:
         raise ValueError(
             f"low and high must satisfy 0 <= low < 1 < high: 1 is a fresh sample's, found {low} and {high}"
         )
-    if not 0 < max_drop <= 1:
-        raise ValueError(f"max_drop must lie in (0, 1], found {max_drop}")
 
 
 @register_estimator(
@@ -100,9 +95,6 @@ def importance_reverse_kl(
         low: lower end of `band`, below 1.
         high: upper end of `band`, above 1.
         max_drop: of `one_sided`, a difference of probabilities, above 0.
-
-    Returns:
-        Surrogate loss and the log-ratio, same shape.
     """
     ratio = importance_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT)
     weight = ratio
@@ -116,21 +108,12 @@ def importance_reverse_kl(
     return score_function(tokens, weight * log_ratio(tokens), clipped=clipped)
 
 
-def _check_clips(clip_low: float, clip_high: float, dual_clip: float) -> None:
-    if not 0 < clip_low <= 1:
-        raise ValueError(f"clip_low must lie in (0, 1], found {clip_low}")
-    if not clip_high > 0:
-        raise ValueError(f"clip_high must be positive, found {clip_high}")
-    if not dual_clip > 1:
-        raise ValueError(f"dual_clip must be above 1, found {dual_clip}")
-
-
 @register_estimator(
     "ppo_reverse_kl",
     target="reverse_kl",
     unbiased=True,
     source="arXiv:2603.25562, whose training loss this is",
-    check=_check_clips,
+    check=allow(clip_low=POSITIVE_SHARE, clip_high=POSITIVE, dual_clip=Range("be above 1", lambda value: value > 1)),
     corrects=True,
 )
 def ppo_reverse_kl(
@@ -147,9 +130,6 @@ def ppo_reverse_kl(
         clip_low: how far below 1 the ratio still pushes a token down, to 1.
         clip_high: how far above 1 it still pushes a token up.
         dual_clip: largest ratio with which a token is still pushed down, above 1.
-
-    Returns:
-        Surrogate loss and the log-ratio, same shape.
     """
     advantage = -log_ratio(tokens).detach()
     ratio = importance_ratio(tokens.student_logps_BT, tokens.sampler_logps_BT)

@@ -28,6 +28,7 @@ from lit_opd.functional.divergences import (
     skew_reverse_kl,
     tvd,
 )
+from lit_opd.functional.ranges import BELOW_ONE, SHARE, allow, one_of
 from lit_opd.types import Estimate, TokenBatch
 
 DIVERGENCES: Mapping[str, Callable[..., Tensor]] = {
@@ -49,26 +50,13 @@ def with_exact_kl(tokens: TokenBatch, loss_BT: Tensor) -> Estimate:
     return Estimate(loss_BT=loss_BT, kl_BT=reverse_kl(student_logps.detach(), teacher_logps))
 
 
-def _check_skew(skew: float) -> None:
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew must lie in [0, 1), found {skew}")
-
-
-def _check_divergence(divergence: str, teacher_weight: float, skew: float) -> None:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, found {divergence!r}")
-    if not 0 <= teacher_weight <= 1:
-        raise ValueError(f"teacher_weight must lie in [0, 1], found {teacher_weight}")
-    _check_skew(skew)
-
-
 @register_estimator(
     "full_vocab",
     target="reverse_kl",
     unbiased=True,
     needs="full",
     source="GKD, arXiv:2306.13649; DeepSeek-V4, arXiv:2606.19348 (reverse)",
-    check=_check_divergence,
+    check=allow(divergence=one_of(DIVERGENCES), teacher_weight=SHARE, skew=BELOW_ONE),
     variants=(
         Variant({"divergence": "forward_kl"}, "the target is the chosen one", target="forward_kl"),
         Variant({"divergence": "jsd", "teacher_weight": 0.1}, "lopsided mixture", target="jsd"),
@@ -95,9 +83,6 @@ def full_vocab(
             target is the chosen one.
         teacher_weight: the teacher's share of the JSD's mixture, 0 to 1; unused by the others.
         skew: the share of the skew divergences' first argument in their mixture, 0 to below 1; unused by the others.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     keywords = {"jsd": {"teacher_weight": teacher_weight}}
     keywords |= {name: {"skew": skew} for name in ("skew_reverse_kl", "skew_forward_kl")}
@@ -114,21 +99,8 @@ def total_variation(tokens: TokenBatch) -> Estimate:
     Formula: loss_t = half the sum over tokens of |p - q|. By a student logit the gradient is at most p (1 - p),
     whatever the log-ratio, and of one size however small the difference: a token the student all but forgot is not
     pulled.
-
-    Args:
-        tokens: full log-probabilities, [..., V], nats.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     return full_vocab(tokens, divergence="tvd")
-
-
-def _check_distillm(divergence: str, skew: float) -> None:
-    skewed = ("skew_reverse_kl", "skew_forward_kl")
-    if divergence not in skewed:
-        raise ValueError(f"divergence must be one of {', '.join(skewed)}, found {divergence!r}")
-    _check_skew(skew)
 
 
 @register_estimator(
@@ -137,7 +109,7 @@ def _check_distillm(divergence: str, skew: float) -> None:
     unbiased=True,
     needs="full",
     source="DistiLLM, arXiv:2402.03898; for the student's completions, DistiLLM-2, arXiv:2503.07067",
-    check=_check_distillm,
+    check=allow(divergence=one_of(("skew_reverse_kl", "skew_forward_kl")), skew=BELOW_ONE),
     variants=(Variant({"divergence": "skew_forward_kl"}, "the target is the chosen one", target="skew_forward_kl"),),
 )
 def distillm(tokens: TokenBatch, *, divergence: str = "skew_reverse_kl", skew: float = 0.1) -> Estimate:
@@ -150,23 +122,15 @@ def distillm(tokens: TokenBatch, *, divergence: str = "skew_reverse_kl", skew: f
         tokens: full log-probabilities, [..., V], nats.
         divergence: `skew_reverse_kl` or `skew_forward_kl`; the declared target is the chosen one.
         skew: the share, 0 to below 1.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     return full_vocab(tokens, divergence=divergence, skew=skew)
-
-
-def _check_forward_weight(forward_weight: float) -> None:
-    if not 0 <= forward_weight <= 1:
-        raise ValueError(f"forward_weight must lie in [0, 1], found {forward_weight}")
 
 
 @register_estimator(
     "mixed_kl",
     needs="full",
     source="arXiv:2605.16826",
-    check=_check_forward_weight,
+    check=allow(forward_weight=SHARE),
     variants=(
         Variant({"forward_weight": 0.0}, "it is the reverse KL", target="reverse_kl", unbiased=True),
         Variant({"forward_weight": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),
@@ -182,8 +146,5 @@ def mixed_kl_estimator(tokens: TokenBatch, *, forward_weight: float = 0.5) -> Es
     Args:
         tokens: full log-probabilities, [..., V], nats.
         forward_weight: share of the forward KL, 0 to 1.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     return with_exact_kl(tokens, mixed_kl(*full_logps(tokens), forward_weight))

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.estimators.sequence import check_gamma, discounted_reverse_kl
+from lit_opd.estimators.sequence import discounted_reverse_kl
+from lit_opd.functional.ranges import SHARE, allow
 from lit_opd.types import Estimate, TokenBatch
 
 __all__ = ["hybrid_reverse_kl"]
@@ -27,7 +28,7 @@ __all__ = ["hybrid_reverse_kl"]
     family="hybrid",
     target="sequence_reverse_kl",
     source="arXiv:2603.25562, discounted return",
-    check=check_gamma,
+    check=allow(gamma=SHARE),
     variants=(
         Variant({"gamma": 1.0}, "undiscounted, it is the sequence estimator", unbiased=True),
         Variant({"gamma": 0.0}, "it is the token estimator", target="reverse_kl", unbiased=True),
@@ -42,8 +43,5 @@ def hybrid_reverse_kl(tokens: TokenBatch, *, gamma: float = 0.5) -> Estimate:
     Args:
         tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
         gamma: discount, 0 to 1.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     return discounted_reverse_kl(tokens, gamma)

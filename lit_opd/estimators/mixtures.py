@@ -16,6 +16,7 @@ from typing import Any
 
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_mixture
+from lit_opd.functional.ranges import allow, at_least
 
 Terms = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -49,23 +50,15 @@ def mix(*, terms: Terms) -> Terms:
     Args:
         terms: a list of `{name, weight, kwargs, weighting: {name, kwargs}}`, as under the key `estimator.terms`; or, in
             short, `{name: weight}` or `{name: {weight: w, keyword: value, ...}}`.
-
-    Returns:
-        The terms.
     """
     return terms
-
-
-def _check_single_step(single_step_weight: float) -> None:
-    if not single_step_weight >= 0:
-        raise ValueError(f"single_step_weight must be at least 0, found {single_step_weight}")
 
 
 @register_mixture(
     "minillm",
     target="sequence_reverse_kl",
     source="MiniLLM, arXiv:2306.08543 (without teacher-mixed sampling, clipping and the language-modelling loss)",
-    check=_check_single_step,
+    check=allow(single_step_weight=at_least(0)),
 )
 def minillm(*, single_step_weight: float = 1.0) -> Mapping[str, Any]:
     """Add the exact KL of the single step to the length-normalised return, for less noise where the cost is exact.
@@ -75,8 +68,5 @@ def minillm(*, single_step_weight: float = 1.0) -> Mapping[str, Any]:
 
     Args:
         single_step_weight: of the exact KL.
-
-    Returns:
-        The terms.
     """
     return {"length_normalised": 1.0, "full_vocab": single_step_weight}

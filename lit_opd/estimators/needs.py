@@ -119,12 +119,7 @@ _FIRST = (Need.TOKEN, Need.SUPPORT, Need.FULL)
 
 
 def fill(tokens: TokenBatch, needs: Iterable[Need], seen: Seen) -> TokenBatch:
-    """Fill the fields that are asked for.
-
-    Args:
-        tokens: a batch that holds what concerns the sampled tokens.
-        needs: what is asked for.
-        seen: what it is filled from.
+    """Fill the fields that are asked for into a batch that holds what concerns the sampled tokens.
 
     Raises:
         ValueError: the support is larger than the vocabulary.
@@ -144,11 +139,7 @@ def needs_of(needs: Iterable[Need], *per: str) -> frozenset[Need]:
 
 
 def read_needs(key: str, words: str | Iterable[Need]) -> frozenset[Need]:
-    """Read needs as they are declared, such as `token+kl`.
-
-    Args:
-        key: of the declaration, for messages.
-        words: `token`, `support` or `full`, with any of the others after it.
+    """Read needs as they are declared: `token`, `support` or `full`, with any others after it, such as `token+kl`.
 
     Raises:
         UserError: an unknown word.

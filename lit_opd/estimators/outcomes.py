@@ -11,7 +11,6 @@ tensor([ 1.0000, -0.5000, -0.5000])
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -21,12 +20,12 @@ from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import k3, log_ratio, score_function
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import allow, at_least, one_of
 from lit_opd.functional.ratios import banded_ratio, importance_ratio
 from lit_opd.functional.returns import leave_one_out_mean
 from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["check_kl_weight", "check_pass_reward", "group_mean", "kdrl", "leave_one_out_advantage", "mopd", "outcome",
-           "outcome_advantage", "outcome_mix"]  # fmt: skip
+__all__ = ["group_mean", "kdrl", "leave_one_out_advantage", "mopd", "outcome", "outcome_advantage", "outcome_mix"]
 
 NEEDS = "token+rewards+groups"
 KL_AS = ("reward", "k2", "k3")
@@ -34,14 +33,7 @@ _SMALLEST_DEVIATION = 1e-6  # below it rewards are equal up to rounding, which d
 
 
 def group_mean(values_B: Tensor, groups_B: Tensor) -> Tensor:
-    """Average over all rows of each row's group.
-
-    Args:
-        values_B: [B] floats.
-        groups_B: [B] integers, equal where rows belong to one group.
-
-    Returns:
-        [B], in the units of the values.
+    """Average over all rows of each row's group, which has one number in `groups_B`.
 
     >>> group_mean(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([7, 7, 9]))
     tensor([2., 2., 5.])
@@ -83,20 +75,8 @@ def outcome_advantage(tokens: TokenBatch, normalise: bool) -> Tensor:
 
 def _check_weights(kl_weight: float, outcome_weight: float, **_: object) -> None:
     if not (kl_weight >= 0 and outcome_weight >= 0 and kl_weight + outcome_weight > 0):
-        raise ValueError("kl_weight and outcome_weight must be at least 0 and not both 0, "
-                         f"found {kl_weight} and {outcome_weight}")  # fmt: skip
-
-
-def check_pass_reward(pass_reward: float, **_: object) -> None:
-    """Raise ValueError unless `pass_reward` can be the smallest reward of a completion that passes."""
-    if not math.isfinite(pass_reward):
-        raise ValueError(f"pass_reward must be finite, found {pass_reward}")
-
-
-def check_kl_weight(kl_weight: float, **_: object) -> None:
-    """Raise ValueError unless `kl_weight` can weigh a KL."""
-    if not kl_weight >= 0:
-        raise ValueError(f"kl_weight must be at least 0, found {kl_weight}")
+        found = f"found {kl_weight} and {outcome_weight}"
+        raise ValueError(f"kl_weight and outcome_weight must be at least 0 and not both 0, {found}")
 
 
 @register_estimator(
@@ -118,9 +98,6 @@ def outcome(tokens: TokenBatch, *, normalise: bool = False) -> Estimate:
     Args:
         tokens: student log-probabilities, [B, T], nats; rewards and prompts of the rows, [B]; teacher's for the log.
         normalise: divide A by the standard deviation within the prompt.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     return score_function(tokens, -outcome_advantage(tokens, normalise))
 
@@ -153,18 +130,9 @@ def outcome_mix(
         kl_weight: of the reverse KL.
         outcome_weight: of the reward.
         normalise: divide A by the standard deviation within the prompt.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     cost_BT = kl_weight * log_ratio(tokens) - outcome_weight * outcome_advantage(tokens, normalise)
     return score_function(tokens, cost_BT)
-
-
-def _check_kdrl(kl_as: str, kl_weight: float, **_: object) -> None:
-    if kl_as not in KL_AS:
-        raise ValueError(f"kl_as must be one of {', '.join(KL_AS)}, found {kl_as!r}")
-    check_kl_weight(kl_weight)
 
 
 @register_estimator(
@@ -172,7 +140,7 @@ def _check_kdrl(kl_as: str, kl_weight: float, **_: object) -> None:
     family="hybrid",
     needs=NEEDS,
     source="KDRL, arXiv:2506.02208 (KL as reward, or as loss)",
-    check=_check_kdrl,
+    check=allow(kl_as=one_of(KL_AS), kl_weight=at_least(0)),
     at_equal="never",
     variants=(
         Variant({"kl_as": "reward"}, "follows the sequence reverse KL"),
@@ -194,9 +162,6 @@ def kdrl(tokens: TokenBatch, *, kl_as: str = "k2", kl_weight: float = 1.0, norma
         kl_as: `reward`, `k2` or `k3`.
         kl_weight: of the divergence against the reward.
         normalise: divide A by the standard deviation within the prompt.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     assert tokens.rewards_B is not None
     log_ratio_BT = torch.where(tokens.mask_BT, log_ratio(tokens), 0.0)
@@ -209,11 +174,10 @@ def kdrl(tokens: TokenBatch, *, kl_as: str = "k2", kl_weight: float = 1.0, norma
 
 
 def _check_mopd(outcome_weight: float, low: float, high: float, **_: object) -> None:
-    if not outcome_weight >= 0:
-        raise ValueError(f"outcome_weight must be at least 0, found {outcome_weight}")
+    at_least(0).check("outcome_weight", outcome_weight)
     if not 0 <= low <= 1 <= high:
-        raise ValueError(f"low and high must satisfy 0 <= low <= 1 <= high, found {low} and {high}; "
-                         "on-policy every ratio is 1")  # fmt: skip
+        found = f"found {low} and {high}; on-policy every ratio is 1"
+        raise ValueError(f"low and high must satisfy 0 <= low <= 1 <= high, {found}")
 
 
 @register_estimator(
@@ -225,10 +189,9 @@ def _check_mopd(outcome_weight: float, low: float, high: float, **_: object) -> 
     at_equal="never",
     corrects=True,
     variants=(
-        Variant({"outcome_weight": 0.0}, "on-policy it is the token estimator", target="reverse_kl", unbiased=True,
-                at_equal="sample"),
+        Variant({"outcome_weight": 0.0}, "on-policy `token`", target="reverse_kl", unbiased=True, at_equal="sample"),
     ),
-)  # fmt: skip
+)
 def mopd(
     tokens: TokenBatch,
     *,
@@ -249,9 +212,6 @@ def mopd(
         low: lower end of the band, 0 to 1.
         high: upper end of the band, at least 1.
         normalise: divide A by the standard deviation within the prompt.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     ratio_BT = importance_ratio(tokens.student_logps_BT.detach(), tokens.sampler_logps_BT)
     cost_BT = log_ratio(tokens) - outcome_weight * outcome_advantage(tokens, normalise)

@@ -9,14 +9,13 @@ tensor([1.3863])
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import log_ratio, score_function
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import WEIGHT, allow, at_least
 from lit_opd.functional.ratios import importance_ratio, truncated_ratio
 from lit_opd.types import Estimate, TokenBatch
 
@@ -28,26 +27,18 @@ def _reference_logps(tokens: TokenBatch) -> Tensor:
     return upcast(tokens.reference_logps_BT)
 
 
-def _check_exopd(extrapolation: float, max_ratio: float) -> None:
-    if not 0 <= extrapolation < math.inf:
-        raise ValueError(f"extrapolation must be at least 0 and finite, found {extrapolation}")
-    if not max_ratio >= 1:
-        raise ValueError(f"max_ratio must be at least 1, found {max_ratio}")
-
-
 @register_estimator(
     "exopd",
     needs="token+reference",
     source="G-OPD and ExOPD, arXiv:2602.12125; limits in arXiv:2605.08737",
-    check=_check_exopd,
+    check=allow(extrapolation=WEIGHT, max_ratio=at_least(1)),
     at_equal="never",
     corrects=True,
     variants=(
-        Variant({"extrapolation": 1.0}, "on-policy it is the token estimator, whatever the reference",
-                target="reverse_kl", unbiased=True, at_equal="sample"),
+        Variant({"extrapolation": 1.0}, "on-policy `token`", target="reverse_kl", unbiased=True, at_equal="sample"),
         Variant({"extrapolation": 0.0}, "the teacher drops out: towards the reference"),
     ),
-)  # fmt: skip
+)
 def exopd(tokens: TokenBatch, *, extrapolation: float = 1.25, max_ratio: float = 5.0) -> Estimate:
     """Extrapolate beyond the teacher by making the student's gain over a reference that of the teacher times a factor.
 
@@ -60,9 +51,6 @@ def exopd(tokens: TokenBatch, *, extrapolation: float = 1.25, max_ratio: float =
             student as it was at first, or the teacher as it was before its own reinforcement learning.
         extrapolation: 1 for plain distillation.
         max_ratio: the largest importance ratio let through.
-
-    Returns:
-        Surrogate loss and the log-ratio to the teacher, same shape.
     """
     excess = log_ratio(tokens) - (extrapolation - 1) * (upcast(tokens.teacher_logps_BT) - _reference_logps(tokens))
     ratio = importance_ratio(tokens.student_logps_BT.detach(), tokens.sampler_logps_BT)
@@ -70,22 +58,16 @@ def exopd(tokens: TokenBatch, *, extrapolation: float = 1.25, max_ratio: float =
     return score_function(tokens, weight * excess, clipped=weight != ratio)
 
 
-def _check_reference_weight(reference_weight: float) -> None:
-    if not 0 <= reference_weight < math.inf:
-        raise ValueError(f"reference_weight must be at least 0 and finite, found {reference_weight}")
-
-
 @register_estimator(
     "stable_opd",
     needs="token+reference",
     source="StableOPD, arXiv:2604.08527 (its divergence constraint, without golden rollouts)",
-    check=_check_reference_weight,
+    check=allow(reference_weight=WEIGHT),
     at_equal="never",
     variants=(
-        Variant({"reference_weight": 0.0}, "it is the token estimator", target="reverse_kl", unbiased=True,
-                at_equal="sample"),
+        Variant({"reference_weight": 0.0}, "it is `token`", target="reverse_kl", unbiased=True, at_equal="sample"),
     ),
-)  # fmt: skip
+)
 def stable_opd(tokens: TokenBatch, *, reference_weight: float = 0.1) -> Estimate:
     """Add some reverse KL to a reference model, which holds the student back from running off.
 
@@ -96,9 +78,6 @@ def stable_opd(tokens: TokenBatch, *, reference_weight: float = 0.1) -> Estimate
     Args:
         tokens: student, teacher and reference log-probabilities, [B, T] or [N], nats.
         reference_weight: of the reverse KL to the reference.
-
-    Returns:
-        Surrogate loss and the log-ratio to the teacher, same shape.
     """
     drift = upcast(tokens.student_logps_BT) - _reference_logps(tokens)
     return score_function(tokens, log_ratio(tokens) + reference_weight * drift)

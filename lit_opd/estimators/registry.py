@@ -7,7 +7,7 @@ this room and users' files register, `terms.build` looks up.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from lit_opd.errors import UserError, choose, suggest
@@ -37,14 +37,15 @@ def register_estimator(
     on_policy: bool | None = None,
     corrects: bool = False,
     variants: tuple[Variant, ...] = (),
+    small: Mapping[str, Any] | None = None,
     kind: Literal["estimator", "mixture", "weighting"] = "estimator",
 ) -> Callable[[F], F]:
     """Register a pure function `(tokens: TokenBatch, *, ...) -> Estimate` under a name, with its contract.
 
     Args:
         name: how a configuration selects it.
-        family: `token`, `sequence` or `hybrid`.
-        target: whose gradient it aims at, e.g. `reverse_kl`, `sequence_reverse_kl`; None claims nothing.
+        family: `token` (each position for itself), `sequence` (a token also pays for those after it) or `hybrid`.
+        target: whose gradient it aims at, e.g. `reverse_kl`; None where it changes the optimum or claims nothing.
         unbiased: whether its expected gradient is exactly the target's, on-policy.
         needs: `token`, `support` or `full`, with any of `+kl`, `+entropy`, `+rewards`, `+groups`, `+reference`.
         source: citation.
@@ -52,9 +53,11 @@ def register_estimator(
         at_equal: where student == teacher, the gradient is zero for every `sample`, in `expectation`, or `never`.
         on_policy: whether it is right only where the student itself wrote the tokens; by default where it needs no more
             than these.
-        corrects: whether it weighs tokens by student over sampler.
+        corrects: whether it weighs tokens by student over sampler, so that stale or tempered samples do.
         variants: keywords with which the contract is another, or which deserve a test of their own.
-        kind: what the function returns; `register_mixture` and `register_weighting` set it.
+        small: keywords that tests and `check` take for the defaults, where those set a limit that models of a few
+            tokens and positions never meet.
+        kind: set by `register_mixture`, whose functions return terms, and `register_weighting`, whose return weights.
 
     Raises:
         UserError: an unknown family or need, a name already taken by another function, or a `token` estimator that
@@ -73,7 +76,20 @@ def register_estimator(
             raise UserError(where, "a new name", "a registered one", "Choose another name.")
         sampled = Need.TOKEN in wanted if on_policy is None else on_policy
         _REGISTRY[name] = EstimatorSpec(
-            name, fn, family, target, unbiased, wanted, source, check, at_equal, sampled, corrects, variants, kind
+            name,
+            fn,
+            family,
+            target,
+            unbiased,
+            wanted,
+            source,
+            check,
+            at_equal,
+            sampled,
+            corrects,
+            variants,
+            dict(small or {}),
+            kind,
         )
         return fn
 

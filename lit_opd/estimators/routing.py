@@ -17,18 +17,14 @@ from __future__ import annotations
 import torch
 
 from lit_opd.estimators.contract import Variant
-from lit_opd.estimators.outcomes import NEEDS, check_kl_weight, check_pass_reward, outcome_advantage
+from lit_opd.estimators.outcomes import NEEDS, outcome_advantage
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import log_ratio, score_function
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import FINITE, SHARE, allow, at_least
 from lit_opd.types import Estimate, TokenBatch
 
 __all__ = ["rlsd", "srpo"]
-
-
-def _check_max_change(max_change: float, **_: object) -> None:
-    if not 0 <= max_change <= 1:
-        raise ValueError(f"max_change must lie in [0, 1], found {max_change}")
 
 
 @register_estimator(
@@ -37,7 +33,7 @@ def _check_max_change(max_change: float, **_: object) -> None:
     target="outcome",
     needs=NEEDS,
     source="RLSD, arXiv:2604.03128 (without the decay of the teacher's share)",
-    check=_check_max_change,
+    check=allow(max_change=SHARE),
     at_equal="never",
     variants=(
         Variant({"max_change": 0.0, "normalise": False}, "it is the outcome estimator", unbiased=True),
@@ -55,9 +51,6 @@ def rlsd(tokens: TokenBatch, *, max_change: float = 0.2, normalise: bool = False
         tokens: student and teacher log-probabilities, [B, T], nats; rewards and prompts of the rows, [B].
         max_change: how far the factor may leave 1.
         normalise: divide A by the standard deviation within the prompt.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     advantage_B1 = outcome_advantage(tokens, normalise)
     evidence_BT = (-advantage_B1.sign() * log_ratio(tokens)).exp()
@@ -65,17 +58,12 @@ def rlsd(tokens: TokenBatch, *, max_change: float = 0.2, normalise: bool = False
     return score_function(tokens, -advantage_B1 * factor_BT, clipped=factor_BT != evidence_BT)
 
 
-def _check_srpo(pass_reward: float, kl_weight: float, **_: object) -> None:
-    check_pass_reward(pass_reward)
-    check_kl_weight(kl_weight)
-
-
 @register_estimator(
     "srpo",
     family="hybrid",
     needs=NEEDS,
     source="SRPO, arXiv:2604.02288 (routing, with the sampled KL and without its entropy weights)",
-    check=_check_srpo,
+    check=allow(pass_reward=FINITE, kl_weight=at_least(0)),
     at_equal="never",
     variants=(Variant({"normalise": True}, "the outcome advantage divided by its deviation"),),
 )
@@ -90,9 +78,6 @@ def srpo(tokens: TokenBatch, *, pass_reward: float = 1.0, kl_weight: float = 1.0
         pass_reward: the smallest reward of a completion that passes.
         kl_weight: of the teacher's signal against the reward's.
         normalise: divide A by the standard deviation within the prompt.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     assert tokens.rewards_B is not None
     passes_B1 = (upcast(tokens.rewards_B) >= pass_reward)[:, None]

@@ -23,20 +23,14 @@ from torch import Tensor
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import Range, allow, one_of
 from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["clipped_log_ratio", "k2_loss", "k3", "k3_loss", "log_ratio", "sampled_reverse_kl", "score_function"]
+_WHERE = ("doubted", "all")
 
 
 def log_ratio(tokens: TokenBatch) -> Tensor:
-    """Compute log p - log q of the sampled tokens, with the student's gradient.
-
-    Args:
-        tokens: student and teacher log-probabilities, [B, T] or [N], nats.
-
-    Returns:
-        The same shape, nats, fp32 (float64 stays).
-    """
+    """Compute log p - log q of the sampled tokens, with the student's gradient, in fp32 (float64 stays)."""
     return upcast(tokens.student_logps_BT) - upcast(tokens.teacher_logps_BT)
 
 
@@ -51,9 +45,6 @@ def score_function(
             it, and values at masked positions are ignored.
         kl: what to log as the KL; None for the log-ratio.
         clipped: where a limit changed the cost; None where it has none.
-
-    Returns:
-        Surrogate loss cost x log p(y_t), the KL, and where it is clipped, same shape.
     """
     counted_cost = cost.detach().masked_fill(~tokens.mask_BT, 0.0)
     value = log_ratio(tokens) if kl is None else kl
@@ -61,14 +52,7 @@ def score_function(
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """Compute exp(-d) - 1 + d, an estimate of the reverse KL that is never negative.
-
-    Args:
-        log_ratio: d, any shape, nats.
-
-    Returns:
-        The same shape, nats; infinite in fp32 where d is below -88.
-    """
+    """Compute exp(-d) - 1 + d, an estimate of the reverse KL that is never negative, infinite in fp32 below d = -88."""
     return torch.expm1(-log_ratio) + log_ratio
 
 
@@ -84,12 +68,6 @@ def sampled_reverse_kl(tokens: TokenBatch) -> Estimate:
     Formula, with d_t = log p(y_t) - log q(y_t) detached: loss_t = d_t log p(y_t). Over y_t ~ p its expected gradient is
     that of KL(student || teacher) at the position, with the prefix held fixed. Trades variance for needing only one
     number a token from the teacher.
-
-    Args:
-        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
-
-    Returns:
-        Surrogate loss and the log-ratio (the k1 estimate of the KL), same shape.
     """
     return score_function(tokens, log_ratio(tokens))
 
@@ -104,9 +82,6 @@ def k2_loss(tokens: TokenBatch) -> Estimate:
     """Differentiate half the squared log-ratio, which has the gradient of `token` and a value that can be read.
 
     Formula: loss_t = d_t^2 / 2 with d_t = log p(y_t) - log q(y_t), differentiated: d_t grad log p(y_t).
-
-    Args:
-        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
 
     Returns:
         Loss, the k2 estimate of the KL, and the same detached.
@@ -128,9 +103,6 @@ def k3_loss(tokens: TokenBatch) -> Estimate:
     As a value it is an unbiased estimate of KL(student || teacher), never negative; its expected gradient is that of
     KL(teacher || student). The factor q/p is unbounded, so rare tokens that the teacher likes dominate the noise.
 
-    Args:
-        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
-
     Returns:
         Loss, the k3 estimate of the reverse KL, and the same detached.
     """
@@ -138,32 +110,80 @@ def k3_loss(tokens: TokenBatch) -> Estimate:
     return Estimate(loss_BT=loss, kl_BT=loss.detach())
 
 
-def _check_clip(max_log_ratio: float) -> None:
-    if not 0 < max_log_ratio < math.inf:
-        raise ValueError(
-            f"max_log_ratio must be positive and finite, found {max_log_ratio}; without a limit it is `token`"
-        )
+_LIMIT = Range("be positive and finite", lambda value: 0 < value < math.inf, "without a limit it is `token`")
 
 
 @register_estimator(
     "clipped_log_ratio",
     target="reverse_kl",
     source="arXiv:2603.25562 (clip_log_ratio)",
-    check=_check_clip,
-    variants=(Variant({"max_log_ratio": 0.5}, "no default; a limit that small models meet"),),
+    check=allow(max_log_ratio=_LIMIT),
+    small={"max_log_ratio": 0.5},
 )
-def clipped_log_ratio(tokens: TokenBatch, *, max_log_ratio: float) -> Estimate:
+def clipped_log_ratio(tokens: TokenBatch, *, max_log_ratio: float = 5.0) -> Estimate:
     """Bound the log-ratio that weighs the score function, which loses the tail of the cost for less variance.
 
     Formula, with d_t detached: loss_t = clamp(d_t, -c, c) log p(y_t). Biased as soon as a log-ratio exceeds c.
 
     Args:
         tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
-        max_log_ratio: c, nats; 5 in the code of arXiv:2603.25562, 20 elsewhere.
-
-    Returns:
-        Surrogate loss and the log-ratio, not clipped, same shape.
+        max_log_ratio: c, nats; the default is that of the code of arXiv:2603.25562, 20 is usual elsewhere.
     """
     d = log_ratio(tokens)
     clipped = d.abs() > max_log_ratio
     return score_function(tokens, d.clamp(-max_log_ratio, max_log_ratio), clipped=clipped)
+
+
+@register_estimator(
+    "log_ratio_sign",
+    target="reverse_kl",
+    source="as described of BinaryOPD, arXiv:2609.33791",
+)
+def log_ratio_sign(tokens: TokenBatch) -> Estimate:
+    """Keep of the log-ratio nothing but its sign, a baseline that follows twice the total variation distance.
+
+    Formula, with d_t detached: loss_t = sign(d_t) log p(y_t). Over y_t ~ p its expected gradient is exactly twice that
+    of `tvd`: biased for the reverse KL, bounded whatever the teacher says, and as loud beside the teacher as far from
+    it. Where both models say the same there is none; where they differ by rounding alone, it is noise of full size.
+
+    Args:
+        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
+
+    Returns:
+        Surrogate loss and the log-ratio, not its sign, same shape.
+    """
+    return score_function(tokens, log_ratio(tokens).sign())
+
+
+_NEGATIVE = Range("be negative and finite", lambda value: -math.inf < value < 0)
+
+
+@register_estimator(
+    "fixed_advantage",
+    target="reverse_kl",
+    source="as described in arXiv:2608.31046 (one fixed negative advantage)",
+    check=allow(advantage=_NEGATIVE, where=one_of(_WHERE)),
+    variants=(
+        Variant({"where": "all"}, "the teacher is not looked at: nothing in expectation", at_equal="expectation"),
+        Variant({"advantage": -0.25}, "another size"),
+    ),
+)
+def fixed_advantage(tokens: TokenBatch, *, advantage: float = -1.0, where: str = "doubted") -> Estimate:
+    """Push down the tokens that the teacher finds less probable, all alike, a baseline that follows total variation.
+
+    Formula, with A = `advantage`: loss_t = -A log p(y_t) where log p(y_t) > log q(y_t), and 0 elsewhere (`doubted`), or
+    everywhere (`all`). Over y_t ~ p the expected gradient of `doubted` is exactly -A times that of `tvd`; it is
+    `log_ratio_sign` with a baseline, at half its size. That of `all`, which needs no teacher, is zero: what it trains
+    with is noise, and the linter refuses it unless `lint.allow` names the rule.
+
+    Args:
+        tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
+        advantage: A, below 0.
+        where: `doubted` or `all`.
+
+    Returns:
+        Surrogate loss and the log-ratio, same shape.
+    """
+    d = log_ratio(tokens)
+    pushed = d > 0 if where == "doubted" else torch.ones_like(tokens.mask_BT)
+    return score_function(tokens, -advantage * pushed.to(d.dtype))

@@ -17,6 +17,7 @@ from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_weighting
 from lit_opd.estimators.weighted import weights_where
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import POSITIVE_SHARE, allow
 from lit_opd.types import TokenBatch
 
 __all__ = ["entropy_top", "keep_top", "tip"]
@@ -27,13 +28,7 @@ _EVERYTHING = (Variant({"share": 1.0, "base": "token"}, "every token is kept", u
 def keep_top(scores_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:
     """Keep the counted tokens that have the largest scores of their row.
 
-    Args:
-        scores_BT: [B, T]; what stands at masked positions is ignored.
-        mask_BT: [B, T] True at counted positions.
-        share: of the n counted tokens of a row, round(share n) are kept (to even at halves), but at least one.
-
-    Returns:
-        [B, T] True at the kept ones.
+    Of n counted tokens round(share n) are kept (to even at halves), but at least one.
     """
     order_BT = torch.where(mask_BT, scores_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank_BT = order_BT.argsort(dim=1)
@@ -41,17 +36,12 @@ def keep_top(scores_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:
     return mask_BT & (rank_BT < kept_B1)
 
 
-def _check_share(share: float, **_: object) -> None:
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1], found {share}")
-
-
 @register_weighting(
     "entropy_top",
     target="reverse_kl",
     needs="token+entropy",
     source="option of the code of arXiv:2603.25562 (top 20 %); arXiv:2604.14084 (50 %)",
-    check=_check_share,
+    check=allow(share=POSITIVE_SHARE),
     variants=_EVERYTHING,
 )
 def entropy_top(tokens: TokenBatch, *, share: float = 0.2) -> Tensor:
@@ -62,9 +52,6 @@ def entropy_top(tokens: TokenBatch, *, share: float = 0.2) -> Tensor:
     Args:
         tokens: the student's entropies, [B, T], nats, and the mask.
         share: of the counted tokens, in (0, 1].
-
-    Returns:
-        [B, T] weights.
     """
     assert tokens.student_entropy_BT is not None
     return weights_where(tokens, keep_top(upcast(tokens.student_entropy_BT), tokens.mask_BT, share))
@@ -75,7 +62,7 @@ def entropy_top(tokens: TokenBatch, *, share: float = 0.2) -> Tensor:
     target="reverse_kl",
     needs="token+entropy+kl",
     source="TIP, arXiv:2604.14084 (soft OR), scaled over the completion instead of the batch",
-    check=_check_share,
+    check=allow(share=POSITIVE_SHARE),
     variants=_EVERYTHING,
 )
 def tip(tokens: TokenBatch, *, share: float = 0.5) -> Tensor:
@@ -88,9 +75,6 @@ def tip(tokens: TokenBatch, *, share: float = 0.5) -> Tensor:
     Args:
         tokens: the student's entropies and the exact KL, [B, T], nats, and the mask.
         share: of the counted tokens, in (0, 1].
-
-    Returns:
-        [B, T] weights.
     """
     assert tokens.student_entropy_BT is not None
     assert tokens.kl_BT is not None

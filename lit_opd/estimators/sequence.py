@@ -21,43 +21,23 @@ from torch import Tensor
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import log_ratio, score_function
+from lit_opd.functional.ranges import SHARE, allow, whole
 from lit_opd.functional.returns import k_step_return, remaining_mean, return_to_go
 from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["check_gamma", "counted", "discounted_reverse_kl", "k_step", "length_normalised", "sequence_reverse_kl"]
-
-
-def check_gamma(gamma: float) -> None:
-    """Raise ValueError unless `gamma` is a discount, 0 to 1."""
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], found {gamma}")
+__all__ = ["counted", "discounted_reverse_kl", "k_step", "length_normalised", "sequence_reverse_kl"]
 
 
 def counted(tokens: TokenBatch, values_BT: Tensor) -> Tensor:
     """Detach values and zero them where masked, so that they may be summed into earlier positions.
 
     Masked first: a special token's log-ratio of -58 would leak into every earlier return.
-
-    Args:
-        tokens: the mask.
-        values_BT: [B, T].
-
-    Returns:
-        [B, T].
     """
     return values_BT.detach().masked_fill(~tokens.mask_BT, 0.0)
 
 
 def discounted_reverse_kl(tokens: TokenBatch, gamma: float) -> Estimate:
-    """Weigh the score function by the discounted sum of this and all later log-ratios.
-
-    Args:
-        tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
-        gamma: discount; 0 looks at this token only, 1 at the rest of the sequence.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
-    """
+    """Weigh the score function by the discounted sum of this and all later log-ratios, [B, T]."""
     return score_function(tokens, return_to_go(counted(tokens, log_ratio(tokens)), gamma))
 
 
@@ -73,20 +53,8 @@ def sequence_reverse_kl(tokens: TokenBatch) -> Estimate:
 
     Formula, with d_i detached: loss_t = (sum over i >= t of d_i) log p(y_t). Its expected gradient is exactly that of
     KL(student || teacher) over whole sequences; its second moment can grow with the fourth power of the length.
-
-    Args:
-        tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     return discounted_reverse_kl(tokens, gamma=1.0)
-
-
-def _check_steps(steps: int, gamma: float) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, found {steps!r}")
-    check_gamma(gamma)
 
 
 @register_estimator(
@@ -94,14 +62,14 @@ def _check_steps(steps: int, gamma: float) -> None:
     family="sequence",
     target="sequence_reverse_kl",
     source="KETCHUP, arXiv:2504.19024",
-    check=_check_steps,
+    check=allow(steps=whole(), gamma=SHARE),
     variants=(
         Variant({"steps": 1}, "it is the token estimator", target="reverse_kl", unbiased=True),
-        Variant({"steps": 2}, "no default; a window that ends before the completion does"),
         Variant({"steps": 2, "gamma": 0.5}, "window and discount"),
     ),
+    small={"steps": 2},
 )
-def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
+def k_step(tokens: TokenBatch, *, steps: int = 8, gamma: float = 1.0) -> Estimate:
     """Sum the log-ratios of a window that begins here, whose length trades bias for variance.
 
     Formula, with d_i detached: loss_t = (sum over i = t .. t + steps - 1 of gamma^(i - t) d_i) log p(y_t). One step is
@@ -109,11 +77,8 @@ def k_step(tokens: TokenBatch, *, steps: int, gamma: float = 1.0) -> Estimate:
 
     Args:
         tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
-        steps: positions in the window, this one included.
+        steps: positions in the window, this one included; the default is a choice of ours.
         gamma: discount within it, 0 to 1.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     return score_function(tokens, k_step_return(counted(tokens, log_ratio(tokens)), steps, gamma))
 
@@ -129,11 +94,5 @@ def length_normalised(tokens: TokenBatch) -> Estimate:
 
     Formula, with d_i detached and n_t the counted positions from t on: loss_t = (1 / n_t) (sum over i >= t of d_i) log
     p(y_t). n_t depends on what is sampled after t, so that the target is no longer a KL: short endings are weighed up.
-
-    Args:
-        tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
-
-    Returns:
-        Surrogate loss and log-ratio, [B, T].
     """
     return score_function(tokens, remaining_mean(counted(tokens, log_ratio(tokens)), tokens.mask_BT))

@@ -28,12 +28,6 @@ def supervised(tokens: TokenBatch) -> Estimate:
     Formula: loss_t = -log p(y_t) at tokens of demonstrations (`rollout.student_share` below 1), 0 at the student's own.
     Where the teacher wrote them, the expected gradient is that of KL(teacher || student) at the teacher's prefixes.
     Meant as a term of a `mix`.
-
-    Args:
-        tokens: student log-probabilities of the tokens and who wrote them, [B, T] or [N].
-
-    Returns:
-        Loss and the log-ratio, same shape.
     """
     student_logps = upcast(tokens.student_logps_BT)
     log_ratio = student_logps.detach() - upcast(tokens.teacher_logps_BT)

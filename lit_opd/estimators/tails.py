@@ -22,16 +22,11 @@ from lit_opd.estimators.sampled import sampled_reverse_kl
 from lit_opd.estimators.topk import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
 from lit_opd.functional.divergences import expectation, log_difference, renormalise, reverse_kl
 from lit_opd.functional.precision import upcast
-from lit_opd.functional.support import MASSES, support_divergence
+from lit_opd.functional.ranges import allow, at_least, one_of, whole
+from lit_opd.functional.support import MASSES, outside_logp, support_divergence
 from lit_opd.types import Estimate, TokenBatch
 
 WEIGHTS = ("student", "teacher", "none")
-
-
-def _check_weights(k: int, weights: str, **_: object) -> None:
-    check_k(k)
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, found {weights!r}")
 
 
 @register_estimator(
@@ -39,7 +34,7 @@ def _check_weights(k: int, weights: str, **_: object) -> None:
     target="reverse_kl",
     needs="support",
     source="arXiv:2604.13016 (K-wise policy gradient)",
-    check=_check_weights,
+    check=allow(k=whole(), weights=one_of(WEIGHTS)),
     variants=(
         Variant({"weights": "teacher"}, "other weights"),
         Variant({"weights": "none"}, "other weights"),
@@ -60,9 +55,6 @@ def topk_weighted_scores(
         k: size of the support.
         support: whose most probable tokens.
         weights: whose probabilities, renormalised over S, are the weights: `student`, `teacher`, or `none` for one.
-
-    Returns:
-        Surrogate loss, and the sampled log-ratio as KL estimate.
     """
     student_logps, teacher_logps = support_logps(tokens)
     assert tokens.support_mask_BTK is not None
@@ -92,7 +84,7 @@ def _tail_log_ratio(tokens: TokenBatch) -> tuple[Tensor, Tensor]:
     unbiased=True,
     needs="support",
     source="arXiv:2602.04417 with the log-ratio of its head detached",
-    check=check_k,
+    check=allow(k=whole()),
     on_policy=True,
     variants=OTHER_SUPPORTS,
 )
@@ -122,7 +114,7 @@ def head_and_tail(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") 
     target="reverse_kl",
     needs="support",
     source="EMA-PG, arXiv:2602.04417; arXiv:2603.25562 (tail sampling)",
-    check=check_k,
+    check=allow(k=whole()),
     at_equal="never",
     on_policy=True,
     variants=(
@@ -155,12 +147,47 @@ def head_and_tail_published(
     return Estimate(loss_BT=head + cost * upcast(tokens.student_logps_BT), kl_BT=head.detach() + log_ratio)
 
 
+@register_estimator(
+    "resopd",
+    target="reverse_kl",
+    unbiased=True,
+    needs="support",
+    source="as described of ResOPD, arXiv:2610.04882",
+    check=allow(k=whole()),
+    on_policy=True,
+    variants=OTHER_SUPPORTS,
+)
+def resopd(tokens: TokenBatch, *, k: int = 16, support: str = "teacher") -> Estimate:
+    """Sum the reverse KL over K tokens and a bucket of all others, and sample no more than what the bucket hides.
+
+    Formula, with P and Q the masses on the support S, d = log p - log q, b = log((1 - P) / (1 - Q)) and y the sampled
+    token: loss_t = sum over S of p d, plus (1 - P) b, plus r log p(y) if y is outside S, with r = d_y - b detached. The
+    first two are `topk_tail_reverse_kl`, differentiated; r is the log-ratio inside the tail, log p(y | tail) - log q(y
+    | tail). Over y ~ p the expected gradient is that of KL(student || teacher) at the position, whatever S is; what
+    stands for 1 - Q cancels there, so that rounding it costs no bias. It asks the teacher for the numbers of
+    `head_and_tail`, with most often less variance on the teacher's support, and most often more on the student's.
+
+    Args:
+        tokens: support and sampled log-probabilities under the full softmax, [..., K] and [...], nats, and the ids.
+        k: size of the support.
+        support: whose most probable tokens.
+
+    Returns:
+        Surrogate loss, and sum over S of p d, plus (1 - P) b, plus r outside, an unbiased estimate of the KL.
+    """
+    student_logps, teacher_logps = support_logps(tokens)
+    head_and_bucket = support_divergence(student_logps, teacher_logps, divergence="reverse_kl", mass="tail")
+    bucket_log_ratio = (outside_logp(student_logps) - outside_logp(teacher_logps)).detach()
+    outside, log_ratio = _tail_log_ratio(tokens)
+    residual = torch.where(outside, log_ratio - bucket_log_ratio, 0.0)
+    loss = head_and_bucket + residual * upcast(tokens.student_logps_BT)
+    return Estimate(loss_BT=loss, kl_BT=head_and_bucket.detach() + residual)
+
+
 def _check_entropy_aware(k: int, entropy_threshold: float, mass: str) -> None:
-    check_k(k, least=2 if mass == "renormalise" else 1)
-    if not entropy_threshold >= 0:
-        raise ValueError(f"entropy_threshold must be at least 0, found {entropy_threshold}")
-    if mass not in MASSES:
-        raise ValueError(f"mass must be one of {', '.join(MASSES)}, found {mass!r}")
+    check_k(k, mass)
+    at_least(0).check("entropy_threshold", entropy_threshold)
+    one_of(MASSES).check("mass", mass)
 
 
 @register_estimator(
@@ -170,11 +197,11 @@ def _check_entropy_aware(k: int, entropy_threshold: float, mass: str) -> None:
     check=_check_entropy_aware,
     on_policy=True,
     variants=(
-        Variant({"entropy_threshold": 100.0}, "above the entropy of any vocabulary it is the `token` estimator",
-                target="reverse_kl", unbiased=True),
+        Variant({"entropy_threshold": 100.0}, "above any entropy it is `token`", target="reverse_kl", unbiased=True),
         Variant({"mass": "truncate"}, "raises the mass of the support, even at p = q", at_equal="never"),
+        Variant({"mass": "tail"}, "with a residual symbol"),
     ),
-)  # fmt: skip
+)
 def entropy_aware(
     tokens: TokenBatch, *, k: int = 16, entropy_threshold: float = 0.8, mass: str = "renormalise"
 ) -> Estimate:
@@ -182,16 +209,14 @@ def entropy_aware(
 
     Formula, with H the teacher's entropy and S its K most probable tokens: loss_t = d_t log p(y_t) + [H > threshold]
     KL_S(teacher || student), the second as in `functional.support.support_divergence`. Threshold and `mass` are
-    choices of ours.
+    choices of ours. The published forward KL is described not to rest at the teacher (ReTaCo, arXiv:2609.39275): with
+    both sides renormalised, as here by default, or with the residual symbol of that paper, `tail`, it does.
 
     Args:
         tokens: support and sampled log-probabilities under the full softmax, [..., K] and [...], nats, and entropies.
         k: size of the support.
         entropy_threshold: nats above which the forward KL is added.
         mass: what the forward KL does about the tokens outside: `renormalise`, `truncate`, `tail` or `generalised`.
-
-    Returns:
-        Surrogate loss and the log-ratio.
     """
     assert tokens.teacher_entropy_BT is not None
     reverse = sampled_reverse_kl(tokens)

@@ -21,22 +21,18 @@ import torch
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.full import full_logps, with_exact_kl
 from lit_opd.estimators.registry import register_estimator
-from lit_opd.estimators.topk import OTHER_SUPPORTS, check_k, sampled_log_ratio, support_logps
+from lit_opd.estimators.topk import OTHER_SUPPORTS, sampled_log_ratio, support_logps
 from lit_opd.functional.divergences import forward_kl, renormalise
 from lit_opd.functional.interpolation import interpolate_logps
+from lit_opd.functional.ranges import POSITIVE_SHARE, SHARE, allow, whole
 from lit_opd.types import Estimate, TokenBatch
-
-
-def _check_start(start: float) -> None:
-    if not 0 <= start <= 1:
-        raise ValueError(f"start must lie in [0, 1], found {start}")
 
 
 @register_estimator(
     "taid",
     needs="full",
     source="TAID, arXiv:2501.16937, with a linear schedule",
-    check=_check_start,
+    check=allow(start=SHARE),
     variants=(Variant({"start": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),),
 )
 def taid(tokens: TokenBatch, *, start: float = 0.4) -> Estimate:
@@ -49,24 +45,15 @@ def taid(tokens: TokenBatch, *, start: float = 0.4) -> Estimate:
     Args:
         tokens: full log-probabilities, [..., V], nats, and the progress of training.
         start: the teacher's share at the beginning of training, 0 to 1; at its end the target is the teacher.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     return veto(tokens, teacher_share=start + (1 - start) * tokens.progress)
-
-
-def _check_teacher_share(teacher_share: float) -> None:
-    if not 0 < teacher_share <= 1:
-        raise ValueError(f"teacher_share must lie in (0, 1], found {teacher_share}; without the teacher, the target is "
-                         "the student itself")  # fmt: skip
 
 
 @register_estimator(
     "veto",
     needs="full",
     source="as described in Veto, arXiv:2601.07155",
-    check=_check_teacher_share,
+    check=allow(teacher_share=POSITIVE_SHARE._replace(hint="without the teacher, the target is the student itself")),
     variants=(Variant({"teacher_share": 1.0}, "it is the forward KL", target="forward_kl", unbiased=True),),
 )
 def veto(tokens: TokenBatch, *, teacher_share: float = 0.5) -> Estimate:
@@ -79,9 +66,6 @@ def veto(tokens: TokenBatch, *, teacher_share: float = 0.5) -> Estimate:
     Args:
         tokens: full log-probabilities, [..., V], nats.
         teacher_share: t, above 0 to 1.
-
-    Returns:
-        Loss, and the exact reverse KL as KL estimate.
     """
     student_logps, teacher_logps = full_logps(tokens)
     target_logps = interpolate_logps(student_logps, teacher_logps, teacher_share)
@@ -93,7 +77,7 @@ def veto(tokens: TokenBatch, *, teacher_share: float = 0.5) -> Estimate:
     target="forward_kl",
     needs="support",
     source="SDFT, arXiv:2601.19897",
-    check=check_k,
+    check=allow(k=whole()),
     at_equal="never",
     variants=OTHER_SUPPORTS,
 )
@@ -108,9 +92,6 @@ def topk_soft_targets(tokens: TokenBatch, *, k: int = 16, support: str = "teache
         tokens: support log-probabilities under the full softmax, [..., K], nats.
         k: size of the support.
         support: whose most probable tokens.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate.
     """
     student_logps, teacher_logps = support_logps(tokens)
     # Over an empty support the renormalised teacher is NaN: its tokens are as impossible as they were before.

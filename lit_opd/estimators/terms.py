@@ -58,11 +58,7 @@ def build_given(estimator: Any, keywords: Any = None) -> BoundEstimator:
 
 
 def build(name: str | EstimatorFn, /, **kwargs: Any) -> BoundEstimator:
-    """Bind and check an estimator's keywords, without any weights of models.
-
-    Args:
-        name: as in `get`.
-        **kwargs: the estimator's keyword-only hyper-parameters.
+    """Bind and check the keywords of an estimator, named as in `get`, without any weights of models.
 
     Raises:
         UserError: an unknown or missing keyword, or a value that cannot work.

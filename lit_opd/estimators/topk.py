@@ -18,7 +18,7 @@ generalised tensor([0.1151])
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.functional.divergences import log_difference
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import SHARE, allow, one_of, whole
 from lit_opd.functional.support import MASSES, SUPPORT_DIVERGENCES, support_divergence
 from lit_opd.types import Estimate, TokenBatch
 
@@ -51,22 +52,19 @@ def sampled_log_ratio(tokens: TokenBatch) -> Tensor:
     return log_difference(upcast(tokens.student_logps_BT).detach(), upcast(tokens.teacher_logps_BT))
 
 
-def check_k(k: int, *, least: int = 1, **_: object) -> None:
-    """Refuse, with a ValueError, a support size that is none, or below `least`, the size that leaves a gradient."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < least:
-        why = "; renormalised over one token, any two distributions are equal and the gradient is zero"
-        raise ValueError(f"k must be a whole number of at least {least}, found {k!r}{why * (least > 1)}")
-
-
-def _check_divergence(k: int, support: str, divergence: str, mass: str, teacher_weight: float = 0.5) -> None:
-    if divergence not in SUPPORT_DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(SUPPORT_DIVERGENCES)}, found {divergence!r}")
-    if mass not in MASSES:
-        raise ValueError(f"mass must be one of {', '.join(MASSES)}, found {mass!r}")
-    if not 0 <= teacher_weight <= 1:
-        raise ValueError(f"teacher_weight must lie in [0, 1], found {teacher_weight}")
+def check_k(k: int, mass: str, support: str = "teacher", **_: object) -> None:
+    """Refuse, with a ValueError, a support size that is none, or that leaves no gradient."""
     # The union of one token of each model may hold two.
-    check_k(k, least=2 if mass == "renormalise" and support != "union" else 1)
+    if mass == "renormalise" and support != "union":
+        whole(2, "renormalised over one token, any two distributions are equal and the gradient is zero").check("k", k)
+    whole().check("k", k)
+
+
+def _check_divergence(divergence: str, mass: str, teacher_weight: float = 0.5, **size: Any) -> None:
+    one_of(SUPPORT_DIVERGENCES).check("divergence", divergence)
+    one_of(MASSES).check("mass", mass)
+    SHARE.check("teacher_weight", teacher_weight)
+    check_k(mass=mass, **size)
 
 
 @register_estimator(
@@ -101,7 +99,7 @@ def topk_divergence(
 ) -> Estimate:
     """Sum any divergence over the K most probable tokens of either model or both, biased by what is outside.
 
-    Formula: that of `functional.support.support_divergence`. No sampling noise for K numbers a token from the teacher.
+    Formula: that of `functional.support`. No sampling noise for K numbers a token from the teacher.
     The bias against the divergence over the whole vocabulary goes to zero as both models' mass on the support goes to
     one; what is done about the rest is the choice of `mass`.
 
@@ -112,9 +110,6 @@ def topk_divergence(
         divergence: `reverse_kl`, `forward_kl` or `jsd`; the declared target is the chosen one.
         mass: `renormalise`, `truncate`, `tail` or `generalised`.
         teacher_weight: the teacher's share of the JSD's mixture, 0 to 1; unused by the KLs.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate: the loss does not know the tokens outside the support.
     """
     loss = support_divergence(
         *support_logps(tokens), tokens.support_mask_BTK, divergence=divergence, mass=mass, teacher_weight=teacher_weight
@@ -125,15 +120,7 @@ def topk_divergence(
 class _Preset(NamedTuple):
     """A published form of `topk_divergence`: two of its keywords, and what follows from them.
 
-    Attributes:
-        name: how a configuration selects it.
-        divergence: as of `topk_divergence`.
-        mass: as of `topk_divergence`.
-        source: citation.
-        doc: what it is and what it trades, then its formula.
-        own_support: the only support it is published with; None where it takes any, by default the teacher's.
-        at_equal: the gradient where student == teacher.
-        variants: keywords which deserve a test of their own.
+    `own_support` is the only one it is published with, None where it takes any, by default the teacher's.
     """
 
     name: str
@@ -206,7 +193,20 @@ _PRESETS = (
         doc="""
         Sum the reverse KL over K tokens and one bucket of all others, a lower bound that sees how much mass is outside.
 
-        Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread.""",
+        Formula: that of `student_topk`, on any support. Blind only to how the mass outside is spread, which `resopd`
+        samples.""",
+    ),
+    _Preset(
+        "topk_tail_forward_kl", "forward_kl", "tail", variants=OTHER_SUPPORTS,
+        source="as described of the residual symbol of ReTaCo, arXiv:2609.39275; verl #7855 (forward_kl_topk_tail)",
+        doc="""
+        Sum the forward KL over K tokens and one residual symbol for all others, which is at rest at the teacher.
+
+        Formula, with P and Q the masses on the support S: loss_t = sum over S of q (log q - log p) + (1 - Q) log((1 -
+        Q) / (1 - P)). Never above the full forward KL, and zero with its gradient only where p = q on S. To leave the
+        symbol out moves the student away from the teacher: `topk_soft_targets`, which renormalises the teacher alone,
+        and `topk_truncated_forward_kl` have the gradients of -log P and -P there. `topk_divergence`, which renormalises
+        both sides, rests at the teacher too, but wherever p is proportional to q on S.""",
     ),
 )  # fmt: skip
 
@@ -215,7 +215,7 @@ def _register_preset(preset: _Preset) -> None:
     name, divergence, mass = preset.name, preset.divergence, preset.mass
 
     def check(k: int, support: str) -> None:
-        _check_divergence(k, support, divergence, mass)
+        _check_divergence(divergence, mass, k=k, support=support)
         if preset.own_support not in (None, support):
             raise ValueError(f"support must be {preset.own_support}, found {support!r}; topk_divergence takes any")
 
@@ -238,7 +238,7 @@ for _preset in _PRESETS:
     target="forward_kl",
     needs="support",
     source="verl, forward_kl_topk; the clamp: verl #7855",
-    check=check_k,
+    check=allow(k=whole()),
     at_equal="never",
     variants=(Variant({"clamp": True}, "no gradient where the value is negative"), *OTHER_SUPPORTS),
 )
@@ -256,9 +256,6 @@ def topk_truncated_forward_kl(
         k: size of the support.
         support: whose most probable tokens.
         clamp: whether a negative value counts zero, with its gradient.
-
-    Returns:
-        Loss, and the sampled log-ratio as KL estimate.
     """
     estimate = topk_divergence(tokens, k=k, support=support, divergence="forward_kl", mass="truncate")
     if not clamp:

@@ -20,7 +20,8 @@ from torch import Tensor
 from lit_opd.estimators.contract import Variant
 from lit_opd.estimators.registry import register_estimator
 from lit_opd.estimators.sampled import log_ratio, score_function
-from lit_opd.estimators.topk import check_k, support_logps
+from lit_opd.estimators.topk import support_logps
+from lit_opd.functional.ranges import POSITIVE_SHARE, Range, allow, one_of, whole
 from lit_opd.functional.support import support_divergence
 from lit_opd.types import Estimate, TokenBatch
 
@@ -29,31 +30,21 @@ __all__ = ["OUTLIERS", "reopold", "tropd", "tropd_forward"]
 OUTLIERS = ("mask", "clip")
 
 
-def _check_trust(trust: float) -> None:
-    if not 0 <= trust < math.inf:
-        raise ValueError(f"trust must be finite and not negative, found {trust}; without a limit it is `token`")
-
-
-def _check_outlier(trust: float, outlier: str) -> None:
-    _check_trust(trust)
-    if outlier not in OUTLIERS:
-        raise ValueError(
-            f"outlier must be one of {', '.join(OUTLIERS)}, found {outlier!r}; `tropd_forward` is the third"
-        )
+_TRUST = Range("be finite and not negative", lambda value: 0 <= value < math.inf, "without a limit it is `token`")
 
 
 @register_estimator(
     "tropd",
     target="reverse_kl",
     source="as described of TrOPD, arXiv:2606.01249",
-    check=_check_outlier,
+    check=allow(trust=_TRUST, outlier=one_of(OUTLIERS, "`tropd_forward` is the third")),
     variants=(
-        Variant({"trust": 0.5}, "no default; a region that small models leave"),
-        Variant({"trust": 0.5, "outlier": "clip"}, "the other way with outliers"),
+        Variant({"outlier": "clip"}, "the other way with outliers"),
         Variant({"trust": 0.0}, "only tokens that the teacher finds at least as probable"),
     ),
+    small={"trust": 0.5},
 )
-def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimate:
+def tropd(tokens: TokenBatch, *, trust: float = 5.0, outlier: str = "mask") -> Estimate:
     """Trust `token` where the teacher finds it not far less probable, and drop or clip the others with a bias.
 
     Formula, with d_t detached and the region d_t <= trust, which is q/p >= exp(-trust): loss_t = d_t log p(y_t) inside,
@@ -62,11 +53,9 @@ def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimat
 
     Args:
         tokens: student, teacher log-probabilities of the sampled tokens, [B, T] or [N], nats.
-        trust: end of the region, nats, 0 or more; where log-ratios are clipped instead, 5 is usual (arXiv:2603.25562).
+        trust: end of the region, nats, 0 or more; by default where arXiv:2603.25562 clips log-ratios, as TrOPD's own is
+            not known to us.
         outlier: `mask` or `clip`.
-
-    Returns:
-        Surrogate loss and the log-ratio, of outliers too, same shape.
     """
     d = log_ratio(tokens)
     distrusted = d > trust
@@ -74,21 +63,16 @@ def tropd(tokens: TokenBatch, *, trust: float, outlier: str = "mask") -> Estimat
     return score_function(tokens, torch.where(distrusted, outside, d), clipped=distrusted)
 
 
-def _check_forward(trust: float, k: int) -> None:
-    _check_trust(trust)
-    check_k(k)
-
-
 @register_estimator(
     "tropd_forward",
     target="reverse_kl",
     needs="support",
     source="as described of TrOPD, arXiv:2606.01249",
-    check=_check_forward,
+    check=allow(trust=_TRUST, k=whole()),
     on_policy=True,
-    variants=(Variant({"trust": 0.5}, "no default; a region that small models leave"),),
+    small={"trust": 0.5},
 )
-def tropd_forward(tokens: TokenBatch, *, trust: float, k: int = 16) -> Estimate:
+def tropd_forward(tokens: TokenBatch, *, trust: float = 5.0, k: int = 16) -> Estimate:
     """Trust `token` inside a region and take the forward KL on the teacher's top K outside, which says what to write.
 
     Formula, with d_t detached in the first: loss_t = d_t log p(y_t) where d_t <= trust, elsewhere the sum over the
@@ -98,9 +82,6 @@ def tropd_forward(tokens: TokenBatch, *, trust: float, k: int = 16) -> Estimate:
         tokens: sampled and support log-probabilities, the latter under the full softmax, [..., K], nats.
         trust: end of the region as in `tropd`, nats.
         k: size of the support.
-
-    Returns:
-        Loss and the log-ratio, of outliers too, [...].
     """
     d = log_ratio(tokens)
     distrusted = d > trust
@@ -109,13 +90,7 @@ def tropd_forward(tokens: TokenBatch, *, trust: float, k: int = 16) -> Estimate:
     return Estimate(torch.where(distrusted, forward, inside.loss_BT), inside.kl_BT, clipped_BT=distrusted)
 
 
-def _check_relaxed(mixture: float, entropy_share: float) -> None:
-    if not 0 < mixture <= 0.5:
-        raise ValueError(
-            f"mixture must lie in (0, 0.5], found {mixture}; above, agreement with the teacher is rewarded"
-        )
-    if not 0 < entropy_share <= 1:
-        raise ValueError(f"entropy_share must lie in (0, 1], found {entropy_share}")
+_MIXTURE = Range("lie in (0, 0.5]", lambda value: 0 < value <= 0.5, "above, agreement with the teacher is rewarded")
 
 
 @register_estimator(
@@ -124,13 +99,13 @@ def _check_relaxed(mixture: float, entropy_share: float) -> None:
     target="reverse_kl",
     needs="token+entropy",
     source="as described of REOPOLD, arXiv:2603.11137",
-    check=_check_relaxed,
+    check=allow(mixture=_MIXTURE, entropy_share=POSITIVE_SHARE),
     variants=(
-        Variant({"mixture": 0.3}, "no default; a floor that small models meet"),
+        Variant({"mixture": 0.3}, "a higher floor"),
         Variant({"mixture": 0.3, "entropy_share": 0.5}, "half of the tokens"),
     ),
 )
-def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -> Estimate:
+def reopold(tokens: TokenBatch, *, mixture: float = 0.2, entropy_share: float = 1.0) -> Estimate:
     """Bound the cost of the tokens where the student is least sure and drop the others, against heavy negatives.
 
     Formula, with the reward R_t = -d_t detached: loss_t = -max(R_t, log(mixture / (1 - mixture))) log p(y_t) on the
@@ -139,11 +114,9 @@ def reopold(tokens: TokenBatch, *, mixture: float, entropy_share: float = 1.0) -
 
     Args:
         tokens: sampled log-probabilities and the student's entropy, [B, T], nats, and the mask.
-        mixture: sets the floor: -4.6 at 0.01, -2.2 at 0.1, and 0, no negative reward at all, at 0.5, the largest.
+        mixture: sets the floor: -2.2 at 0.1, -1.4 at 0.2, and 0, no negative reward at all, at 0.5, the largest. The
+            default is a choice of ours.
         entropy_share: share of tokens kept, above 0; 1 keeps all.
-
-    Returns:
-        Surrogate loss and the log-ratio, [B, T].
     """
     assert tokens.student_entropy_BT is not None
     ceiling = math.log((1 - mixture) / mixture)

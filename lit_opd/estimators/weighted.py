@@ -18,35 +18,27 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators.contract import Variant
-from lit_opd.estimators.outcomes import check_pass_reward, group_mean
+from lit_opd.estimators.outcomes import group_mean
 from lit_opd.estimators.registry import register_weighting
 from lit_opd.estimators.sampled import log_ratio
 from lit_opd.estimators.sequence import counted
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import FINITE, POSITIVE, WEIGHT, Range, allow, whole
 from lit_opd.types import TokenBatch
 
 __all__ = ["entropy_weighted", "iw_opd", "paced", "position_decay", "prefix_opd", "weights_where"]
 
 
 def weights_where(tokens: TokenBatch, kept_BT: Tensor) -> Tensor:
-    """Turn a mask into weights 1 and 0 in the dtype of the maths, fp32 or float64 where the student's values are.
-
-    Args:
-        tokens: the student's values, for their dtype.
-        kept_BT: [B, T] True where the weight is 1.
-
-    Returns:
-        [B, T] weights.
-    """
+    """Turn a mask into weights 1 and 0 in the dtype of the maths, fp32 or float64 where the student's values are."""
     return kept_BT.to(upcast(tokens.student_logps_BT).dtype)
 
 
 def _check_horizon(horizon: int, grow_to: int | None, **_: object) -> None:
-    for name, value in {"horizon": horizon, "grow_to": horizon if grow_to is None else grow_to}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
-    if grow_to is not None and grow_to < horizon:
-        raise ValueError(f"grow_to must be at least horizon ({horizon}), found {grow_to}")
+    whole().check("horizon", horizon)
+    if grow_to is not None:
+        whole().check("grow_to", grow_to)
+        Range(f"be at least horizon ({horizon})", lambda value: value >= horizon).check("grow_to", grow_to)
 
 
 @register_weighting(
@@ -56,11 +48,11 @@ def _check_horizon(horizon: int, grow_to: int | None, **_: object) -> None:
     check=_check_horizon,
     variants=(
         Variant({"horizon": 1_000_000, "base": "token"}, "longer than the completions", unbiased=True),
-        Variant({"horizon": 1}, "no default; a prefix that ends before the completion does"),
         Variant({"horizon": 1, "grow_to": 3}, "a prefix that grows with training"),
     ),
+    small={"horizon": 1},
 )
-def prefix_opd(tokens: TokenBatch, *, horizon: int, grow_to: int | None = None) -> Tensor:
+def prefix_opd(tokens: TokenBatch, *, horizon: int = 100, grow_to: int | None = None) -> Tensor:
     """Count only the first tokens of every completion, and drop late ones where a teacher is asked far off its path.
 
     Formula: w_t = 1 at the first h counted tokens, else 0. h is `horizon`, or grows from it to `grow_to` in proportion
@@ -69,26 +61,18 @@ def prefix_opd(tokens: TokenBatch, *, horizon: int, grow_to: int | None = None) 
 
     Args:
         tokens: the mask and the progress of training.
-        horizon: h, or where it starts from.
+        horizon: h, or where it starts from; the default is about where arXiv:2605.27028 stops.
         grow_to: where h ends; None for a fixed one.
-
-    Returns:
-        [B, T] weights.
     """
     reach = horizon if grow_to is None else horizon + int(tokens.progress * (grow_to - horizon))
     return weights_where(tokens, tokens.mask_BT & (tokens.mask_BT.cumsum(1) <= reach))
-
-
-def _check_half_life(half_life: float, **_: object) -> None:
-    if not half_life > 0:
-        raise ValueError(f"half_life must be positive, found {half_life}")
 
 
 @register_weighting(
     "position_decay",
     target="reverse_kl",
     source="a smooth form of the prefix of arXiv:2602.15260; early tokens carry most signal, arXiv:2606.22600",
-    check=_check_half_life,
+    check=allow(half_life=POSITIVE),
     variants=(Variant({"half_life": math.inf, "base": "token"}, "nothing decays", unbiased=True),),
 )
 def position_decay(tokens: TokenBatch, *, half_life: float = 256.0) -> Tensor:
@@ -99,25 +83,17 @@ def position_decay(tokens: TokenBatch, *, half_life: float = 256.0) -> Tensor:
     Args:
         tokens: the mask.
         half_life: counted tokens over which the weight halves.
-
-    Returns:
-        [B, T] weights.
     """
     counted_BT = weights_where(tokens, tokens.mask_BT)
     before_BT = counted_BT.cumsum(1) - counted_BT
     return counted_BT * torch.exp2(-before_BT / half_life)
 
 
-def _check_iw_gamma(gamma: float, **_: object) -> None:
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"gamma must be at least 0 and finite, found {gamma}")
-
-
 @register_weighting(
     "iw_opd",
     target="reverse_kl",
     source="IW-OPD, arXiv:2606.22600; not normalised, as in TRL",
-    check=_check_iw_gamma,
+    check=allow(gamma=WEIGHT),
     variants=(Variant({"gamma": 0.0, "base": "token"}, "every weight is one", unbiased=True),),
 )
 def iw_opd(tokens: TokenBatch, *, gamma: float = 0.5) -> Tensor:
@@ -129,9 +105,6 @@ def iw_opd(tokens: TokenBatch, *, gamma: float = 0.5) -> Tensor:
     Args:
         tokens: student and teacher log-probabilities, [B, T], nats, and the mask.
         gamma: how much more the first token weighs.
-
-    Returns:
-        [B, T] weights.
     """
     size_BT = counted(tokens, log_ratio(tokens)).abs()
     total_B1 = size_BT.sum(1, keepdim=True)
@@ -150,12 +123,6 @@ def entropy_weighted(tokens: TokenBatch) -> Tensor:
 
     Formula: w_t = H_t over its mean over the completion's counted tokens, so that the mean weight is 1. Where the
     student is certain of every token, all weigh 1.
-
-    Args:
-        tokens: the student's entropies, [B, T], nats, and the mask.
-
-    Returns:
-        [B, T] weights.
     """
     assert tokens.student_entropy_BT is not None
     counted_BT = weights_where(tokens, tokens.mask_BT)
@@ -169,7 +136,7 @@ def entropy_weighted(tokens: TokenBatch) -> Tensor:
     target="reverse_kl",
     needs="token+rewards+groups",
     source="PACED, arXiv:2603.11178",
-    check=check_pass_reward,
+    check=allow(pass_reward=FINITE),
 )
 def paced(tokens: TokenBatch, *, pass_reward: float = 1.0) -> Tensor:
     """Weigh prompts by how open they are, most where half of the completions pass and nothing where all or none do.
@@ -181,9 +148,6 @@ def paced(tokens: TokenBatch, *, pass_reward: float = 1.0) -> Tensor:
     Args:
         tokens: rewards and prompts of the rows, [B], and the mask.
         pass_reward: the smallest reward of a completion that passes.
-
-    Returns:
-        [B, T] weights.
     """
     assert tokens.rewards_B is not None
     assert tokens.groups_B is not None

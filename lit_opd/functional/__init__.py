@@ -31,6 +31,7 @@ from lit_opd.functional.support import (
     SUPPORT_DIVERGENCES,
     SUPPORTS,
     choose_support,
+    outside_logp,
     support_divergence,
     support_mass,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "masked_mean",
     "mixed_kl",
     "one_sided_ratio",
+    "outside_logp",
     "position_losses",
     "remaining_mean",
     "renormalise",

@@ -1,8 +1,9 @@
 """Compare two categorical distributions, given as log-probabilities over the last dimension.
 
-Every function takes student first and teacher second and returns nats, one value per position. Inputs are raised to
-fp32; tokens of probability zero contribute zero, to the value and to the gradient. Estimators differentiate these
-functions, evaluations report them.
+Every function takes normalised log-probabilities [..., V], the student's p first and the teacher's q second, and
+returns nats [...]. Inputs are raised to fp32; tokens of probability zero contribute zero, to the value and to the
+gradient. A keyword out of the range that is told for it raises a ValueError. Estimators differentiate these functions,
+evaluations report them.
 """
 
 from __future__ import annotations
@@ -15,20 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_opd.functional.precision import upcast
-
-__all__ = ["entropy", "expectation", "forward_kl", "jsd", "log_difference", "mixed_kl", "renormalise", "reverse_kl",
-           "skew_forward_kl", "skew_reverse_kl", "tvd"]  # fmt: skip
+from lit_opd.functional.ranges import BELOW_ONE, SHARE
 
 
 def expectation(weights: Tensor, values: Tensor) -> Tensor:
-    """Sum weights x values over the last dimension, where a weight of zero counts zero whatever the value.
-
-    Args:
-        weights: [..., V], not negative.
-        values: [..., V]; may be infinite where the weight is zero.
-
-    Returns:
-        [...] in the units of `values`.
+    """Sum weights x values over the last dimension, where a weight of zero counts zero even if the value is infinite.
 
     >>> expectation(torch.tensor([0.5, 0.5, 0.0]), torch.tensor([1.0, 3.0, torch.inf]))
     tensor(2.)
@@ -51,12 +43,7 @@ def log_difference(a_logps: Tensor, b_logps: Tensor) -> Tensor:
 def reverse_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Compute KL(student || teacher), the sum over tokens of p (log p - log q).
 
-    Args:
-        student_logps: [..., V] log-probabilities p, normalised.
-        teacher_logps: [..., V] log-probabilities q, normalised.
-
-    Returns:
-        [...] nats; infinite where the student can write what the teacher cannot.
+    It is infinite where the student can write what the teacher cannot.
 
     >>> reverse_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
     tensor(0.1438)
@@ -88,7 +75,7 @@ class _ReverseKL(torch.autograd.Function):
 
 
 def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
-    """Compute KL(teacher || student), the sum over tokens of q (log q - log p), with the arguments of `reverse_kl`.
+    """Compute KL(teacher || student), the sum over tokens of q (log q - log p).
 
     >>> forward_kl(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
     tensor(0.1308)
@@ -97,27 +84,15 @@ def forward_kl(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 
 
 def mixed_kl(student_logps: Tensor, teacher_logps: Tensor, forward_weight: float) -> Tensor:
-    """Compute a KL(teacher || student) + (1 - a) KL(student || teacher), with a = `forward_weight`.
+    """Compute a KL(teacher || student) + (1 - a) KL(student || teacher), with a = `forward_weight` in [0, 1].
 
     Source: arXiv:2605.16826.
-
-    Args:
-        student_logps: [..., V] log-probabilities p, normalised.
-        teacher_logps: [..., V] log-probabilities q, normalised.
-        forward_weight: share of the forward KL, 0 to 1.
-
-    Returns:
-        [...] nats.
-
-    Raises:
-        ValueError: `forward_weight` outside [0, 1].
 
     >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
     >>> mixed_kl(p, q, forward_weight=0.5), (reverse_kl(p, q) + forward_kl(p, q)) / 2
     (tensor(0.1373), tensor(0.1373))
     """
-    if not 0 <= forward_weight <= 1:
-        raise ValueError(f"forward_weight must lie in [0, 1], found {forward_weight}")
+    SHARE.check("forward_weight", forward_weight)
     # A direction of weight zero may be infinite and must not be touched.
     if forward_weight == 0:
         return reverse_kl(student_logps, teacher_logps)
@@ -137,28 +112,16 @@ def _mixture(a_logps: Tensor, b_logps: Tensor, a_share: float) -> Tensor:
 def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.5) -> Tensor:
     """Compute the generalised Jensen-Shannon divergence, scaled so that both ends are the KLs.
 
-    With w = `teacher_weight` and m = w q + (1 - w) p: (w KL(q || m) + (1 - w) KL(p || m)) / (w (1 - w)). As w -> 0
-    this tends to the forward KL, as w -> 1 to the reverse KL, and those are returned at the ends. At w = 0.5 it is
-    four times the Jensen-Shannon divergence. Source: arXiv:2306.13649, eq. 4, divided by w (1 - w).
-
-    Args:
-        student_logps: [..., V] log-probabilities p, normalised.
-        teacher_logps: [..., V] log-probabilities q, normalised.
-        teacher_weight: share w of the teacher in the mixture, 0 to 1.
-
-    Returns:
-        [...] nats.
-
-    Raises:
-        ValueError: `teacher_weight` outside [0, 1].
+    With w = `teacher_weight` in [0, 1] and m = w q + (1 - w) p: (w KL(q || m) + (1 - w) KL(p || m)) / (w (1 - w)). As
+    w -> 0 this tends to the forward KL, as w -> 1 to the reverse KL, and those are returned at the ends. At w = 0.5 it
+    is four times the Jensen-Shannon divergence. Source: arXiv:2306.13649, eq. 4, divided by w (1 - w).
 
     >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
     >>> jsd(p, q), jsd(p, q, teacher_weight=1.0) == reverse_kl(p, q)
     (tensor(0.1353), tensor(True))
     """
     w = teacher_weight
-    if not 0 <= w <= 1:
-        raise ValueError(f"teacher_weight must lie in [0, 1], found {w}")
+    SHARE.check("teacher_weight", w)
     if w == 0:
         return forward_kl(student_logps, teacher_logps)
     if w == 1:
@@ -171,18 +134,8 @@ def jsd(student_logps: Tensor, teacher_logps: Tensor, teacher_weight: float = 0.
 def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -> Tensor:
     """Compute KL(q || skew q + (1 - skew) p), the forward KL to a student that holds a share of the teacher.
 
-    At most -log(skew), even where the student cannot write what the teacher can. Source: DistiLLM, arXiv:2402.03898.
-
-    Args:
-        student_logps: [..., V] log-probabilities p, normalised.
-        teacher_logps: [..., V] log-probabilities q, normalised.
-        skew: the share, 0 (the forward KL) to below 1.
-
-    Returns:
-        [...] nats.
-
-    Raises:
-        ValueError: `skew` outside [0, 1).
+    At most -log(skew), even where the student cannot write what the teacher can. `skew` lies in [0, 1), and 0 gives the
+    forward KL. Source: DistiLLM, arXiv:2402.03898.
 
     >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
     >>> forward_kl(p, q), skew_forward_kl(p, q, skew=0.5)
@@ -194,7 +147,7 @@ def skew_forward_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -
 def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -> Tensor:
     """Compute KL(p || skew p + (1 - skew) q), the reverse KL to a teacher that holds a share of the student.
 
-    At most -log(skew), even where the teacher cannot write what the student can. Source and arguments as in
+    At most -log(skew), even where the teacher cannot write what the student can. Source and range as of
     `skew_forward_kl`; the gradient also runs through the student's share of the mixture.
 
     >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()
@@ -205,8 +158,7 @@ def skew_reverse_kl(student_logps: Tensor, teacher_logps: Tensor, skew: float) -
 
 
 def _skewed(a_logps: Tensor, b_logps: Tensor, skew: float) -> Tensor:
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew must lie in [0, 1), found {skew}")
+    BELOW_ONE.check("skew", skew)
     if skew == 0:
         return reverse_kl(a_logps, b_logps)
     a_logps, b_logps = upcast(a_logps), upcast(b_logps)
@@ -217,14 +169,7 @@ def tvd(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     """Compute the total variation distance, half the sum over tokens of |p - q|, from 0 to 1.
 
     Its gradient with respect to the student's logits is bounded whatever the teacher says, and zero at equality, where
-    it has a kink. Source: arXiv:2307.15190.
-
-    Args:
-        student_logps: [..., V] log-probabilities p, normalised.
-        teacher_logps: [..., V] log-probabilities q, normalised.
-
-    Returns:
-        [...] a difference of probabilities, without unit.
+    it has a kink. Unlike the others it has no unit. Source: arXiv:2307.15190.
 
     >>> tvd(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
     tensor(0.2500)
@@ -235,12 +180,6 @@ def tvd(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
 def entropy(logps: Tensor) -> Tensor:
     """Compute the entropy, minus the sum over tokens of p log p.
 
-    Args:
-        logps: [..., V] log-probabilities, normalised.
-
-    Returns:
-        [...] nats.
-
     >>> entropy(torch.tensor([0.25, 0.25, 0.25, 0.25]).log())
     tensor(1.3863)
     """
@@ -249,13 +188,7 @@ def entropy(logps: Tensor) -> Tensor:
 
 
 def renormalise(logps: Tensor) -> Tensor:
-    """Scale the probabilities of a support to sum to one over it.
-
-    Args:
-        logps: [..., K] log-probabilities under the full softmax.
-
-    Returns:
-        [..., K] log-probabilities that sum to one over K.
+    """Scale the probabilities of a support, log-probabilities [..., K] under the full softmax, to sum to one over it.
 
     >>> renormalise(torch.tensor([0.1, 0.3]).log()).exp()
     tensor([0.2500, 0.7500])

@@ -17,17 +17,6 @@ from torch.nn.functional import linear
 
 from lit_opd.functional.precision import log_softmax, upcast
 
-__all__ = [
-    "Head",
-    "HiddenDistributions",
-    "block_rows",
-    "chunk_rows",
-    "chunks",
-    "compute_dtype",
-    "head_logits",
-    "position_losses",
-]
-
 Stats = dict[str, Tensor]
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Stats]]
 
@@ -61,13 +50,15 @@ class Head:
 
     def to(self, dtype: torch.dtype) -> Head:
         """Cast the tensors of the head to `dtype`."""
-        bias_V = None if self.bias_V is None else self.bias_V.to(dtype)
-        return replace(self, weight_VH=self.weight_VH.to(dtype), bias_V=bias_V)
+        return self._map(lambda x: x.to(dtype))
 
     def detach(self) -> Head:
         """Cut the head off its autograd graph."""
-        bias_V = None if self.bias_V is None else self.bias_V.detach()
-        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Head:
+        bias_V = None if self.bias_V is None else change(self.bias_V)
+        return replace(self, weight_VH=change(self.weight_VH), bias_V=bias_V)
 
     def shape_logits(self, linear_NV: Tensor) -> Tensor:
         """Scale, soft-cap and temper a projection, [N, V] to [N, V]."""
@@ -87,14 +78,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def head_logits(hidden_NH: Tensor, head: Head) -> Tensor:
-    """Project hidden states on the vocabulary.
-
-    Args:
-        hidden_NH: [N, H] last hidden states.
-        head: the head; its projection runs in the compute dtype, everything after it in fp32.
-
-    Returns:
-        [N, V] unnormalised, fp32 (float64 stays).
+    """Project hidden states on the vocabulary: [N, V] unnormalised, in the compute dtype and after that in fp32.
 
     >>> head = Head(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), temperature=0.5)
     >>> head_logits(torch.tensor([[3.0, 1.0]]), head)
@@ -137,8 +121,7 @@ def block_rows(vocabulary: int, device: torch.device) -> int | None:
 def chunk_rows(vocabulary: int, budget_mib: int, device: torch.device) -> int:
     """Tell how many positions to project at once within a working memory of `budget_mib` MiB, at least 1.
 
-    The memory holds both models' logits in fp32, whose place the gradient takes, and the copies that elementwise work
-    makes of a block of them.
+    It holds both models' logits in fp32, whose place the gradient takes, and the copies of a block of them.
 
     >>> chunk_rows(vocabulary=2**17, budget_mib=256, device=torch.device("cpu"))
     232
@@ -163,13 +146,8 @@ def chunks(positions: int, rows: int) -> Iterator[slice]:
 class HiddenDistributions:
     """The distributions of a frozen model at N positions, kept as its last hidden states together with their head.
 
-    Logits are projected many positions at a time, so that one product reads the head once for all, and handed out a few
-    at a time. No gradient reaches the model.
-
-    Args:
-        hidden_NH: [N, H] last hidden states.
-        head: the model's head.
-        rows: positions a projection.
+    Logits are projected `rows` positions at a time, so that one product reads the head once for all, and handed out a
+    few at a time. No gradient reaches the model.
     """
 
     def __init__(self, hidden_NH: Tensor, head: Head, rows: int) -> None:

@@ -1,7 +1,8 @@
 """Weigh stale samples by student over sampler, and bound these weights.
 
-None of these stops the gradient: detach the ratio where it is a weight, leave it where it is the surrogate. The
-estimators of `estimators.corrected`, `reference` and `outcomes` call them.
+Arguments are log-probabilities of the taken tokens, in any shape, p of the student and mu of the law that sampled them.
+None of these stops the gradient: detach the ratio where it is a weight, leave it where it is the surrogate. A bound
+that is none raises a ValueError. The estimators of `estimators.corrected`, `reference` and `outcomes` call them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import POSITIVE, SHARE
 
 __all__ = ["banded_ratio", "importance_ratio", "one_sided_ratio", "truncated_ratio"]
 
@@ -20,13 +22,7 @@ _MAX_LOG_RATIO = 20.0
 def importance_ratio(student_logps: Tensor, sampler_logps: Tensor) -> Tensor:
     """Divide student by sampler probability of the taken tokens, exp(log p - log mu).
 
-    Args:
-        student_logps: any shape, log-probabilities p of the taken tokens.
-        sampler_logps: the same shape, log-probabilities mu under the law that sampled them.
-
-    Returns:
-        The same shape, without unit, in fp32 (float64 stays). The log-ratio is clamped to [-20, 20], beyond which the
-        ratio has no gradient.
+    The log-ratio is clamped to [-20, 20], beyond which the ratio has no gradient.
 
     >>> importance_ratio(torch.tensor([0.5, 0.2]).log(), torch.tensor([0.25, 0.4]).log())
     tensor([2.0000, 0.5000])
@@ -36,23 +32,12 @@ def importance_ratio(student_logps: Tensor, sampler_logps: Tensor) -> Tensor:
 
 
 def truncated_ratio(ratio: Tensor, cap: float) -> Tensor:
-    """Cap importance ratios at `cap`, which biases for bounded variance.
-
-    Args:
-        ratio: any shape, importance ratios.
-        cap: the largest ratio let through, above 0.
-
-    Returns:
-        The same shape.
-
-    Raises:
-        ValueError: `cap` is not positive.
+    """Cap importance ratios at a positive `cap`, which biases for bounded variance.
 
     >>> truncated_ratio(torch.tensor([0.5, 8.0]), cap=5.0)
     tensor([0.5000, 5.0000])
     """
-    if not cap > 0:
-        raise ValueError(f"cap must be positive, found {cap}")
+    POSITIVE.check("cap", cap)
     return ratio.clamp(max=cap)
 
 
@@ -60,17 +45,6 @@ def banded_ratio(ratio: Tensor, low: float, high: float) -> Tensor:
     """Keep importance ratios between `low` and `high`, and drop tokens outside the band by a ratio of 0.
 
     Source: IcePop; MOPD, arXiv:2601.02780.
-
-    Args:
-        ratio: any shape, importance ratios.
-        low: lower end of the band, at least 0.
-        high: upper end of the band, at least `low`.
-
-    Returns:
-        The same shape.
-
-    Raises:
-        ValueError: the ends are no band.
 
     >>> banded_ratio(torch.tensor([0.1, 1.5, 8.0]), low=0.5, high=2.0)
     tensor([0.0000, 1.5000, 0.0000])
@@ -86,22 +60,10 @@ def one_sided_ratio(student_logps: Tensor, sampler_logps: Tensor, max_drop: floa
     Dropped where mu - p > max_drop, a difference of probabilities: rare tokens are kept whatever their ratio, and so is
     every token that has become more probable. Source: the token mask of prime-rl.
 
-    Args:
-        student_logps: any shape, log-probabilities p of the taken tokens.
-        sampler_logps: the same shape, log-probabilities mu under the law that sampled them.
-        max_drop: largest drop in probability let through, 0 to 1.
-
-    Returns:
-        The same shape, fp32 (float64 stays); see `importance_ratio`.
-
-    Raises:
-        ValueError: `max_drop` outside [0, 1].
-
     >>> student, sampler = torch.tensor([0.1, 0.8, 0.01]).log(), torch.tensor([0.5, 0.4, 0.1]).log()
     >>> one_sided_ratio(student, sampler, max_drop=0.2)
     tensor([0.0000, 2.0000, 0.1000])
     """
-    if not 0 <= max_drop <= 1:
-        raise ValueError(f"max_drop must lie in [0, 1], found {max_drop}")
+    SHARE.check("max_drop", max_drop)
     kept = upcast(sampler_logps).exp() - upcast(student_logps).exp() <= max_drop
     return torch.where(kept, importance_ratio(student_logps, sampler_logps), 0.0)

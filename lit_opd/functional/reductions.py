@@ -51,13 +51,6 @@ def token_weights(mask_BT: Tensor, aggregation: str, tokens: Tensor, sequences: 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Average counted positions in fp32, with zero where none is counted.
 
-    Args:
-        values: any shape.
-        mask: the same shape, True = counted.
-
-    Returns:
-        A scalar in the units of `values`.
-
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([True, True, False]))
     tensor(2.)
     """

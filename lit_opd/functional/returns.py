@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import SHARE, at_least
 
 __all__ = ["k_step_return", "leave_one_out_mean", "remaining_mean", "return_to_go"]
 
@@ -18,24 +19,14 @@ __all__ = ["k_step_return", "leave_one_out_mean", "remaining_mean", "return_to_g
 def return_to_go(values_BT: Tensor, gamma: float) -> Tensor:
     """Sum this and all later values with a discount, R_t = sum over i >= t of gamma^(i - t) v_i.
 
-    The discount is relative to t, so that gamma = 0 gives the values themselves and gamma = 1 plain suffix sums. Mask
-    the values first: what is masked must be zero here, or it leaks into every earlier return.
-
-    Args:
-        values_BT: [B, T] one value a position, zero where masked.
-        gamma: discount, 0 to 1.
-
-    Returns:
-        [B, T] returns, in the units of the values.
-
-    Raises:
-        ValueError: `gamma` outside [0, 1].
+    The discount, in [0, 1], is relative to t, so that gamma = 0 gives the values themselves and gamma = 1 plain suffix
+    sums. Mask the values first: what is masked must be zero here, or it leaks into every earlier return.
 
     >>> import torch
     >>> return_to_go(torch.tensor([[1.0, 2.0, 4.0]]), 0.5)
     tensor([[3., 4., 4.]])
     """
-    _check_gamma(gamma)
+    SHARE.check("gamma", gamma)
     returns_BT = values_BT
     shift = 1
     # Each pass doubles how far ahead a position sees: log2(T) tensor operations instead of T.
@@ -48,26 +39,14 @@ def return_to_go(values_BT: Tensor, gamma: float) -> Tensor:
 def k_step_return(values_BT: Tensor, steps: int, gamma: float = 1.0) -> Tensor:
     """Sum this value and the next `steps` - 1 with a discount, sum over i = t .. t + steps - 1 of gamma^(i - t) v_i.
 
-    A hard window on `return_to_go`: one step gives the values themselves, T steps the whole return. Mask the values
-    first. Source: KETCHUP, arXiv:2504.19024.
-
-    Args:
-        values_BT: [B, T] one value a position, zero where masked.
-        steps: length of the window, at least 1; what reaches beyond T counts zero.
-        gamma: discount, 0 to 1.
-
-    Returns:
-        [B, T] returns, in the units of the values.
-
-    Raises:
-        ValueError: `steps` below 1, or `gamma` outside [0, 1].
+    A hard window on `return_to_go`, with its other arguments: one step gives the values themselves, T or more the whole
+    return. Source: KETCHUP, arXiv:2504.19024.
 
     >>> k_step_return(torch.tensor([[1.0, 2.0, 4.0, 8.0]]), 2)
     tensor([[ 3.,  6., 12.,  8.]])
     """
-    _check_gamma(gamma)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, found {steps}")
+    SHARE.check("gamma", gamma)
+    at_least(1).check("steps", steps)
     steps = min(steps, values_BT.shape[1])
     # Windows of 1, 2, 4, ... positions are doubled, and those that `steps` has in binary are laid end to end. A
     # difference of two suffix sums would lose the digits of small values behind large ones.
@@ -85,15 +64,8 @@ def k_step_return(values_BT: Tensor, steps: int, gamma: float = 1.0) -> Tensor:
 def remaining_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Average this and all later counted values, the return-to-go over the number of counted tokens it sums.
 
-    Early positions of long completions no longer have the largest returns. Source: the length normalisation of
-    MiniLLM, arXiv:2306.08543, with the position itself counted.
-
-    Args:
-        values_BT: [B, T] one value a position.
-        mask_BT: [B, T] True at counted positions; the others are ignored.
-
-    Returns:
-        [B, T] in the units of the values, fp32 (float64 stays), zero where masked.
+    Early positions of long completions no longer have the largest returns. The mean is zero where masked. Source: the
+    length normalisation of MiniLLM, arXiv:2306.08543, with the position itself counted.
 
     >>> remaining_mean(torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, True, True]]))
     tensor([[3., 4., 6.]])
@@ -106,12 +78,7 @@ def remaining_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def leave_one_out_mean(values: Tensor, groups_B: Tensor) -> Tensor:
     """Average the other rows of each row's group, as a baseline that does not depend on the row itself.
 
-    Args:
-        values: [B] or [B, T].
-        groups_B: [B] integers, equal where rows belong to one group (completions of one prompt).
-
-    Returns:
-        The shape of `values`, in its units, fp32 (float64 stays); zero for a row alone in its group.
+    Values are [B] or [B, T]. Completions of one prompt have one number in `groups_B`; a row alone there gets zero.
 
     >>> leave_one_out_mean(torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([7, 7, 7, 9]))
     tensor([4.0000, 3.5000, 1.5000, 0.0000])
@@ -127,8 +94,3 @@ def leave_one_out_mean(values: Tensor, groups_B: Tensor) -> Tensor:
 
 def _ahead(values_BT: Tensor, shift: int) -> Tensor:
     return pad(values_BT[:, shift:], (0, shift))
-
-
-def _check_gamma(gamma: float) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], found {gamma}")

@@ -28,7 +28,7 @@ def sample_tokens(
         logits_BV: [B, V] unnormalised.
         law: temperature and truncation.
         uniforms_B: [B] float64 numbers in [0, 1).
-        forbidden_ids: [F] tokens that may not be drawn here.
+        forbidden_ids: [F] tokens that may not be drawn here (the stop tokens before `min_new_tokens`).
 
     Returns:
         Token ids [B], and their log-probabilities [B] under the law, nats in fp32 (float64 stays).
@@ -61,15 +61,9 @@ def _allowed(logits_BV: Tensor, forbidden_ids: Tensor | None) -> Tensor:
 
 
 def law_logps(logits_BV: Tensor, law: SamplingLaw, forbidden_ids: Tensor | None = None) -> Tensor:
-    """Compute log-probabilities of the next token under the sampling law.
+    """Compute log-probabilities of the next token under the sampling law, with the arguments of `sample_tokens`.
 
-    Args:
-        logits_BV: [B, V] unnormalised.
-        law: temperature and truncation. Temperature 0 is greedy: all mass on the largest logit.
-        forbidden_ids: [F] tokens that may not be drawn here (the stop tokens before `min_new_tokens`).
-
-    Returns:
-        [B, V] nats in fp32 (float64 stays), -inf at tokens that the law excludes.
+    They are -inf at tokens that the law excludes. Temperature 0 is greedy: all mass on the largest logit.
 
     >>> logits = torch.tensor([[0.25, 0.5, 0.25]]).log()
     >>> law_logps(logits, SamplingLaw(top_p=0.5)).exp()
@@ -105,14 +99,7 @@ def _nucleus(logps_BV: Tensor, top_p: float) -> Tensor:
 
 
 def draw(logps_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Draw one token a row by inverting the cumulative distribution.
-
-    Args:
-        logps_BV: [B, V] log-probabilities; tokens at -inf are never drawn.
-        uniforms_B: [B] float64 numbers in [0, 1).
-
-    Returns:
-        [B] token ids.
+    """Draw one token a row, never one at -inf, by inverting the cumulative distribution at numbers in [0, 1).
 
     >>> draw(torch.tensor([[0.25, 0.5, 0.25]]).log(), torch.tensor([0.6]).double())
     tensor([1])

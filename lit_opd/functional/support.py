@@ -2,6 +2,22 @@
 
 A teacher that serves its most probable tokens alone, or a transfer of K numbers a token in place of V, leaves
 estimators no more than this. Training and evaluations call it.
+
+What a divergence of student p and teacher q on a support S does about the tokens outside, with P and Q the masses on S:
+
+- `truncate`: nothing, the plain sum over S. May be negative; at p = q its gradient is grad P (reverse) or -grad P
+  (forward), not zero. Source: arXiv:2603.25562 on why not.
+- `renormalise`: both sides are scaled to sum to one over S. Blind to P and Q, and 0 for a single token. Source:
+  arXiv:2603.25562, eq. 6-8.
+- `tail`: all tokens outside become one bucket of mass 1 - P and 1 - Q. Never above the full divergence. Masses outside
+  are resolved down to the floating-point epsilon, counted as this below it, and then have no gradient. Source:
+  arXiv:2601.20802.
+- `generalised`: the divergence of unnormalised measures, sum of p log(p / q) - p + q (reverse) or of
+  q log(q / p) - q + p (forward). Never negative, zero only at p = q on S. For the JSD the two corrections cancel: it
+  equals `truncate` for 0 < teacher_weight < 1, whose limits at the ends are the generalised KLs, not the truncated
+  ones. Source: arXiv:2606.30406, eq. 5.
+
+Where S is the whole vocabulary all four are the full divergence.
 """
 
 from __future__ import annotations
@@ -11,8 +27,10 @@ from torch import Tensor
 
 from lit_opd.functional.divergences import forward_kl, jsd, renormalise, reverse_kl
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import one_of
 
-__all__ = ["MASSES", "SUPPORTS", "SUPPORT_DIVERGENCES", "choose_support", "support_divergence", "support_mass"]
+__all__ = ["MASSES", "SUPPORTS", "SUPPORT_DIVERGENCES", "choose_support", "outside_logp", "support_divergence",
+           "support_mass"]  # fmt: skip
 
 SUPPORTS = ("teacher", "student", "union", "intersection")
 MASSES = ("truncate", "renormalise", "tail", "generalised")
@@ -20,26 +38,16 @@ SUPPORT_DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 
 def choose_support(student_logps: Tensor, teacher_logps: Tensor, k: int, source: str) -> tuple[Tensor, Tensor]:
-    """Choose the K most probable tokens of the teacher, of the student, or of both.
-
-    Args:
-        student_logps: [..., V] log-probabilities.
-        teacher_logps: [..., V] log-probabilities.
-        k: K, how many of each model.
-        source: one of `SUPPORTS`.
+    """Choose the K most probable tokens of the teacher, of the student, or of both, as `source` in `SUPPORTS` says.
 
     Returns:
         Token ids and the mask of the slots that hold one: [..., K], for the union [..., 2K]. No token stands twice.
-
-    Raises:
-        ValueError: an unknown source.
 
     >>> student, teacher = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.1, 0.2, 0.7]).log()
     >>> choose_support(student, teacher, k=1, source="union")
     (tensor([2, 0]), tensor([True, True]))
     """
-    if source not in SUPPORTS:
-        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}, found {source!r}")
+    one_of(SUPPORTS).check("support", source)
     if source == "student":
         ids = student_logps.topk(k, dim=-1).indices
         return ids, torch.ones_like(ids, dtype=torch.bool)
@@ -65,36 +73,17 @@ def support_divergence(
 ) -> Tensor:
     """Compute a divergence of student p and teacher q on a support S of K tokens.
 
-    What `mass` does about the tokens outside S, with P and Q the two masses on S:
-
-    - `truncate`: nothing, the plain sum over S. May be negative; at p = q its gradient is grad P (reverse) or -grad P
-      (forward), not zero. Source: arXiv:2603.25562 on why not.
-    - `renormalise`: both sides are scaled to sum to one over S. Blind to P and Q, and 0 for a single token. Source:
-      arXiv:2603.25562, eq. 6-8.
-    - `tail`: all tokens outside become one bucket of mass 1 - P and 1 - Q. Never above the full divergence. Masses
-      outside are resolved down to the floating-point epsilon, counted as this below it, and then have no gradient.
-      Source: arXiv:2601.20802.
-    - `generalised`: the divergence of unnormalised measures, sum of p log(p / q) - p + q (reverse) or of
-      q log(q / p) - q + p (forward). Never negative, zero only at p = q on S. For the JSD the two corrections cancel:
-      it equals `truncate` for 0 < teacher_weight < 1, whose limits at the ends are the generalised KLs, not the
-      truncated ones. Source: arXiv:2606.30406, eq. 5.
-
-    Where S is the whole vocabulary all four are the full divergence.
-
     Args:
         student_logps_K: [..., K] log-probabilities p under the full softmax.
         teacher_logps_K: [..., K] log-probabilities q under the full softmax.
         mask_K: [..., K] True where the slot belongs to the support, None where all do. What masked slots hold is
             ignored; a support without any slot has value and gradient zero.
         divergence: one of `SUPPORT_DIVERGENCES`.
-        mass: one of `MASSES`.
+        mass: one of `MASSES`, as the top of this file says.
         teacher_weight: the teacher's share of the JSD's mixture as in `divergences.jsd`; unused by the KLs.
 
     Returns:
         [...] nats; undefined (NaN) where `renormalise` meets a side without any mass on S.
-
-    Raises:
-        ValueError: an unknown divergence or mass, or a `teacher_weight` outside [0, 1] for the JSD.
 
     >>> p, q = torch.tensor([0.4, 0.4]).log(), torch.tensor([0.3, 0.3]).log()  # of a vocabulary of more
     >>> for mass in MASSES:
@@ -104,10 +93,8 @@ def support_divergence(
     tail 0.0915
     generalised 0.0301
     """
-    if divergence not in SUPPORT_DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(SUPPORT_DIVERGENCES)}, found {divergence!r}")
-    if mass not in MASSES:
-        raise ValueError(f"mass must be one of {', '.join(MASSES)}, found {mass!r}")
+    one_of(SUPPORT_DIVERGENCES).check("divergence", divergence)
+    one_of(MASSES).check("mass", mass)
     if divergence == "jsd" and teacher_weight in (0, 1):
         divergence = "reverse_kl" if teacher_weight else "forward_kl"
     student_K, teacher_K = _inside(student_logps_K, mask_K), _inside(teacher_logps_K, mask_K)
@@ -125,19 +112,31 @@ def support_divergence(
 
 
 def support_mass(logps_K: Tensor, mask_K: Tensor | None = None) -> Tensor:
-    """Sum the probability of the support.
+    """Sum the probability of the support, with `mask_K` as of `support_divergence`.
+
+    >>> support_mass(torch.tensor([0.5, 0.25, 0.125]).log())
+    tensor(0.8750)
+    """
+    return _inside(logps_K, mask_K).exp().sum(-1)
+
+
+def outside_logp(logps_K: Tensor, mask_K: Tensor | None = None) -> Tensor:
+    """Compute the log-probability of all tokens outside the support together.
 
     Args:
         logps_K: [..., K] log-probabilities under the full softmax.
         mask_K: [..., K] True where the slot belongs to the support, None where all do.
 
     Returns:
-        [...] mass, 0 to 1 but for rounding.
+        [...] nats, not below the logarithm of the floating-point epsilon, where it has no gradient.
 
-    >>> support_mass(torch.tensor([0.5, 0.25, 0.125]).log())
-    tensor(0.8750)
+    >>> outside_logp(torch.tensor([0.5, 0.25]).log()).exp()
+    tensor(0.2500)
     """
-    return _inside(logps_K, mask_K).exp().sum(-1)
+    # Rounding leaves a mass outside of the order of epsilon on either side, or below zero. One floor under both keeps
+    # log-ratio and gradient finite, and makes what lies below it count zero: it is the same on both sides.
+    mass = support_mass(logps_K, mask_K)
+    return torch.log1p(-mass.clamp(max=1 - torch.finfo(mass.dtype).eps))
 
 
 def _inside(logps_K: Tensor, mask_K: Tensor | None) -> Tensor:
@@ -153,7 +152,4 @@ def _renormalised(logps_K: Tensor, mask_K: Tensor | None) -> Tensor:
 
 
 def _with_tail(logps_K: Tensor) -> Tensor:
-    # Rounding leaves a mass outside of the order of epsilon on either side, or below zero. One floor under both keeps
-    # log-ratio and gradient finite, and makes what lies below it count zero: it is the same on both sides.
-    mass = logps_K.exp().sum(-1, keepdim=True).clamp(max=1 - torch.finfo(logps_K.dtype).eps)
-    return torch.cat([logps_K, torch.log1p(-mass)], dim=-1)
+    return torch.cat([logps_K, outside_logp(logps_K)[..., None]], dim=-1)

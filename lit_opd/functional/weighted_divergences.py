@@ -1,7 +1,6 @@
 """Weigh tokens or directions of a divergence by what the two distributions are at the moment.
 
-Conventions as in `divergences`: student first, teacher second, log-probabilities over the last dimension, nats out. The
-weights are held fixed: no gradient runs through them.
+Arguments, units and errors are those of `divergences`. The weights are held fixed: no gradient runs through them.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lit_opd.functional.divergences import expectation, forward_kl, log_difference, reverse_kl
 from lit_opd.functional.precision import upcast
+from lit_opd.functional.ranges import POSITIVE_SHARE, one_of
 
 __all__ = ["WEIGHTINGS", "adaptive_kl", "logit_matching", "todi"]
 
@@ -20,27 +20,15 @@ WEIGHTINGS = ("student", "teacher", "uniform")
 def adaptive_kl(student_logps: Tensor, teacher_logps: Tensor, head_mass: float = 0.5) -> Tensor:
     """Weigh forward and reverse KL by where the two distributions differ.
 
-    The head is the smallest set of largest-first teacher tokens whose mass reaches `head_mass`, the tail is the rest.
-    With gap the sum of |p - q| over either: gap_head / (gap_head + gap_tail) KL(q || p) + gap_tail / (gap_head +
-    gap_tail) KL(p || q). Source: AKL, arXiv:2404.02657.
-
-    Args:
-        student_logps: [..., V] log-probabilities p, normalised.
-        teacher_logps: [..., V] log-probabilities q, normalised.
-        head_mass: teacher mass of the head, above 0 to 1.
-
-    Returns:
-        [...] nats; infinite where the student can write what the teacher cannot.
-
-    Raises:
-        ValueError: `head_mass` outside (0, 1].
+    The head is the smallest set of largest-first teacher tokens whose mass reaches `head_mass`, in (0, 1], the tail is
+    the rest. With gap the sum of |p - q| over either: gap_head / (gap_head + gap_tail) KL(q || p) + gap_tail /
+    (gap_head + gap_tail) KL(p || q). Source: AKL, arXiv:2404.02657.
 
     >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
     >>> adaptive_kl(p, q, head_mass=0.5), adaptive_kl(p, p)
     (tensor(0.1373), tensor(0.))
     """
-    if not 0 < head_mass <= 1:
-        raise ValueError(f"head_mass must lie in (0, 1], found {head_mass}")
+    POSITIVE_SHARE.check("head_mass", head_mass)
     student_logps, teacher_logps = upcast(student_logps), upcast(teacher_logps)
     forward_weight = _share_of_head(student_logps.detach().exp(), teacher_logps.detach().exp(), head_mass)
     forward, reverse = forward_kl(student_logps, teacher_logps), reverse_kl(student_logps, teacher_logps)
@@ -65,13 +53,6 @@ def todi(student_logps: Tensor, teacher_logps: Tensor) -> Tensor:
     The value is KL(q || p) + KL(p || q), as a q - (1 - a) p = q - p; the gradient is not that of this sum. Source:
     ToDi, arXiv:2505.16297.
 
-    Args:
-        student_logps: [..., V] log-probabilities p, normalised.
-        teacher_logps: [..., V] log-probabilities q, normalised.
-
-    Returns:
-        [...] nats; infinite where one can write what the other cannot.
-
     >>> p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
     >>> todi(p, q), reverse_kl(p, q) + forward_kl(p, q)
     (tensor(0.2747), tensor(0.2747))
@@ -92,24 +73,14 @@ def logit_matching(student_logps: Tensor, teacher_logps: Tensor, weighting: str 
     d/dz = p (log p - log q - KL): only the value differs. With the teacher's, or the same for every token, a gap keeps
     its pull where the student's softmax is saturated. Motivated by arXiv:2509.25837.
 
-    Args:
-        student_logps: [..., V] log-probabilities p.
-        teacher_logps: [..., V] log-probabilities q.
-        weighting: whose probabilities, held fixed, are the weights: one of `WEIGHTINGS`. Tokens impossible under
-            either have no logit to match: they are left out and the weights rescaled to sum to one.
-
-    Returns:
-        [...] nats squared.
-
-    Raises:
-        ValueError: an unknown weighting.
+    `weighting`, one of `WEIGHTINGS`, says whose probabilities the weights are. Tokens impossible under either have no
+    logit to match: they are left out and the weights rescaled to sum to one. The value is in nats squared.
 
     >>> p = torch.tensor([0.5, 0.5]).log()
     >>> logit_matching(p, p + 3.0), logit_matching(p, torch.tensor([0.25, 0.75]).log())
     (tensor(0.), tensor(0.1509))
     """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, found {weighting!r}")
+    one_of(WEIGHTINGS).check("weighting", weighting)
     student_logps, teacher_logps = upcast(student_logps), upcast(teacher_logps)
     comparable = ~(torch.isneginf(student_logps) | torch.isneginf(teacher_logps))
     gap = torch.where(comparable, student_logps, 0.0) - torch.where(comparable, teacher_logps, 0.0)

@@ -33,15 +33,8 @@ def check(
 ) -> None:
     """Lint a run and enforce the findings, without reading weights.
 
-    Args:
-        estimator: bound.
-        rollout: the section.
-        optim: the section.
-        student: `StudentConfig`, a path, or a model in memory.
-        teacher: `TeacherConfig`, a path, or a model in memory.
-        masked_tokens: tokens, as text or ids, whose positions are not counted.
-        tokenizer: the student's; by default read from its folder where it is needed.
-        allow: rules whose refusals may pass.
+    Models are sections, paths or in memory; masked tokens are texts or ids. The tokenizer is the student's, by default
+    read from its folder where it is needed. `allow` names rules whose refusals may pass.
 
     Raises:
         UserError: the first refusal that `allow` does not name.
@@ -63,10 +56,6 @@ def lint(facts: Facts) -> list[Finding]:
 
 def enforce(findings: Sequence[Finding], allow: Collection[str] = ()) -> None:
     """Raise for the first refusal that is not allowed, or else warn of every finding, allowed refusals among them.
-
-    Args:
-        findings: those of `lint`.
-        allow: rules whose refusals may pass.
 
     Raises:
         UserError: a refusal, or an unknown name in `allow`.

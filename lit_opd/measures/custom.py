@@ -66,9 +66,6 @@ def register_measure(
 def load_measures(references: Iterable[str]) -> dict[str, TokenMeasure]:
     """Import the functions that `evaluation.measures` names, each under the name it is registered by.
 
-    Args:
-        references: `package.module:function` or `path/to/file.py:function`.
-
     Raises:
         UserError: no such file or function, or one that is not registered.
     """

@@ -59,12 +59,9 @@ def style(size: float = 10) -> AbstractContextManager[None]:
 
 
 def figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
-    """Make an empty figure.
+    """Make an empty figure, in inches, of which 8 to 10 fill a page.
 
-    Args:
-        width: in inches; 8 to 10 fill a page.
-        height: in inches.
-        layout: matplotlib's engine; None leaves the margins to the caller, which draws faster.
+    Without a layout it draws faster, and leaves the margins to the caller.
     """
     from matplotlib.figure import Figure
 

@@ -16,16 +16,6 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-__all__ = [
-    "MOMENTS",
-    "Interval",
-    "over_prompts",
-    "pass_at_k",
-    "prompt_moments",
-    "ratio_interval",
-    "wilson_over_prompts",
-]
-
 CONFIDENCE = 0.95
 # How many sums over prompts a ratio's mean and variance are computed from.
 MOMENTS = 6
@@ -42,12 +32,8 @@ class Interval(NamedTuple):
 def prompt_moments(sums: Tensor, weights: Tensor, dim: int = 0) -> Tensor:
     """Sum over prompts whatever the ratio of all values to all weights needs for its mean and its interval.
 
-    Moments of several batches or processes add up to those of all prompts.
-
-    Args:
-        sums: [..., prompts, ...] the sum of each prompt's values.
-        weights: how many values (tokens, completions) each sum holds; broadcast against `sums`.
-        dim: which dimension of `sums` counts the prompts.
+    Moments of several batches or processes add up to those of all prompts. A weight says how many values (tokens,
+    completions) a sum holds; `dim` of the sums counts the prompts.
 
     Returns:
         [MOMENTS, ...] in float64: weights, squared weights, prompts with a weight, sums, squared sums, sums times
@@ -62,11 +48,7 @@ def ratio_interval(moments: np.ndarray, confidence: float = CONFIDENCE) -> tuple
 
     With s_i and n_i the sum and the weight of prompt i, the mean is sum s_i / sum n_i. Its variance is that of a ratio
     (delta method; Cochran, Sampling Techniques, 1977, ch. 6): m / (m - 1) x sum (s_i - mean n_i)^2 / (sum n_i)^2 over m
-    prompts. The interval has m - 1 degrees of freedom.
-
-    Args:
-        moments: [MOMENTS, ...] from `prompt_moments`.
-        confidence: level of the interval.
+    prompts. The interval has m - 1 degrees of freedom. The moments are those of `prompt_moments`.
 
     Returns:
         Three arrays [...]: NaN where nothing was counted, unbounded with fewer than two prompts.
@@ -98,12 +80,8 @@ def over_prompts(sums: Sequence[float], weights: Sequence[float], confidence: fl
 def wilson_over_prompts(sums: Sequence[float], weights: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Compute a share with Wilson's interval, which stays inside [0, 1] and is not empty at the ends.
 
-    It is Wilson's on the effective number of prompts, p (1 - p) / variance of the mean p.
-
-    Args:
-        sums: the share of each prompt, times its weight.
-        weights: of the prompts.
-        confidence: level of the interval.
+    It is Wilson's on the effective number of prompts, p (1 - p) / variance of the mean p. The sums are shares times the
+    weights of the prompts.
     """
     moments = _moments_of(sums, weights)
     mean, variance, prompts = (*map(float, _ratio(moments)), float(moments[2]))
@@ -123,15 +101,7 @@ def _moments_of(sums: Sequence[float], weights: Sequence[float]) -> np.ndarray:
 def pass_at_k(correct_G: Tensor, completions_G: Tensor, k: int) -> Tensor:
     """Estimate without bias the chance that at least one of k completions drawn from a prompt's n is correct.
 
-    1 - C(n - c, k) / C(n, k) for c correct of n (arXiv:2107.03374, eq. 1). With k = 1 it is the share c / n.
-
-    Args:
-        correct_G: [prompts] how many completions are correct.
-        completions_G: [prompts] how many there are.
-        k: completions drawn.
-
-    Returns:
-        [prompts] in float64.
+    1 - C(n - c, k) / C(n, k) for c correct of n, in float64 (arXiv:2107.03374, eq. 1). For k = 1 it is the share c / n.
 
     Raises:
         ValueError: fewer completions than k.

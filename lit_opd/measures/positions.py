@@ -155,12 +155,7 @@ class TokenProfile(Module):
         self.log_ratios = LogRatioHistogram()
 
     def update(self, values: Mapping[str, Tensor], rollout: Rollout) -> None:
-        """Add a batch of whole prompts.
-
-        Args:
-            values: [B, T] for the names that are measured, `log_ratio` among them, zero where not counted.
-            rollout: the completions.
-        """
+        """Add a batch of whole prompts, with [B, T] for the names that are measured, zero where not counted."""
         self.curves.update(values, rollout.mask_BT, rollout.prompt_index_B)
         self.log_ratios.update(values["log_ratio"][rollout.own_mask_BT])
 

@@ -16,11 +16,6 @@ from torch import Tensor
 
 from lit_opd.types import FinishReason, Rollout
 
-__all__ = [
-    "Seen", "gradient_noise", "not_finite", "observed_tokens", "quantiles", "step_report", "token_numbers",
-    "token_sums",
-]  # fmt: skip
-
 # A micro-batch, and the per-position values [N] of `models.student_loss` at its counted tokens.
 Seen = tuple[Rollout, Mapping[str, Tensor]]
 
@@ -59,16 +54,9 @@ def step_report(
 ) -> dict[str, float]:
     """Name the metrics that every step logs, which but for a support's mass are those of every estimator.
 
-    Args:
-        update: totals of the last update: `loss` and `grad_norm`; over the tokens that the student wrote, `kl`,
-            `entropy`, `gap`, their number `own`, and `student_mass` where there is one.
-        rollout: totals over sequences, from `rollout_sums`.
-        seconds: of each phase; together they are the step's.
-        peak_mb: the most memory ever used.
-
-    Returns:
-        By name. What is a mean over nothing, in a step whose completions are all demonstrations, is not a number: a
-        key that were left out would keep the value of the step before in Lightning's records.
+    The update has `loss`, `grad_norm` and what `token_sums` gives, the rollout what `rollout_sums` gives. All phases
+    together take the seconds of the step. A mean over nothing, in a step whose completions are all demonstrations, is
+    not a number: a key that were left out would keep the value of the step before in Lightning's records.
     """
     tokens, rows, step_s = update["own"] or math.nan, rollout["rows"] or math.nan, sum(seconds.values())
     return {
@@ -88,10 +76,6 @@ def step_report(
 
 def observed_tokens(seen: Sequence[Seen], horizon: int) -> dict[str, Tensor]:
     """Collect the tokens of an update that the student wrote and that count, one value each.
-
-    Args:
-        seen: micro-batches.
-        horizon: the longest completion there can be, in tokens.
 
     Returns:
         [tokens] of `advantage`, `student_nll`, `teacher_nll` (nats), `sampler_log_ratio` (student minus sampler),
@@ -170,15 +154,7 @@ def _advantages(values: Tensor) -> dict[str, Tensor]:
 
 
 def quantiles(values_N: Tensor, shares: Sequence[float]) -> Tensor:
-    """Compute quantiles of any number of values, where `torch.quantile`, which interpolates alike, refuses 2^24.
-
-    Args:
-        values_N: [N] at least one.
-        shares: S of them, from 0 to 1.
-
-    Returns:
-        [S] in the dtype of the values.
-    """
+    """Compute quantiles of any number of values, where `torch.quantile`, which interpolates alike, refuses 2^24."""
     ranked_N = values_N.sort().values
     ranks_S = torch.tensor(shares, dtype=torch.float64, device=values_N.device) * (len(values_N) - 1)
     below_S, above_S = ranks_S.floor(), ranks_S.ceil()
@@ -200,9 +176,6 @@ def gradient_noise(optimizer: torch.optim.Optimizer) -> tuple[float, float] | No
     |G|^2 + c S, where c = (1 - b1) (1 + b1^t) / ((1 + b1) (1 - b1^t)) after t steps. Solved for both, S / |G|^2 times
     the batch size is the simple noise scale (arXiv:1812.06162), here of the gradients that reached the optimizer, after
     clipping, over as many steps as the moments remember.
-
-    Args:
-        optimizer: of which every parameter group has the keyword `betas`.
 
     Returns:
         Estimates of |G|^2 and of S, which can come out negative; None before the second step, or where the optimizer

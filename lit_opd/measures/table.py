@@ -9,11 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-__all__ = [
-    "COMPLETIONS", "MEASURES", "NATS", "PROMPTS", "YARDSTICKS", "Better", "Measure", "describe", "in_order", "look_up",
-    "names_of",
-]  # fmt: skip
-
 Better = Literal["lower", "higher"]
 Of = Literal["token", "support", "position", "completion", "step"]
 

@@ -46,11 +46,7 @@ def steady_length(config: Any) -> int | None:
 
 
 def check_length(model: LanguageModel, tokens: int) -> None:
-    """Refuse rows so long that the model's rotary frequencies depend on the longest of a batch.
-
-    Args:
-        model: that is to write or to score them.
-        tokens: of the longest prompt and completion together.
+    """Refuse rows, prompt and completion, so long that the model's rotary frequencies depend on the longest of a batch.
 
     Raises:
         UserError: naming the longest row for which they do not.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,17 +24,6 @@ from lit_opd.types import Rollout
 
 if TYPE_CHECKING:
     from lit_opd.models.language_model import LanguageModel
-
-__all__ = [
-    "FAILURES",
-    "Forward",
-    "LlamaForward",
-    "PackedForward",
-    "PaddedForward",
-    "choose_forward",
-    "circumstances",
-    "distance",
-]
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +51,11 @@ class Forward(Protocol):
         ...
 
 
+@dataclass
 class PaddedForward:
     """The way that any body runs: every row padded to the longest, and nothing shared."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    reason: str
 
     def hidden(self, model: LanguageModel, rollout: Rollout) -> tuple[Tensor, Head]:
         """See `Forward.hidden`.
@@ -93,11 +82,11 @@ class PaddedForward:
         return [hidden_LH[: len(row)] for hidden_LH, row in zip(hidden_BLH, rows, strict=True)]
 
 
+@dataclass
 class PackedForward:
     """A Hugging Face body over packed rows, its attention replaced by one that knows their layout."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    reason: str
 
     def hidden(self, model: LanguageModel, rollout: Rollout) -> tuple[Tensor, Head]:
         """See `Forward.hidden`."""
@@ -106,7 +95,9 @@ class PackedForward:
 
     def read(self, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
         """See `Forward.read`."""
-        return _read_packed(self, model, rows)
+        layout, paths = pack(rows, model.device)
+        packed_NH = self.packed(model, layout)
+        return [packed_NH[path] for path in paths]
 
     def packed(self, model: LanguageModel, layout: Layout) -> Tensor:
         """Compute hidden states [N, H] of the tokens of a layout."""
@@ -116,25 +107,18 @@ class PackedForward:
             return body(**inputs, use_cache=False).last_hidden_state[0]
 
 
-class LlamaForward:
+class LlamaForward(PackedForward):
     """A body built like Llama's, run over packed rows by this package's own layers."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
 
     def hidden(self, model: LanguageModel, rollout: Rollout) -> tuple[Tensor, Head]:
         """See `Forward.hidden`."""
-        layout, predictors_N = layout_of(rollout)
         embedding, table = model.body.embed_tokens, model.output_layer.weight
         if not (is_tied(embedding, table) and table.requires_grad):
-            return gather_rows(self.packed(model, layout), predictors_N), model.head
+            return super().hidden(model, rollout)
+        layout, predictors_N = layout_of(rollout)
         embedded_NH, table = tied_embedding(layout.ids_N, embedding)
         head = replace(model.head, weight_VH=table[: model.vocabulary])
         return gather_rows(self.packed(model, layout, embedded_NH), predictors_N), head
-
-    def read(self, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
-        """See `Forward.read`."""
-        return _read_packed(self, model, rows)
 
     def packed(self, model: LanguageModel, layout: Layout, embedded_NH: Tensor | None = None) -> Tensor:
         """Compute hidden states [N, H] of the tokens of a layout, which may be embedded already."""
@@ -158,9 +142,8 @@ def choose_forward(model: LanguageModel) -> Forward:
     # Checkpointed layers run again in the backward pass, when `packed_layers` has put their own attention back.
     if _recomputes(body):
         return _padded(model, "its layers run again in the backward pass (gradient checkpointing)")
-    unlike = unlike_llama(body)
     llama = LlamaForward("it is built like Llama")
-    unlike = unlike or disagreement(model, llama)
+    unlike = unlike_llama(body) or disagreement(model, llama)
     if unlike is None:
         return llama
     packed = PackedForward(unlike)
@@ -199,12 +182,6 @@ def disagreement(model: LanguageModel, forward: Forward) -> str | None:
             if off is not None:
                 return f"its hidden states of rows read together are off by {off:.2g}"
     return None
-
-
-def _read_packed(forward: PackedForward | LlamaForward, model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
-    layout, paths = pack(rows, model.device)
-    packed_NH = forward.packed(model, layout)
-    return [packed_NH[path] for path in paths]
 
 
 def distance(found: Tensor, expected: Tensor, exact: bool) -> float | None:

@@ -20,18 +20,6 @@ from lit_opd.functional.precision import upcast
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import Layout
 
-__all__ = [
-    "LayerProducts",
-    "has_hooks",
-    "is_tied",
-    "llama_hidden",
-    "rms_norm",
-    "rotation",
-    "run_layer",
-    "tied_embedding",
-    "unlike_llama",
-]
-
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}

@@ -48,14 +48,9 @@ class Loss(NamedTuple):
 def student_loss(
     student: LanguageModel, micro: ScoredRollout, estimator: BoundEstimator, weights_BT: Tensor, rows: int
 ) -> Loss:
-    """Sum the estimator's per-token losses over a micro-batch, each times its weight.
+    """Sum the estimator's per-token losses over a micro-batch, each times its weight of `functional.token_weights`.
 
-    Args:
-        student: the model that learns.
-        micro: completions, of which only counted positions reach the head, with their scores and rewards.
-        estimator: one estimator, or a mix.
-        weights_BT: [B, T] weight of every token, from `functional.token_weights`.
-        rows: positions a chunk of the head.
+    Only counted positions reach the head, `rows` of them at once.
     """
     hidden_NH, head = student.hidden(micro.rollout)
     weights_N = weights_BT[micro.rollout.mask_BT]
@@ -88,10 +83,7 @@ def support_masses(seen: Sequence[TokenBatch]) -> Stats:
     """Measure each model's probability on the widest support that is compared.
 
     A student that leaves the support escapes what a divergence on it can see, and a teacher that is hardly on it says
-    little.
-
-    Args:
-        seen: what the terms of an estimator see of the same positions.
+    little. What the terms of an estimator see is of the same positions.
 
     Returns:
         `student_mass` and `teacher_mass`, [...], 0 to 1, detached. Nothing where no support is compared.

@@ -35,11 +35,7 @@ def check_batch(batch: object) -> None:
 def uniforms(seed: Sequence[int], draws: Sequence[tuple[int, int]], num_completions: int, length: int) -> Tensor:
     """Draw the random numbers of a rollout, one stream for each completion, named by (seed, draw, completion).
 
-    Args:
-        seed: the seed, and a number that sets training apart from evaluation.
-        draws: two integers for each prompt, from `PromptBatch.draws`.
-        num_completions: completions a prompt.
-        length: numbers a stream.
+    `seed` holds a second number that sets training apart from evaluation, `draws` is `PromptBatch.draws`.
 
     Returns:
         [B, T] float64 in [0, 1), on the CPU; completions of one prompt are neighbours.
@@ -57,12 +53,8 @@ def split_updates(
 ) -> list[Tensor]:
     """Choose the rows of each optimizer update, by cutting the batch of all processes into equal parts in order.
 
-    Args:
-        places: of this process's prompts in the whole batch.
-        num_completions: completions a prompt.
-        updates: optimizer updates a rollout.
-        prompts: prompts of the whole batch.
-        whole_prompts: keep the completions of a prompt in one update.
+    `places` are those of this process's prompts among the `prompts` of the whole batch. With `whole_prompts` all
+    completions of a prompt stay in one update.
 
     Returns:
         `updates` index tensors, some perhaps empty; together they hold every row of this process once.

@@ -33,12 +33,8 @@ _ROWS = 4
 def gap_sums(student: LanguageModel, rollout: Rollout, rows: int) -> dict[str, Tensor]:
     """Sum the squared gap between sampler and trainer over a few of the student's completions, short to long.
 
-    Every process runs one pass, whatever it sampled, because sharded weights need all processes.
-
-    Args:
-        student: in the mode in which it trains.
-        rollout: completions under the training law.
-        rows: positions that the head projects at once.
+    The student is in the mode in which it trains, and its head projects so many rows at once. Every process runs one
+    pass, whatever it sampled, because sharded weights need all processes.
 
     Returns:
         `squares`, the sum of squared differences in nats, and `tokens`, their number. Tokens that a truncated law
@@ -66,13 +62,7 @@ def gap_sums(student: LanguageModel, rollout: Rollout, rows: int) -> dict[str, T
 
 
 def check_gap(student: LanguageModel, engine: RolloutEngine, squares: float, tokens: float) -> None:
-    """Refuse to train where the gap between sampler and trainer is more than rounding.
-
-    Args:
-        student: the model that trains.
-        engine: what sampled.
-        squares: sum of squared gaps over all processes, nats squared.
-        tokens: number of tokens compared, over all processes.
+    """Refuse to train where the gap between sampler and trainer, summed over all processes, is more than rounding.
 
     Raises:
         UserError: naming the gap, its bound and the likely cause.

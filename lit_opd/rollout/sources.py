@@ -65,11 +65,7 @@ class Sampled:
 class Written:
     """Completions that the data holds, with their end, cut to `length`, repeated `count` times.
 
-    No model sampled them, so their `sampler_logps_BT` are 0.
-
-    Attributes:
-        policy: the model whose tokenizer is used.
-        texts_of: looks up the completion of each row, and the token that ends it.
+    No model sampled them, so their `sampler_logps_BT` are 0. The tokenizer is that of `policy`.
     """
 
     policy: LanguageModel
@@ -94,13 +90,9 @@ class Written:
 
 @dataclass(frozen=True)
 class Mixed:
-    """A share of the prompts completed by one source, the rest by another.
+    """Prompts completed by the student's `own` source, whose law the rollout has, or by `others`, demonstrations.
 
-    Attributes:
-        own: the student's source, whose law the rollout has.
-        others: the source of demonstrations.
-        share: the probability that the student completes a prompt (lambda of GKD, arXiv:2306.13649).
-        seed: of the draws.
+    `share` is the probability that the student completes a prompt (lambda of GKD, arXiv:2306.13649).
     """
 
     own: RolloutSource
@@ -159,17 +151,7 @@ def build_source(
     teacher: LanguageModel | None,
     texts_of: TextsOf,
 ) -> RolloutSource:
-    """Make the configured source.
-
-    Args:
-        config: how many completions, how long, which share is the student's, who writes the rest.
-        law: the student's; the teacher samples at temperature 1, untruncated.
-        seed: of all draws.
-        engine: samples for student and teacher.
-        student: the model that learns.
-        teacher: writes demonstrations where `demonstrations` is `teacher`; None where it cannot sample.
-        texts_of: looks up the completions that the data holds, where `demonstrations` is `data`.
-    """
+    """Make the configured source, in which a teacher that can sample writes at temperature 1, untruncated."""
     count, length = config.num_completions, config.max_new_tokens
     own = Sampled(engine, student, law, count, length, seed)
     if config.student_share == 1:

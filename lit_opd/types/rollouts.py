@@ -138,17 +138,9 @@ class Rollout:
         cls, batch: PromptBatch, count: int, ids_BT: Tensor, real_BT: Tensor, logps_BT: Tensor, stopped_B: Tensor,
         law: SamplingLaw, author: Author = Author.STUDENT,
     ) -> Rollout:  # fmt: skip
-        """Make a rollout of completions that stand in the order of their prompts, `count` for each.
+        """Make a rollout of completions in the order of their prompts, `count` for each, all of one author.
 
-        Args:
-            batch: the prompts.
-            count: completions a prompt.
-            ids_BT: tokens, padded on the right.
-            real_BT: True at real tokens; all of them count.
-            logps_BT: under the sampling law, 0 elsewhere.
-            stopped_B: True where a stop token ended the row.
-            law: the sampling law.
-            author: who wrote all of it.
+        All real tokens count. Log-probabilities are under the law, 0 elsewhere; a stop token ended rows in `stopped_B`.
         """
         rows_B = torch.arange(len(batch.rows), device=ids_BT.device).repeat_interleave(count)
         prompts, *shown = (Prompts(p.ids_BP[rows_B], p.mask_BP[rows_B]) for p in (batch.prompts, *batch.shown.values()))

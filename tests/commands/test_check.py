@@ -193,7 +193,7 @@ def test_registered_function_of_ones_own_takes_keywords(mine, capsys):
     ("sign_flip", "bias_is_as_declared", "off by 200.0% of its norm"),
     ("modest", "bias_is_as_declared", "say unbiased=True"),
     ("mask_leak", "masked_garbage_has_no_effect", "garbage at masked positions of student_logps_BT changes the loss"),
-    ("averaged", "returns_one_value_a_position", "(), not that of the positions, (4, 5)"),
+    ("averaged", "returns_one_value_a_position", "of shape [4, 5], one value a position and finds shape []"),
     ("undeclared", "works_on_what_it_needs", "what it declares to need (token) it raises TypeError"),
 ])  # fmt: skip
 def test_wrong_estimator_fails_and_the_law_is_named(mine, capsys, name, law, how):

@@ -163,7 +163,7 @@ LIMITS = {"clamp", "clip", "clamp_min", "clamp_max", "minimum", "maximum", "trun
           "one_sided_ratio"}  # fmt: skip
 NO_LIMIT = {
     "importance_ratio": "keeps exp finite at log-ratios beyond 20, where no weight carries information",
-    "_with_tail": "rounding: a mass outside the support below zero",
+    "outside_logp": "rounding: a mass outside the support below zero",
     "logit_matching": "rounding: a sum of weights of zero",
     "leave_one_out_advantage": "rounding: a variance below zero",
     "leave_one_out_mean": "a count of rows, at least one",

@@ -4,6 +4,7 @@ import pytest
 
 from lit_opd import estimators
 from lit_opd.errors import UserError
+from lit_opd.estimators.oracle.batches import example_batch
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,16 @@ def test_a_declaration_that_cannot_hold_is_refused(declared, message):
 def test_a_name_belongs_to_one_file():
     with pytest.raises(UserError, match=r"register_estimator\('token'\): expected a new name, found a registered one"):
         estimators.register_estimator("token")(lambda tokens: None)
+
+
+@pytest.mark.parametrize("name", sorted(set(estimators.names()) - {"mix"}))
+def test_a_name_alone_is_an_estimator(name):
+    """All but a sum whose terms are the user's; what a limit is by default, small models need not meet."""
+    estimator, spec = estimators.build(name), estimators.get(name)
+    assert estimator(example_batch(estimator)).loss_BT.isfinite().all()
+    assert all(spec.defaults[key] != value for key, value in spec.small.items())
+
+
+def test_a_sum_has_no_terms_of_its_own():
+    with pytest.raises(UserError, match="missing a required argument: 'terms'"):
+        estimators.build("mix")

@@ -1,6 +1,7 @@
 """Sampled-token estimators against formulas written out token by token."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,8 @@ CASES = {
     "k2_loss": ({}, lambda d: d),
     "k3_loss": ({}, lambda d: 1 - math.exp(-d)),
     "clipped_log_ratio": ({"max_log_ratio": 0.4}, lambda d: max(-0.4, min(0.4, d))),
+    "log_ratio_sign": ({}, lambda d: (d > 0) - (d < 0)),
+    "fixed_advantage": ({"advantage": -0.3}, lambda d: 0.3 * (d > 0)),
 }
 
 
@@ -133,9 +136,46 @@ def test_a_limit_that_is_none_is_refused(limit):
         build("clipped_log_ratio", max_log_ratio=limit)
 
 
-def test_the_limit_must_be_given():
-    with pytest.raises(UserError, match="missing a required argument: 'max_log_ratio'"):
-        build("clipped_log_ratio")
+@pytest.mark.parametrize(("name", "factor"), [("log_ratio_sign", 2), ("fixed_advantage", 1)])
+@pytest.mark.parametrize("stop", [False, True])
+def test_without_its_size_the_log_ratio_follows_the_total_variation_distance(name, factor, stop):
+    """TVD is the sum of p - q over the tokens with p > q, and half that of |p - q|."""
+    pair = TabularPair.random(4, 3, seed=3, stop=stop)
+    found, expected = expected_gradient(pair, build(name)), exact_gradient(pair, "tvd")
+    torch.testing.assert_close(found, factor * expected, rtol=0, atol=1e-14)
+    assert verify(build(name), pair, "reverse_kl").cosine < 0.95
+
+
+def test_beside_the_teacher_the_sign_is_as_loud_as_far_from_it():
+    """Norms of the expected gradients at a tenth and at a hundredth of the distance."""
+    far = TabularPair.random(4, 1, seed=3)
+    step_CV = far.teacher_logits_CV - far.student_logits_CV
+
+    def norms(name):
+        pairs = [replace(far, teacher_logits_CV=far.student_logits_CV + share * step_CV) for share in (0.1, 0.01)]
+        return [float(expected_gradient(pair, build(name)).norm()) for pair in pairs]
+
+    (louder, silent), (loud, as_loud) = norms("token"), norms("log_ratio_sign")
+    assert silent < 0.2 * louder
+    assert as_loud == pytest.approx(loud, rel=1e-12)
+
+
+def test_the_same_advantage_at_all_tokens_trains_nothing():
+    verdict = verify(build("fixed_advantage", where="all"), TabularPair.random(4, 3, seed=3, stop=True), "reverse_kl")
+    assert verdict.dead
+    assert verdict.ignores_teacher
+    assert verdict.relative_bias == 1
+
+
+@pytest.mark.parametrize("advantage", [0, 1.0, -math.inf, math.nan])
+def test_an_advantage_that_is_not_negative_is_refused(advantage):
+    with pytest.raises(UserError, match="advantage must be negative and finite"):
+        build("fixed_advantage", advantage=advantage)
+
+
+def test_tokens_that_nobody_chose_are_refused():
+    with pytest.raises(UserError, match="where must be one of doubted, all, found 'both'"):
+        build("fixed_advantage", where="both")
 
 
 def test_token_is_the_local_reverse_kl_over_prefixes_that_the_student_writes():

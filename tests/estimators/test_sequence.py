@@ -102,11 +102,6 @@ def test_a_discount_outside_zero_to_one_is_refused(name, keywords, gamma):
         build(name, gamma=gamma, **keywords)
 
 
-def test_the_window_must_be_given():
-    with pytest.raises(UserError, match="missing a required argument: 'steps'"):
-        build("k_step")
-
-
 def test_contract_of_the_window():
     assert build("k_step", steps=1).contract[:2] == ("reverse_kl", True)
     assert build("k_step", steps=3).contract[:2] == ("sequence_reverse_kl", False)

@@ -88,6 +88,26 @@ def test_head_and_tail_are_those_of_a_loop(name, keywords, through_head, on_tail
 
 
 @every_support
+def test_resopd_is_that_of_a_loop(support):
+    logits, teacher = normal_logits()
+    _, gradient, kl = evaluate(build("resopd", k=3, support=support), logits, teacher)
+    sampled_outside = 0
+    for row, y, p, q, d, tokens in rows(logits, teacher, support):
+        p_outside, q_outside = (1 - math.fsum(x[i] for i in tokens) for x in (p, q))
+        bucket = math.log(p_outside / q_outside)
+        # Of (1 - P) b the derivative by log p_i is -p_i (b + 1), and of p_i d_i it is p_i (d_i + 1).
+        credits = {i: p[i] * (d[i] - bucket) for i in tokens}
+        value = math.fsum(p[i] * d[i] for i in tokens) + p_outside * bucket
+        if y not in tokens:
+            sampled_outside += 1
+            credits[y] = math.log(p[y] / p_outside) - math.log(q[y] / q_outside)
+            value += credits[y]
+        close(gradient[row], pull(p, credits))
+        close(kl[row], value)
+    assert 0 < sampled_outside < len(logits)
+
+
+@every_support
 @pytest.mark.parametrize("weights", ["student", "teacher", "none"])
 def test_weighted_scores_are_those_of_a_loop(weights, support):
     logits, teacher = normal_logits()
@@ -144,7 +164,7 @@ def test_detached_and_corrected_are_unbiased_and_published_is_off_by_the_gradien
     published = expected_gradient(pair, build("head_and_tail_published", k=2, support=support))
     assert expected_gradient(pair, of_mass).norm() > 1e-2
     close(published, target + expected_gradient(pair, of_mass))
-    for name, keywords in (("head_and_tail", {}), ("head_and_tail_published", {"corrected": True})):
+    for name, keywords in (("head_and_tail", {}), ("head_and_tail_published", {"corrected": True}), ("resopd", {})):
         close(expected_gradient(pair, build(name, k=2, support=support, **keywords)), target)
 
 
@@ -180,9 +200,33 @@ def test_detaching_the_head_has_the_least_variance():
     assert detached < corrected
 
 
-def test_from_another_sampler_head_and_tail_is_biased():
+def test_on_the_teachers_support_resopd_has_less_variance_than_head_and_tail():
+    """The bucket is exact. On the student's support b, most often negative, shrinks what `head_and_tail` samples."""
+    pairs = [TabularPair.random(12, 1, seed=seed) for seed in range(9)]
+    ratio = {
+        support: [trace_variance(pair, build("resopd", k=4, support=support))
+                  / trace_variance(pair, build("head_and_tail", k=4, support=support)) for pair in pairs]
+        for support in ("teacher", "student")
+    }  # fmt: skip
+    assert max(ratio["teacher"]) < 1
+    assert sorted(ratio["teacher"])[4] < 0.7
+    assert sorted(ratio["student"])[4] > 1
+
+
+def test_a_rounded_mass_outside_costs_resopd_no_bias():
+    """The teacher's tail holds e^-60, which 1 - Q cannot tell from nothing."""
+    generator = torch.Generator().manual_seed(1)
+    student_CV, teacher_CV = torch.randn(2, 1, 6, generator=generator, dtype=torch.float64)
+    teacher_CV[:, 2:] -= 60
+    pair = TabularPair(student_CV, teacher_CV, horizon=1)
+    assert verify(build("resopd", k=2), pair).is_unbiased
+    assert verify(build("topk_tail_reverse_kl", k=2), pair).relative_bias > 0.1
+
+
+@pytest.mark.parametrize("name", ["head_and_tail", "resopd"])
+def test_from_another_sampler_a_sampled_tail_is_biased(name):
     pair = TabularPair.random(6, 1, seed=5)
-    estimator = build("head_and_tail", k=2)
+    estimator = build(name, k=2)
     assert estimator.spec.on_policy
     assert verify(estimator, pair).is_unbiased
     assert verify(estimator, pair.with_sampler(0.5)).relative_bias > 1e-2
@@ -217,6 +261,8 @@ def test_tokens_only_the_student_can_write_have_no_score_by_the_teacher():
      ("topk_weighted_scores", {"k": 0}, "k must be a whole number of at least 1, found 0"),
      ("head_and_tail", {"k": 0}, "k must be a whole number of at least 1, found 0"),
      ("head_and_tail", {"support": "both"}, "estimator.kwargs.support: expected one of"),
+     ("resopd", {"k": 0}, "k must be a whole number of at least 1, found 0"),
+     ("resopd", {"support": "both"}, "estimator.kwargs.support: expected one of"),
      ("head_and_tail_published", {"k": 1.5}, "k must be a whole number of at least 1, found 1.5"),
      ("entropy_aware", {"k": 0, "mass": "tail"}, "k must be a whole number of at least 1, found 0"),
      ("entropy_aware", {"entropy_threshold": -0.1}, "entropy_threshold must be at least 0, found -0.1"),

@@ -130,6 +130,25 @@ def test_at_equality_soft_targets_pull_the_mass_into_the_support():
     assert gradient.abs().max() < 1e-15
 
 
+RENORMALISED = ("topk_divergence", {"divergence": "forward_kl", "mass": "renormalise"})
+
+
+def test_of_the_forward_kls_on_a_support_only_the_residual_symbol_rests_at_the_teacher_and_nowhere_else():
+    """What the residual symbol mends of arXiv:2609.39275: either the student leaves the teacher, or never comes."""
+    _, teacher = normal_logits()
+    in_support = torch.zeros_like(teacher).scatter_(-1, teacher.topk(3).indices, 1.0)
+    norms = {
+        name: [float(evaluate(build(name, k=3, **keywords), logits.clone().requires_grad_(), teacher)[1].norm())
+               for logits in (teacher, teacher + in_support)]
+        for name, keywords in (("topk_soft_targets", {}), RENORMALISED, ("topk_tail_forward_kl", {}))
+    }  # fmt: skip
+    at_teacher, with_more_mass = zip(*norms.values(), strict=True)
+    assert at_teacher[0] > 0.1  # it leaves
+    assert max(at_teacher[1:]) < 1e-14
+    assert with_more_mass[1] < 1e-14  # it never comes
+    assert with_more_mass[2] > 0.1
+
+
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_over_the_whole_vocabulary_soft_targets_are_the_forward_kl(support):
     pair = TabularPair.random(5, 2, seed=3)

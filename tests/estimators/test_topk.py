@@ -25,6 +25,7 @@ NAMED = {
     "topk_truncated_reverse_kl": (None, "reverse_kl", "truncate"),
     "topk_generalised_reverse_kl": (None, "reverse_kl", "generalised"),
     "topk_tail_reverse_kl": (None, "reverse_kl", "tail"),
+    "topk_tail_forward_kl": (None, "forward_kl", "tail"),
     "topk_truncated_forward_kl": (None, "forward_kl", "truncate"),
 }
 # A name with keywords, and the parts it is made of: support, divergence, mass.
@@ -162,7 +163,7 @@ def test_at_equality_truncated_forms_move_the_mass_of_their_support(support):
     logits, _ = normal_logits(rows=1, vocabulary=7)
     assert mass_slope("topk_truncated_reverse_kl", logits, logits.detach(), support=support) < -1e-2
     assert mass_slope("topk_truncated_forward_kl", logits, logits.detach(), support=support) > 1e-2
-    for name in ("topk_generalised_reverse_kl", "topk_tail_reverse_kl"):
+    for name in ("topk_generalised_reverse_kl", "topk_tail_reverse_kl", "topk_tail_forward_kl"):
         assert abs(mass_slope(name, logits, logits.detach(), support=support)) < 1e-14
 
 

@@ -13,8 +13,8 @@ from lit_opd.functional import MASSES, SUPPORT_DIVERGENCES, SUPPORTS, choose_sup
 from lit_opd.types import TokenBatch
 
 BY_NAME = ("topk_truncated_reverse_kl", "topk_generalised_reverse_kl", "topk_tail_reverse_kl",
-           "topk_truncated_forward_kl", "topk_soft_targets")  # fmt: skip
-FROM_SAMPLES = ("head_and_tail", "head_and_tail_published")
+           "topk_truncated_forward_kl", "topk_tail_forward_kl", "topk_soft_targets")  # fmt: skip
+FROM_SAMPLES = ("head_and_tail", "head_and_tail_published", "resopd")
 # None of these learns from the sampled token.
 EXACT = [
     ("teacher_topk", {}), ("student_topk", {}), ("union_topk", {}),
@@ -60,7 +60,7 @@ def evaluate(estimator, logits, teacher_logits, ids_N=None):
 @pytest.mark.parametrize(
     ("name", "keywords"),
     [*(("topk_divergence", {"mass": mass}) for mass in MASSES), ("head_and_tail", {}), ("head_and_tail_published", {}),
-     ("topk_weighted_scores", {})],
+     ("topk_weighted_scores", {}), ("resopd", {})],
     ids=str,
 )  # fmt: skip
 def test_over_the_whole_vocabulary_every_form_is_the_reverse_kl_without_noise(name, keywords, support):

@@ -283,7 +283,6 @@ def test_weights_of_bf16_values_are_fp32():
      ("prefix_opd", {"horizon": 2.5}, "horizon must be a whole number of at least 1, found 2.5"),
      ("prefix_opd", {"horizon": 2, "grow_to": 0}, "grow_to must be a whole number of at least 1, found 0"),
      ("prefix_opd", {"horizon": 8, "grow_to": 4}, r"grow_to must be at least horizon \(8\), found 4"),
-     ("prefix_opd", {}, "missing a required argument: 'horizon'"),
      ("position_decay", {"half_life": 0.0}, "half_life must be positive, found 0.0"),
      ("position_decay", {"half_life": math.nan}, "half_life must be positive, found nan"),
      ("iw_opd", {"gamma": -0.1}, "gamma must be at least 0 and finite, found -0.1"),

@@ -218,6 +218,7 @@ NO_ESTIMATES = {
     "transposed": (lambda e, t: replace(e, loss_BT=e.loss_BT.flatten()[None]), "a loss_BT of shape"),
     "kl_summed": (lambda e, t: replace(e, kl_BT=e.kl_BT.sum()), "a kl_BT of shape"),
     "clip_share": (lambda e, t: replace(e, clipped_BT=torch.tensor(True)), "a clipped_BT of shape"),
+    "clip_count": (lambda e, t: replace(e, clipped_BT=torch.zeros_like(e.kl_BT)), "a clipped_BT of torch.bool"),
     "a_tensor": (lambda e, t: e.loss_BT, "found Tensor"),
     "nothing": (lambda e, t: None, "found NoneType"),
     "raises": (lambda e, t: 1 / 0, "found ZeroDivisionError: division by zero (" + __file__ + ", line"),

@@ -52,6 +52,18 @@ def test_needs_and_support_size_of_a_mix():
     assert wanted_by(estimators.build("token")) == Wanted()
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("resopd", Wanted(support=16)), ("topk_tail_forward_kl", Wanted(support=16)), ("log_ratio_sign", Wanted()),
+     ("fixed_advantage", Wanted())],
+)  # fmt: skip
+def test_a_teacher_that_gives_no_whole_distribution_is_enough(name, wanted):
+    """Only the student's own support asks for what a teacher knows of tokens that it does not name."""
+    assert wanted_by(estimators.build(name)) == wanted
+    if wanted.support:
+        assert wanted_by(estimators.build(name, support="student")).full
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_reference_is_scored_at_the_sampled_tokens_only(rows, two_models, make_model, tiny_tokenizer, full_logits):
     _, teacher, rollout, _, _ = two_models

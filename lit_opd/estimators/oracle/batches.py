@@ -13,10 +13,6 @@ from lit_opd.estimators.needs import Seen, fill
 from lit_opd.estimators.oracle.tabular import pair_for
 from lit_opd.types import Estimate, TokenBatch
 
-__all__ = ["ROUNDING", "Surrogate", "batch_of", "cast", "difference", "difference_where_masked", "example_batch",
-           "loss_and_gradients", "per_position", "same", "spoil_masked", "take_rows", "tensors",
-           "vocabulary_for", "with_leaves"]  # fmt: skip
-
 ROUNDING = 1e-12
 Surrogate = Callable[[TokenBatch], Estimate]
 
@@ -84,8 +80,7 @@ def take_rows(tokens: TokenBatch, rows_B: Tensor) -> TokenBatch:
 
 def with_leaves(tokens: TokenBatch) -> tuple[TokenBatch, dict[str, Tensor]]:
     """Put fresh leaves in the place of all student log-probabilities, and return them too."""
-    values = {name: value for name, value in tensors(tokens).items()
-              if name.startswith("student_") and "logps" in name}  # fmt: skip
+    values = {name: value for name, value in tensors(tokens).items() if "student" in name and "logps" in name}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     return replace(tokens, **leaves), leaves  # type: ignore[arg-type]
 

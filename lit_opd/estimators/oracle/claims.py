@@ -32,7 +32,10 @@ def bias_is_as_declared(estimator: BoundEstimator) -> str | None:
     if unbiased and max(biases) > ROUNDING:
         return f"it declares the gradient of {target}, unbiased, but is off by {max(biases):.1%} of its norm"
     if not unbiased and max(biases) < 1e-6:
-        return f"it declares a biased gradient of {target}, but has exactly that of it: say unbiased=True"
+        return (
+            f"it declares a biased gradient of {target}, but has exactly that of it: say unbiased=True, or by "
+            "`small` with which keywords its limits are met here"
+        )
     return None
 
 

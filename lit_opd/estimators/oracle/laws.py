@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import UserError
+from lit_opd.estimators.asking import check_estimate
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
 from lit_opd.estimators.needs import write_needs
 from lit_opd.estimators.oracle.batches import (
@@ -36,30 +37,28 @@ from lit_opd.estimators.oracle.batches import (
 from lit_opd.estimators.oracle.claims import CLAIMS, Law
 from lit_opd.types import Need, TokenBatch
 
-__all__ = ["LAWS", "broken_laws", "cases", "small_support", "works_on_what_it_needs"]
+__all__ = ["LAWS", "broken_laws", "cases", "small_keywords", "works_on_what_it_needs"]
 
 _SUPPORT = 2
 
 
-def small_support(spec: EstimatorSpec) -> dict[str, int]:
-    """Choose the keyword `k` so that a support fits into small models, or nothing where none is compared."""
-    return {"k": _SUPPORT} if Need.SUPPORT in spec.needs else {}
+def small_keywords(spec: EstimatorSpec) -> dict[str, Any]:
+    """Choose the keywords that fit small models: a support that leaves tokens out, and limits that are met."""
+    return ({"k": _SUPPORT} if Need.SUPPORT in spec.needs else {}) | dict(spec.small)
 
 
 def cases(spec: EstimatorSpec) -> tuple[dict[str, Any], ...]:
-    """List keywords to test an estimator with: its defaults, where it has any, and its variants, on a small support."""
-    small = small_support(spec)
+    """List keywords to test an estimator with: its defaults, where it has any, and its variants, on small models."""
+    small = small_keywords(spec)
     incomplete = any(default is inspect.Parameter.empty for default in (spec.defaults | small).values())
     variants = [dict(variant.keywords) for variant in spec.variants]
     return tuple(small | keywords for keywords in (variants if variants and incomplete else [{}, *variants]))
 
 
 def broken_laws(estimator: BoundEstimator, laws: Mapping[str, Law] | None = None) -> dict[str, str]:
-    """Find the laws that an estimator breaks, each with how, where an exception breaks a law too.
+    """Find the laws, by default of `LAWS`, that an estimator breaks, each with how, where an exception breaks one too.
 
-    Args:
-        estimator: what is judged.
-        laws: by name, all of `LAWS` if None. Where the first is broken the others are not asked.
+    Where the first is broken the others are not asked.
     """
     found: dict[str, str] = {}
     for name, law in (LAWS if laws is None else laws).items():
@@ -88,15 +87,12 @@ def _raises(error: Exception) -> str:
 
 
 def returns_one_value_a_position(estimator: BoundEstimator) -> str | None:
-    """Demand one value a position, as an estimator that averages by itself would depend on the micro-batch."""
-    tokens = example_batch(estimator)
-    estimate, expected = estimator(tokens), tuple(tokens.mask_BT.shape)
-    for name, value in (("loss", estimate.loss_BT), ("KL", estimate.kl_BT)):
-        if tuple(value.shape) != expected:
-            return f"its {name} has the shape {tuple(value.shape)}, not that of the positions, {expected}"
-    clipped = estimate.clipped_BT
-    if clipped is not None and (clipped.dtype != torch.bool or tuple(clipped.shape) != expected):
-        return f"its clipped_BT is {clipped.dtype} {tuple(clipped.shape)}, not torch.bool {expected}"
+    """Demand of an fp32 batch what training does, above all one value a position, or micro-batches would matter."""
+    tokens = cast(example_batch(estimator), torch.float32)
+    try:
+        check_estimate("it", estimator(tokens), tokens)
+    except UserError as error:
+        return f"training expects {error.expected} and finds {error.found}"
     return None
 
 
@@ -189,8 +185,8 @@ def empty_support_slots_have_no_effect(estimator: BoundEstimator) -> str | None:
     if tokens.support_mask_BTK is None or tokens.support_mask_BTK.all():
         return None
     mask_BTK = tokens.support_mask_BTK
-    spoilt = {name: torch.where(mask_BTK, value, value - 1.5)
-              for name, value in tensors(tokens).items() if name.endswith("support_logps_BTK")}  # fmt: skip
+    supports = {name: value for name, value in tensors(tokens).items() if name.endswith("support_logps_BTK")}
+    spoilt = {name: torch.where(mask_BTK, value, value - 1.5) for name, value in supports.items()}
     broken = difference(estimator, tokens, replace(tokens, **spoilt))  # type: ignore[arg-type]
     return f"other values in empty slots of the support {broken}" if broken else None
 
@@ -224,8 +220,8 @@ def other_rows_do_not_matter(estimator: BoundEstimator) -> str | None:
         _, alone = loss_and_gradients(estimator, part)
         counted = torch.where(part.mask_BT, estimator(part).loss_BT - whole.loss_BT[rows], 0.0)
         if counted.abs().max() > ROUNDING or not all(same(alone[n], g[rows]) for n, g in inside.items()):
-            return ("a row's loss depends on the rows beside it" if tokens.groups_B is None
-                    else "a row's loss depends on completions of other prompts")  # fmt: skip
+            others = "the rows beside it" if tokens.groups_B is None else "completions of other prompts"
+            return f"a row's loss depends on {others}"
     return None
 
 

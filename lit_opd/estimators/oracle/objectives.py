@@ -18,19 +18,11 @@ def exact_gradient(pair: TabularPair, target: str, teacher_weight: float = 0.5, 
 
     Every divergence sums, over contexts, the probability to come there times a divergence of the next-token
     distributions. For `sequence_reverse_kl` the gradient also runs through that probability (chain rule of the KL); the
-    others are local: prefixes are taken as the sampler writes them. `outcome` is minus the expected reward.
-
-    Args:
-        pair: the two models.
-        target: one of `TARGETS`.
-        teacher_weight: of the `jsd`, 0 to 1, with the convention of `functional.jsd`.
-        skew: of the skew divergences, the share of their first argument in the mixture.
-
-    Returns:
-        [G] gradient.
+    others are local: prefixes are taken as the sampler writes them. `outcome` is minus the expected reward. Keywords of
+    divergences are those of `functional.divergences`.
 
     Raises:
-        ValueError: an unknown target.
+        ValueError: a target that is none of `TARGETS`.
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, found {target!r}")

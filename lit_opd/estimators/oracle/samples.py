@@ -17,16 +17,6 @@ from lit_opd.estimators.oracle.objectives import probabilities
 from lit_opd.estimators.oracle.tabular import TabularPair
 from lit_opd.types import Need, TokenBatch
 
-__all__ = [
-    "Completions",
-    "Gradients",
-    "expected_gradient",
-    "sample_gradients",
-    "second_moment",
-    "trace_variance",
-    "trajectory_gradients",
-]
-
 _GROUP = 2
 
 
@@ -52,10 +42,6 @@ def trajectory_gradients(pair: TabularPair, estimator: BoundEstimator) -> Gradie
 
     A mix is evaluated term by term, as in training. Where a term compares the completions of one prompt, a sample is a
     pair of completions and its gradient the mean of both; otherwise it is one completion.
-
-    Args:
-        pair: the two models.
-        estimator: what to evaluate.
 
     Raises:
         ValueError: the estimator's loss is not one value a position, or its support is larger than the vocabulary.
@@ -94,8 +80,8 @@ def sample_gradients(pair: TabularPair, estimator: BoundEstimator, rows: Complet
     for term in estimator.terms:
         loss_BT = term(view.tokens(term)).loss_BT
         if loss_BT.shape != mask_BT.shape:
-            raise ValueError(f"{term.estimator.spec.name} must return one loss a position, {tuple(mask_BT.shape)}, "
-                             f"found {tuple(loss_BT.shape)}")  # fmt: skip
+            expected = f"one loss a position, {tuple(mask_BT.shape)}, found {tuple(loss_BT.shape)}"
+            raise ValueError(f"{term.estimator.spec.name} must return {expected}")
         total = total + term.weight * torch.where(mask_BT, loss_BT, 0.0).sum() / size
     (gradients_SCV,) = torch.autograd.grad(total, table_SCV)
     return gradients_SCV.flatten(1)

@@ -207,12 +207,7 @@ def declared_target(estimator: BoundEstimator) -> str | None:
 
 
 def verify(estimator: BoundEstimator, pair: TabularPair | None = None, target: str | None = None) -> Verdict:
-    """Judge an estimator by its gradients on small models.
-
-    Args:
-        estimator: what to judge.
-        pair: the models; by default ones that its support fits into.
-        target: the objective to compare with; by default the declared one.
+    """Judge an estimator by its gradients on small models, by default beside the target that it declares.
 
     Raises:
         ValueError: the estimator's loss is not one value a position, or its support is larger than the vocabulary.
