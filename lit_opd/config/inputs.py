@@ -79,8 +79,7 @@ class TeacherConfig(FrozenConfig):
     temperature: float = limited(1.0, above(0))
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
     kind: str = limited("local", one_of_or_path("local", "served", "student"))
-    """Who scores: local (a model in this process) | served (a vLLM server) | student (itself), or the path of a scorer:
-    package.module:name or file.py:name."""
+    """Who scores: local (a model here) | served (a vLLM server) | student, or package.module:name or file.py:name."""
     prompt: str | None = limited(None, within("with {prompt} or a column in braces", lambda v: v is None or "{" in v))
     """What the teacher reads instead of the prompt: a template over the row, as data.prompt_template."""
     server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
@@ -101,8 +100,7 @@ class TeacherConfig(FrozenConfig):
     """Rollouts after which a server scores its probe again, to see whether its weights are the same."""
 
     follow: str = limited("initial", one_of("initial", "ema", "every", "live", "adapter_off"))
-    """Of the student as teacher, its weights: initial (before training) | ema (a moving average) | every (those of
-    every n-th step) | live (the present ones) | adapter_off (without LoRA)."""
+    """The weights of a student as teacher: initial | ema (their average) | every (n-th step's) | live | adapter_off."""
     follow_rate: float = limited(0.01, within("above 0 and at most 1", lambda v: 0 < v <= 1))
     """The share of the student's weights in the moving average after a step."""
     follow_every: int = limited(10, at_least(1))
@@ -118,6 +116,9 @@ class TeacherConfig(FrozenConfig):
         if self.kind == "student" and self.prompt is None and self.temperature == 1:
             expected = "a template, for a student that is its own teacher knows no more unless it reads more"
             raise UserError(f"{name}.prompt", expected, "null", f"Set it, as {name}.prompt='HINT {{prompt}}'.")
+        if self.path and self.kind in ("served", "student"):
+            expected = f"nothing for teacher.kind={self.kind}, which reads no folder"
+            raise UserError(f"{name}.path", expected, self.path, f"Drop it, or {name}.kind.")
         if self.server and self.kind == "local":
             expected = "served for a teacher with a server"
             raise UserError(f"{name}.kind", expected, "local", f"Set {name}.kind=served, or drop {name}.server.")

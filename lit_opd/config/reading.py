@@ -29,11 +29,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S", bound=Section)
 KEY = re.compile(r"[^.\[\]]+(?:\.[^.\[\]]+|\[[0-9]+\])*")
-# Keywords belong to what they are given to: whoever names another estimator or optimizer begins with its own defaults.
-KEYWORDS_OF = {
-    "estimator.name": "estimator.kwargs",
-    "optim.name": "optim.kwargs",
-    "optim.scheduler": "optim.scheduler_kwargs",
+# Some keys belong to another's value: whoever names another estimator or kind of teacher begins with its own defaults.
+BELONGING: dict[str, tuple[str, Any]] = {
+    "estimator.name": ("estimator.kwargs", {}),
+    "optim.name": ("optim.kwargs", {}),
+    "optim.scheduler": ("optim.scheduler_kwargs", {}),
+    "teacher.kind": ("teacher.path", ""),
 }
 RENAMED: dict[str, str] = {}
 """Dotted keys of earlier versions, and what they are called now: an old one is refused with its new name."""
@@ -44,7 +45,8 @@ REMOVED = {"estimator.adapt_gamma_every": "A fixed estimator.kwargs.gamma did as
 def load_config(files: str | Path | Sequence[str | Path] = (), overrides: str | Iterable[str] = ()) -> Config:
     """Build the configuration: defaults <- YAML files in order <- `key=value` overrides, then check every value.
 
-    Naming another estimator, optimizer or scheduler drops the keywords that earlier sources gave to the one before.
+    Naming another estimator, optimizer, scheduler or kind of teacher drops what earlier sources gave to the one before:
+    keywords, or a path.
     `${lit_opd:NAME}` in a value stands for the path of NAME inside the installed package.
 
     Raises:
@@ -65,7 +67,7 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
 def _load(schema: type[T], files: Any, overrides: Any, check: Callable[[Any], None]) -> T:
     files, overrides = ([given] if isinstance(given, str | Path) else given for given in (files, overrides))
     OmegaConf.register_resolver("lit_opd", lambda name: str(PACKAGE_FOLDER / name), replace=True)
-    words = sorted(overrides, key=lambda word: word.partition("=")[0] not in KEYWORDS_OF)
+    words = sorted(overrides, key=lambda word: word.partition("=")[0] not in BELONGING)
     node, sources = OmegaConf.structured(schema), []
 
     def read(make: Callable[[], DictConfig], where: str) -> None:
@@ -195,9 +197,9 @@ def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> None:
 
 
 def _put(schema: Any, node: Any, update: DictConfig, where: str) -> None:
-    for name, keywords in KEYWORDS_OF.items():
+    for name, (key, default) in BELONGING.items():
         if OmegaConf.select(update, name) not in (None, OmegaConf.select(node, name)):
-            OmegaConf.update(node, keywords, {}, merge=False)
+            OmegaConf.update(node, key, default, merge=False)
     try:
         # `merge` of OmegaConf copies the whole tree first, for every override. Nobody else holds these two.
         OmegaConf.unsafe_merge(node, update)

@@ -302,6 +302,7 @@ def test_estimators_that_ask_for_more_name_the_nearest_that_does_not(server, mak
     ({"kind": "served", "server": []}, r"teacher\.server: .*http://HOST:PORT"),
     ({"kind": "served", "server": "http://h:1", "temperature": 2.0}, r"teacher\.temperature: expected 1"),
     ({"path": "x", "server": "http://h:1"}, r"teacher\.kind: expected served.*found local"),
+    ({"kind": "served", "server": "http://h:1", "path": "x"}, r"teacher\.path: expected nothing"),
 ])  # fmt: skip
 def test_a_section_that_cannot_be_is_refused(keys, message):
     with pytest.raises(UserError, match=message):
