@@ -63,14 +63,7 @@ def _dataset(data: PromptDataModule, context: str, path: str, rows: list[Row], s
 
 @rank_zero_only
 def log_student(logger: RunLogger, folder: Path, step: int, data: PromptDataModule) -> None:
-    """Enter the exported student in MLflow's table of models: where it lies, what it reached and cost, no weights.
-
-    Args:
-        logger: of the run that made it; a finished run that is resumed has entered its student already.
-        folder: of the weights.
-        step: optimizer steps done.
-        data: what it was measured on.
-    """
+    """Enter the student, exported to a folder after so many steps, in MLflow's table of models: without its weights."""
     of = dataset_inputs(data)[-1].dataset
     logger.experiment.enter_student(logger.run_id, str(folder.absolute()), step, of.name, of.digest)
 
