@@ -8,16 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from os.path import expanduser
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from lit_opd.errors import RunError, UserError
 from lit_opd.plugins import calling_parts
 from lit_opd.stopping import Stopped, heeding
 from lit_opd.streams import outlive_readers
-
-if TYPE_CHECKING:
-    from lit_opd.config import Config
 
 __all__ = ["main"]
 
@@ -69,31 +67,34 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lit_opd", description="On-policy distillation of language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    fit = _command(commands, "fit", _fit, "distil the student from the teacher")
+    file: Any = {"metavar": "FILE", "type": expanduser}
+    fit = _command(commands, "fit", "running.fit", "distil the student from the teacher")
     fit.add_argument("--resume", metavar="auto|CHECKPOINT", type=expanduser, help="continue the run in output_dir")
     left = "a table of phases and a chrome trace, in output_dir/profile and in MLflow"
     fit.add_argument("--profile", action="store_true", help=f"record where the time of a few steps goes: {left}")
-    test = ("test", "the same, reported as test results")
-    for name, what in (("validate", "measure the student on the validation prompts"), test):
-        _command(commands, name, _evaluate, what).add_argument(
-            "--checkpoint", metavar="FILE", type=expanduser, help="default: the student as configured, untrained"
-        )
-    export = _command(commands, "export", _export, "write a checkpoint's student as a Hugging Face folder")
-    export.add_argument("--checkpoint", metavar="FILE", type=expanduser, help="default: the newest of output_dir")
+    validate, test = "measure the student on the validation prompts", "the same, reported as test results"
+    for name, what in (("validate", validate), ("test", test)):
+        evaluate = _command(commands, name, "running.evaluate", what)
+        evaluate.add_argument("--checkpoint", **file, help="default: the student as configured, untrained")
+        evaluate.set_defaults(stage=name)
+    export = _command(commands, "export", "export.export", "write a checkpoint's student as a Hugging Face folder")
+    export.add_argument("--checkpoint", **file, help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", type=expanduser, help="default: output_dir/student")
-    measure = _command(commands, "measure", _measure, "the gradients of several estimators on the same rollouts")
-    measure.add_argument("--json", metavar="FILE", type=expanduser, help="write the numbers there too")
-    ui = _command(commands, "ui", _ui, "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
+    measure = _command(
+        commands, "measure", "experiments.measure", "the gradients of several estimators on the same rollouts"
+    )
+    ui = _command(commands, "ui", "ui.serve", "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
-    _command(commands, "sync", _sync, "send MLflow what the run in output_dir could not tell it")
+    _command(commands, "sync", "sync.sync", "send MLflow what the run in output_dir could not tell it")
     what = "make runs that differ in one thing, with several seeds, and say which is better"
-    compare = _command(commands, "compare", _compare, what)
+    compare = _command(commands, "compare", "experiments.compare", what)
     compare.add_argument(
         "--from-runs", metavar="ID", nargs="+", default=[], help="compare runs that MLflow has, and make none"
     )
-    compare.add_argument("--json", metavar="FILE", type=expanduser, help="write the report's numbers to a file too")
-    audit = _command(commands, "audit", _audit, "look for what would spoil a long run, before it")
-    audit.add_argument("--json", metavar="FILE", type=expanduser, help="write every finding there too")
+    compare.set_defaults(run=_compare)
+    audit = _command(commands, "audit", "experiments.audit", "look for what would spoil a long run, before it")
+    for experiment, what in ((measure, "the numbers"), (compare, "the report's numbers"), (audit, "every finding")):
+        experiment.add_argument("--json", **file, dest="json_file", help=f"write {what} there too")
     what = "hold an estimator to the laws and say whose gradient it has"
     told = "the laws it holds and the gradient it has, exactly"
     usage = "lit_opd check NAME|FILE.py:FUNCTION [key=value ...]"
@@ -106,61 +107,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: object, what: str) -> argparse.ArgumentParser:
+def _command(commands: argparse._SubParsersAction, name: str, calls: str, what: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name, help=what, description=what, usage=f"lit_opd {name} --config FILE [options] [key=value ...]"
     )
     parser.add_argument("--config", metavar="FILE", action="append", default=[], help="YAML, may be repeated")
-    parser.set_defaults(run=run, stage=name, overrides=[])
+    parser.set_defaults(run=_run, calls=calls, overrides=[])
     return parser
 
 
-def _config(parsed: argparse.Namespace) -> Config:
+def _run(parsed: argparse.Namespace) -> None:
+    """Load the configuration, and call the function of `commands/` that the command names, with its options."""
     from lit_opd.config import load_config
 
-    return load_config(parsed.config, parsed.overrides)
-
-
-def _fit(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
-    from lit_opd.commands.running import fit
-
-    fit(config, parsed.resume, parsed.profile)
-
-
-def _evaluate(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
-    from lit_opd.commands.running import evaluate
-
-    evaluate(config, parsed.checkpoint, parsed.stage)
-
-
-def _export(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
-    from lit_opd.commands.export import export
-
-    export(config, parsed.checkpoint, parsed.out)
-
-
-def _measure(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
-    from lit_opd.commands.experiments import measure
-
-    measure(config, parsed.json)
-
-
-def _ui(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
-    from lit_opd.commands.ui import serve
-
-    serve(config, parsed.port)
-
-
-def _sync(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
-    from lit_opd.commands.sync import sync
-
-    sync(config)
+    options = {
+        name: value for name, value in vars(parsed).items() if name not in ("run", "calls", "config", "overrides")
+    }
+    config = load_config(parsed.config, parsed.overrides)
+    module, function = parsed.calls.split(".")
+    getattr(import_module(f"lit_opd.commands.{module}"), function)(config, **options)
 
 
 def _compare(parsed: argparse.Namespace) -> None:
@@ -178,16 +143,9 @@ def _compare(parsed: argparse.Namespace) -> None:
     from lit_opd.commands.experiments import compare, compare_recorded
 
     if parsed.from_runs:
-        compare_recorded(comparison, ids, parsed.json)
+        compare_recorded(comparison, ids, parsed.json_file)
     else:
-        compare(comparison, runs, parsed.json)
-
-
-def _audit(parsed: argparse.Namespace) -> None:
-    config = _config(parsed)
-    from lit_opd.commands.experiments import audit
-
-    audit(config, parsed.json)
+        compare(comparison, runs, parsed.json_file)
 
 
 def _check(parsed: argparse.Namespace) -> None:

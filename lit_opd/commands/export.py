@@ -27,9 +27,6 @@ def export(config: Config, checkpoint: str | None, out: str | None) -> None:
         config: the run; its student is that which the checkpoint was trained from.
         checkpoint: a file that `fit` wrote, or None for the newest of the run.
         out: the folder to write, or None for that of the run.
-
-    Raises:
-        UserError: no such checkpoint, a damaged one, or one of another student; a folder that cannot be written to.
     """
     quiet_libraries()
     folder = RunFolder(Path(config.output_dir))
