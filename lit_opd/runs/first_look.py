@@ -64,11 +64,8 @@ def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
 def stop_tokens(tokenizer: Any, own: Collection[int], other: Collection[int], turn: int | None) -> Finding:
     """Check that what ends the teacher's completions, and a turn of the chat, ends the student's.
 
-    Args:
-        tokenizer: the student's.
-        own: the tokens that end the student's completions.
-        other: those that end the teacher's.
-        turn: the token with which the student's chat template ends a turn; None without one.
+    The tokens are the student's own, the teacher's (other), and the one with which the student's chat template ends a
+    turn, if there is one. The tokenizer is the student's.
     """
 
     def names(ids: Collection[int]) -> str:

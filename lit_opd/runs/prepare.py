@@ -30,14 +30,7 @@ __all__ = ["check_local_teacher", "check_optimizer", "check_weight_files", "prep
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
-    """Check estimator, optimizer and model folders, and load and encode the data.
-
-    Args:
-        config: the run.
-        tell: warn of what `first_look` finds.
-
-    Whatever shows without weights that it cannot work is a `UserError`, all of it in one.
-    """
+    """Check all that shows without weights, load and encode the data, and `tell` what `first_look` finds."""
     return gather(partial(_check_estimator, config), partial(_check_steps, config), partial(_load, config, tell))[-1]
 
 
