@@ -88,7 +88,8 @@ class Outbox:
         try:
             self._make(call)
         except Refused as error:
-            self._append("refused.jsonl", self._encoded(call))
+            if lines := self._encoded(call):
+                self._append("refused.jsonl", lines)
             self._tell("refused", error)
         except Exception as error:  # whatever MLflow passes on of its database, its server and its store of artifacts
             if once_more and monotonic() - began < SLOW_S:  # servers close connections that were idle for a while
