@@ -75,7 +75,7 @@ def test_readme_takes_a_minute():
 
 def test_readmes_table_is_what_the_command_prints(capsys):
     """docs/quickstart.json is what `summary.json` of that run holds of its results."""
-    from lit_opd.commands.summary import print_outcome
+    from lit_opd.commands.running import print_outcome
     from lit_opd.measures.intervals import Interval
     from lit_opd.runs.distillation import Outcome
 
