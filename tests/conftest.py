@@ -3,9 +3,7 @@
 import copy
 import os
 import sys
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import hypothesis
 import lightning as L
@@ -15,6 +13,7 @@ import warm
 import wide_norm  # noqa: F401  (takes effect on import)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from workspaces import database, make_workspace, workspace  # noqa: F401  (one database for the tests of every folder)
 
 from lit_opd import DistillationModule, PromptDataModule, errors, estimators
 from lit_opd.estimators import registry
@@ -169,11 +168,17 @@ def two_models(make_model, tiny_tokenizer, make_batch, sample, full_logits):
 
 
 @pytest.fixture(scope="session")
-def warm_python():
+def of_all_workers(tmp_path_factory):
+    """A folder that all workers of this run of the tests have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def warm_python(of_all_workers):
     """A `python` whose programs find the slow libraries imported."""
-    with tempfile.TemporaryDirectory() as folder, warm.start_server(Path(folder)) as server:
-        yield Path(folder) / "python"
-        server.kill()
+    with warm.shared_server(of_all_workers / "warm") as folder:
+        yield folder / "python"
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ __all__ = [
     "above",
     "as_type",
     "at_least",
+    "hints_of",
     "limited",
     "one_of",
     "one_of_or_path",
@@ -57,7 +58,7 @@ class Section:
         if isinstance(value, Section):
             value.check(key)
             return
-        value = as_type(key, value, _hints(type(self))[own.name])  # type: ignore[arg-type]
+        value = as_type(key, value, hints_of(type(self))[own.name])  # type: ignore[arg-type]
         setattr(self, own.name, value)
         if "limit" in own.metadata:
             own.metadata["limit"](key, value)
@@ -66,7 +67,8 @@ class Section:
 
 
 @functools.cache
-def _hints(section: type) -> dict[str, Any]:
+def hints_of(section: type) -> Mapping[str, Any]:
+    """Read the declared types of a section, once: Python evaluates the text of all of them anew, every time."""
     return get_type_hints(section)
 
 
