@@ -6,9 +6,9 @@ Slow imports stand where they are used: `--help` waits for none, and a mistake i
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from os.path import expanduser
 from typing import Any, NoReturn
 
@@ -64,75 +64,68 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-FILE: dict[str, Any] = {"metavar": "FILE", "type": expanduser}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lit_opd", description="On-policy distillation of language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    file: Any = {"metavar": "FILE", "type": expanduser}
     fit = _command(commands, "fit", "running.fit", "distil the student from the teacher")
     fit.add_argument("--resume", metavar="auto|CHECKPOINT", type=expanduser, help="continue the run in output_dir")
     left = "a table of phases and a chrome trace, in output_dir/profile and in MLflow"
     fit.add_argument("--profile", action="store_true", help=f"record where the time of a few steps goes: {left}")
-    what = {"validate": "measure the student on the validation prompts", "test": "the same, reported as test results"}
-    for stage, told in what.items():
-        evaluate = _command(commands, stage, "running.evaluate", told)
-        evaluate.add_argument("--checkpoint", **FILE, help="default: the student as configured, untrained")
-        evaluate.set_defaults(stage=stage)
+    validate, test = "measure the student on the validation prompts", "the same, reported as test results"
+    for name, what in (("validate", validate), ("test", test)):
+        evaluate = _command(commands, name, "running.evaluate", what)
+        evaluate.add_argument("--checkpoint", **file, help="default: the student as configured, untrained")
+        evaluate.set_defaults(stage=name)
     export = _command(commands, "export", "export.export", "write a checkpoint's student as a Hugging Face folder")
-    export.add_argument("--checkpoint", **FILE, help="default: the newest of output_dir")
+    export.add_argument("--checkpoint", **file, help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", type=expanduser, help="default: output_dir/student")
-    told = "the gradients of several estimators on the same rollouts"
-    measure = _command(commands, "measure", "experiments.measure", told)
-    measure.add_argument("--json", **FILE, dest="json_file", help="write the numbers there too")
+    measure = _command(
+        commands, "measure", "experiments.measure", "the gradients of several estimators on the same rollouts"
+    )
     ui = _command(commands, "ui", "ui.serve", "open MLflow's pages on the runs of tracking.uri, at 127.0.0.1")
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     _command(commands, "sync", "sync.sync", "send MLflow what the run in output_dir could not tell it")
-    _add_compare(commands)
+    what = "make runs that differ in one thing, with several seeds, and say which is better"
+    compare = _command(commands, "compare", "experiments.compare", what)
+    compare.add_argument(
+        "--from-runs", metavar="ID", nargs="+", default=[], help="compare runs that MLflow has, and make none"
+    )
+    compare.set_defaults(run=_compare)
     audit = _command(commands, "audit", "experiments.audit", "look for what would spoil a long run, before it")
-    audit.add_argument("--json", **FILE, dest="json_file", help="write every finding there too")
-    _add_check(commands)
+    for experiment, what in ((measure, "the numbers"), (compare, "the report's numbers"), (audit, "every finding")):
+        experiment.add_argument("--json", **file, dest="json_file", help=f"write {what} there too")
+    what = "hold an estimator to the laws and say whose gradient it has"
+    told = "the laws it holds and the gradient it has, exactly"
+    usage = "lit_opd check NAME|FILE.py:FUNCTION [key=value ...]"
+    check = commands.add_parser("check", help=what, usage=usage, description=told)
+    check.add_argument("estimator", metavar="NAME|FILE.py:FUNCTION", help="registered, or of your own")
+    check.set_defaults(run=_check, overrides=[])
     listing = commands.add_parser("estimators", help="list the registered estimators with their contracts")
     listing.add_argument("--markdown", action="store_true", help="as a Markdown table")
     listing.set_defaults(run=_estimators)
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, function: str, what: str) -> argparse.ArgumentParser:
-    """Add a command that calls `commands/FUNCTION` with the configuration and, by their names, its options."""
-    usage = f"lit_opd {name} --config FILE [options] [key=value ...]"
-    parser = commands.add_parser(name, help=what, description=what, usage=usage)
+def _command(commands: argparse._SubParsersAction, name: str, calls: str, what: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=what, description=what, usage=f"lit_opd {name} --config FILE [options] [key=value ...]"
+    )
     parser.add_argument("--config", metavar="FILE", action="append", default=[], help="YAML, may be repeated")
-    parser.set_defaults(run=_run, function=function, overrides=[])
+    parser.set_defaults(run=_run, calls=calls, overrides=[])
     return parser
 
 
 def _run(parsed: argparse.Namespace) -> None:
+    """Load the configuration, and call the function of `commands/` that the command names, with its options."""
     from lit_opd.config import load_config
 
-    options = vars(parsed).copy()
-    config = load_config(options.pop("config"), options.pop("overrides"))
-    module, _, name = options.pop("function").partition(".")
-    del options["run"]
-    getattr(importlib.import_module(f"lit_opd.commands.{module}"), name)(config, **options)
-
-
-def _add_compare(commands: argparse._SubParsersAction) -> None:
-    what = "make runs that differ in one thing, with several seeds, and say which is better"
-    compare = _command(commands, "compare", "", what)
-    told = "compare runs that MLflow has, and make none"
-    compare.add_argument("--from-runs", metavar="ID", nargs="+", default=[], help=told)
-    compare.add_argument("--json", **FILE, help="write the report's numbers to a file too")
-    compare.set_defaults(run=_compare)
-
-
-def _add_check(commands: argparse._SubParsersAction) -> None:
-    usage = "lit_opd check NAME|FILE.py:FUNCTION [key=value ...]"
-    what = "hold an estimator to the laws and say whose gradient it has"
-    told = "the laws it holds and the gradient it has, exactly"
-    check = commands.add_parser("check", help=what, usage=usage, description=told)
-    check.add_argument("estimator", metavar="NAME|FILE.py:FUNCTION", help="registered, or of your own")
-    check.set_defaults(run=_check, overrides=[])
+    options = {
+        name: value for name, value in vars(parsed).items() if name not in ("run", "calls", "config", "overrides")
+    }
+    config = load_config(parsed.config, parsed.overrides)
+    module, function = parsed.calls.split(".")
+    getattr(import_module(f"lit_opd.commands.{module}"), function)(config, **options)
 
 
 def _compare(parsed: argparse.Namespace) -> None:
@@ -150,9 +143,9 @@ def _compare(parsed: argparse.Namespace) -> None:
     from lit_opd.commands.experiments import compare, compare_recorded
 
     if parsed.from_runs:
-        compare_recorded(comparison, ids, parsed.json)
+        compare_recorded(comparison, ids, parsed.json_file)
     else:
-        compare(comparison, runs, parsed.json)
+        compare(comparison, runs, parsed.json_file)
 
 
 def _check(parsed: argparse.Namespace) -> None:

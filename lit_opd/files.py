@@ -7,15 +7,17 @@ and so does whoever writes a report or a model folder. `only_one` keeps a second
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lit_opd.errors import UserError
 
-__all__ = ["only_one", "replacing", "write_file"]
+__all__ = ["finite", "only_one", "replacing", "write_file"]
 
 
 def write_file(path: Path, content: str | bytes, private: bool = False) -> None:
@@ -77,6 +79,15 @@ def only_one(key: str, folder: Path) -> Iterator[int]:
             remedy = f"Wait for it, stop it, or set {key} to another folder."
             raise UserError(key, "a folder that nobody is at work in", found, remedy) from error
         yield file.fileno()
+
+
+def finite(node: Any) -> Any:
+    """Put null, in values for a file of JSON, for every number that is not finite, for which JSON has no word."""
+    if isinstance(node, dict):
+        return {key: finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def _sync(path: Path) -> None:

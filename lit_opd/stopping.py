@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Stopped", "as_raised", "heed", "heeding"]
+__all__ = ["Stopped", "as_raised", "heeding"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,32 +28,28 @@ class Stopped(KeyboardInterrupt):
         self.exit_code, self.told = 128 + number, False
 
 
-def heed(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Have a handler called at every signal that asks to stop, but for one that the process ignores, as under `nohup`.
-
-    Returns:
-        The handlers before, by signal; none outside of the main thread, where Python has no signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    # A shell has its background jobs ignore Ctrl-C, and they are to be stopped by it all the same.
-    heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heeded}
+def _stop(number: int, frame: Any) -> None:
+    """Raise `Stopped` wherever the main thread is, as a handler of a signal."""
+    raise Stopped(number)
 
 
 @contextmanager
-def heeding() -> Iterator[None]:
-    """Raise `Stopped` wherever the main thread is when a signal asks it to stop."""
+def heeding(handler: Callable[[int, Any], object] = _stop) -> Iterator[None]:
+    """Have a handler called at every signal that asks to stop, but for one that the process ignores, as under `nohup`.
 
-    def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
-
-    previous = heed(stop)
+    Outside of the main thread, where Python has no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # A shell has its background jobs ignore Ctrl-C, and they are to be stopped by it all the same.
+    heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlflow.tracking import MlflowClient
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,14 +51,12 @@ def make_model(folder, layers, seed):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, database):
     """A folder with a random pair whose tokenizer knows every printable character and chats, and a database."""
     folder = tmp_path_factory.mktemp("conf")
     make_model(folder / "student", layers=1, seed=0)
     make_model(folder / "teacher", layers=2, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        MlflowClient("sqlite:///mlflow.db").search_experiments()
+    shutil.copy(database, folder)
     return folder
 
 

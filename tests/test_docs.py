@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,11 @@ def name_of(document):
 
 
 @pytest.fixture
-def scratch(tmp_path):
-    """A folder with what documents read of a checkout."""
+def scratch(tmp_path, database):
+    """A folder with what documents read of a checkout, and with the tables in which they record their runs."""
     for name in ("conf", "tools", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(database, tmp_path)
     return tmp_path
 
 
@@ -75,7 +77,7 @@ def test_readme_takes_a_minute():
 
 def test_readmes_table_is_what_the_command_prints(capsys):
     """docs/quickstart.json is what `summary.json` of that run holds of its results."""
-    from lit_opd.commands.summary import print_outcome
+    from lit_opd.commands.running import print_outcome
     from lit_opd.measures.intervals import Interval
     from lit_opd.runs.distillation import Outcome
 

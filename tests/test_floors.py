@@ -1,6 +1,7 @@
 """Hold the floors of the design, which say who may import whom, and what no file may hold."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ FILE_LINES, FUNCTION_LINES = 320, 60
 UNSAFE = ("torch.load", "pickle.load", "pickle.loads", "eval", "exec")
 
 
+@cache
 def trees():
     return [pytest.param(path, ast.parse(path.read_text()), id=str(path.relative_to(PACKAGE))) for path in FILES]
 

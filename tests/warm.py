@@ -3,22 +3,28 @@
 Importing them takes ten seconds of a command, and the tests run nearly a hundred commands. A server imports them once
 and forks a process for every program. `FOLDER/python` stands for the interpreter: it hands its arguments, environment,
 folder and standard streams to the server, passes Ctrl-C and SIGTERM on to all processes of the program, and ends as the
-program does. Nothing of lit_opd is imported before the fork. Where the client
-is killed, the server kills the program. A test that looks at imports or at children starts `sys.executable` itself.
+program does. Nothing of lit_opd is imported before the fork. Where the client is killed, the server kills the program.
+The workers of pytest-xdist share one server. A test that looks at imports or children starts `sys.executable` itself.
 """
 
 import array
+import contextlib
+import fcntl
 import gc
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 PYTHON = sys.executable
 LIBRARIES = ("torch._dynamo", "lightning.pytorch.loggers.mlflow", "matplotlib.backends.backend_agg",
@@ -45,8 +51,44 @@ sys.exit(status)
 """
 
 
-def start_server(folder: Path) -> subprocess.Popen[bytes]:
-    """Write the `python` of a folder and start its server, which lives until it is killed."""
+@contextlib.contextmanager
+def shared_server(note: Path) -> Iterator[Path]:
+    """Give the folder of a `python` whose server all processes share that name this note; the last to go ends it."""
+    turn = note.with_suffix(".turn")
+    with note.with_suffix(".users").open("a") as users:
+        with in_turn(turn):
+            if is_alone(users):
+                # Not in the folder of the note: the address of a socket is to have no more than a hundred letters.
+                folder = Path(tempfile.mkdtemp())
+                note.write_text(f"{start_server(folder)} {folder}")
+            fcntl.flock(users, fcntl.LOCK_SH)
+            number, _, folder_name = note.read_text().partition(" ")
+        yield Path(folder_name)
+        with in_turn(turn):
+            if is_alone(users):
+                os.kill(int(number), signal.SIGKILL)
+                shutil.rmtree(folder_name)
+
+
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block with this file."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_alone(users: TextIO) -> bool:
+    """Tell whether no other process uses a server, by the lock that every user holds."""
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def start_server(folder: Path) -> int:
+    """Write the `python` of a folder and start its server, which lives until it is killed; returns its number."""
     address, client = folder / "socket", folder / "python"
     client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
     client.chmod(0o755)
@@ -55,7 +97,7 @@ def start_server(folder: Path) -> subprocess.Popen[bytes]:
     while not address.exists():
         assert server.poll() is None, (folder / "server.log").read_text()
         time.sleep(0.05)
-    return server
+    return server.pid
 
 
 def serve(address: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from warm import in_turn
 
 QUICKSTART = Path(__file__).parents[1] / "conf" / "quickstart.yaml"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2",
@@ -77,12 +78,14 @@ class Workspace:
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory):
-    # Making the tables takes MLflow seconds; a copy of the empty file takes none.
-    path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path.parent)
-        MlflowClient(f"sqlite:///{path}").search_experiments()
+def database(of_all_workers, tmp_path_factory):
+    """An SQLite file with MLflow's tables, to copy; making them takes MLflow seconds, so that all workers have one."""
+    path = of_all_workers / "database" / "mlflow.db"
+    with in_turn(of_all_workers / "database.turn"), pytest.MonkeyPatch.context() as patch:
+        if not path.exists():
+            path.parent.mkdir()
+            patch.chdir(path.parent)
+            MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 

@@ -42,8 +42,8 @@ def configuration() -> str:
 
 def at_a_resume() -> str:
     """Say of every key what becomes of another value where a run is resumed."""
-    rows = ((side, ", ".join(f"`{key}`" for key in keys)) for side, keys in AT_A_RESUME.items())
-    return table(("at a resume", "keys"), rows)
+    rows = [(side, ", ".join(f"`{key}`" for key in keys)) for side, keys in AT_A_RESUME.items()]
+    return table(("at a resume", "keys"), [*rows, ("told", "every other key")])
 
 
 def keys(schema: type, prefix: str, leave_out: Iterable[str] = ()) -> str:

@@ -25,23 +25,12 @@ class CollapseWarning(UserWarning):
 
 
 class Sign(NamedTuple):
-    """A number to watch.
+    """A number to watch."""
 
-    Attributes:
-        key: of the configuration that holds its limit.
-        says: its meaning, with the unit.
-        floor: True where it is bad below its limit, False where above.
-        remedy: what to do.
-    """
-
-    key: str
-    says: str
-    floor: bool
+    key: str  # of the configuration that holds its limit
+    says: str  # its meaning, with the unit
+    floor: bool  # True where it is bad below its limit, False where above
     remedy: str
-
-    def is_bad(self, value: float, limit: float) -> bool:
-        """Judge whether the value is on the wrong side."""
-        return value < limit if self.floor else value > limit
 
 
 SIGNS = {
@@ -79,9 +68,7 @@ class WatchCollapse(L.Callback):
         self._armed: set[str] = set()
         self._told: set[str] = set()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Look at every sign."""
         logged = trainer.callback_metrics
         for name in SIGNS:
@@ -92,7 +79,8 @@ class WatchCollapse(L.Callback):
     def _judge(self, trainer: L.Trainer, name: str) -> None:
         sign, recent = SIGNS[name], self._recent[name]
         mean, limit = fmean(recent), getattr(self.config, sign.key)
-        if not sign.is_bad(mean, limit):
+        is_bad = mean < limit if sign.floor else mean > limit
+        if not is_bad:
             self._armed.add(name)
         elif len(recent) == self.window and name in self._armed - self._told:
             self._told.add(name)

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lit_opd.callbacks.pace import is_due
@@ -24,19 +23,14 @@ class StepDiagnostics(L.Callback):
     """Logs how advantages are spread, what positions, support, sampler and stop tokens look like, and gradient noise.
 
     Everything is read from values that the step left behind: see `lit_opd.measures.steps`. The share of steps whose
-    gradient was clipped is of all steps since the last look.
-
-    Args:
-        every_n_steps: optimizer steps between two looks.
+    gradient was clipped is of all optimizer steps since the last look.
     """
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self._clipped: list[bool] = []
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DistillationModule, *_: Any) -> None:  # type: ignore[override]
         """Look where it is time."""
         limit = pl_module.optim_config.clip_norm
         if limit is not None:
@@ -44,8 +38,10 @@ class StepDiagnostics(L.Callback):
         if not is_due(pl_module, pl_module.global_step, self.every_n_steps):
             return
         own = observed_tokens(pl_module.seen, pl_module.rollout_config.max_new_tokens)
-        tokens = _of_all_processes(own, trainer.world_size)
-        numbers = token_numbers(tokens) | self._gradient(pl_module)
+        if trainer.world_size > 1:
+            gathered = torch.cat(gather_all_tensors(torch.stack(list(own.values()), dim=1)))
+            own = dict(zip(own, gathered.unbind(1), strict=True))
+        numbers = token_numbers(own) | self._gradient(pl_module)
         log_metrics(trainer, numbers, pl_module.global_step)
 
     def _gradient(self, module: DistillationModule) -> dict[str, float]:
@@ -60,10 +56,3 @@ class StepDiagnostics(L.Callback):
         if noise > 0 and signal > 0:  # else the signal cannot be told from zero, and the scale has no value
             numbers["gradient/noise_scale"] = noise / signal * module.total({"sequences": sequences})["sequences"]
         return numbers
-
-
-def _of_all_processes(tokens: dict[str, Tensor], world_size: int) -> dict[str, Tensor]:
-    if world_size == 1:
-        return tokens
-    gathered = torch.cat(gather_all_tensors(torch.stack(list(tokens.values()), dim=1)))
-    return dict(zip(tokens, gathered.unbind(1), strict=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_opd.module import NonFiniteStepError
-from lit_opd.stopping import Stopped, heed
+from lit_opd.stopping import Stopped, heeding
 
 __all__ = ["SaveOnInterrupt"]
 
@@ -34,16 +35,14 @@ class SaveOnInterrupt(L.Callback):
         self._asked: int | None = None
         self._saved = self._evaluating = False
         self._evaluation_begun: dict[str, Any] | None = None
-        self._previous: dict[int, Any] = {}
+        self._listening = ExitStack()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen for Ctrl-C, and for the signals by which a scheduler or a lost terminal ends a job."""
         self._asked, self._saved, self._evaluating = None, False, False
-        self._previous = heed(self._ask)
+        self._listening.enter_context(heeding(self._ask))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Save where a signal came during the step, in whichever process."""
         if self._is_asked(trainer):
             trainer.save_checkpoint(self.path)
@@ -51,9 +50,7 @@ class SaveOnInterrupt(L.Callback):
 
     # Lightning logs the metrics of a step after `on_train_batch_end`: the run ends with whatever would come next.
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """End the run after the step, or the evaluation, that was saved."""
         if self._saved or self._is_asked(trainer):
             raise Stopped(self._asked or signal.SIGINT)
@@ -87,11 +84,11 @@ class SaveOnInterrupt(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back."""
-        self._restore()
+        self._listening.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the weights of before a step that could not be made, and say how to go on."""
-        self._restore()
+        self._listening.close()
         if isinstance(exception, NonFiniteStepError):
             trainer.save_checkpoint(self.path)
         if isinstance(exception, KeyboardInterrupt) and self._evaluation_begun is not None:
@@ -104,11 +101,6 @@ class SaveOnInterrupt(L.Callback):
 
     def _is_asked(self, trainer: L.Trainer) -> bool:
         return trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
     def _ask(self, number: int, frame: Any) -> None:
         first, self._asked = self._asked is None, number

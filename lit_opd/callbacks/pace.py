@@ -27,10 +27,8 @@ def is_due(module: DistillationModule, step: int, every: int) -> bool:
 class KeepPace(L.Callback):
     """Has Lightning evaluate, and log a batch, at the first end of a batch where so many optimizer steps are full.
 
-    It also logs the learning rate of a batch, at the steps done before it.
-
-    Args:
-        evaluate_every: optimizer steps. `log_every_n_steps` of the trainer says how often to log.
+    It also logs the learning rate of a batch, at the steps done before it. How often to log is `log_every_n_steps` of
+    the trainer.
     """
 
     def __init__(self, evaluate_every: int) -> None:
@@ -43,9 +41,7 @@ class KeepPace(L.Callback):
             self.log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._say(trainer, pl_module)
 
-    def on_train_batch_start(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: DistillationModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: DistillationModule, *_: Any) -> None:  # type: ignore[override]
         """Say whether the batch is to be logged, and log its learning rate."""
         after = trainer.global_step + pl_module.optim_config.updates_per_rollout
         logs = self.log_every > 0 and is_due(pl_module, after, self.log_every)
@@ -54,9 +50,7 @@ class KeepPace(L.Callback):
             rates = {f"lr-{type(o).__name__}": float(o.param_groups[0]["lr"]) for o in trainer.optimizers}
             log_metrics(trainer, rates, trainer.global_step)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: DistillationModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: DistillationModule, *_: Any) -> None:  # type: ignore[override]
         """Say whether an evaluation comes next."""
         self._say(trainer, pl_module)
 

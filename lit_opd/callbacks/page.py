@@ -28,11 +28,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.3rem 0; font: 14
 
 
 def completions_page(examples: Sequence[Example], title: str) -> str:
-    """Write the page under a title that says whose completions, and when: prompts, completions and rewards.
-
-    Returns:
-        HTML.
-    """
+    """Write a page of HTML under a title that says whose completions, and when: prompts, completions and rewards."""
     legend = "".join(f'<span style="{shade(value)}"> {value:+g} </span>' for value in LEGEND)
     sections = "\n".join(_section(number, example) for number, example in enumerate(examples, start=1))
     return f"""<!DOCTYPE html>

@@ -41,15 +41,9 @@ TICKS = (-100, -10, -1, -0.1, 0, 0.1, 1, 10, 100)
 
 
 def draw_positions(curves: Curves, title: str, support_size: int) -> bytes:
-    """Draw every value over the position in the completion, with bands.
+    """Draw every value over the position in the completion, with bands, as PNG.
 
-    Args:
-        curves: of an evaluation.
-        title: whose, and when.
-        support_size: how many most probable tokens were compared.
-
-    Returns:
-        A PNG.
+    The title says whose, and when, and `support_size` how many most probable tokens were compared.
     """
     with style(9.5):
         drawn = figure(9, 10.4, layout=None)
@@ -99,11 +93,7 @@ def _draw_alive(ax: Axes, curves: Curves) -> None:
 
 
 def draw_log_ratios(found: Histogram, title: str) -> bytes:
-    """Draw how many of the student's own tokens have which log-ratio, and mark quantiles.
-
-    Returns:
-        A PNG.
-    """
+    """Draw as PNG how many of the student's own tokens have which log-ratio, and mark quantiles."""
     with style(9.5):
         drawn = figure(9, 4.3, layout=None)
         ax = drawn.subplots()

@@ -28,7 +28,7 @@ from lit_opd.module import DistillationModule
 from lit_opd.perf import STEP, Breakdown, Part, break_down, peak_memory_mb, phase
 from lit_opd.tracking import log_files, logger_of
 
-__all__ = ["ProfileSteps", "operator_table", "phase_table"]
+__all__ = ["ProfileSteps", "phase_table"]
 
 
 class ProfileSteps(L.Callback):
@@ -121,7 +121,9 @@ class ProfileSteps(L.Callback):
         trace.unlink()
         numbers = asdict(self.breakdown) | {"peak_memory_before_mb": self.peak_mb}
         write_file(self.folder / "phases.json", json.dumps(numbers, indent=2))
-        write_file(self.folder / "phases.md", f"{self._phases()}\n\n{operator_table(self.breakdown)}\n")
+        rows = [_row(*item) for item in self.breakdown.operators.items()]  # the longest first
+        operators = _table("operator, by its own time", rows)
+        write_file(self.folder / "phases.md", f"{self._phases()}\n\n{operators}\n")
         log_files(logger_of(trainer), {kept.name: kept.read_bytes() for kept in self.folder.iterdir()}, "profile")
 
 
@@ -130,11 +132,6 @@ def phase_table(found: Breakdown) -> str:
     step = {"step": Part(found.step_s, share=1.0, calls=1)}
     between = [] if found.between_s is None else [("between steps", f"{found.between_s:.4f}", "", "")]
     return _table(f"phase, mean of {found.steps}", [*(_row(*item) for item in (found.phases | step).items()), *between])
-
-
-def operator_table(found: Breakdown) -> str:
-    """Write the operators in Markdown, the longest first."""
-    return _table("operator, by its own time", [_row(*item) for item in found.operators.items()])
 
 
 def _row(name: str, part: Part) -> tuple[str, ...]:

@@ -77,10 +77,7 @@ class StepProgress(ProgressBar):
 
     # `test` measures like `validate`.
     on_test_start, on_test_end = on_validation_start, on_validation_end
-
-    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Advance."""
-        self.on_validation_batch_end(trainer, pl_module)
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
 
 def _label(name: str) -> str:

@@ -32,16 +32,12 @@ Broken = Mapping[str, Mapping[str, str]]
 
 
 def check(reference: str, keywords: Mapping[str, Any]) -> None:
-    """Print an estimator's contract, the laws it holds and the gradient it has.
+    """Print an estimator's contract, laws and gradient, and fail where it breaks one or its gradient is zero.
 
     Args:
         reference: a registered name, `package.module:function` or `path/to/file.py:function`.
         keywords: its keywords. Without any, the laws are asked of its variants too. Supports and limits are small where
             they are not given.
-
-    Raises:
-        UserError: no such estimator, or keywords that it does not take.
-        RunError: it breaks a law or its contract, or its expected gradient is zero.
     """
     spec = estimators.get(reference)
     estimator = estimators.build(reference, **(small_keywords(spec) | dict(keywords)))

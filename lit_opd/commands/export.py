@@ -21,16 +21,7 @@ __all__ = ["export"]
 
 
 def export(config: Config, checkpoint: str | None, out: str | None) -> None:
-    """Write the student of a checkpoint and print where.
-
-    Args:
-        config: the run; its student is that which the checkpoint was trained from.
-        checkpoint: a file that `fit` wrote, or None for the newest of the run.
-        out: the folder to write, or None for that of the run.
-
-    Raises:
-        UserError: no such checkpoint, a damaged one, or one of another student; a folder that cannot be written to.
-    """
+    """Write the student of a checkpoint, or of the newest of the run, to a folder, or to the run's, and print where."""
     quiet_libraries()
     folder = RunFolder(Path(config.output_dir))
     file = folder.find_checkpoint(checkpoint)

@@ -16,12 +16,7 @@ __all__ = ["sync"]
 
 
 def sync(config: Config) -> None:
-    """Send what is kept in `output_dir`, and say so.
-
-    Raises:
-        UserError: nothing is kept there, a run is at work there, or MLflow does not answer.
-        RunError: MLflow took a part of it.
-    """
+    """Send what is kept in `output_dir`, and say so, unless a run is at work there."""
     quiet_libraries()
     check_tracking(config.tracking.uri)
     with only_one("output_dir", Path(config.output_dir)):  # a run at work there sends it itself

@@ -17,11 +17,7 @@ __all__ = ["serve"]
 
 
 def serve(config: Config, port: int) -> None:
-    """Become `mlflow ui` on the configured store and a port of 127.0.0.1, which runs until it is interrupted.
-
-    Raises:
-        UserError: a store that cannot answer, or one that has a server already; a port that is taken.
-    """
+    """Become `mlflow ui` on the configured store and a port of 127.0.0.1, which runs until it is interrupted."""
     uri = config.tracking.uri
     if uri.startswith("http"):
         raise UserError("tracking.uri", "a store without a server of its own", repr(uri), f"Open {uri} in a browser.")

@@ -43,7 +43,7 @@ class Section:
         if isinstance(value, Section):
             value.check(key)
             return
-        value = as_type(key, value, _hints(type(self))[own.name])  # type: ignore[arg-type]
+        value = as_type(key, value, hints_of(type(self))[own.name])  # type: ignore[arg-type]
         setattr(self, own.name, value)
         if "limit" in own.metadata:
             own.metadata["limit"](key, value)
@@ -52,7 +52,8 @@ class Section:
 
 
 @functools.cache
-def _hints(section: type) -> dict[str, Any]:
+def hints_of(section: type) -> Mapping[str, Any]:
+    """Read the declared types of a section, once: Python evaluates the text of all of them anew, every time."""
     return get_type_hints(section)
 
 

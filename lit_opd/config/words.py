@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 
-from lit_opd.config.limits import type_options
+from lit_opd.config.limits import hints_of, type_options
 
 __all__ = ["hint_of", "typed_override", "typed_yaml"]
 
@@ -53,7 +53,7 @@ def hint_of(schema: Any, key: str) -> Any:
     """Find the declared type of a dotted key, Any where none is declared."""
     for part in re.findall(r"[^.\[\]]+", key):
         inner = next((option for option in type_options(schema) if get_args(option) or is_dataclass(option)), Any)
-        schema = get_type_hints(inner).get(part, Any) if is_dataclass(inner) else (get_args(inner) or (Any,))[-1]
+        schema = hints_of(inner).get(part, Any) if is_dataclass(inner) else (get_args(inner) or (Any,))[-1]
     return schema
 
 

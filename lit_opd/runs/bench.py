@@ -24,9 +24,6 @@ def set_up(
 
     Returns:
         The module with its `distiller`, and what opens the precision that a training step runs in.
-
-    Raises:
-        UserError: whatever cannot work and has not shown in the data.
     """
     trainer = build_evaluation_trainer(config)
     module = DistillationModule.from_config(config)

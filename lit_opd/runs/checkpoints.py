@@ -22,14 +22,9 @@ TRAINING_STATE = ("global_step", "loops", "optimizer_states", "torch_rng_state",
 
 
 def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
-    """Read a checkpoint, as plain tensors and values only. Tensors are read when they are used.
+    """Read a checkpoint, as plain tensors and values only, which are read when they are used.
 
-    Args:
-        key: what named it, for messages: `--resume` or `--checkpoint`.
-        path: of the file.
-
-    Raises:
-        UserError: there is no such file, or it is damaged.
+    Every `UserError` of this module names `key`, the option that named the file: `--resume` or `--checkpoint`.
     """
     if not path.is_file():
         raise UserError(key, "a checkpoint file", f"no file {str(path)!r}", "Check the path.")
@@ -48,23 +43,14 @@ def read_checkpoint(key: str, path: Path) -> dict[str, Any]:
 
 @lru_cache
 def _check_sums(path: Path, changed_ns: int) -> None:
-    """Compare every part of a file with the checksum that `torch.save` wrote beside it and `torch.load` ignores.
-
-    Raises:
-        ValueError: a part that differs.
-        BadZipFile: no archive, as an old or a truncated checkpoint.
-    """
+    """Compare every part of a file with the checksum that `torch.save` wrote beside it and `torch.load` ignores."""
     with zipfile.ZipFile(path) as archive:
         if (part := archive.testzip()) is not None:
             raise ValueError(f"its part {part!r} is not what was written")
 
 
 def read_training_state(key: str, path: Path) -> dict[str, Any]:
-    """Read a checkpoint that training can go on from. Arguments are those of `read_checkpoint`.
-
-    Raises:
-        UserError: no such file, a damaged one, or one that holds no more than weights.
-    """
+    """Read a checkpoint that training can go on from, with more than weights in it."""
     checkpoint = read_checkpoint(key, path)
     for name in TRAINING_STATE:
         if name not in checkpoint:
@@ -74,11 +60,7 @@ def read_training_state(key: str, path: Path) -> dict[str, Any]:
 
 
 def check_weights(key: str, model: torch.nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """Read the weights in a checkpoint, if they are a model's own. Arguments are those of `read_checkpoint`.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of another model.
-    """
+    """Read the weights in a checkpoint, and refuse those of another model."""
     held = read_checkpoint(key, path)["state_dict"]
     weights = {name.removeprefix("model."): value for name, value in held.items() if name.startswith("model.")}
     own, frozen = model.state_dict(), frozen_names(model)
@@ -92,11 +74,5 @@ def check_weights(key: str, model: torch.nn.Module, path: Path) -> dict[str, tor
 
 
 def load_weights(key: str, model: torch.nn.Module, path: Path) -> None:
-    """Put a checkpoint's student weights into a model, whose weights that training never changed stay.
-
-    Arguments are those of `check_weights`.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of another model.
-    """
+    """Put a checkpoint's student weights into a model, whose weights that training never changed stay."""
     model.load_state_dict(check_weights(key, model, path), strict=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 
+from lit_opd import tracking
 from lit_opd.callbacks import StepSpeed
 from lit_opd.config import Config, to_yaml
 from lit_opd.data import PromptDataModule
@@ -30,17 +31,6 @@ from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_train
 from lit_opd.runs.prepare import prepare_data
 from lit_opd.runs.resuming import changes, check_changes
 from lit_opd.stopping import Stopped, as_raised
-from lit_opd.tracking import (
-    RunLogger,
-    begin_run,
-    check_tracking,
-    git_sha,
-    log_datasets,
-    log_files,
-    log_medians,
-    log_student,
-    offer_view,
-)
 
 __all__ = ["Outcome", "Results", "evaluate", "train"]
 
@@ -61,7 +51,7 @@ class Outcome:
     perf: dict[str, float]
     checkpoint: Path
     student: Path
-    logger: RunLogger
+    logger: tracking.RunLogger
 
 
 def train(config: Config, resume: str | None = None, profile: bool = False) -> Outcome:
@@ -74,16 +64,15 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
 
     Raises:
         UserError: whatever cannot work; nothing has been written then.
-        RunError: a mistake that shows when the run has begun, as a part of the user's own that raises.
+        RunError: a mistake that shows only when there are steps, as in a part of the user's own.
         NonFiniteStepError: a step whose loss or gradient was not finite; a checkpoint has been saved.
-        RunError: what shows as a mistake of the user only after the first step.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been saved, if training had begun.
     """
     folder = RunFolder(Path(config.output_dir))
     known = folder.read_notes().get("mlflow_run_id") if resume else None
     (checkpoint, ended), _, trainer, data = gather(
         partial(claim, config, folder, resume),
-        partial(check_tracking, config.tracking.uri, begun=known is not None),
+        partial(tracking.check_tracking, config.tracking.uri, begun=known is not None),
         partial(build_trainer, config, folder, profile),
         partial(prepare, config),
     )
@@ -99,11 +88,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
 
 
 def claim(config: Config, folder: RunFolder, resume: str | None) -> tuple[Path | None, Outcome | None]:
-    """Find the checkpoint to go on from, and what came of the run if it has ended.
-
-    Raises:
-        UserError: the folder holds something else, or a key changed that cannot change along a run.
-    """
+    """Find the checkpoint to go on from, and what came of the run if it has ended."""
     checkpoint, ended = folder.claim(resume), None
     if checkpoint is not None:
         ended = ended_before(config, folder, checkpoint)
@@ -123,13 +108,13 @@ def record(
     known: str | None,
 ) -> Outcome:
     """Begin the MLflow run or find the `known` one, make the run, and record how it ended, as `train` does."""
-    trainer.logger = logger = begin_run(config, tags_of(config, module, data), known, folder.path)
+    trainer.logger = logger = tracking.begin_run(config, tags_of(config, module, data), known, folder.path)
     if trainer.is_global_zero:
         notes = {"mlflow_run_id": logger.run_id, "mlflow_experiment_id": logger.experiment_id, "ended": None}
         folder.write_notes(**notes, **({"before": {}, "teacher": {}} if checkpoint is None else {}))
         write_file(folder.config, to_yaml(config))
-        log_datasets(logger, data)
-        offer_view(logger)
+        tracking.log_datasets(logger, data)
+        tracking.offer_view(logger)
     try:
         with calling_parts(), as_raised():
             return run(config, folder, trainer, module, data, logger, checkpoint)
@@ -154,7 +139,7 @@ def run(
     trainer: L.Trainer,
     module: DistillationModule,
     data: PromptDataModule,
-    logger: RunLogger,
+    logger: tracking.RunLogger,
     checkpoint: Path | None,
 ) -> Outcome:
     """Measure, train, measure again and export, with everything built, as `train` does."""
@@ -186,7 +171,7 @@ def ended_before(config: Config, folder: RunFolder, checkpoint: Path) -> Outcome
     notes = folder.read_notes()
     if not (notes.get("ended") == "FINISHED" and folder.summary.is_file() and folder.holds(checkpoint)):
         return None
-    if any(key.startswith("trainer") or key == "collapse.action" for key, _ in changes(folder.config, config)):
+    if any(key.startswith("trainer") or key == "collapse.action" for key in changes(folder.config, config)):
         return None
     found = json.loads(folder.summary.read_text())
     results = {name: {k: Interval(**v) for k, v in found[name].items()} for name in ("before", "after", "teacher")}
@@ -212,25 +197,21 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
     """Export the student, write the results, prompt by prompt and summed up, and end the MLflow run."""
     with replacing(folder.student) as part:
         export_student(module.student, part)
-    write_file(folder.prompts, json.dumps(_prompts_json(module, data)))
+    found = module.evaluation.per_prompt
+    hashes = [data.validation_hashes[number] for number in found.numbers]
+    write_file(folder.prompts, json.dumps({"prompts": hashes, "sums": found.sums, "weights": found.weights}))
     write_file(folder.summary, json.dumps(_as_json(outcome), indent=2))
-    log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
-    log_medians(outcome.logger, outcome.perf, outcome.steps)
-    log_student(outcome.logger, folder.student, outcome.steps, data)
+    tracking.log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
+    tracking.log_medians(outcome.logger, outcome.perf, outcome.steps)
+    tracking.log_student(outcome.logger, folder.student, outcome.steps, data)
     outcome.logger.end("FINISHED")
     folder.write_notes(ended="FINISHED")
 
 
 def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
-    """Measure the yardsticks of the configured student, or of a checkpoint of it, and write nothing.
+    """Measure the yardsticks of the configured student, or of a checkpoint of it, at a stage, and write nothing.
 
-    Args:
-        config: the run.
-        checkpoint: path, or None for the student as it lies.
-        stage: `validate` or `test`.
-
-    Raises:
-        UserError: whatever cannot work.
+    The stage is `validate` or `test`. Whatever cannot work is a `UserError`.
     """
     if checkpoint is not None:
         read_checkpoint("--checkpoint", Path(checkpoint))
@@ -260,7 +241,7 @@ def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) 
         "dataset_sha256": data.dataset_sha256,
         "teacher": config.teacher.kind,
         **module.pair.names(),
-        **git_sha(),
+        **tracking.git_sha(),
     }
 
 
@@ -269,9 +250,3 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     for name in ("before", "after", "teacher"):
         values[name] = {metric: interval._asdict() for metric, interval in getattr(outcome, name).items()}
     return values | {"checkpoint": str(outcome.checkpoint), "student": str(outcome.student)}
-
-
-def _prompts_json(module: DistillationModule, data: PromptDataModule) -> dict[str, Any]:
-    found = module.evaluation.per_prompt
-    hashes = [data.validation_hashes[number] for number in found.numbers]
-    return {"prompts": hashes, "sums": found.sums, "weights": found.weights}

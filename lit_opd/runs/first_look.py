@@ -29,15 +29,7 @@ _ALIKE = "Choose a teacher of the student's family, or train the student on the 
 
 
 def first_look(config: Config, student: Any) -> dict[str, Finding]:
-    """Check what tokenizers and configurations tell, item by item.
-
-    Args:
-        config: the run.
-        student: its tokenizer.
-
-    Raises:
-        UserError: a tokenizer or configuration that cannot be read, or a chat template that refuses a conversation.
-    """
+    """Check what the student's tokenizer, the teacher's and configurations tell, item by item."""
     model_config = read_model_config(config.student, "student")
     own = other = read_stop_ids(config.student, student, model_config)
     turn = end_of_turn(student) if config.data.chat else None
@@ -50,11 +42,7 @@ def first_look(config: Config, student: Any) -> dict[str, Finding]:
 
 
 def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
-    """Check that both tokenizers render a conversation alike, to the same ids.
-
-    Raises:
-        UserError: the student's tokenizer has no template, or one that refuses a conversation.
-    """
+    """Check that both tokenizers render a conversation alike, to the same ids."""
     if not data.chat:
         return conclude(PASS, "not used (data.chat=false)")
     own = render({data.prompt_column: _CONVERSATION}, data, student)
@@ -76,11 +64,8 @@ def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
 def stop_tokens(tokenizer: Any, own: Collection[int], other: Collection[int], turn: int | None) -> Finding:
     """Check that what ends the teacher's completions, and a turn of the chat, ends the student's.
 
-    Args:
-        tokenizer: the student's.
-        own: the tokens that end the student's completions.
-        other: those that end the teacher's.
-        turn: the token with which the student's chat template ends a turn; None without one.
+    The tokens are the student's own, the teacher's (other), and the one with which the student's chat template ends a
+    turn, if there is one. The tokenizer is the student's.
     """
 
     def names(ids: Collection[int]) -> str:

@@ -8,87 +8,49 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import _get_rank
 
 from lit_opd.config import Config
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.files import only_one, write_file
 from lit_opd.runs.checkpoints import read_training_state
 
 __all__ = ["RunFolder", "check_export", "check_writable"]
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths inside `output_dir`."""
+    """Paths inside `output_dir`, and what a run may do there."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """The newest checkpoint."""
-        return self.checkpoints / "last.ckpt"
-
-    @property
-    def student(self) -> Path:
-        """The exported student, a Hugging Face folder."""
-        return self.path / "student"
-
-    @property
-    def notes(self) -> Path:
-        """Notes for a resumed run: its MLflow run, the results before training, and how it ended, if it did."""
-        return self.path / "run.json"
-
-    @property
-    def profile(self) -> Path:
-        """The profile of a few steps, when it was asked for."""
-        return self.path / "profile"
-
-    @property
-    def summary(self) -> Path:
-        """The results, as JSON."""
-        return self.path / "summary.json"
-
-    @property
-    def prompts(self) -> Path:
-        """The last evaluation, prompt by prompt."""
-        return self.path / "prompts.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # resolved
+        self.notes = path / "run.json"  # for a resumed run: its MLflow run, results before training, how it ended
+        self.checkpoints = path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.student = path / "student"  # exported, a Hugging Face folder
+        self.summary = path / "summary.json"  # the results
+        self.prompts = path / "prompts.json"  # the last evaluation, prompt by prompt
+        self.profile = path / "profile"  # of a few steps, when it was asked for
 
     def claim(self, resume: str | None) -> Path | None:
-        """Find out whether a run may begin here, or the run in it go on, and write nothing.
+        """Find the checkpoint to continue from, None for a new run, and write nothing.
 
         Args:
-            resume: None for a new run; `auto` to continue from the newest checkpoint where there is one; or the path
-                of a checkpoint.
-
-        Returns:
-            The checkpoint to continue from, or None.
+            resume: None for a new run; a checkpoint; or `auto`, the newest checkpoint where there is one.
 
         Raises:
-            UserError: the folder holds another run or what no run made, or cannot be written to; no such checkpoint, or
-                a damaged one.
+            UserError: the folder holds another run or what no run made, or cannot be written to; no such checkpoint.
         """
-        checkpoint = Path(resume) if resume not in (None, "auto") else self.last_checkpoint if resume else None
-        if checkpoint == self.last_checkpoint and not checkpoint.is_file() and resume == "auto":
-            checkpoint = None
+        if resume == "auto":
+            checkpoint = self.last_checkpoint if self.last_checkpoint.is_file() else None
+        else:
+            checkpoint = None if resume is None else Path(resume)
         if checkpoint is not None:
             read_training_state("--resume", checkpoint)
         if _is_first():  # it may have begun the run before the others come here
@@ -112,11 +74,7 @@ class RunFolder:
 
     @contextmanager
     def held(self, resume: str | None) -> Iterator[None]:
-        """Make the folder and keep other runs out of it. After a mistake of the user it is as it was.
-
-        Raises:
-            UserError: the file system refuses, or another process is at work here, or was since the folder was claimed.
-        """
+        """Make the folder and keep other runs out of it. After a mistake of the user it is as it was."""
         if not _is_first():
             yield
             return
@@ -141,11 +99,7 @@ class RunFolder:
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def find_checkpoint(self, given: str | None) -> Path:
-        """Find the checkpoint that `--checkpoint` names, or the newest of the run in this folder.
-
-        Raises:
-            UserError: none is named, and there is no run here.
-        """
+        """Find the checkpoint that `--checkpoint` names, or the newest of the run in this folder."""
         if given is None and not self.last_checkpoint.is_file():
             remedy = "Set output_dir to a run's folder, or give --checkpoint."
             raise UserError("output_dir", "the folder of a run", f"no file {str(self.last_checkpoint)!r}", remedy)
@@ -155,14 +109,12 @@ class RunFolder:
         """Read the notes, empty where there are none, or where they are damaged, which is told."""
         if not self.notes.is_file():
             return {}
-        try:
-            notes = json.loads(self.notes.read_text())
-        except ValueError:
-            notes = None
-        if not _are_notes(notes):
-            _tell_damaged(self.notes)
-            return {}
-        return notes
+        with suppress(ValueError):
+            if _are_notes(notes := json.loads(self.notes.read_text())):
+                return notes
+        lost = "a resumed run is recorded anew in MLflow, and without its results before training"
+        warnings.warn(f"{self.notes} is damaged: {lost}.", LintWarning, stacklevel=2)
+        return {}
 
     def write_notes(self, **notes: Any) -> None:
         """Add to the notes."""
@@ -180,22 +132,12 @@ def _is_interval(found: Any) -> bool:
     return isinstance(found, list) and len(found) == 3 and all(isinstance(value, int | float) for value in found)
 
 
-@lru_cache
-def _tell_damaged(notes: Path) -> None:
-    lost = "a resumed run is recorded anew in MLflow, and without its results before training"
-    print(f"warning: {notes} is damaged: {lost}.", file=sys.stderr)
-
-
 def _is_first() -> bool:
     return _get_rank() in (None, 0)
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Find out whether a folder can be made, or written to, without making it.
-
-    Raises:
-        UserError: something on its path is a file, or may not be written to.
-    """
+    """Refuse a folder that can neither be made nor written to, without making it."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -206,11 +148,7 @@ def check_writable(key: str, folder: Path) -> None:
 
 
 def check_export(config: Config, folder: Path) -> None:
-    """See that an export does not replace a model that the run reads.
-
-    Raises:
-        UserError: it would.
-    """
+    """Refuse an export that would replace a model that the run reads."""
     for name in ("student", "teacher", "reference"):
         path = getattr(config, name).path
         if path and Path(path).resolve() == folder.resolve():

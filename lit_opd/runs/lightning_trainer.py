@@ -18,16 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_opd.callbacks import (
-    EvaluationFigures,
-    KeepPace,
-    ProfileSteps,
-    SaveOnInterrupt,
-    StepDiagnostics,
-    StepProgress,
-    StepSpeed,
-    WatchCollapse,
-)
+from lit_opd import callbacks
 from lit_opd.config import Config
 from lit_opd.config.limits import above, as_type, at_least, within
 from lit_opd.errors import UserError, gather, suggest
@@ -77,11 +68,7 @@ SCALARS = (bool, int, float, str, NoneType)
 
 
 def check_trainer_keys(config: Config) -> None:
-    """Compare `trainer:` with the signature of `lightning.Trainer`.
-
-    Raises:
-        UserError: an argument it does not take, a value of a wrong type, or an argument that other keys decide.
-    """
+    """Refuse in `trainer:` what is no argument of `lightning.Trainer`, has a wrong type, or other keys decide."""
     hints = get_type_hints(L.Trainer.__init__)
     known = [name for name in inspect.signature(L.Trainer.__init__).parameters if name != "self"]
 
@@ -103,59 +90,44 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
     """Build the trainer with checkpoints, tracking, progress and a safe Ctrl-C, and without its logger.
 
     The logger comes when all checks are done, for making it asks MLflow.
-
-    Raises:
-        UserError: whatever `lightning.Trainer` refuses; two profilers; a callback that cannot be made.
     """
     other = config.trainer.get("profiler")
     if profile and other is not None:
         expected = "trainer.profiler to be null: one hinders the other"
         raise UserError("--profile", expected, repr(other), "Drop one of them.")
-    watch = [WatchCollapse(config.collapse, config.optim.updates_per_rollout)]
+    watch = [callbacks.WatchCollapse(config.collapse, config.optim.updates_per_rollout)]
     own = (partial(_own_callback, f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks))
     _, *own_callbacks = gather(partial(check_trainer_keys, config), *own)
-    callbacks: list[L.Callback] = [
+    chosen: list[L.Callback] = [
         # The first, so that what the others do before a step counts as part of it.
-        *([ProfileSteps(folder.profile)] if profile else []),
-        StepSpeed(),
-        *([EvaluationFigures()] if config.diagnostics.figures else []),
+        *([callbacks.ProfileSteps(folder.profile)] if profile else []),
+        callbacks.StepSpeed(),
+        *([callbacks.EvaluationFigures()] if config.diagnostics.figures else []),
         # After each evaluation, when the metrics of the step and of the evaluation have been logged: a run that is
         # killed and resumed has no gap in its curves.
         ModelCheckpoint(folder.checkpoints, filename=folder.last_checkpoint.stem, enable_version_counter=False,
                         every_n_epochs=1, save_on_train_epoch_end=False),
-        SaveOnInterrupt(folder.last_checkpoint),
+        callbacks.SaveOnInterrupt(folder.last_checkpoint),
         RunRecord(config, folder.config),
-        KeepPace(config.evaluation.every_n_steps),
-        *([StepDiagnostics(config.diagnostics.every_n_steps)] if config.diagnostics.every_n_steps else []),
+        callbacks.KeepPace(config.evaluation.every_n_steps),
+        *([callbacks.StepDiagnostics(config.diagnostics.every_n_steps)] if config.diagnostics.every_n_steps else []),
         *(watch if config.collapse.action != "off" else []),
     ]  # fmt: skip
-    callbacks += own_callbacks
+    chosen += own_callbacks
     # KeepPace says after which batches.
     when = {"val_check_interval": config.evaluation.every_n_steps, "check_val_every_n_epoch": None}
-    return _build(config, callbacks=callbacks, default_root_dir=folder.path, **when)
+    return _build(config, chosen, default_root_dir=folder.path, **when)
 
 
 def build_evaluation_trainer(config: Config) -> L.Trainer:
-    """Build a trainer that measures and writes nothing.
-
-    Raises:
-        UserError: whatever `lightning.Trainer` refuses.
-    """
-    return _build(config, callbacks=[], enable_checkpointing=False)
+    """Build a trainer that measures and writes nothing."""
+    return _build(config, [], enable_checkpointing=False)
 
 
 def check_shares(trainer: L.Trainer, data: L.LightningDataModule) -> None:
-    """Check that a share of the batches, as `trainer.limit_train_batches=0.1` asks for, is at least one.
-
-    Raises:
-        UserError: it is none.
-    """
-    for kind, loader in (
-        ("train", data.train_dataloader),
-        ("val", data.val_dataloader),
-        ("test", data.test_dataloader),
-    ):
-        key, batches = f"limit_{kind}_batches", len(loader())
+    """Refuse a share of the batches, as `trainer.limit_train_batches=0.1`, that is none at all."""
+    for kind in ("train", "val", "test"):
+        key, batches = f"limit_{kind}_batches", len(getattr(data, f"{kind}_dataloader")())
         share = getattr(trainer, key)
         if isinstance(share, float) and int(share * batches) < 1:
             raise UserError(f"trainer.{key}", f"a share of {batches} that is one batch or more", share, "Raise it.")
@@ -175,14 +147,14 @@ def _own_callback(key: str, entry: Any) -> L.Callback:
     return callback
 
 
-def _build(config: Config, callbacks: list[L.Callback], **own: Any) -> L.Trainer:
+def _build(config: Config, chosen: list[L.Callback], **own: Any) -> L.Trainer:
     check_trainer_keys(config)
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
     arguments = defaults | dict(config.trainer)
     own |= {"logger": False, "plugins": [WholeFileIO()], "use_distributed_sampler": False}
-    progress = [StepProgress()] if arguments.get("enable_progress_bar", True) else []
+    progress = [callbacks.StepProgress()] if arguments.get("enable_progress_bar", True) else []
     try:
-        trainer = L.Trainer(**arguments, **own, callbacks=[*callbacks, *progress])
+        trainer = L.Trainer(**arguments, **own, callbacks=[*chosen, *progress])
     except Exception as error:  # Lightning has no common class for what it refuses
         raise UserError("trainer", "values that lightning.Trainer accepts", str(error), "Correct them.") from error
     if trainer.world_size > config.data.batch_size:  # found before as many processes start

@@ -19,7 +19,6 @@ from lit_opd import estimators, linter
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import LintWarning, UserError, gather
-from lit_opd.estimators import BoundEstimator
 from lit_opd.models import context_length, load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.runs.first_look import first_look
@@ -27,19 +26,11 @@ from lit_opd.runs.lightning_trainer import check_trainer_keys
 from lit_opd.runs.verdicts import FAIL, PASS, Finding
 from lit_opd.types import Need
 
-__all__ = ["check_groups", "check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
+__all__ = ["check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
-    """Check estimator, optimizer and model folders, and load and encode the data.
-
-    Args:
-        config: the run.
-        tell: warn of what `first_look` finds.
-
-    Raises:
-        UserError: whatever cannot work and shows without weights, all there is.
-    """
+    """Check all that shows without weights, load and encode the data, and `tell` what `first_look` finds."""
     return gather(partial(_check_estimator, config), partial(_check_steps, config), partial(_load, config, tell))[-1]
 
 
@@ -56,7 +47,11 @@ def _check_estimator(config: Config) -> None:
     estimator = estimators.build_from(config.estimator)
     if Need.REWARDS in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {estimator.spec.name!r} learns from rewards", "null", "Set it.")
-    check_groups(config, estimator)
+    updates, prompts = config.optim.updates_per_rollout, config.data.batch_size
+    if Need.GROUPS in estimator.needs and updates > prompts:
+        name = estimator.spec.name
+        expected = f"at most data.batch_size ({prompts}): {name!r} keeps the completions of a prompt together"
+        raise UserError("optim.updates_per_rollout", expected, updates, "Lower it or raise data.batch_size.")
     sections = config.rollout, config.optim, config.student, config.teacher
     linter.check(estimator, *sections, masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)
 
@@ -94,35 +89,14 @@ def _wants_reference(config: Config) -> bool:
 
 
 def check_local_teacher(config: Config, command: str) -> None:
-    """Refuse a teacher that is no model in this process, for a command that reads its whole distributions.
-
-    Raises:
-        UserError: another `teacher.kind` than `local`.
-    """
+    """Refuse a teacher that is no model in this process, for a command that reads its whole distributions."""
     if config.teacher.kind != "local":
         expected = f"local for {command}, which reads the teacher's whole distributions"
         raise UserError("teacher.kind", expected, config.teacher.kind, "Name a model folder in teacher.path.")
 
 
-def check_groups(config: Config, estimator: BoundEstimator) -> None:
-    """Check that every optimizer update gets a prompt, where the completions of one must stay together.
-
-    Raises:
-        UserError: more updates a rollout than prompts.
-    """
-    updates, prompts = config.optim.updates_per_rollout, config.data.batch_size
-    if Need.GROUPS in estimator.needs and updates > prompts:
-        name = estimator.spec.name
-        expected = f"at most data.batch_size ({prompts}): {name!r} keeps the completions of a prompt together"
-        raise UserError("optim.updates_per_rollout", expected, updates, "Lower it or raise data.batch_size.")
-
-
 def check_optimizer(config: OptimConfig) -> None:
-    """Rehearse a step of optimizer and scheduler on one made-up parameter.
-
-    Raises:
-        UserError: an unknown one, keywords it refuses, or one that needs more than a gradient to step.
-    """
+    """Rehearse a step of optimizer and scheduler on one made-up parameter, and refuse those that cannot make it."""
     parameter = torch.nn.Parameter(torch.zeros(1, 1))
     parameter.grad = torch.zeros(1, 1)
     try:
@@ -139,11 +113,7 @@ def check_optimizer(config: OptimConfig) -> None:
 
 
 def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
-    """Look for weights in a local model folder, and read the headers of the files that hold them.
-
-    Raises:
-        UserError: no weights, or a damaged or truncated file.
-    """
+    """Refuse a local model folder without weights, or with a file of them whose header cannot be read."""
     folder = Path(config.path).expanduser()
     if config.gguf_file is not None or not folder.is_dir():
         return

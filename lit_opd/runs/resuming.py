@@ -7,16 +7,14 @@ nobody uses. `train` compares the configuration with the one that the checkpoint
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_opd.config import Config, to_yaml
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 
 __all__ = ["AT_A_RESUME", "check_changes"]
 
@@ -29,21 +27,6 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "teacher.temperature", "teacher.gguf_file", "reference.path", "reference.gguf_file", "estimator.name",
         "estimator.kwargs", "estimator.terms", "estimator.masked_tokens", "estimator.aggregation", "optim.name",
         "optim.kwargs", "trainer.precision", "tracking.experiment",
-    ),
-    # Used from the first step on: of a schedule, what it gives at that step.
-    "told": (
-        "student.trust_remote_code", "teacher.dtype", "teacher.quantization", "teacher.trust_remote_code",
-        "reference.dtype", "reference.quantization", "reference.trust_remote_code", "data.source", "data.path",
-        "data.validation_path", "data.split", "data.kwargs", "data.prompt_column", "data.answer_column", "data.chat",
-        "data.system_prompt", "data.examples", "data.prompt_template", "data.train_size", "data.validation_size",
-        "data.validation_seed", "data.max_prompt_tokens", "data.overlong", "data.batch_size", "data.verifier",
-        "data.last_assistant_turn", "data.verifier_seconds", "data.on_verifier_error",
-        "rollout.engine", "rollout.num_completions", "rollout.max_new_tokens", "rollout.min_new_tokens",
-        "rollout.temperature", "rollout.top_p", "rollout.top_k", "rollout.min_p", "rollout.student_share",
-        "rollout.demonstrations", "optim.lr", "optim.scheduler", "optim.scheduler_kwargs", "optim.warmup_steps",
-        "optim.clip_norm", "optim.updates_per_rollout", "trainer", "callbacks", "evaluation.every_n_steps",
-        "evaluation.num_completions", "evaluation.max_new_tokens", "evaluation.pass_at", "evaluation.seed",
-        "evaluation.teacher", "evaluation.measures", "collapse.action", "lint.allow",
     ),
     # No number of the training or of an evaluation depends on them, or they say how long to go on.
     "taken": (
@@ -59,26 +42,22 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "tracking.system_metrics",
     ),
 }  # fmt: skip
-"""What becomes of another value, and of which keys: `trainer` is for all its keys that are not named themselves."""
-
-_LACKING = object()
+"""What becomes of another value, by key. That of any other key is used from the first step on, and told."""
 
 
 def check_changes(config: Config, checkpoint: Path, own: bool) -> None:
-    """Compare a configuration with that of the checkpoint which it resumes, and tell what will be used from now on.
+    """Compare a configuration with that of the checkpoint which it resumes, and refuse or tell what differs.
 
     Args:
         config: to go on with.
         checkpoint: in the folder of the run that wrote it; elsewhere there is nothing to compare with.
         own: the run goes on in its own folder, and so in its own MLflow run.
-
-    Raises:
-        UserError: another value of a key that has to stay.
     """
     before = checkpoint.resolve().parents[1] / "config.yaml"
     if checkpoint.resolve().parent.name != "checkpoints" or not before.is_file():
         return
-    changed = {key: values for key, values in changes(before, config) if own or not key.startswith("tracking.")}
+    found = changes(before, config)
+    changed = {key: values for key, values in found.items() if own or not key.startswith("tracking.")}
     if kept := [key for key in AT_A_RESUME["refused"] if key in changed]:
         old, new = (", ".join(repr(changed[key][place]) for key in kept) for place in (0, 1))
         remedy = (
@@ -86,40 +65,31 @@ def check_changes(config: Config, checkpoint: Path, own: bool) -> None:
             "a new run with student.path set to that folder."
         )
         raise UserError(", ".join(kept), f"{old}, as the run has it ({before})", new, remedy)
-    if told := [f"{key} from {old!r} to {new!r}" for key, (old, new) in changed.items() if key in AT_A_RESUME["told"]]:
-        _say(f"warning: the resumed run changes {', '.join(told)}.")
+    told = [f"{key} from {old!r} to {new!r}" for key, (old, new) in changed.items() if key not in AT_A_RESUME["taken"]]
+    if told:
+        warnings.warn(f"the resumed run changes {', '.join(told)}.", LintWarning, stacklevel=2)
 
 
-def changes(before: Path, config: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Compare with a `config.yaml`, and yield every key of the table whose value differs, with both values.
+def changes(before: Path, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Compare with a `config.yaml`, and find every key whose value differs, with both values.
 
     A key that an earlier version did not have is no change.
     """
-    sides = yaml.safe_load(before.read_text()), yaml.safe_load(to_yaml(config))
-    keys = [key for keys in AT_A_RESUME.values() for key in keys]
-    for key in keys:
-        old, new = (_value(side, key, keys) for side in sides)
-        if old is not _LACKING and not _same(key, old, new):
-            yield key, (old, new)
+    old, new = (_by_key(yaml.safe_load(text)) for text in (before.read_text(), to_yaml(config)))
+    unset = {key: None for key in old | new if key.startswith("trainer.")}  # the mapping holds what somebody set
+    old, new = unset | old, unset | new
+    return {key: (old[key], value) for key, value in new.items() if key in old and not _same(key, old[key], value)}
 
 
-def _value(tree: Any, key: str, keys: list[str]) -> Any:
-    section, _, name = key.partition(".")
-    if not isinstance(tree, dict) or section not in tree:
-        return _LACKING
-    held = tree[section]
-    if not name:
-        own = {other.partition(".")[2] for other in keys if other.startswith(f"{key}.")}
-        return {k: v for k, v in held.items() if k not in own} if isinstance(held, dict) else held
-    # A mapping of the user's own lacks what nobody set.
-    return held.get(name, None if section in keys else _LACKING) if isinstance(held, dict) else _LACKING
+def _by_key(tree: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section, held in (tree if isinstance(tree, dict) else {}).items():
+        found |= (
+            {f"{section}.{name}": value for name, value in held.items()} if isinstance(held, dict) else {section: held}
+        )
+    return found
 
 
 def _same(key: str, old: Any, new: Any) -> bool:
     both = isinstance(old, str) and isinstance(new, str)
     return old == new or (both and key.endswith(".path") and os.path.realpath(old) == os.path.realpath(new))
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

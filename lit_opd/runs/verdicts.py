@@ -29,12 +29,9 @@ def conclude(verdict: str, found: str, fix: str = "", **numbers: float) -> Findi
 
 
 def graded(value: float, warn: float, fail: float = math.inf) -> str:
-    """Grade a number by two limits, and fail one that is not a number.
+    """Grade a number by where warning and failure begin, the latter below where small numbers are the bad ones.
 
-    Args:
-        value: the number.
-        warn: where a warning begins.
-        fail: where a failure begins; below `warn` where small numbers are the bad ones.
+    A value that is not a number fails.
     """
     if fail < warn:
         value, warn, fail = -value, -warn, -fail

@@ -6,9 +6,8 @@ Callbacks, runs and commands hand values to this room, the only one that knows M
 from lit_opd.tracking.lineage import log_datasets, log_medians, log_student
 from lit_opd.tracking.log import log_files, log_metrics, log_table, log_tag, logger_of
 from lit_opd.tracking.record import RunRecord, log_examples
-from lit_opd.tracking.resend import send_kept
 from lit_opd.tracking.run import RunLogger, begin_run, git_sha, ui_command
-from lit_opd.tracking.store import MlflowClient, MlflowException, MlflowRun, check_tracking, open_store
+from lit_opd.tracking.store import MlflowClient, MlflowException, MlflowRun, check_tracking, open_store, send_kept
 from lit_opd.tracking.view import offer_view
 
 __all__ = [

@@ -63,9 +63,7 @@ def _hash(text: str) -> str:
 class RunClient(MlflowClient):
     """MLflow's client, which takes any name and value, and may be told the same thing twice.
 
-    Args:
-        uri: of the store.
-        again: an earlier process may have told of this run. Points of a metric at or before its last step are known.
+    Where it is `again`, because an earlier process told of a run, points up to a metric's last step are left out.
     """
 
     def __init__(self, uri: str, again: bool = False) -> None:
@@ -78,7 +76,8 @@ class RunClient(MlflowClient):
         synchronous: bool | None = None,
     ) -> None:  # fmt: skip
         """Log metrics, parameters and tags, as many as there are."""
-        points = [metric for metric in map(_fitting, metrics) if not self._is_known(run_id, metric)]
+        points = [Metric(**dict(metric) | {"key": fit_name(metric.key)}) for metric in metrics]
+        points = [metric for metric in points if not self._is_known(run_id, metric)]
         settings = [Param(fit_name(param.key), fit_value(param.value, MAX_PARAM_VAL_LENGTH)) for param in params]
         told = [RunTag(key, value) for key, value in fit_tags({tag.key: tag.value for tag in tags}).items()]
         kinds: tuple[tuple[str, list[Any], int], ...] = (
@@ -128,10 +127,6 @@ class RunClient(MlflowClient):
             # The only way to ask for all at once: the history of each metric is a call.
             self._last = {held.key: held.step for held in self.get_run(run_id).data._metric_objs}
         return self._last is not None and metric.key in self._last and metric.step <= self._last[metric.key]
-
-
-def _fitting(metric: Metric) -> Metric:
-    return Metric(**{**dict(metric), "key": fit_name(metric.key)})
 
 
 def _place(columns: Sequence[str], row: Sequence[Any]) -> str:

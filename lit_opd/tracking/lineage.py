@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
 from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric
 from mlflow.tracking import MlflowClient
 
@@ -29,7 +28,6 @@ DIGEST_LENGTH = 10  # what MLflow recommends
 NOT_IN_NAMES = r"""[/:.%"']"""  # of MLflow's models
 
 
-@rank_zero_only
 def log_datasets(logger: RunLogger, data: PromptDataModule) -> None:
     """Fill the run's Dataset column, to which resuming adds nothing."""
     logger.experiment.log_inputs(logger.run_id, dataset_inputs(data))
@@ -61,16 +59,8 @@ def _dataset(data: PromptDataModule, context: str, path: str, rows: list[Row], s
     return Dataset(name, sha256[:DIGEST_LENGTH], data.config.source, json.dumps(source), schema, profile)
 
 
-@rank_zero_only
 def log_student(logger: RunLogger, folder: Path, step: int, data: PromptDataModule) -> None:
-    """Enter the exported student in MLflow's table of models: where it lies, what it reached and cost, no weights.
-
-    Args:
-        logger: of the run that made it; a finished run that is resumed has entered its student already.
-        folder: of the weights.
-        step: optimizer steps done.
-        data: what it was measured on.
-    """
+    """Enter the student, exported to a folder after so many steps, in MLflow's table of models: without its weights."""
     of = dataset_inputs(data)[-1].dataset
     logger.experiment.enter_student(logger.run_id, str(folder.absolute()), step, of.name, of.digest)
 
@@ -98,7 +88,6 @@ def enter_student(client: RunClient, run_id: str, folder: str, step: int, datase
     ])  # fmt: skip
 
 
-@rank_zero_only
 def log_medians(logger: RunLogger, perf: Mapping[str, float], step: int) -> None:
     """Add the typical step to the run's `cost/*`, where a table shows of `perf/*` the last step's."""
     names = {"perf/step_s": "cost/median_step_s", "perf/tokens_per_s": "cost/median_tokens_per_s",

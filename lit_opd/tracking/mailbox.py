@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import base64
 import inspect
-import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from threading import RLock, Thread
 from typing import Any, TypeVar
 
-from mlflow import entities
 from mlflow.exceptions import MlflowException
 from tqdm import tqdm
 
@@ -44,28 +42,19 @@ def message(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def answer_within(seconds: float, work: Callable[[], T]) -> T:
-    """Return what work returns, in a thread that is left behind where it takes too long.
-
-    Raises:
-        TimeoutError: it took too long.
-        Exception: what work raised.
-    """
-    ended: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    """Return what work returns, or raise TimeoutError and leave behind the thread that it runs in."""
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            ended.put((work(), None))
+            answer.set_result(work())
         except BaseException as error:  # nobody else would see it
-            ended.put((None, error))
+            answer.set_exception(error)
 
     Thread(target=run, name="mlflow", daemon=True).start()
-    try:
-        answer, error = ended.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]
+    if not wait([answer], seconds).done:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answer.result()
 
 
 def reason(error: BaseException) -> str:
@@ -79,14 +68,9 @@ def reason(error: BaseException) -> str:
 class Mailbox:
     """MLflow's client for one run: every method of it, and every `message`.
 
-    A call that changes something is made at once, or kept and made when MLflow is back. A call that asks is answered,
-    or raises `RunError`; where MLflow knows no such run it raises `MlflowException` as always. None takes longer than a
-    minute, and where they fail, all together take a tenth of the time.
-
-    Args:
-        connect: makes the client, which may take as long as a call.
-        uri: of the store, for messages.
-        folder: where calls are kept, in a file a run.
+    A call that changes something is made at once, or kept in `folder`, a file a run, and made when MLflow is back. A
+    call that asks is answered, or raises `RunError`; where MLflow knows no such run it raises `MlflowException` as
+    always. None takes longer than a minute, and where they fail, all together take a tenth of the time.
     """
 
     def __init__(self, connect: Callable[[], RunClient], uri: str, folder: Path) -> None:
@@ -108,11 +92,7 @@ class Mailbox:
             self._box(run_id, kind)
 
     def ask(self, work: Callable[[RunClient], T]) -> T:
-        """Return what work on the client returns, within a minute.
-
-        Raises:
-            Exception: whatever went wrong.
-        """
+        """Return what work on the client returns, or raise whatever went wrong, within a minute."""
         return answer_within(self._limit, lambda: work(self._connected()))
 
     def close(self, hurry: bool = False) -> bool:
@@ -123,9 +103,8 @@ class Mailbox:
                 box.catch_up(self._limit)
             left = any(box.waiting for box in self._boxes.values())
             if lost := sum(len(box.unwritten) for box in self._boxes.values()):
-                _say(
-                    f"MLflow lacks {lost} calls of this run, which {self._folder} could not take either: they are lost."
-                )
+                where = f"which {self._folder} could not take either: they are lost."
+                _say(f"MLflow lacks {lost} calls of this run, {where}")
             elif left:
                 how = "`python -m lit_opd sync` with the same configuration sends it, as --resume auto does."
                 _say(f"MLflow lacks a part of this run, kept in {self._folder}: {how}")
@@ -159,7 +138,7 @@ class Mailbox:
         bound = signature.bind(None, *args, **options).arguments
         call = {"call": name, **dict(list(bound.items())[1:])}
         with self._lock:
-            self._box(call.get("run_id"), "files" if name in FILES else "calls").post(call, _encoded)
+            self._box(call.get("run_id"), "files" if name in FILES else "calls").post(call)
 
     def _box(self, run_id: str | None, kind: str) -> Outbox:
         file = self._folder / f"{run_id}.{kind}.jsonl"
@@ -175,9 +154,6 @@ class Mailbox:
                 raise
             lost = self._what_is_lost(call.get("run_id"))
             if lost is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                with (self._folder / "refused.jsonl").open("a") as file:
-                    file.write(_encoded(call) + "\n")
                 raise Refused(f"{call['call']}: {reason(error)}") from error
             raise MlflowException(lost) from None
 
@@ -224,29 +200,7 @@ def _perform(client: RunClient, call: Call) -> None:
                 place.write_bytes(base64.b64decode(content))
             client.log_artifacts(**arguments | {"local_dir": folder})
     else:
-        getattr(client, call["call"])(**_entities(arguments))
-
-
-def _encoded(call: Call) -> str:
-    """Write a call as a line of JSON, with the content of the files that it names."""
-    if call["call"] in ("log_artifact", "log_artifacts"):
-        place = Path(call.get("local_path") or call["local_dir"])
-        files = [place] if place.is_file() else [file for file in place.rglob("*") if file.is_file()]
-        root = place.parent if place.is_file() else place
-        kept = {str(file.relative_to(root)): base64.b64encode(file.read_bytes()).decode() for file in files}
-        call = {**call, "call": "log_artifacts", "local_dir": kept}
-        call.pop("local_path", None)
-    return concealed(json.dumps(call, default=lambda value: {"entity": type(value).__name__, "of": dict(value)}))
-
-
-def _entities(value: Any) -> Any:
-    """Make entities of MLflow again of what `_encoded` wrote."""
-    if isinstance(value, list):
-        return [_entities(inner) for inner in value]
-    if isinstance(value, dict):
-        inner = {key: _entities(held) for key, held in value.items()}
-        return getattr(entities, inner["entity"])(**inner["of"]) if inner.keys() == {"entity", "of"} else inner
-    return value
+        getattr(client, call["call"])(**arguments)
 
 
 def _say(text: str) -> None:

@@ -29,14 +29,7 @@ NOWHERE = "http://127.0.0.1"  # for the client that MLflow's monitor makes, and 
 
 
 def log_examples(logger: MLFlowLogger, examples: list[Example], policy: str, step: int) -> None:
-    """Append completions to the run's table: prompt, completion, reward, per-token log-ratio.
-
-    Args:
-        logger: of the run.
-        examples: what to show.
-        policy: whose completions they are: `before`, `student`, `teacher`.
-        step: optimizer step.
-    """
+    """Append completions of a `policy` (`before`, `student` or `teacher`) at an optimizer step to the run's table."""
     rows: dict[str, list[Any]] = {
         "step": [step] * len(examples),
         "policy": [policy] * len(examples),
@@ -53,12 +46,7 @@ def log_examples(logger: MLFlowLogger, examples: list[Example], policy: str, ste
 
 
 class RunRecord(L.Callback):
-    """Gives a run its configuration, its completions and its system metrics.
-
-    Args:
-        config: logged as parameters and, resolved, as the artifact `config.yaml`.
-        config_file: the resolved configuration.
-    """
+    """Gives a run its configuration (parameters, and `config.yaml` as artifact), completions and system metrics."""
 
     def __init__(self, config: Config, config_file: Path) -> None:
         self.config, self.config_file = config, config_file
@@ -121,8 +109,7 @@ def describe_run(client: RunClient, run_id: str, values: dict[str, str]) -> None
 class SystemLoad(SystemMetricsMonitor):
     """MLflow's measurements of the system, which go through the run's logger and do not end while MLflow is away.
 
-    Args:
-        logger: of the run; a continued run has measurements already.
+    A continued run has measurements already.
     """
 
     def __init__(self, logger: RunLogger) -> None:

@@ -36,13 +36,9 @@ FOLDER = "run_folder"  # the tag that names the machine and the folder of a run
 class RunLogger(MLFlowLogger):
     """Lightning's MLflow logger for a run that goes on without MLflow, and is KILLED where it was interrupted.
 
+    Arguments are those of `MLFlowLogger`. A continued run gets the tags too.
+
     Args:
-        experiment_name: of the experiment, made where there is none.
-        run_name: of a new run.
-        tracking_uri: of the store.
-        tags: of a new run; a continued one gets them too.
-        run_id: a run to continue.
-        artifact_location: of a new experiment.
         keep_in: the folder for what MLflow does not get while it is away.
     """
 
@@ -90,11 +86,7 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def begin(self) -> None:
-        """Make the MLflow run, or find the one to continue.
-
-        Raises:
-            Exception: whatever MLflow raises. To a run that is to be continued no more than a refusal matters.
-        """
+        """Make the MLflow run, or find the one to continue, for which nothing that goes wrong matters but a refusal."""
         self._initialized = True
         if self._run_id is None:
             self._run_id, self._experiment_id = self._mailbox.ask(self._find_or_make)
@@ -115,24 +107,26 @@ class RunLogger(MLFlowLogger):
         self._mailbox.log_batch(self._run_id, tags=[RunTag(key, str(value)) for key, value in self.tags.items()])
 
     def _find_or_make(self, client: RunClient) -> tuple[str, str]:
-        known = client.get_experiment_by_name(self._experiment_name)
-        if known is not None and known.lifecycle_stage == "deleted":
-            restore = f"`mlflow experiments restore --experiment-id {known.experiment_id}` brings it back"
-            raise MlflowException(f"experiment {self._experiment_name!r} was deleted: {restore}")
-        new = (self._experiment_name, self._artifact_location)
-        where = known.experiment_id if known else _make_experiment(client, *new)
+        name = self._experiment_name
+        if client.get_experiment_by_name(name) is None:
+            try:
+                client.create_experiment(name, artifact_location=self._artifact_location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run has made it meanwhile
+                    raise
+        found: Any = client.get_experiment_by_name(name)
+        if found.lifecycle_stage == "deleted":
+            restore = f"`mlflow experiments restore --experiment-id {found.experiment_id}` brings it back"
+            raise MlflowException(f"experiment {name!r} was deleted: {restore}")
         tags = fit_tags(self.tags)
-        if run_id := _abandoned(client, where, tags.get(FOLDER)):
-            return run_id, where
-        name = {"mlflow.runName": self._run_name[:250]} if self._run_name else {}
-        return client.create_run(where, tags=resolve_tags(tags | name)).info.run_id, where
+        run_id = _abandoned(client, found.experiment_id, tags.get(FOLDER))
+        if run_id is None:
+            tags |= {"mlflow.runName": self._run_name[:250]} if self._run_name else {}
+            run_id = client.create_run(found.experiment_id, tags=resolve_tags(tags)).info.run_id
+        return run_id, found.experiment_id
 
     def finalize(self, status: str = "success") -> None:
-        """End the run that broke off: FAILED, or KILLED after Ctrl-C.
-
-        One that went well goes on after Lightning's loop: its results are still to be written, and whoever does that
-        ends it.
-        """
+        """End the run that broke off. One that went well goes on: whoever writes its results ends it."""
         if status == "failed":
             self.end("KILLED" if isinstance(sys.exception(), KeyboardInterrupt) else "FAILED")
 
@@ -149,16 +143,6 @@ class RunLogger(MLFlowLogger):
             self._mailbox.close(hurry=status == "KILLED")
 
 
-def _make_experiment(client: RunClient, name: str, artifact_location: str | None) -> str:
-    try:
-        return client.create_experiment(name, artifact_location=artifact_location)
-    except MlflowException:
-        known = client.get_experiment_by_name(name)  # another run may have made it meanwhile
-        if known is None:
-            raise
-        return known.experiment_id
-
-
 def _abandoned(client: RunClient, experiment: str, folder: str | None) -> str | None:
     """Find the MLflow run of a process that was killed before it had written into its folder which one it has."""
     if folder is None or "'" in folder:
@@ -168,7 +152,7 @@ def _abandoned(client: RunClient, experiment: str, folder: str | None) -> str | 
 
 
 def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None, folder: Path | None = None) -> RunLogger:
-    """Make the logger of a run, with its MLflow run made or, where it is to be continued, found.
+    """Make the logger of a run, with its MLflow run made or, where `run_id` is to be continued, found.
 
     Args:
         config: its `tracking` section; the run's default name says estimator and pair.
@@ -176,8 +160,7 @@ def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None, f
         run_id: an MLflow run to continue, which goes on where the store does not answer.
         folder: of the run; what MLflow does not get is kept in it.
 
-    Raises:
-        UserError: the store refuses, or does not hold the run.
+    A store that refuses, or does not hold the run, is a `UserError`.
     """
     pair = f"{Path(tags['student']).name} <- {Path(tags['teacher']).name}"
     own = {FOLDER: f"{socket.gethostname()}:{folder.absolute()}"} if folder else {}

@@ -11,9 +11,8 @@ import os
 import sqlite3
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import mlflow
@@ -21,16 +20,16 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from lit_opd.errors import UserError
+from lit_opd.errors import RunError, UserError, concealed
 from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.mailbox import Mailbox, answer_within, reason
 
-__all__ = ["KEPT", "MlflowClient", "MlflowException", "MlflowRun", "check_tracking", "connect", "open_store"]
+__all__ = ["KEPT", "MlflowClient", "MlflowException", "MlflowRun", "check_tracking", "connect", "open_store",
+           "send_kept"]  # fmt: skip
 
 KEPT = "unsent"  # the folder, in that of a run, of what MLflow did not get
 
 ANSWER_S = 10  # for a server's answer, or a lock of a database
-MIGRATION_S = 120  # for another run that makes the tables of a new database
 
 
 def bound_waiting() -> None:
@@ -46,15 +45,9 @@ def bound_waiting() -> None:
 
 
 def check_tracking(uri: str, begun: bool = False) -> None:
-    """Find out in seconds whether a tracking URI can answer, where MLflow itself would retry for minutes.
+    """Refuse in seconds a tracking URI that cannot answer, where MLflow itself would retry for minutes.
 
-    Args:
-        uri: of the store.
-        begun: the run is in the store already, and goes on where a server does not answer.
-
-    Raises:
-        UserError: an unknown kind of URI, a server that does not answer, a folder that does not exist, a database that
-            cannot be written to.
+    A run that is in the store already, as `begun` says, goes on where a server does not answer.
     """
     bound_waiting()
     parts = urllib.parse.urlsplit(uri)
@@ -102,6 +95,22 @@ def open_store(uri: str, folder: Path) -> Any:
     return Mailbox(lambda: connect(uri, again=True), uri, folder / KEPT)
 
 
+def send_kept(uri: str, folder: Path) -> None:
+    """Make the calls that the runs of a folder kept while MLflow was away, in their order.
+
+    None kept is a `UserError`. Where some cannot be made they stay, which is a `RunError`.
+    """
+    run_ids = {file.name.split(".")[0] for file in (folder / KEPT).glob("*.*.jsonl")}
+    if not run_ids:
+        expected = "the folder of a run that kept something for MLflow"
+        raise UserError("output_dir", expected, repr(str(folder)), "There is nothing to do.")
+    mailbox = open_store(uri, folder)
+    for run_id in run_ids:
+        mailbox.open(run_id)
+    if not mailbox.close():
+        raise RunError(f"tracking.uri: MLflow at {concealed(uri)} took a part, and what is left stays in {folder}")
+
+
 @contextmanager
 def first_in(uri: str) -> Iterator[None]:
     """Let one process at a time make the tables of an SQLite database.
@@ -113,20 +122,10 @@ def first_in(uri: str) -> Iterator[None]:
         yield
         return
     # The folder, for a lock file would stay behind, and SQLite has locks of its own on the database.
-    place, end = os.open(folder, os.O_RDONLY), monotonic() + MIGRATION_S
+    place = os.open(folder, os.O_RDONLY)
     try:
-        while not _locked(place) and monotonic() < end:
-            sleep(0.1)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(place, fcntl.LOCK_EX)  # as long as the mailbox lets the call wait that connects
         yield
     finally:
         os.close(place)
-
-
-def _locked(place: int) -> bool:
-    try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import time
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.mailbox import message
 from lit_opd.tracking.run import RunLogger
@@ -32,7 +30,6 @@ STATE = {
 }  # fmt: skip
 
 
-@rank_zero_only
 def offer_view(logger: RunLogger) -> None:
     """Add the view to the experiment of a run."""
     logger.experiment.add_view(logger.run_id, int(time.time() * 1000))

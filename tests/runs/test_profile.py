@@ -7,7 +7,7 @@ from statistics import median
 import pytest
 
 from lit_opd.cli import main
-from lit_opd.commands.summary import perf_line
+from lit_opd.commands.running import perf_line
 
 FEW = ("trainer.max_steps=5", "evaluation.every_n_steps=9", "evaluation.teacher=false", "tracking.system_metrics=false")
 

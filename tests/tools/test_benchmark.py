@@ -411,7 +411,8 @@ def tiny_job(bench, llama, make_tiny_tokenizer, tmp_path_factory):
 
 @pytest.mark.parametrize("side", ["ours", "trl"])
 @pytest.mark.slow
-def test_a_side_reports_every_phase_of_the_same_work(bench, tiny_job, side):
+def test_a_side_reports_every_phase_of_the_same_work(bench, tiny_job, side, warm_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(warm_python))
     if side == "trl":
         pytest.importorskip("trl", reason="TRL's side runs only where TRL is installed")
     run = bench.processes.run(f"tools.benchmark.{side}", tiny_job | {"fixed": True})

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from lit_opd.tracking import RunLogger, log_files, log_metrics, log_table, log_t
 
 
 @pytest.fixture
-def logger(tmp_path):
+def logger(tmp_path, database):
+    shutil.copy(database, tmp_path / "runs.db")
     made = RunLogger("tests", run_name="run", tracking_uri=f"sqlite:///{tmp_path / 'runs.db'}",
                      artifact_location=str(tmp_path / "artifacts"))  # fmt: skip
     made.begin()

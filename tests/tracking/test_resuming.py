@@ -17,6 +17,7 @@ from workspaces import QUICKSTART
 from lit_opd import load_config
 from lit_opd.errors import UserError
 from lit_opd.tracking import RunLogger, begin_run, check_tracking
+from lit_opd.tracking.outbox import Outbox, Refused
 
 TAGS = {"student": "s", "teacher": "t", "estimator": "token"}
 
@@ -105,6 +106,20 @@ def test_what_mlflow_refuses_for_good_is_put_aside_and_holds_nothing_up(config, 
     (kept,) = (Path(config.output_dir) / "unsent").iterdir()
     assert json.loads(kept.read_text())["params"][0]["of"]["value"] == "2"
     assert MlflowClient(config.tracking.uri).get_run(logger.run_id).data.metrics == {"a": 1.0}
+
+
+def test_what_is_refused_and_cannot_be_kept_either_ends_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    told = []
+
+    def refuse(call):
+        raise Refused(call["call"])
+
+    box = Outbox(refuse, tmp_path / "file" / "r.calls.jsonl", lambda kind, error: told.append(kind))
+    box.post({"call": "log_batch", "metrics": []})
+    box.post({"call": "log_dict", "dictionary": object()})
+    assert told == ["unkept", "refused", "lost", "refused"]
+    assert not box.waiting
 
 
 def test_what_was_deleted_is_named(config):

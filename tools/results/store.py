@@ -12,9 +12,9 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from lit_opd.files import finite
 from lit_opd.lab.compare.collect import Point
 from lit_opd.lab.compare.digest import rank_at
-from lit_opd.runs.numbers import finite
 
 YARDSTICKS = ("accuracy", "reverse_kl", "forward_kl", "student_entropy")
 TRAINING = ("train/entropy", "rollout/length")

@@ -62,22 +62,14 @@ class Audit:
         return worst(finding.verdict for finding in self.findings.values())
 
     def enforce(self) -> None:
-        """Raise where an item fails.
-
-        Raises:
-            RunError: naming the items.
-        """
+        """Raise a `RunError` that names the items that fail, if any does."""
         failed = [item for item, finding in self.findings.items() if finding.verdict == FAIL]
         if failed:
             raise RunError(f"the audit: {len(failed)} of {len(self.findings)} items fail ({', '.join(failed)}).")
 
 
 def audit(config: Config) -> Audit:
-    """Look for what would spoil a long run: everything is read, nothing is written, no weight moves.
-
-    Raises:
-        UserError: whatever `fit` would refuse.
-    """
+    """Look for what would spoil a long run: everything is read, nothing is written, no weight moves."""
     start = time.perf_counter()
     check_local_teacher(config, "audit")
     found = Audit(_without_weights(config), [], {}, time.perf_counter() - start)

@@ -51,7 +51,10 @@ def sign_test(evidence: Evidence) -> Finding:
     before, label = divergence_on_probe(evidence, name, keywords), name.replace("_", " ")
     if before < _MET:
         return conclude(PASS, f"nothing to lower: {label} is {before:.1e} nats a token already")
-    trial = evidence.but(student=_copy(evidence.student))
+    student = evidence.student
+    copied = LanguageModel(copy.deepcopy(student.model), student.tokenizer, student.key)
+    copied.vocabulary = student.vocabulary
+    trial = evidence.but(student=copied)
     start = [p.detach().clone() for p in trial.parameters]
     _step(trial)
     after = divergence_on_probe(trial, name, keywords)
@@ -82,10 +85,7 @@ def sign_test(evidence: Evidence) -> Finding:
 def divergence_on_probe(evidence: Evidence, name: str, keywords: dict[str, float]) -> float:
     """Compute the exact mean divergence a counted token of the student's rollout, nats, prefixes held fixed.
 
-    Args:
-        evidence: the student, the teacher at its temperature, and the rollout.
-        name: one of `DIVERGENCES`.
-        keywords: of that divergence.
+    The divergence is one of `DIVERGENCES`, with its keywords, towards the teacher at its temperature.
     """
 
     def compare(logits_cV: Tensor, teacher_cV: Tensor, part: slice) -> Stats:
@@ -108,12 +108,6 @@ def _aim(estimator: BoundEstimator) -> tuple[str | None, str, dict[str, float]]:
         keywords[key] = float(estimator.keywords.get(key, default))
     known = target in DIVERGENCES or target == "sequence_reverse_kl"
     return (target if known else None), name, keywords
-
-
-def _copy(student: LanguageModel) -> LanguageModel:
-    other = LanguageModel(copy.deepcopy(student.model), student.tokenizer, student.key)
-    other.vocabulary = student.vocabulary
-    return other
 
 
 def _step(trial: Evidence) -> None:

@@ -85,11 +85,7 @@ class Evidence:
 
 
 def gather(config: Config) -> Evidence:
-    """Load both models and let each complete the first training prompts.
-
-    Raises:
-        UserError: whatever cannot work.
-    """
+    """Load both models and let each complete the first training prompts."""
     L.seed_everything(config.seed, verbose=False)
     data = prepare_data(config, tell=False)  # the audit lists what there is to tell
     module, arithmetic = set_up(config, data)

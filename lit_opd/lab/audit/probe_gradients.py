@@ -47,15 +47,9 @@ def sample_score(tokens: TokenBatch) -> Estimate:
 
 
 def gradient(evidence: Evidence, index: Tensor | None = None, aggregation: str | None = None) -> list[Tensor]:
-    """Take the estimator's gradient over chosen completions, treated as a whole optimizer step. No weight moves.
+    """Take the estimator's gradient, by `evidence.parameters`, as a whole optimizer step would. No weight moves.
 
-    Args:
-        evidence: models, estimator and rollout.
-        index: rows of the rollout; None for all.
-        aggregation: how tokens are weighed; None for the configured one.
-
-    Returns:
-        One tensor for each of `evidence.parameters`.
+    It is that of some rows of the rollout, or of all, with tokens weighed as configured or by another aggregation.
     """
     rollout, distiller = evidence.rollout, evidence.distiller
     distiller = replace(distiller, aggregation=aggregation or distiller.aggregation)

@@ -59,10 +59,7 @@ def compare_positions(
         rollout: completions.
         rows: positions a chunk of the head.
         compare: maps the policy's logits [c, V], the teacher's log-probabilities [c, V] and the slice of positions they
-            belong to, to named values of leading shape [c].
-
-    Returns:
-        The values, of leading shape [N].
+            belong to, to named values of leading shape [c], which are returned for all N positions.
     """
     distributions = LocalScorer(teacher, rows).score(rollout, Wanted(full=True)).full
     assert distributions is not None
@@ -79,12 +76,7 @@ def read_tokens(
 ) -> Readings:
     """Read both models at every token of every completion, whether it counts or not.
 
-    Args:
-        policy: wrote the completions.
-        teacher: the frozen model.
-        rollout: the completions.
-        rows: positions a chunk of the head.
-        stop_ids: the tokens that end a completion of the student.
+    Arguments are those of `compare_positions`, and the tokens that end a completion of the student.
     """
     mask_BT = rollout.real_BT
     ids_N1, stops = rollout.ids_BT[mask_BT][:, None], torch.tensor(stop_ids, dtype=torch.long, device=mask_BT.device)

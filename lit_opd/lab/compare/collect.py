@@ -59,14 +59,10 @@ class RunResult:
 
 
 def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
-    """Read the results of runs, in the order in which they began.
+    """Read the results of runs, in the order in which they began, if they can be told apart.
 
     The id of a comparison stands for its runs. A run that was recorded twice because its first beginning was lost
     counts once, as it was last.
-
-    Raises:
-        UserError: no run, or no such run; two runs that cannot be told apart; one without results prompt by prompt
-            or costs.
     """
     if not run_ids:
         raise UserError("--from-runs", "ids of MLflow runs", "none", "Name them.")
@@ -83,11 +79,7 @@ def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
 
 
 def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
-    """Read what one MLflow run leaves behind.
-
-    Raises:
-        UserError: it finished, but without results prompt by prompt or without its costs.
-    """
+    """Read what one MLflow run leaves behind, which of a finished one are results prompt by prompt and costs."""
     names = [name for name in run.data.metrics if name.startswith("val/") or name in (*SPENT, EVERY_STEP)]
     histories = {name: _history(client, run, name) for name in names}
     tokens, seconds = (histories.get(name, {}) for name in SPENT)
@@ -103,9 +95,11 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     last = known[-1] if known else 0
     cost = {"steps": float(steps), "tokens": tokens.get(last, 0.0), "seconds": seconds.get(last, 0.0)}
     cost |= {"peak_memory_mb": run.data.metrics[PEAK]} if PEAK in run.data.metrics else {}
+    settings = {key: value for key, value in run.data.params.items() if within(key, LEARNING)}
+    settings |= {key: value for key, value in run.data.tags.items() if key == TRAINING_DATA}
     prompts, per_prompt = _prompts(client, run)
     variant, seed, info = _variant(run), int(run.data.tags.get("seed", 0)), run.info
-    return RunResult(variant, seed, info.status, info.run_id, prompts, per_prompt, curves, cost, _settings(run))
+    return RunResult(variant, seed, info.status, info.run_id, prompts, per_prompt, curves, cost, settings)
 
 
 def _get_run(client: MlflowClient, run_id: str) -> MlflowRun:
@@ -139,11 +133,6 @@ def _prompts(client: MlflowClient, run: MlflowRun) -> tuple[tuple[str, ...], dic
     sums, weights = table["sums"], table["weights"]
     means = {name: [s / w if w else math.nan for s, w in zip(sums[name], weights[name], strict=True)] for name in sums}
     return tuple(table["prompts"]), means
-
-
-def _settings(run: MlflowRun) -> dict[str, str]:
-    told = {key: value for key, value in run.data.params.items() if within(key, LEARNING)}
-    return told | {key: value for key, value in run.data.tags.items() if key == TRAINING_DATA}
 
 
 def _variant(run: MlflowRun) -> str:

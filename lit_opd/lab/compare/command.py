@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_opd.errors import RunError, UserError, concealed
+from lit_opd.errors import RunError, concealed
 from lit_opd.files import only_one, write_file
 from lit_opd.lab.compare.collect import RunResult, collect
 from lit_opd.lab.compare.digest import make_report
@@ -24,16 +24,14 @@ __all__ = ["compare", "compare_recorded"]
 
 
 def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None = None) -> None:
-    """Make the runs that are not made yet, and report on all.
-
-    The numbers of the report go to `json_file` too, where it is given.
+    """Make the runs that are not made yet, and report on all, with numbers in `json_file` where it is given.
 
     Raises:
         UserError: whatever cannot work; nothing has been written then.
         RunError: runs that failed; the others have been reported on.
         KeyboardInterrupt: Ctrl-C; the runs that were done have been reported on.
     """
-    client = _client(comparison, json_file)
+    client = _client(comparison)
     check_runs(runs, comparison.may_differ)
     check_recorded(runs, client)
     check_writable("output_dir", Path(comparison.output_dir))
@@ -57,21 +55,12 @@ def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None 
 
 
 def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: Path | None = None) -> None:
-    """Report on runs that MLflow has, without making any or changing MLflow.
-
-    Raises:
-        UserError: no such runs, or runs that cannot be compared.
-    """
-    client = _client(comparison, json_file)
-    _report(collect(client, run_ids), Path(comparison.output_dir) / "report", json_file)
+    """Report on runs that MLflow has, without making any or changing MLflow."""
+    _report(collect(_client(comparison), run_ids), Path(comparison.output_dir) / "report", json_file)
 
 
-def _client(comparison: Comparison, json_file: Path | None) -> Any:
+def _client(comparison: Comparison) -> Any:
     check_tracking(comparison.tracking.uri)
-    if json_file is not None:
-        check_writable("--json", json_file.parent)
-        if json_file.is_dir():
-            raise UserError("--json", "a file", f"{str(json_file)!r}, a folder", "Name a file in it.")
     return open_store(comparison.tracking.uri, Path(comparison.output_dir))
 
 

@@ -26,11 +26,7 @@ LEGEND_CHARACTERS = 88
 
 
 def draw_curves(curves: Sequence[Curve], variants: Sequence[str], yardstick: str) -> bytes | None:
-    """Draw learning curves over steps, tokens and seconds: means over seeds, bands from the least seed to the most.
-
-    Returns:
-        A PNG; None where there is nothing to draw.
-    """
+    """Draw learning curves, if any, as PNG over steps, tokens and seconds: means over seeds, bands over all."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     found = {name: runs for name in variants if (runs := _finite(curves, name, yardstick))}

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from lit_opd.errors import UserError
+from lit_opd.files import finite
 from lit_opd.lab.compare.collect import Point, RunResult
 from lit_opd.lab.compare.paired import CONFIDENCE
 from lit_opd.lab.compare.standings import Ranking, rank
 from lit_opd.measures.table import describe, in_order
-from lit_opd.runs.numbers import finite
 
 __all__ = ["SPENDINGS", "Curve", "EqualCost", "LeftOut", "Report", "make_report", "rank_at", "to_json", "value_at"]
 
@@ -88,9 +88,8 @@ class Report:
 def make_report(runs: Sequence[RunResult]) -> Report:
     """Compare the runs that finished, and name those that did not.
 
-    Raises:
-        UserError: runs that cannot be paired: other prompts, or a variant and seed that finished twice; seeds of one
-            variant that were configured differently.
+    Runs that cannot be paired are a `UserError`: other prompts, a variant and seed that finished twice, seeds of one
+    variant that were configured differently.
     """
     finished = [run for run in runs if run.status == "FINISHED" and run.per_prompt]
     _check_pairs(finished)

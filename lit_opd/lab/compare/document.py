@@ -84,11 +84,7 @@ def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
 
 
 def to_markdown(report: Report) -> tuple[str, dict[str, bytes]]:
-    """Write all that a report says, in order.
-
-    Returns:
-        The text, and the pictures that it names: file -> PNG.
-    """
+    """Write all that a report says, in order, and draw the pictures that it names, as PNG by file."""
     ranked, others = _split(report)
     pictures: dict[str, bytes] = {}
     told = "\n".join(f"- {capital(describe(ranking.yardstick).title)}: {ranking.sentence}" for ranking in ranked)

@@ -88,12 +88,7 @@ class Run:
 
 
 def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) -> Comparison:
-    """Build a comparison, with `variants` as a mapping, from YAML files and dotted overrides.
-
-    Raises:
-        UserError: an unknown key or a wrong type; no base, no variants or no seeds; one of them twice; a key that is
-            not for runs to set.
-    """
+    """Build a comparison, checked and with `variants` as a mapping, from YAML files and dotted overrides."""
     comparison = load_as(Comparison, files, overrides)
     for key, example in {
         "base": "[conf/quickstart.yaml]",
@@ -118,11 +113,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
 
 
 def runs_of(comparison: Comparison) -> list[Run]:
-    """Build all runs, every variant with the first seed before any with the second.
-
-    Raises:
-        UserError: a configuration that does not load; one that changes what is to be the same; one twice.
-    """
+    """Build all runs, every variant with the first seed before any with the second, that may be compared."""
     for file in comparison.base:
         if not Path(file).is_file():
             raise UserError("base", "files of a run's configuration", f"no file {file!r}", "Check the path.")

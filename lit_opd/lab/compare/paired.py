@@ -56,17 +56,10 @@ def mean_of(values_SP: ArrayLike) -> Mean:
 
 
 def interval_of(values_SP: ArrayLike, confidence: float = CONFIDENCE) -> tuple[Array, Array]:
-    """Find the interval of the mean of values at seeds crossed with prompts, for other seeds and other prompts.
+    """Find both ends [...] of the interval of a mean of values [..., seeds, prompts], for other seeds and prompts.
 
     It is never narrower than Student's interval from the prompts' means over these very seeds: values that are 0 or 1
     often give two seeds the same mean, whose spread of zero would tell nothing of what other seeds do.
-
-    Args:
-        values_SP: [..., seeds, prompts], at least two of one of them.
-        confidence: level of the interval.
-
-    Returns:
-        Its two ends, each [...].
     """
     values = np.asarray(values_SP, dtype=np.float64)
     mean, half = values.mean((-2, -1)), _half_width(1 - confidence, values.shape[-2:], _variances(values))
@@ -74,14 +67,11 @@ def interval_of(values_SP: ArrayLike, confidence: float = CONFIDENCE) -> tuple[A
 
 
 def p_value(differences_SP: ArrayLike) -> float:
-    """Find the level at which the interval of differences [seeds, prompts] begins to hold zero.
+    """Find the level, at least 1e-15, at which the interval of differences [seeds, prompts] begins to hold zero.
 
     It is at least the chance of such a mean where there is no difference, and never below 2^(1 - n), where n prompts
     differ: so often n fair coins fall on one side. Values that are 0 or 1 may differ on few prompts, all to one side,
-    whose spread would then make too sure.
-
-    Returns:
-        p, no less than 1e-15; 1 where every difference is zero, or where nothing can be tested.
+    whose spread would then make too sure. It is 1 where every difference is zero, or nothing can be tested.
     """
     differences = np.asarray(differences_SP, dtype=np.float64)
     mean, shape = abs(float(differences.mean())), differences.shape

@@ -24,9 +24,6 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
     """Prepare every variant once as `fit` would, and look at what earlier runs left behind.
 
     Prompts may differ where `may_differ` has a key of the data.
-
-    Raises:
-        UserError: a variant that cannot work; variants with other validation prompts; a folder that holds another run.
     """
     prepared = [(run, _prepare(run)) for run in runs if run.seed == runs[0].seed]
     first, base = prepared[0]
@@ -40,11 +37,7 @@ def check_runs(runs: Sequence[Run], may_differ: Sequence[str] = ()) -> None:
 
 
 def check_recorded(runs: Sequence[Run], client: MlflowClient) -> None:
-    """Look up in MLflow every run that was begun.
-
-    Raises:
-        UserError: a run of a folder that is not in the store, or was deleted there.
-    """
+    """Look up in MLflow every run that was begun, and refuse to go on with one that is lost there."""
     for run in runs:
         known = RunFolder(run.folder).read_notes().get("mlflow_run_id")
         if known is None:

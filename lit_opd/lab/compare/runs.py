@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from lit_opd.errors import RunError, UserError
 from lit_opd.files import write_file
 from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.runs.folder import RunFolder
+from lit_opd.stopping import heeding
 from lit_opd.tracking import MlflowClient, MlflowException, git_sha
 
 __all__ = ["PARENT", "begin_parent", "is_finished", "make_runs"]
@@ -36,11 +37,7 @@ DAY_S = 86400
 
 
 def begin_parent(comparison: Comparison, client: MlflowClient) -> str:
-    """Make the MLflow run that the comparison's runs belong to, or find it again where the folder names it.
-
-    Raises:
-        UserError: the store refuses, or does not hold the run.
-    """
+    """Make the MLflow run that the comparison's runs belong to, or find it again where the folder names it."""
     folder, tracking = Path(comparison.output_dir), comparison.tracking
     notes, described = folder / "comparison.json", folder / "comparison.yaml"
     write_file(described, to_yaml(comparison))
@@ -82,22 +79,21 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
     """Make the runs that are not finished yet, `parallel` at once, whether or not some of them fail.
 
     A run that was begun goes on from its last checkpoint. The first Ctrl-C (or SIGTERM, SIGHUP) lets the runs under
-    way save and end, the second ends them at once, the third kills them. Runs inherit the descriptor `lock`.
-
-    Returns:
-        True where it was interrupted before the last run had ended.
+    way save and end, the second ends them at once, the third kills them. Runs inherit the descriptor `lock`. It returns
+    True where it was interrupted before the last run had ended.
     """
     waiting = [run for run in runs if not is_finished(run, client)]
     for run in runs:
         if run not in waiting:
             _adopt(run, client, parent)
     workers: dict[subprocess.Popen[bytes], Run] = {}
+    asked: list[int] = []  # signals, in the order in which they come
     told = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=DAY_S)
     bar = progress.add_task("", total=len(runs), completed=len(runs) - len(waiting))
     try:
-        with _signals() as asked, progress:
+        with heeding(lambda number, _: asked.append(number)), progress:
             while workers or (waiting and not asked):
                 while waiting and not asked and len(workers) < comparison.parallel:
                     run = waiting.pop(0)
@@ -115,21 +111,6 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
     finally:
         _send(signal.SIGINT, workers)  # none are left but after an error
     return bool(asked) and not all(is_finished(run, client) for run in runs)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop, in the order in which they come, instead of obeying them."""
-    asked: list[int] = []
-    # A background job may ignore Ctrl-C, and its runs would inherit that; `nohup` is to be respected.
-    heeded = [signal.SIGINT, signal.SIGTERM]
-    heeded += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
-    previous = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in heeded}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _send(number: int, workers: dict[subprocess.Popen[bytes], Run]) -> None:

@@ -39,13 +39,7 @@ _KEYS = ("name", "kwargs", "label")
 
 
 def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
-    """Build the estimators of `measure.estimators`, by label, or those of `DEFAULT` that the configuration allows.
-
-    Raises:
-        UserError: an entry that is neither a name nor a mapping, an unknown key, a label that comes twice, an estimator
-            that learns from rewards without a verifier, one that compares completions where a prompt has one, or one
-            that learns from what it samples under greedy sampling.
-    """
+    """Build the estimators of `measure.estimators`, by label, or those of `DEFAULT` that the configuration allows."""
     given, chosen = list(config.measure.estimators), {}
     for entry in given or DEFAULT:
         label, estimator = _build(entry)
@@ -79,11 +73,7 @@ def _build(entry: Any) -> tuple[str, BoundEstimator]:
 
 
 def _check_needs(config: Config, estimator: BoundEstimator) -> None:
-    """Look for what an estimator needs and the configuration lacks.
-
-    Raises:
-        UserError: there is no verifier, a single completion a prompt, or a law that it cannot learn from.
-    """
+    """Refuse an estimator that needs a verifier, several completions or a sampling law that the configuration lacks."""
     name = estimator.spec.name
     if Need.REWARDS in estimator.needs and config.data.verifier is None:
         raise UserError("data.verifier", f"one: {name!r} learns from rewards", "null", "Set it.")
@@ -94,11 +84,7 @@ def _check_needs(config: Config, estimator: BoundEstimator) -> None:
 
 
 def check_supports(chosen: Mapping[str, BoundEstimator], vocabulary: int) -> None:
-    """Check that every support fits into the vocabulary.
-
-    Raises:
-        UserError: one that does not.
-    """
+    """Refuse a support that does not fit into the vocabulary."""
     for label, estimator in chosen.items():
         if estimator.largest_support > vocabulary:
             raise UserError("measure.estimators", f"supports of at most the vocabulary ({vocabulary})",

@@ -41,11 +41,7 @@ TOP_SHARE = 0.01
 def measure(config: Config) -> Measurement:
     """Run the microscope as configured. Nothing is trained and nothing is written.
 
-    Ctrl-C ends it, with what the units that were whole by then tell, where they are enough for intervals.
-
-    Raises:
-        UserError: whatever cannot work.
-        KeyboardInterrupt: Ctrl-C before `FEWEST` units.
+    Ctrl-C ends it, with what the units that were whole by then tell, where they are at least `FEWEST`.
     """
     L.seed_everything(config.seed, verbose=False)
     if config.rollout.student_share < 1:

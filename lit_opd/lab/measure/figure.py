@@ -23,12 +23,7 @@ LINE_WIDTH = 150  # letters that fit beside each other below the panels
 
 
 def draw(measurement: Measurement, file: Path) -> Path:
-    """Write the picture: bias against both targets over the prompts that one signal needs.
-
-    Args:
-        measurement: what was found.
-        file: a PNG.
-    """
+    """Write the picture as PNG: bias against both targets over the prompts that one signal needs."""
     with style():
         write_file(file, png(_compose(measurement.rows, measurement.on_policy), dpi=110))
     return file

@@ -102,13 +102,10 @@ UNKNOWN = Moments(*[Interval(math.nan, math.nan, math.nan)] * 2)
 
 
 def compare(a_nP: Tensor, target_nP: Tensor) -> Moments:
-    """Estimate bias and direction of an estimator against a target, from gradients of the same units.
+    """Estimate bias and direction of an estimator against a target, from gradients of at least four units.
 
     Ratios to a norm that cannot be told from zero mean nothing and are NaN: both where it is the target's, the cosine
     where it is the estimator's own.
-
-    Raises:
-        ValueError: fewer than four units.
     """
     if len(a_nP) < FEWEST:
         raise ValueError(f"moments need at least {FEWEST} units, found {len(a_nP)}")

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from lit_opd.files import finite
 from lit_opd.lab.measure.moments import Moments
 from lit_opd.measures.intervals import Interval
-from lit_opd.runs.numbers import finite
 
 __all__ = ["COLUMNS", "Column", "Measurement", "Row"]
 

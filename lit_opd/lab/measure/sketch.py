@@ -13,17 +13,12 @@ __all__ = ["Sketch"]
 
 
 class Sketch:
-    """A linear map to fewer dimensions that keeps inner products, in expectation over its random signs.
+    """A linear map to `size` dimensions that keeps inner products, in expectation over its random signs.
 
     Coordinates, counted through all parameters, get a random sign and are summed `size` apart: with a and b of unit
     length, the inner product of their sketches is that of a and b, give or take sqrt(2 / size). Gradients that are
     short enough stay as they are. Source: the count sketch (Charikar, Chen and Farach-Colton, 2002) with places in turn
     instead of hashed ones.
-
-    Args:
-        parameters: whose gradients are sketched.
-        size: dimensions.
-        seed: of the signs.
     """
 
     def __init__(self, parameters: Sequence[Tensor], size: int, seed: int) -> None:

@@ -32,10 +32,7 @@ class UnitGradient(NamedTuple):
 def unit_gradient(distiller: Distiller, parameters: Sequence[Tensor], rollout: Rollout) -> UnitGradient:
     """Take the gradient of the mean over a unit's completions of their summed losses, as training computes it.
 
-    Args:
-        distiller: the step that training makes, with the estimator that is measured.
-        parameters: those of the student that are looked at.
-        rollout: the completions of a unit, with rewards where the estimator wants them.
+    The rollout has rewards where the estimator of the distiller's step wants them.
     """
     start = time.perf_counter()
     sums: list[Tensor] = []

@@ -71,10 +71,14 @@ def test_a_permuted_vocabulary_fails_before_weights_load(capsys, permuted, monke
 
 def test_a_destination_that_cannot_be_written_is_told_before_the_work(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("lit_opd.lab.audit.audit", lambda config: pytest.fail("it began"))
-    for path in (tmp_path / "nowhere" / "audit.json", tmp_path):
-        code, _, err = command(capsys, "--json", str(path))
-        assert code == 2
-        assert err.startswith("error: --json: expected a file in a folder that exists, found ")
+    (tmp_path / "taken").touch()
+    for path, expected in (
+        (tmp_path / "taken" / "audit.json", "a folder that can be written to"),
+        (tmp_path, "a file"),
+    ):
+        for experiment in ("audit", "measure"):
+            assert main([experiment, "--config", str(QUICKSTART), "--json", str(path)]) == 2
+            assert capsys.readouterr().err.startswith(f"error: --json: expected {expected}, found ")
 
 
 def test_what_fit_refuses_is_refused(capsys):
@@ -87,9 +91,7 @@ def test_numbers_that_are_none_are_null_in_json(tmp_path):
     from lit_opd.lab.audit import write_json
 
     nan = float("nan")
-    write_json(
-        Audit({"item": Finding("warn", "é", "fix", {"a": nan, "b": 1.0})}, [], {}, nan), str(tmp_path / "a.json")
-    )
+    write_json(Audit({"item": Finding("warn", "é", "fix", {"a": nan, "b": 1.0})}, [], {}, nan), tmp_path / "a.json")
     written = json.loads((tmp_path / "a.json").read_text())
     assert written["findings"] == [{"item": "item", "verdict": "warn", "found": "é", "fix": "fix",
                                     "numbers": {"a": None, "b": 1.0}}]  # fmt: skip

@@ -7,8 +7,14 @@ from lit_opd.lab.audit.score import sampler_gap, sampling_law
 from lit_opd.types import SamplingLaw
 
 
-def test_the_students_own_samples_have_a_mean_score_of_zero(make_evidence):
-    found = sampling_law(make_evidence())
+@pytest.fixture(scope="module")
+def evidence(make_evidence):
+    """What the student itself sampled; no test changes it."""
+    return make_evidence()
+
+
+def test_the_students_own_samples_have_a_mean_score_of_zero(evidence):
+    found = sampling_law(evidence)
     assert (found.verdict, found.fix) == ("pass", "")
     assert found.numbers["p_value"] >= 0.01
     assert found.numbers["noise_ratio"] < 2
@@ -21,9 +27,9 @@ def test_samples_of_another_model_are_found_out(make_evidence, make_model):
     assert found.fix.startswith("The engine samples from another distribution")
 
 
-def test_masked_tokens_do_not_hide_in_the_law(make_evidence):
+def test_masked_tokens_do_not_hide_in_the_law(make_evidence, evidence):
     # What does not count was sampled all the same; without it the mean score would not be zero.
-    masked, whole = sampling_law(make_evidence(masked=(5, 6, 7))), sampling_law(make_evidence())
+    masked, whole = sampling_law(make_evidence(masked=(5, 6, 7))), sampling_law(evidence)
     assert masked.numbers == whole.numbers
 
 
@@ -47,8 +53,7 @@ def test_the_local_engine_has_no_gap_under_any_law(make_evidence, law):
 
 
 @pytest.mark.parametrize(("shift", "verdict"), [(0.01, "pass"), (0.05, "warn"), (0.5, "fail")])
-def test_a_gap_is_graded_by_its_mean_size(make_evidence, with_readings, shift, verdict):
-    evidence = make_evidence()
+def test_a_gap_is_graded_by_its_mean_size(evidence, with_readings, shift, verdict):
     positions = evidence.readings
     signs_N = torch.where(torch.arange(len(positions.ids_N)) % 2 == 0, 1.0, -1.0)
     found = sampler_gap(with_readings(evidence, sampler_logps_N=positions.law_logps_N + shift * signs_N))
@@ -57,8 +62,7 @@ def test_a_gap_is_graded_by_its_mean_size(make_evidence, with_readings, shift, v
     assert (found.fix == "") == (verdict == "pass")
 
 
-def test_the_effective_sample_size_is_of_whole_completions(make_evidence, with_readings):
-    evidence = make_evidence()
+def test_the_effective_sample_size_is_of_whole_completions(evidence, with_readings):
     positions = evidence.readings
     # One completion is e^3 times as likely to the trainer as to the sampler.
     first_N = (positions.row_N == 0) & (positions.place_N == 0)
@@ -67,8 +71,7 @@ def test_the_effective_sample_size_is_of_whole_completions(make_evidence, with_r
     assert found.numbers["ess"] == pytest.approx(float(weights.sum() ** 2 / weights.square().sum() / 64), rel=1e-3)
 
 
-def test_where_every_token_has_its_end_forbidden_nothing_is_compared(make_evidence):
-    evidence = make_evidence()
+def test_where_every_token_has_its_end_forbidden_nothing_is_compared(evidence):
     rollout = replace(evidence.rollout, law=SamplingLaw(min_new_tokens=99))
     assert sampler_gap(replace(evidence, rollout=rollout)).verdict == "pass"
 
@@ -90,8 +93,7 @@ def test_tokens_that_the_trainers_law_excludes_are_graded_by_their_share(make_ev
     assert found.numbers["ess"] == pytest.approx(kept, abs=1e-3)
 
 
-def test_laws_without_a_token_in_common_fail(make_evidence, with_readings):
-    evidence = make_evidence()
+def test_laws_without_a_token_in_common_fail(evidence, with_readings):
     nothing_N = torch.full_like(evidence.readings.law_logps_N, -torch.inf)
     found = sampler_gap(with_readings(evidence, law_logps_N=nothing_N))
     assert found.verdict == "fail"
@@ -99,8 +101,7 @@ def test_laws_without_a_token_in_common_fail(make_evidence, with_readings):
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_what_the_engine_cannot_have_sampled_fails(make_evidence, with_readings, value):
-    evidence = make_evidence()
+def test_what_the_engine_cannot_have_sampled_fails(evidence, with_readings, value):
     sampler_logps_N = evidence.readings.sampler_logps_N.clone()
     sampler_logps_N[3] = value
     assert sampler_gap(with_readings(evidence, sampler_logps_N=sampler_logps_N)).verdict == "fail"
