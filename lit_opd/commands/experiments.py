@@ -11,11 +11,13 @@ from pathlib import Path
 
 from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config
+from lit_opd.errors import UserError
 from lit_opd.files import write_file
 from lit_opd.lab import audit as audits
 from lit_opd.lab import measure as measurements
 from lit_opd.lab.compare import command as comparisons
 from lit_opd.lab.compare.grid import Comparison, Run
+from lit_opd.runs.folder import check_writable
 from lit_opd.tracking import check_tracking
 
 __all__ = ["audit", "compare", "compare_recorded", "measure"]
@@ -28,11 +30,12 @@ def measure(config: Config, json_file: str | None) -> None:
         KeyboardInterrupt: Ctrl-C; the rollouts measured so far have been reported.
     """
     quiet_libraries()
+    path = _path(json_file)
     check_tracking(config.tracking.uri)
     measurement = measurements.measure(config)
     measurements.print_measurement(measurement)
-    if json_file:
-        write_file(Path(json_file), json.dumps(measurement.as_json(), indent=2, allow_nan=False))
+    if path:
+        write_file(path, json.dumps(measurement.as_json(), indent=2, allow_nan=False))
     print(f"MLflow: {measurements.record(config, measurement)}")
     if measurement.interrupted:
         raise KeyboardInterrupt
@@ -53,13 +56,18 @@ def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: 
 def audit(config: Config, json_file: str | None) -> None:
     """Look for mistakes that would spoil a long run, before it starts."""
     quiet_libraries()
-    audits.check_destination(json_file)
+    path = _path(json_file)
     found = audits.audit(config)
     audits.print_audit(found)
-    if json_file is not None:
-        audits.write_json(found, json_file)
+    if path:
+        audits.write_json(found, path)
     found.enforce()
 
 
 def _path(name: str | None) -> Path | None:
+    """Check that a file could be written, before minutes of work."""
+    if name:
+        check_writable("--json", Path(name).parent)
+        if Path(name).is_dir():
+            raise UserError("--json", "a file", f"{name!r}, a folder", "Name a file in it.")
     return Path(name) if name else None

@@ -16,6 +16,7 @@ import lightning as L
 
 from lit_opd.callbacks import StepSpeed
 from lit_opd.config import Config, to_yaml
+from lit_opd.config.limits import as_type
 from lit_opd.data import PromptDataModule
 from lit_opd.data.guarded import tell_constant
 from lit_opd.errors import RunError, UserError, gather
@@ -79,6 +80,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
         RunError: what shows as a mistake of the user only after the first step.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been saved, if training had begun.
     """
+    as_type("config", config, Config)
     folder = RunFolder(Path(config.output_dir))
     known = folder.read_notes().get("mlflow_run_id") if resume else None
     (checkpoint, ended), _, trainer, data = gather(
@@ -232,6 +234,7 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
     Raises:
         UserError: whatever cannot work.
     """
+    as_type("config", config, Config)
     if checkpoint is not None:
         read_checkpoint("--checkpoint", Path(checkpoint))
     trainer, data = gather(partial(build_evaluation_trainer, config), partial(prepare, config))

@@ -16,13 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_opd.errors import UserError
 from lit_opd.files import write_file
 from lit_opd.lab.audit.auditing import Audit
 from lit_opd.runs.numbers import finite
 from lit_opd.runs.verdicts import VERDICTS
 
-__all__ = ["check_destination", "print_audit", "write_json"]
+__all__ = ["print_audit", "write_json"]
 
 _WIDTH, _SHOWN = 120, 8
 _STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -42,17 +41,7 @@ def print_audit(audit: Audit) -> None:
     console.print(f"\n{said}, in {audit.seconds:.1f} s{seen}")
 
 
-def check_destination(path: str | None) -> None:
-    """Check that a file could be written, before minutes of work.
-
-    Raises:
-        UserError: its folder does not exist, or it is a folder itself.
-    """
-    if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
-        raise UserError("--json", "a file in a folder that exists", repr(path), "Correct the path.")
-
-
-def write_json(audit: Audit, path: str) -> None:
+def write_json(audit: Audit, path: Path) -> None:
     """Write everything the audit found as JSON, with null for what is not a number."""
     values = {
         "verdict": audit.verdict,

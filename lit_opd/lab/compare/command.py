@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_opd.errors import RunError, UserError, concealed
+from lit_opd.errors import RunError, concealed
 from lit_opd.files import only_one, write_file
 from lit_opd.lab.compare.collect import RunResult, collect
 from lit_opd.lab.compare.digest import make_report
@@ -33,7 +33,7 @@ def compare(comparison: Comparison, runs: Sequence[Run], json_file: Path | None 
         RunError: runs that failed; the others have been reported on.
         KeyboardInterrupt: Ctrl-C; the runs that were done have been reported on.
     """
-    client = _client(comparison, json_file)
+    client = _client(comparison)
     check_runs(runs, comparison.may_differ)
     check_recorded(runs, client)
     check_writable("output_dir", Path(comparison.output_dir))
@@ -62,16 +62,12 @@ def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: 
     Raises:
         UserError: no such runs, or runs that cannot be compared.
     """
-    client = _client(comparison, json_file)
+    client = _client(comparison)
     _report(collect(client, run_ids), Path(comparison.output_dir) / "report", json_file)
 
 
-def _client(comparison: Comparison, json_file: Path | None) -> Any:
+def _client(comparison: Comparison) -> Any:
     check_tracking(comparison.tracking.uri)
-    if json_file is not None:
-        check_writable("--json", json_file.parent)
-        if json_file.is_dir():
-            raise UserError("--json", "a file", f"{str(json_file)!r}, a folder", "Name a file in it.")
     return open_store(comparison.tracking.uri, Path(comparison.output_dir))
 
 
