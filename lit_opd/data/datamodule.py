@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_opd.config import DataConfig, as_section, limits
-from lit_opd.config.limits import as_type
 from lit_opd.data.findings import find_in_prompts
 from lit_opd.data.guarded import Guarded, Verifier
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id
@@ -81,7 +80,7 @@ class PromptDataModule(L.LightningDataModule):
         verifier = build_verifier(self.config) if verifier is None else verifier
         self.verifier = None if verifier is None else Guarded(verifier, self.config, name)
         limits.seed("seed", seed)
-        limits.at_least(1)("evaluation_batch_size", as_type("evaluation_batch_size", evaluation_batch_size, int))
+        limits.at_least(1)("evaluation_batch_size", limits.as_type("evaluation_batch_size", evaluation_batch_size, int))
         self.seed, self.evaluation_batch_size = seed, evaluation_batch_size
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
         self._given = (train_rows, validation_rows)

@@ -84,6 +84,8 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         max_new_tokens=max(config.rollout.max_new_tokens, evaluated),
     )  # fmt: skip
     data.setup("fit")
+    if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
+        data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data
 
 
@@ -153,8 +155,8 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
         raise UserError(f"{key}.path", "a model folder with weights", f"none in {config.path!r}", remedy)
     for file in files:
         try:
-            how: dict[str, Any] = {"map_location": "meta", "mmap": is_zipfile(file), "weights_only": True}
-            held = torch.load(file, **how) if file.suffix == ".bin" else safe_open(file, framework="pt")
+            zipped, old = is_zipfile(file), file.suffix == ".bin"
+            held = torch.load(file, "meta", mmap=zipped, weights_only=True) if old else safe_open(file, framework="pt")
             held.keys()  # a list of weights has none
         except Exception as error:  # pickle, zip and safetensors have no common class for it
             # torch's own words advise to load what may run code.

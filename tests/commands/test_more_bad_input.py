@@ -65,6 +65,8 @@ OTHERS = [
     ("data.source=file data.path={bad}", "data.path", "no file"),
     ("data.source=file data.path=null", "data.path", "nothing"), ("rollout.engine=vllm", "rollout.server", "nothing"),
     ("rollout.engine=vllm rollout.server=127.0.0.1:8000", "rollout.server", "'127.0.0.1:8000'"),
+    ("rollout.demonstrations=data rollout.student_share=0 estimator.name=supervised data.answer_column=null",
+     "rollout.demonstrations", "none in None"),
     ("rollout.engine={bad}/parts.py:Engine", "rollout.engine", "RuntimeError: no server"),
     ("estimator.name=", "estimator.name", "None"),
     ("estimator.name={bad}/parts.py:summed", "estimator.name", "shape []"),
@@ -120,7 +122,7 @@ OTHERS = [
     ("--resume nowhere", "--resume", "no file 'nowhere'"),
     ("--nope", "command line", "unknown argument '--nope'. python"),
     ("-x", "command line", "unknown argument '-x'. python -m"),
-    ("student.path={bad}/config_list", "student.path", "Unrecognized model"),
+    ("student.path={bad}/config_list", "student.path", "config.json holds no JSON object"),
     ("teacher.path={bad}/empty_weights", "teacher.path", "empty_weights/model.safetensors:"),
     ("teacher.path={bad}/garbage_bin", "teacher.path", "garbage_bin/pytorch_model.bin: UnpicklingError"),
 ]  # fmt: skip
