@@ -100,7 +100,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     spelt = {name.lower(): name for name in reversed(known)}  # a word in other letters is the nearest
     close = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.6)
-    return f"Did you mean {spelt[close[0]]!r}?" if close else f"Known: {', '.join(known)}."
+    return f"Did you mean {spelt[close[0]]!r}?" if close else f"Known: {', '.join(known) or 'none'}."
 
 
 def choose(key: str, value: str, allowed: Iterable[str], otherwise: str = "") -> None:

@@ -24,6 +24,7 @@ from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
 from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, check_batch, failed, judge, uniforms
+from lit_opd.rollout.proof import check_gap, gap_sums
 from lit_opd.teachers import FULL, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
@@ -77,8 +78,8 @@ class Evaluation(nn.Module):
     def add(
         self, policy: LanguageModel, teacher: Scorer, batch: PromptBatch, engine: RolloutEngine,
         verifier: Verifier | None, rows: int,
-    ) -> None:  # fmt: skip
-        """Sample one batch of prompts with `policy`, the student or the teacher itself, and measure what it wrote."""
+    ) -> Rollout:  # fmt: skip
+        """Sample one batch of prompts with `policy`, the student or the teacher, and measure what it wrote."""
         check_batch(batch)
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
@@ -90,6 +91,7 @@ class Evaluation(nn.Module):
         self.yardsticks.update(values, rollout, rewards_B, batch.places, failed(verifier, rollout))
         self.tokens.update(values, rollout)
         self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
+        return rollout
 
     def finish(self) -> tuple[dict[str, Interval], list[Example]]:
         """Compute every metric with its interval, and begin anew.
@@ -155,6 +157,7 @@ class EvaluatedModule(AcrossProcesses):
         self.examples: list[Example] = []
         self.measured_at: int | None = None
         self.judged = "student"
+        self.proved: set[Any] = set()
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
@@ -162,7 +165,17 @@ class EvaluatedModule(AcrossProcesses):
         if self.judged == "teacher":  # which reads its own prompts when it writes, too
             batch = batch._replace(prompts=batch.shown.get("teacher", batch.prompts))
         scorer = self.distiller.scorers["teacher"].untempered()
-        self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
+        rollout = self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
+        if policy is self.student:
+            self.prove(rollout)
+
+    def prove(self, rollout: Rollout) -> None:
+        """Compare what the engine recorded with the student's own log-probabilities, before updates and evaluations."""
+        stage = self.trainer.state.stage  # training has a law of its own, and modes of its own
+        if stage not in self.proved:
+            sums = self.total(gap_sums(self.student, rollout, self.distiller.head_rows))
+            check_gap(self.student, self.engine, **sums)
+            self.proved.add(stage)
 
     test_step = validation_step
 

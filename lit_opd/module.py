@@ -37,14 +37,12 @@ from lit_opd.rollout import (
     Verifier,
     build_engine,
     build_source,
-    check_gap,
-    gap_sums,
     rollout_sums,
     split_updates,
     training_law,
 )
 from lit_opd.teachers import LocalScorer, Scorer, build_scorers, check_gives, own_scorer
-from lit_opd.types import Need, PromptBatch, Rollout, ScoredRollout
+from lit_opd.types import Need, PromptBatch, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
@@ -130,7 +128,6 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         prompt = getattr(teacher, "prompt", None)
         self.shown = {} if prompt is None else {"teacher": prompt}
         self.seen: list[Seen] = []
-        self.proved = False
 
     @classmethod
     def from_config(cls, config: Config) -> DistillationModule:
@@ -199,13 +196,6 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout, self.verifier))
         self.log_dict(self.at_step(step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))), batch_size=1)
-
-    def prove(self, rollout: Rollout) -> None:
-        """Compare what the engine recorded with the student's own log-probabilities, before the first update."""
-        if not self.proved:
-            sums = self.total(gap_sums(self.student, rollout, self.distiller.head_rows))
-            check_gap(self.student, self.engine, **sums)
-            self.proved = True
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Divide the rows of the rollout among the optimizer updates."""

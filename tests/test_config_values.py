@@ -44,6 +44,24 @@ def test_every_documented_word_of_a_key_can_be_written(write):
         assert config.seed == 10, "and not 8"
 
 
+@pytest.mark.parametrize("word", ["2", "-1", "'2'", "007"])
+def test_a_number_other_than_0_and_1_is_no_boolean(write, word):
+    with pytest.raises(UserError, match=r"data\.chat: expected a value of type bool, found"):
+        load_config([], [*PATHS, f"data.chat={word}"])
+    with pytest.raises(UserError, match=r"data\.chat: expected a value of type bool, found"):
+        load_config([write("chat.yaml", f"data: {{chat: {word}}}\n")], PATHS)
+    assert load_config([], [*PATHS, "data.chat=1"]).data.chat
+
+
+def test_a_value_that_is_to_be_set_takes_that_of_no_earlier_source(write):
+    first, later = write("first.yaml", "seed: 1\ndata: {path: a}\n"), write("later.yaml", "data:\n  path: ???\n")
+    for files, words in (([first, later], []), ([first], ["data.path=???"]), ([first], ["data.batch_size=???"])):
+        with pytest.raises(UserError, match=r"data\.(path|batch_size): expected a value, found nothing") as caught:
+            load_config(files, [*PATHS, *words, "optim.lr=-1"])
+        assert [mistake.key for mistake in caught.value.mistakes][1:] == ["optim.lr"]
+    assert load_config([first, later], [*PATHS, "data.path=b"]).data.path == "b"
+
+
 def test_tokens_are_text_unless_they_are_ids():
     config = load_config([], [*PATHS, "estimator.masked_tokens=[no, 3, 03, '4', on]"])
     assert config.estimator.masked_tokens == ["no", 3, "03", "4", "on"]

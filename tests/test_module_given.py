@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lit_opd import DistillationModule, PromptDataModule, estimators, load_config
+from lit_opd import DistillationModule, PromptDataModule, estimators, load_config, runs
 from lit_opd.config import StudentConfig
 from lit_opd.errors import UserError
 
@@ -19,6 +19,7 @@ WRONG = [
     ("teacher", ["t"], "teacher"), ("teacher", {"path": 3}, "teacher.path"),
     ("reference", 3, "reference"), ("tokenizer", "gpt2", "tokenizer"), ("teacher_tokenizer", 3, "teacher_tokenizer"),
     ("estimator", None, "estimator.name"), ("estimator", ["token"], "estimator.name"),
+    ("estimator", dict, "estimator.name"),
     ("estimator", "tokn", "estimator.name"), ("estimator", {"nam": "token"}, "estimator.nam"),
     ("estimator_kwargs", [1], "estimator.kwargs"), ("estimator_kwargs", {"name": 1}, "estimator.kwargs.name"),
     ("rollout", [1], "rollout"), ("rollout", {"temperature": "hot"}, "rollout.temperature"),
@@ -43,7 +44,9 @@ def test_what_a_module_cannot_take_is_told_by_its_name(student_path, teacher_pat
 
 @pytest.mark.parametrize(("keywords", "key"), [
     ({"config": 3}, "data"), ({"config": {"sourc": "x"}}, "data.sourc"), ({"train_rows": "abc"}, "train_rows"),
-    ({"train_rows": [1]}, "train_rows[0]"), ({"train_rows": {"prompt": "x"}}, "train_rows"),
+    ({"train_rows": [1]}, "train_rows[0]"), ({"train_rows": 3}, "train_rows[0]"), ({"tokenizer": "gpt2"}, "tokenizer"),
+    ({"seed": "x"}, "seed"), ({"evaluation_batch_size": 0}, "evaluation_batch_size"),
+    ({"train_rows": {"prompt": "x"}}, "train_rows"),
     ({"batch_size": 0}, "data"),
     ({"batch_size": "x"}, "data.batch_size"), ({"path": 3}, "data.path"), ({"chat": "yes"}, "data.chat"),
     ({"validation_seed": -1}, "data.validation_seed"), ({"examples": {}}, "data.examples"), ({"pth": 3}, "data.pth"),
@@ -52,6 +55,16 @@ def test_what_a_data_module_cannot_take_is_told_by_its_name(tiny_tokenizer, keyw
     with pytest.raises(UserError) as caught:
         PromptDataModule(**{"tokenizer": tiny_tokenizer, "train_rows": ["1+1="], "batch_size": 1} | keywords).setup()
     assert str(caught.value).startswith(key)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: load_config(3), lambda: load_config(None), lambda: load_config([None]), lambda: load_config([], 3),
+    lambda: load_config([], [1]), lambda: load_config([], {"optim.lr": 1}), lambda: runs.train("conf/quickstart.yaml"),
+    lambda: runs.train({"seed": 1}), lambda: runs.evaluate(None, None, "validate"),
+])  # fmt: skip
+def test_what_is_no_configuration_is_told(call):
+    with pytest.raises(UserError, match=r"^(files|overrides|config)(\[0\])?: expected a .*, found "):
+        call()
 
 
 def test_paths_classes_and_mappings_are_taken(student_path, teacher_path):
@@ -113,5 +126,7 @@ def test_what_a_checkpoint_does_not_hold_is_asked_for(
 def test_the_student_is_written_as_a_folder_that_transformers_loads(make_model, make_module, tmp_path):
     module = make_module(make_model(1), make_model(2))
     assert module.save_pretrained(tmp_path / "student") == tmp_path / "student"
+    with pytest.raises(UserError, match=r"^folder: expected a value of type str, found None"):
+        module.save_pretrained(None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in module.model.state_dict().items())

@@ -5,12 +5,14 @@ The command line calls it for `sync`: a run goes on while MLflow is away, and ma
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config
 from lit_opd.files import only_one
 from lit_opd.tracking import check_tracking, send_kept
+from lit_opd.tracking.store import KEPT
 
 __all__ = ["sync"]
 
@@ -19,6 +21,8 @@ def sync(config: Config) -> None:
     """Send what is kept in `output_dir`, and say so, unless a run is at work there."""
     quiet_libraries()
     check_tracking(config.tracking.uri)
-    with only_one("output_dir", Path(config.output_dir)):  # a run at work there sends it itself
-        send_kept(config.tracking.uri, Path(config.output_dir))
+    folder = Path(config.output_dir)
+    # A run at work there sends it itself. Where nothing is kept no lock is made.
+    with only_one("output_dir", folder) if (folder / KEPT).is_dir() else nullcontext():
+        send_kept(config.tracking.uri, folder)
     print(f"MLflow has got all that {config.output_dir} kept for it.")

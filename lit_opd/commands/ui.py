@@ -26,8 +26,10 @@ def serve(config: Config, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise UserError("--port", "a free port", f"{port}: {error.strerror}", "Choose another.") from error
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                "--port", "a free port", f"{port}: {getattr(error, 'strerror', error)}", "Choose another."
+            ) from error
     print(f"http://127.0.0.1:{port}", flush=True)
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # and no argument, which everybody on the machine can read
     command = ["-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]

@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, fields
+from dataclasses import field, fields, is_dataclass
 from numbers import Integral, Real
 from types import FunctionType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -89,11 +89,12 @@ def type_name(hint: Any) -> str:
 def _converted(key: str, value: Any, option: Any) -> Iterator[Any]:
     """Yield the value as one type has it, or nothing."""
     kind, inner = get_origin(option) or option, get_args(option)
-    if option is Any or (option is NoneType and value is None) or (kind is Literal and value in inner):
+    whole = is_dataclass(option) and isinstance(value, option)  # type: ignore[arg-type]
+    if option is Any or whole or (option is NoneType and value is None) or (kind is Literal and value in inner):
         yield value
     elif kind is dict and isinstance(value, Mapping):
         yield {k: as_type(f"{key}.{k}", v, inner[1]) for k, v in value.items()}
-    elif kind is list and isinstance(value, list | tuple):
+    elif kind is list and isinstance(value, list | tuple | Iterator):
         yield [as_type(f"{key}[{i}]", v, inner[0]) for i, v in enumerate(value)]
     elif isinstance(value, bool):
         yield from [value] if option is bool else []

@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
 from lit_opd.config.limits import Section, as_type, hints_of, type_name
@@ -66,7 +66,8 @@ def load_as(schema: type[T], files: Sequence[str | Path] = (), overrides: Iterab
 
 
 def _load(schema: type[T], files: Any, overrides: Any, check: Callable[[Any], None]) -> T:
-    files, overrides = ([given] if isinstance(given, str | Path) else given for given in (files, overrides))
+    files = as_type("files", [files] if isinstance(files, str | Path) else files, list[str])
+    overrides = as_type("overrides", [overrides] if isinstance(overrides, str) else overrides, list[str])
     OmegaConf.register_resolver("lit_opd", lambda name: str(PACKAGE_FOLDER / name), replace=True)
     words = sorted(overrides, key=lambda word: word.partition("=")[0] not in BELONGING)
     node, sources = _tree(schema), []
@@ -84,7 +85,7 @@ def _load(schema: type[T], files: Any, overrides: Any, check: Callable[[Any], No
             return None
         missing = _resolved(lambda: sorted(OmegaConf.missing_keys(node)))
         for key in missing:
-            OmegaConf.update(node, key, "")
+            OmegaConf.update(node, key, OmegaConf.select(OmegaConf.structured(schema), key, default=""))
         refusals = (partial(_refuse_missing, key) for key in missing)
         return gather(*refusals, lambda: _checked(_to_object(node), check))[-1]
 
@@ -213,6 +214,9 @@ def _put(schema: Any, node: Any, update: DictConfig, where: str) -> None:
     try:
         # `merge` of OmegaConf copies the whole tree first, for every override. Nobody else holds these two.
         OmegaConf.unsafe_merge(node, update)
+        for key, value in _leaves(OmegaConf.to_container(update), ""):
+            if value == MISSING:  # which `merge` passes over, as if nothing had been written
+                OmegaConf.update(node, key, MISSING)
     except Exception as error:  # OmegaConf stops at the first mistake, and brings errors of Python too
         if len(parts := _parts(update)) > 1:
             gather(*(partial(_put, schema, node, part, where) for part in parts))

@@ -22,6 +22,8 @@ LOADER, DUMPER = getattr(yaml, "CSafeLoader", yaml.SafeLoader), getattr(yaml, "C
 NULLS = ("null", "~", "")
 # What YAML 1.1 counts in base 60 or base 8 was hardly meant as a number.
 SURPRISING = re.compile(r"[-+]?(?:[0-9_]+(?::[0-9.]+)+|0[0-9_]+)")
+# OmegaConf takes any whole number for a boolean, as -1 or 2, and refuses one that is not whole.
+NO_BOOLEAN = re.compile(r"(?![01]$)[-+]?[0-9_]+")
 
 
 def typed_yaml(text: str, hint: Any) -> str:
@@ -78,6 +80,8 @@ def _quote(node: yaml.Node, hint: Any, seen: set[int]) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _quote(value, hint_of(hint, "0"), seen)
+    elif bool in type_options(hint) and NO_BOOLEAN.fullmatch(node.value):
+        node.tag = FLOAT
     elif _is_text(node, type_options(hint)):
         node.tag, node.style = TEXT, node.style if node.style in ("|", ">") else '"'
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lit_opd.config import DataConfig, as_section
+from lit_opd.config import DataConfig, as_section, limits
 from lit_opd.data.findings import find_in_prompts
 from lit_opd.data.guarded import Guarded, Verifier
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id, show
@@ -82,6 +82,8 @@ class PromptDataModule(L.LightningDataModule):
         name = self.config.verifier if verifier is None else None
         verifier = build_verifier(self.config) if verifier is None else verifier
         self.verifier = None if verifier is None else Guarded(verifier, self.config, name)
+        limits.seed("seed", seed)
+        limits.at_least(1)("evaluation_batch_size", limits.as_type("evaluation_batch_size", evaluation_batch_size, int))
         self.seed, self.evaluation_batch_size = seed, evaluation_batch_size
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
         self.shown = shown
@@ -102,9 +104,10 @@ class PromptDataModule(L.LightningDataModule):
             raise UserError("trainer.overfit_batches", "0", overfit_batches, remedy)
         if self.tokenizer is None:
             self.tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
-        if self.tokenizer is None:
+        if not callable(self.tokenizer):
+            found = "none" if self.tokenizer is None else f"{self.tokenizer!r}, a {type(self.tokenizer).__name__}"
             remedy = "Pass tokenizer= or train a module that has one."
-            raise UserError("tokenizer", "one to encode prompts with", "none", remedy)
+            raise UserError("tokenizer", "one to encode prompts with", found, remedy)
         if self.shown is None:
             self.shown = getattr(getattr(self.trainer, "lightning_module", None), "shown", {})
         for prompts in (self.train_prompts, self.validation_prompts):
@@ -238,8 +241,9 @@ class PromptDataModule(L.LightningDataModule):
     def _named(self, rows: Sequence[Row | str] | None, where: str) -> list[Row]:
         if rows is None:
             return []
-        for index, row in enumerate([rows] if isinstance(rows, str | Mapping) else rows):
-            if isinstance(rows, str | Mapping) or not isinstance(row, str | Mapping):
+        alone = isinstance(rows, str | Mapping) or not isinstance(rows, Iterable)
+        for index, row in enumerate([rows] if alone else rows):
+            if alone or not isinstance(row, str | Mapping):
                 found = f"{rows if row is rows else row!r:.80}, a {type(row).__name__}"
                 raise UserError(f"{where}[{index}]", "a list of prompts, or of mappings of columns", found, "Pass one.")
         named = [{self.config.prompt_column: row} if isinstance(row, str) else dict(row) for row in rows]
@@ -279,8 +283,8 @@ class PromptDataModule(L.LightningDataModule):
     def _check_context(self, prompts: EncodedPrompts) -> None:
         longest = max((len(ids) for read in (prompts.ids, *prompts.shown.values()) for ids in read), default=0)
         if self.context_length is not None and longest + self.max_new_tokens > self.context_length:
-            room = self.context_length - self.max_new_tokens
+            room = max(self.context_length - self.max_new_tokens, 0)
             expected = f"prompts of at most {room} tokens (context {self.context_length} - {self.max_new_tokens} new)"
             found = f"a prompt longer than the context, of {longest}"
-            remedy = f"Set data.max_prompt_tokens={room} or lower rollout.max_new_tokens."
+            remedy = f"{f'Set data.max_prompt_tokens={room} or l' if room > 0 else 'L'}ower rollout.max_new_tokens."
             raise UserError("data.max_prompt_tokens", expected, found, remedy)

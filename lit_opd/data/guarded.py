@@ -23,6 +23,7 @@ __all__ = ["Guarded", "Verifier", "tell_constant"]
 Verifier = Callable[[str, Mapping[str, Any]], float]
 
 REHEARSED = 4  # rows, because a verifier may ask a model and be paid for
+READING = {"__getitem__", "get"}  # methods of a row
 FREE = ("exact", "last_number")  # which are rehearsed on all rows
 CALL = "It is called as verifier(completion, row), and finds the answer in row['...'], by its column."
 
@@ -101,12 +102,15 @@ class Guarded:
         self.failed = []
         used = set().union(*(row.used_by for row in tried))
         found = f"data.verifier: {{}} from {self.name} for {{}}, in the first {len(tried)} rows. {CALL}"
-        if used and not used & {"__getitem__", "get"} and not any(own + empty):
+        if used and not used & READING and not any(own + empty):
             raise UserError("data.verifier", "a function that reads the row", f"{self.name}, which compares it", CALL)
         if self.own and own and not any(own):
             rank_zero_warn(found.format(0, f"the answer in column {column!r} itself"), category=LintWarning)
         if self.own and empty and min(empty) == 1:
             rank_zero_warn(found.format(1, "an empty text"), category=LintWarning)
+        if absent := set.intersection(*(row.absent for row in tried)) if tried else set():
+            told = f"data.verifier: {self.name} asks for columns that none of the first {len(tried)} rows has: "
+            rank_zero_warn(told + ", ".join(sorted(map(repr, absent))), category=LintWarning)
 
     def failures(self) -> list[bool]:
         """Tell of each reward since the last call whether it is an error's, or nothing where errors end the run."""
@@ -128,17 +132,20 @@ class _Row(dict[str, Any]):
     def __init__(self, row: Mapping[str, Any]) -> None:
         super().__init__(row)
         self.used_by: set[str] = set()
+        self.absent: set[Any] = set()
 
 
 def _noting(name: str) -> Callable[..., Any]:
     def method(self: _Row, *arguments: Any) -> Any:
         self.used_by.add(name)
+        if name in READING and not dict.__contains__(self, arguments[0]):
+            self.absent.add(arguments[0])
         return getattr(dict, name)(self, *arguments)
 
     return method
 
 
-for _name in ("__getitem__", "get", "__eq__", "__contains__", "__repr__"):
+for _name in (*READING, "__eq__", "__contains__", "__repr__", "__len__", "__iter__"):
     setattr(_Row, _name, _noting(_name))
 
 

@@ -19,7 +19,7 @@ from lit_opd.errors import UserError
 __all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render", "show"]
 
 HALF = re.compile("[\ud800-\udfff]")
-ASSISTANT = ("assistant", "model")  # Gemma's template takes both
+ASSISTANT = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # as data sets and templates spell it
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
             found = f"half of one, a lone surrogate, in row {index}"
             raise UserError("data.prompt_column", "prompts of whole characters", found, "Correct it in the data.")
     ids = encode(texts, config, tokenizer)
-    ignored = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    ignored = {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
     for index, prompt in enumerate(ids):
         if ignored.issuperset(prompt) or not own_text(rows[index], config).strip():
             expected, remedy = "prompts with text", "Remove it, or begin data.prompt_template with text."
@@ -186,7 +186,7 @@ def _fill(row: Mapping[str, Any], config: DataConfig) -> str:
     columns = {str(key): value for key, value in row.items() if value is not None}
     try:
         return config.prompt_template.format(**{**columns, "prompt": row[config.prompt_column]})
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # the columns are formatted by methods of their own, to any width
         expected = f"only {{prompt}} and columns ({', '.join(columns)}) in braces"
         found = f"{config.prompt_template!r} ({type(error).__name__}: {error})"
         raise UserError("data.prompt_template", expected, found, "Write {{ and }} for braces that are text.") from error
@@ -221,7 +221,7 @@ def _content(content: Any) -> str:
 def _open_ended(messages: list[dict[str, Any]], config: DataConfig) -> list[dict[str, Any]]:
     """Deal with the assistant's turn at the end of a conversation as `last_assistant_turn` says."""
     kept = list(messages)
-    while kept and kept[-1]["role"] in ASSISTANT:
+    while kept and str(kept[-1]["role"]).lower() in ASSISTANT:
         kept.pop()
     if len(kept) == len(messages) or (kept and config.last_assistant_turn == "continue"):
         return messages
@@ -247,7 +247,7 @@ def _apply_chat(messages: Sequence[Mapping[str, Any]], config: DataConfig, token
         raise UserError("data.chat", "false, as the tokenizer has no chat template", "true", remedy)
     if config.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    goes_on = messages[-1]["role"] in ASSISTANT
+    goes_on = str(messages[-1]["role"]).lower() in ASSISTANT
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on

@@ -79,7 +79,8 @@ def split_rows(rows: Iterable[Row], config: DataConfig) -> tuple[list[Row], list
     train = [row for key, row in ordered[len(held_out) :] if key > held_out[-1][0]]
     if not train:
         found, remedy = config.validation_size, "Lower it so that training rows are left, or set data.validation_path."
-        raise UserError("data.validation_size", f"fewer than the {len(rows)} rows there are", found, remedy)
+        expected = f"fewer than the {len({key for key, _ in ordered})} different prompts of {len(rows)} rows"
+        raise UserError("data.validation_size", expected, found, remedy)
     return train, [row for _, row in held_out]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from lit_opd.errors import UserError, choose, suggest
 from lit_opd.estimators.contract import EstimatorFn, EstimatorSpec, Mixture, Variant, Weighting
 from lit_opd.estimators.needs import needs_of, read_needs
-from lit_opd.plugins import import_object
+from lit_opd.plugins import calling, import_object
 from lit_opd.types import Need
 
 __all__ = ["get", "names", "register_estimator", "register_mixture", "register_weighting"]
@@ -165,4 +165,6 @@ def get(name: str | EstimatorFn) -> EstimatorSpec:
 
 def _spec_of(fn: EstimatorFn, name: str) -> EstimatorSpec:
     registered = next((spec for spec in _REGISTRY.values() if spec.fn is fn), None)
+    with calling("estimator.name", "a function with a signature"):  # classes that are written in C have none
+        inspect.signature(fn)
     return registered or EstimatorSpec(name, fn)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -24,6 +25,7 @@ KEYWORDS = (
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out",
 )  # fmt: skip
 """Of peft.LoraConfig: what they make trains with exact gradients, and merges into weights that any program loads."""
+SAID = {"rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}  # elsewhere
 PLAIN = (True, False, "gaussian", "orthogonal")
 """Values of `init_lora_weights` that leave the student's weights as they are, and freeze none of the adapter's own."""
 CHANGING = ("pissa", "olora", "mica")
@@ -43,7 +45,7 @@ def make_lora_config(lora: dict[str, Any]) -> Any:
     for key, value in lora.items():
         if key not in defaults:
             expected = "a keyword of peft.LoraConfig"
-            raise UserError(f"student.lora.{key}", expected, "an unknown one", suggest(key, KEYWORDS))
+            raise UserError(f"student.lora.{key}", expected, "an unknown one", suggest(SAID.get(key, key), KEYWORDS))
         if key not in KEYWORDS and value != defaults[key]:
             expected = "no such key: its adapters cannot be trained exactly, or not be merged into the exported student"
             raise UserError(f"student.lora.{key}", expected, repr(value), "Leave it out.")
@@ -67,6 +69,9 @@ def add_lora(model: Any, config: Any) -> Any:
     from peft import get_peft_model
 
     try:
+        for pattern in [*(config.modules_to_save or ()), *config.rank_pattern, *config.alpha_pattern]:
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name, _ in model.named_modules()):
+                raise ValueError(f"no module is called {pattern!r}")  # which peft passes over without a word
         adapted = get_peft_model(model, config)
     except Exception as error:  # peft has no common class for what it refuses
         raise UserError(

@@ -61,10 +61,12 @@ def _merged(model: Any) -> Any:
 def _distance(student: LanguageModel, folder: Path) -> float:
     """Load the folder on the CPU, and return how far its log-probabilities are off, nats, by the student's own law."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.hub import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
     size, dtype = student.vocabulary, student.output_layer.weight.dtype
     ids_1L = torch.linspace(0, size - 1, min(_PROBE, size)).long()[None]
-    own_code = getattr(student.config, "auto_map", None) is not None
+    # Not `config.auto_map`: it may name code that was left alone, because transformers has the architecture itself.
+    own_code = type(student.causal_lm).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=own_code)
     found_LV = log_softmax(loaded.eval()(input_ids=ids_1L).logits[0, :, :size])
     ids_1L = ids_1L.to(student.device)

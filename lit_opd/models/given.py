@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lit_opd.config import FrozenConfig, Section, StudentConfig, TeacherConfig, as_section
+from lit_opd.config.limits import as_type
 from lit_opd.errors import UserError
 from lit_opd.models.exporting import export_student
 from lit_opd.models.language_model import LanguageModel
@@ -73,7 +74,7 @@ class Restorable(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the student as a Hugging Face folder, as `fit` does at its end, and compare the two."""
-        return export_student(self.student, Path(folder))
+        return export_student(self.student, Path(as_type("folder", folder, str)))
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **arguments: Any) -> Any:

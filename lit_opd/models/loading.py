@@ -6,6 +6,7 @@ Errors of other libraries become `UserError`s that name a configuration key, whe
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,9 @@ def read_model_config(config: ModelConfig, key: str) -> Any:
     _check_path(config, key)
     with _reading(config, key, "a model folder"):
         found = AutoConfig.from_pretrained(config.path, **_source(config))
+    # transformers passes over a damaged one, and its ends are lost.
+    if damaged := _damaged(Path(config.path).expanduser(), "generation_config.json"):
+        raise UserError(f"{key}.path", "a model folder", f"{config.path!r}: {damaged}", "Correct or replace that file.")
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.trust_remote_code:
         raise UserError(f"{key}.path", "a causal language model", f"model_type {found.model_type!r}", "Name another.")
     return found
@@ -185,12 +189,26 @@ def _reading(config: ModelConfig, key: str, expected: str) -> Iterator[None]:
         expected = "a model whose packages are installed"
         raise UserError(f"{key}.path", expected, f"{config.path!r}: {_words(error)}", "Install them.") from error
     except Exception as error:  # transformers, tokenizers and safetensors have no common class for it
-        local = Path(config.path).expanduser().is_dir()
+        folder = Path(config.path).expanduser()
+        local = folder.is_dir()
         where = "" if local else ", no folder here and not to be had from the hub"
         remedy = "Correct or replace its files." if local else "Check the path, and that this machine reaches the hub."
         if "trust_remote_code" in str(error):
             remedy = f"Set {key}.trust_remote_code=true, if you trust the code that lies there."
-        raise UserError(f"{key}.path", expected, f"{config.path!r}{where}: {_words(error)}", remedy) from error
+        found = f"{config.path!r}{where}: {_damaged(folder, '*.json') or _words(error)}"
+        raise UserError(f"{key}.path", expected, found, remedy) from error
+
+
+def _damaged(folder: Path, pattern: str) -> str | None:
+    """Name a file of a model folder that is no JSON object, or whose end of a text is no id."""
+    for file in sorted(folder.glob(pattern)):
+        try:
+            ends = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:  # the last of what is no object
+            return f"{file.name} holds no JSON object ({error})"
+        if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+            return f"{file.name} names {ends!r} as eos_token_id"
+    return None
 
 
 def _words(error: Exception) -> str:

@@ -181,8 +181,8 @@ class VllmEngine:
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Ask the server by GET, or by POST where there is a body, and return its answer."""
         data, asked = None if body is None else json.dumps(body).encode(), path.partition("?")[0]
-        request = Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
+            request = Request(self.url + path, data, {"Content-Type": "application/json"})
             with OPENER.open(request, timeout=SECONDS) as answer:
                 return json.loads(answer.read())
         except HTTPError as error:

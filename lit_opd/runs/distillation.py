@@ -17,6 +17,7 @@ import lightning as L
 from lit_opd import tracking
 from lit_opd.callbacks import StepSpeed
 from lit_opd.config import Config, to_yaml
+from lit_opd.config.limits import as_type
 from lit_opd.data import PromptDataModule
 from lit_opd.data.guarded import tell_constant
 from lit_opd.errors import RunError, UserError, gather
@@ -68,6 +69,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
         NonFiniteStepError: a step whose loss or gradient was not finite; a checkpoint has been saved.
         KeyboardInterrupt: Ctrl-C; a checkpoint has been saved, if training had begun.
     """
+    as_type("config", config, Config)
     folder = RunFolder(Path(config.output_dir))
     known = folder.read_notes().get("mlflow_run_id") if resume else None
     (checkpoint, ended), _, trainer, data = gather(
@@ -213,6 +215,7 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
 
     The stage is `validate` or `test`. Whatever cannot work is a `UserError`.
     """
+    as_type("config", config, Config)
     if checkpoint is not None:
         read_checkpoint("--checkpoint", Path(checkpoint))
     trainer, data = gather(partial(build_evaluation_trainer, config), partial(prepare, config))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,6 +80,8 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         shown={} if config.teacher.prompt is None else {"teacher": config.teacher.prompt},
     )  # fmt: skip
     data.setup("fit")
+    if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
+        data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data
 
 
@@ -117,17 +120,20 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
     folder = Path(config.path).expanduser()
     if config.gguf_file is not None or not folder.is_dir():
         return
-    files = sorted(folder.glob("*.safetensors"))
-    if not files and not list(folder.glob("*.bin")):
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
         remedy = "Name the folder that save_pretrained wrote."
         raise UserError(f"{key}.path", "a model folder with weights", f"none in {config.path!r}", remedy)
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
+            zipped, old = is_zipfile(file), file.suffix == ".bin"
+            held = torch.load(file, "meta", mmap=zipped, weights_only=True) if old else safe_open(file, framework="pt")
+            held.keys()  # a list of weights has none
+        except Exception as error:  # pickle, zip and safetensors have no common class for it
+            # torch's own words advise to load what may run code.
+            told = error if isinstance(error, SafetensorError | OSError) else type(error).__name__
             remedy = "The file is damaged: copy or download it again."
-            raise UserError(f"{key}.path", "readable weights", f"{file}: {error}", remedy) from error
+            raise UserError(f"{key}.path", "readable weights", f"{file}: {told}", remedy) from error
 
 
 def _tell(config: Config, looks: dict[str, Finding]) -> None:

@@ -1,6 +1,7 @@
 """Two hundred more mistakes: exit code 2, one line, nothing written, and the same line from Python as a UserError."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -19,7 +20,7 @@ VALUES = {
     "teacher.offload": "maybe", "reference.dtype": "half", "data.source": "web", "data.kwargs": "3",
     "data.train_size": "0 -3 .5", "data.validation_size": "0", "data.validation_seed": "-1",
     "data.max_prompt_tokens": "0", "data.overlong": "skip", "data.batch_size": "0 1e3",
-    "data.verifier": "sometimes json", "data.chat": "true", "data.system_prompt": "hi",
+    "data.verifier": "sometimes json", "data.chat": "true 2.0", "data.system_prompt": "hi",
     "rollout.num_completions": "0", "rollout.max_new_tokens": "0 9999999999", "rollout.min_new_tokens": "-1",
     "rollout.temperature": "-0.1 .nan", "rollout.top_p": "-1 .inf", "rollout.top_k": "-1 1.5", "rollout.min_p": "1",
     "rollout.student_share": "1.1 .nan", "rollout.demonstrations": "web", "estimator.kwargs": "[1]",
@@ -64,6 +65,8 @@ OTHERS = [
     ("data.source=file data.path={bad}", "data.path", "no file"),
     ("data.source=file data.path=null", "data.path", "nothing"), ("rollout.engine=vllm", "rollout.server", "nothing"),
     ("rollout.engine=vllm rollout.server=127.0.0.1:8000", "rollout.server", "'127.0.0.1:8000'"),
+    ("rollout.demonstrations=data rollout.student_share=0 estimator.name=supervised data.answer_column=null",
+     "rollout.demonstrations", "none in None"),
     ("rollout.engine={bad}/parts.py:Engine", "rollout.engine", "RuntimeError: no server"),
     ("estimator.name=", "estimator.name", "None"),
     ("estimator.name={bad}/parts.py:summed", "estimator.name", "shape []"),
@@ -119,8 +122,9 @@ OTHERS = [
     ("--resume nowhere", "--resume", "no file 'nowhere'"),
     ("--nope", "command line", "unknown argument '--nope'. python"),
     ("-x", "command line", "unknown argument '-x'. python -m"),
-    ("student.path={bad}/config_list", "student.path", "Unrecognized model"),
+    ("student.path={bad}/config_list", "student.path", "config.json holds no JSON object"),
     ("teacher.path={bad}/empty_weights", "teacher.path", "empty_weights/model.safetensors:"),
+    ("teacher.path={bad}/garbage_bin", "teacher.path", "garbage_bin/pytorch_model.bin: UnpicklingError"),
 ]  # fmt: skip
 
 PARTS = """
@@ -221,10 +225,12 @@ def bad(tmp_path_factory):
     for name, text in texts.items():
         (folder / name).write_text(text)
     (folder / "latin.yaml").write_bytes("seed: 1 # \xe9".encode("latin1"))
-    for name in ("config_list", "empty_weights"):
+    for name in ("config_list", "empty_weights", "garbage_bin"):
         shutil.copytree(PACKAGE_FOLDER / "tiny" / "teacher", folder / name)
     (folder / "config_list" / "config.json").write_text("[1]")
     (folder / "empty_weights" / "model.safetensors").write_bytes(b"")
+    (folder / "garbage_bin" / "model.safetensors").unlink()
+    (folder / "garbage_bin" / "pytorch_model.bin").write_bytes(b"garbage" * 9)
     return folder
 
 
@@ -280,6 +286,20 @@ def test_bad_input(workspace, bad, no_weights, raised, capsys, words, key, text)
     if key != "command line":
         assert isinstance(raised[-1], UserError)
         assert f"error: {raised[-1]}" == line
+
+
+@pytest.mark.parametrize("words", [
+    "sync", "ui --port 99999", "measure --json .", "audit --json mlflow.db/found.json",
+    "validate --checkpoint mlflow.db",
+    "test --checkpoint .", "export", "export --checkpoint mlflow.db", "measure measure.estimators=[tokn]",
+])  # fmt: skip
+def test_other_commands_write_nothing_either(workspace, no_weights, capsys, words):
+    before = sorted(workspace.folder.rglob("*"))
+    assert main(workspace.arguments(*words.split())) == 2
+    printed = capsys.readouterr()
+    assert re.fullmatch("error: .*: expected .*, found .*\n", printed.err)
+    assert printed.out == ""
+    assert sorted(workspace.folder.rglob("*")) == before
 
 
 def test_all_mistakes_of_a_run_are_told_at_once(workspace, bad, no_weights, capsys):

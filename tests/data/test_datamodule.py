@@ -360,6 +360,10 @@ def test_context_that_is_just_large_enough(tokenizer):
     data(tokenizer=tokenizer, context_length=10, max_new_tokens=7).setup()
     with pytest.raises(UserError, match=r"data\.max_prompt_tokens.*longer than the context, of 3.*max_prompt_tokens=2"):
         data(tokenizer=tokenizer, context_length=10, max_new_tokens=8).setup()
+    with pytest.raises(
+        UserError, match=r"at most 0 tokens \(context 10 - 12 new\).*of 3\. Lower rollout\.max_new_tokens\.$"
+    ):
+        data(tokenizer=tokenizer, context_length=10, max_new_tokens=12).setup()
 
 
 @pytest.mark.parametrize(

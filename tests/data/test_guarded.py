@@ -121,6 +121,14 @@ def searches_for_the_answer(completion, answer):
     return re.search(answer, completion) is not None
 
 
+def counts_the_answer(completion, answer):
+    return len(completion) == len(answer)
+
+
+def goes_through_the_answer(completion, answer):
+    return any(letter in completion for letter in answer)
+
+
 def one_argument(completion):
     return 1.0
 
@@ -138,6 +146,8 @@ def module(tokenizer, verifier, **keys):
         looks_in_the_answer,
         strips_the_answer,
         searches_for_the_answer,
+        counts_the_answer,
+        goes_through_the_answer,
         one_argument,
     ],
 )
@@ -154,6 +164,7 @@ def test_a_verifier_of_another_form_is_refused_before_training(verify, on_error,
         (lambda completion, row: len(row["answer"]) > 5, "0 from .* for the answer in column 'answer' itself"),
         (lambda completion, row: 1.0, "1 from .* for an empty text"),
         (lambda completion, row: {**row}["answer"] in completion, None),
+        (lambda completion, row: completion == row.get("solved"), r"<lambda> asks for columns .* 4 rows has: 'solved'"),
     ],
 )
 def test_rehearsal_tells_a_verifier_that_judges_all_alike(verify, told, tokenizer):

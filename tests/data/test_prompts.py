@@ -91,6 +91,9 @@ def test_the_last_turn_of_the_assistant_is_refused_unless_chosen(make_tokenizer)
     tokenizer = make_tokenizer(chat=True)
     with pytest.raises(UserError, match=r"data\.last_assistant_turn.*ends with the assistant: 'It is'.*drop.*continue"):
         render({"prompt": ANSWERED}, DataConfig(chat=True), tokenizer)
+    for role in ("Assistant", "model", "gpt"):
+        with pytest.raises(UserError, match=rf"data\.last_assistant_turn.*ends with the {role}: '4'"):
+            render({"prompt": [TURNS[0], {"role": role, "content": "4"}]}, DataConfig(chat=True), tokenizer)
     for choice in ("drop", "continue"):
         with pytest.raises(
             UserError, match=r"data\.last_assistant_turn: expected conversations with a turn of the user"

@@ -103,7 +103,9 @@ def test_split_takes_messages():
 
 
 def test_nothing_left_to_train_on():
-    with pytest.raises(UserError, match=r"data\.validation_size: expected fewer than the 12 rows"):
+    with pytest.raises(
+        UserError, match=r"data\.validation_size: expected fewer than the 12 different prompts of 12 rows"
+    ):
         split_rows(ROWS, DataConfig(validation_size=12))
 
 

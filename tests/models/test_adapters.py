@@ -12,7 +12,7 @@ from lit_opd import DistillationModule
 from lit_opd.config import StudentConfig
 from lit_opd.errors import RunError, UserError
 from lit_opd.functional import head_logits
-from lit_opd.models import export_student, frozen_names, load_student
+from lit_opd.models import LanguageModel, export_student, frozen_names, load_student
 from lit_opd.models.adapters import KEYWORDS
 from lit_opd.types import SamplingLaw
 
@@ -112,7 +112,7 @@ def test_every_keyword_is_tried_or_refused(tied_path, tiny_tokenizer, no_weights
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"rank": 8}, r"\.rank: expected a keyword of peft\.LoraConfig, found an unknown one\. Known: .*, r, "),
+        ({"rank": 8}, r"\.rank: expected a keyword of peft\.LoraConfig, found an unknown one\. Did you mean 'r'\?"),
         ({"init_lora_weights": "eva"}, r"\.init_lora_weights: expected one of true, .*, found 'eva'"),
         ({"target_modules": ["q"]}, r": expected adapters that fit the student, found .*: Target modules {.q.} not"),
         ({"r": 0}, r": expected adapters that fit"),
@@ -121,6 +121,12 @@ def test_every_keyword_is_tried_or_refused(tied_path, tiny_tokenizer, no_weights
         ({"target_modules": ["embed_tokens"]}, r": .* one module, found one on .*embed_tokens, whose weights are tied"),
         ({"target_modules": ["lm_head"]}, r": .* one module, found one on .*lm_head, whose weights are tied"),
         ({"target_parameters": ["embed_tokens.weight"]}, r": .*embed_tokens, whose weights are tied"),
+        (
+            QUERY | {"modules_to_save": ["head"]},
+            r": expected adapters .* no module is called 'head'",
+        ),
+        (QUERY | {"modules_to_save": "norm"}, r": expected adapters .* no module is called 'n'"),
+        (QUERY | {"rank_pattern": {"k_proj2": 4}}, r": expected adapters .* no module is called 'k_proj2'"),
         (QUERY | {"lora_alpha": 0}, r": expected adapters with a finite scale other than 0"),
     ],
 )
@@ -153,6 +159,14 @@ def test_an_export_that_fails_is_told_in_one_line(make_model, tiny_tokenizer, tm
         RunError, match=r"the export to '.*' failed \(OSError: \[Errno 28\] No space\)\. The checkpoint"
     ):
         export_student(student, tmp_path)
+
+
+def test_the_code_that_a_config_names_is_not_run_where_transformers_has_the_architecture(
+    make_model, tiny_tokenizer, tmp_path
+):
+    student = LanguageModel(make_model(1), tiny_tokenizer, "student")
+    student.config.auto_map = {"AutoModelForCausalLM": "owner/repo--modeling.Mine"}
+    export_student(student, tmp_path)
 
 
 def test_merging_in_bf16_is_rounding(make_model, save_model, tiny_tokenizer, tmp_path):

@@ -85,6 +85,14 @@ def test_training_begins_with_the_proof(make_model, make_module, fit):
     assert all(torch.equal(old, new) for old, new in zip(before, module.model.parameters(), strict=True))
 
 
+def test_evaluations_begin_with_the_proof_too(make_model, make_module, make_data, make_trainer):
+    module = make_module(make_model(1), make_model(2), engine=Recorded(0.01))
+    with pytest.raises(UserError, match=r"student\.path: expected sampler and trainer .* LlamaModel decodes otherwise"):
+        make_trainer(limit_val_batches=1).validate(module, make_data(), verbose=False)
+    module.engine.shift = 0
+    make_trainer(limit_val_batches=1).validate(module, make_data(), verbose=False)
+
+
 def test_a_student_that_trains_otherwise_than_it_samples_is_refused(make_model, make_module, fit):
     """A layer that, unlike dropout, nobody knows to change a student in train mode."""
 
