@@ -6,15 +6,19 @@ one pass in an evaluation. The command line heeds signals for all commands, and 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 __all__ = ["Stopped", "as_raised", "heed", "heeding"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FIRST_PROCESS = "LIT_OPD_FIRST_PROCESS"  # of a run, in the environment of those that it starts
+AGAIN_S = 5.0  # so long what comes is the same signal: a terminal sends it to every process of a run
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,17 +47,36 @@ def heed(handler: Callable[[int, Any], None]) -> dict[int, Any]:
 
 @contextmanager
 def heeding() -> Iterator[None]:
-    """Raise `Stopped` wherever the main thread is when a signal asks it to stop."""
+    """Raise `Stopped` wherever the main thread is when a signal asks it to stop.
+
+    A process that the first one of a run started passes the signal on to it: ended alone, it would have Lightning kill
+    the first, which could tell nobody. The first ends all.
+    """
+    last = -AGAIN_S
 
     def stop(number: int, frame: Any) -> None:
-        raise Stopped(number)
+        nonlocal last
+        if (first := _first()) is not None:
+            os.kill(first, number)
+        elif monotonic() - last >= AGAIN_S:
+            last = monotonic()
+            raise Stopped(number)
 
+    if _first() is None:
+        os.environ[FIRST_PROCESS] = str(os.getpid())
     previous = heed(stop)
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _first() -> int | None:
+    """Find the first process of a run, where it is another one and started this one."""
+    parent = os.getppid()
+    started = os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get(FIRST_PROCESS) == str(parent)
+    return parent if started else None
 
 
 @contextmanager
