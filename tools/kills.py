@@ -40,9 +40,9 @@ SIZES = ("output_dir=run", "trainer.max_steps=3", "evaluation.every_n_steps=2", 
          "tracking.system_metrics=false")  # fmt: skip
 COMMAND = ("fit", "--config", str(Path(__file__).parents[1] / "conf" / "quickstart.yaml"), *SIZES, "--resume", "auto")
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "torch_rng_state")
-# What a clock measures differs from run to run, and so do the names that MLflow gives.
+# What a clock measures differs from run to run, and so do places and, where somebody commits meanwhile, the commit.
 MEASURED = ("perf/", "cost/seconds", "cost/median", "cost/peak")
-OWN_TAGS = ("run_folder", "exported_student", "mlflow.runName")
+OWN_TAGS = ("run_folder", "exported_student", "mlflow.runName", "mlflow.source.git.commit")
 UNLIKE = ("last.ckpt", "summary.json", "run.json")  # files with some of that, which are compared by their parts
 
 
