@@ -6,6 +6,7 @@ and so does whoever writes a report or a model folder. `only_one` keeps a second
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import os
@@ -15,9 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lit_opd.errors import UserError
+from lit_opd.errors import RunError, UserError
 
 __all__ = ["finite", "only_one", "replacing", "write_file"]
+
+BLOCK = 2**16  # bytes; file systems give room out in smaller ones
 
 
 def write_file(path: Path, content: str | bytes, private: bool = False) -> None:
@@ -33,6 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields:
         Where to write it. If that fails nothing is left of it, and the old one stays.
+
+    Raises:
+        RunError: the disk is full.
     """
     part, old = (path.with_name(f"{path.name}.{ending}") for ending in ("part", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +54,13 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():  # the system replaces a file in one move, and no folder that holds something
             os.replace(path, old)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
+        full = isinstance(error, Exception) and _is_full(path.parent, error)
         with suppress(OSError):
             _remove(part)
+        if full:
+            remedy = "Make room; a run goes on with --resume auto."
+            raise RunError(f"{path} cannot be written, for no space is left on its disk. {remedy}") from error
         raise
     _sync(path.parent)
     _remove(old)
@@ -79,6 +89,12 @@ def only_one(key: str, folder: Path) -> Iterator[int]:
             remedy = f"Wait for it, stop it, or set {key} to another folder."
             raise UserError(key, "a folder that nobody is at work in", found, remedy) from error
         yield file.fileno()
+
+
+def _is_full(folder: Path, error: Exception) -> bool:
+    """Find out whether a full disk is what made a writer fail. Those of torch and safetensors do not say so."""
+    told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return told or shutil.disk_usage(folder).free < BLOCK
 
 
 def finite(node: Any) -> Any:

@@ -6,15 +6,19 @@ one pass in an evaluation. The command line heeds signals for all commands, and 
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 __all__ = ["Stopped", "as_raised", "heeding"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FIRST_PROCESS = "LIT_OPD_FIRST_PROCESS"  # of a run, in the environment of those that it starts
+AGAIN_S = 5.0  # so long what comes is the same signal: a terminal sends it to every process of a run
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,20 +32,19 @@ class Stopped(KeyboardInterrupt):
         self.exit_code, self.told = 128 + number, False
 
 
-def _stop(number: int, frame: Any) -> None:
-    """Raise `Stopped` wherever the main thread is, as a handler of a signal."""
-    raise Stopped(number)
-
-
 @contextmanager
-def heeding(handler: Callable[[int, Any], object] = _stop) -> Iterator[None]:
+def heeding(handler: Callable[[int, Any], object] | None = None) -> Iterator[None]:
     """Have a handler called at every signal that asks to stop, but for one that the process ignores, as under `nohup`.
 
     Outside of the main thread, where Python has no signals, nothing changes.
+
+    Args:
+        handler: by default one that raises `Stopped` wherever the main thread is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    handler = _raising() if handler is None else handler
     # A shell has its background jobs ignore Ctrl-C, and they are to be stopped by it all the same.
     heeded = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handler) for number in heeded}
@@ -50,6 +53,34 @@ def heeding(handler: Callable[[int, Any], object] = _stop) -> Iterator[None]:
     finally:
         for number, former in previous.items():
             signal.signal(number, former)
+
+
+def _raising() -> Callable[[int, Any], None]:
+    """Make the handler that raises `Stopped`.
+
+    A process that the first one of a run started passes the signal on to it: ended alone, it would have Lightning kill
+    the first, which could tell nobody. The first ends all.
+    """
+    last = -AGAIN_S
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal last
+        if (first := _first()) is not None:
+            os.kill(first, number)
+        elif monotonic() - last >= AGAIN_S:
+            last = monotonic()
+            raise Stopped(number)
+
+    if _first() is None:
+        os.environ[FIRST_PROCESS] = str(os.getpid())
+    return stop
+
+
+def _first() -> int | None:
+    """Find the first process of a run, where it is another one and started this one."""
+    parent = os.getppid()
+    started = os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get(FIRST_PROCESS) == str(parent)
+    return parent if started else None
 
 
 @contextmanager

@@ -5,13 +5,13 @@ Why here: Lightning ends a run wherever it is. Every trainer of `fit` has it; so
 
 from __future__ import annotations
 
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -33,27 +33,27 @@ class SaveOnInterrupt(L.Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._asked: int | None = None
-        self._saved = self._evaluating = False
+        self._saved, self._evaluating = 0, False
         self._evaluation_begun: dict[str, Any] | None = None
         self._listening = ExitStack()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen for Ctrl-C, and for the signals by which a scheduler or a lost terminal ends a job."""
-        self._asked, self._saved, self._evaluating = None, False, False
+        self._asked, self._saved, self._evaluating = None, 0, False
         self._listening.enter_context(heeding(self._ask))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Save where a signal came during the step, in whichever process."""
-        if self._is_asked(trainer):
+        if asked := self._asked_anywhere(trainer):
             trainer.save_checkpoint(self.path)
-            self._saved = True
+            self._saved = asked
 
     # Lightning logs the metrics of a step after `on_train_batch_end`: the run ends with whatever would come next.
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """End the run after the step, or the evaluation, that was saved."""
-        if self._saved or self._is_asked(trainer):
-            raise Stopped(self._asked or signal.SIGINT)
+        if asked := self._saved or self._asked_anywhere(trainer):
+            raise Stopped(asked)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -61,7 +61,7 @@ class SaveOnInterrupt(L.Callback):
         """Keep what a checkpoint of the first batch would hold: what resumes from it begins the evaluation anew."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        asked = self._is_asked(trainer)
+        asked = self._saved or self._asked_anywhere(trainer)
         # It holds references to what no evaluation changes, so it costs nothing; elsewhere it is a collection.
         if batch_idx == 0 and (asked or isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)):
             begun = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -71,7 +71,7 @@ class SaveOnInterrupt(L.Callback):
                 count["started"] = count["ready"]
             self._evaluation_begun = begun
         if asked:
-            raise Stopped(self._asked or signal.SIGINT)
+            raise Stopped(asked)
         self._evaluating = trainer.world_size == 1
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -99,8 +99,12 @@ class SaveOnInterrupt(L.Callback):
             if isinstance(exception, Stopped):
                 exception.told = True
 
-    def _is_asked(self, trainer: L.Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False)
+    def _asked_anywhere(self, trainer: L.Trainer) -> int:
+        """Agree with all processes on the signal that came to any of them, 0 where none came."""
+        if not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
+            return 0
+        number = torch.tensor(self._asked or 0, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
 
     def _ask(self, number: int, frame: Any) -> None:
         first, self._asked = self._asked is None, number

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +128,8 @@ def record(
             logger.drop()
             raise
         if trainer.is_global_zero:
-            folder.write_notes(ended=status)
+            with suppress(RunError):  # where the disk is full, which then is what the run ends with
+                folder.write_notes(ended=status)
         if isinstance(error, Stopped) and folder.last_checkpoint.is_file():
             error.args = (f"{error}: {folder.last_checkpoint} holds the training so far. Go on with --resume auto.",)
         if isinstance(error, UserError) and speed_of(trainer).steps:

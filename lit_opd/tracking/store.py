@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import sqlite3
 import urllib.parse
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ def connect(uri: str, again: bool) -> RunClient:
     bound_waiting()
     mlflow.set_tracking_uri(uri)
     with first_in(uri):
+        _make_tables(uri)
         return RunClient(uri, again)
 
 
@@ -129,3 +131,21 @@ def first_in(uri: str) -> Iterator[None]:
         yield
     finally:
         os.close(place)
+
+
+def _make_tables(uri: str) -> None:
+    """Make a new SQLite database beside its place, and move it there.
+
+    MLflow (3.17) makes the tables in many steps, and fails for ever on a database whose making was killed.
+    """
+    file = Path(urllib.parse.urlsplit(uri).path[1:])
+    if not uri.startswith("sqlite:///") or ":" in file.name or file.exists() or not file.parent.is_dir():
+        return
+    beside = file.with_name(f"{file.name}.new")  # a folder, for SQLite has files of its own beside a database
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    beside.mkdir()
+    try:
+        MlflowClient(f"sqlite:///{beside / file.name}")
+        os.replace(beside / file.name, file)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -7,13 +7,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_opd.callbacks import SaveOnInterrupt
 from lit_opd.optim import NonFiniteStepError
+from lit_opd.stopping import Stopped
 
 
 class FakeTrainer:
     def __init__(self):
         self.saved = []
         self.state, self.sanity_checking, self.world_size = SimpleNamespace(fn=TrainerFn.FITTING), False, 1
-        self.strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+        self.strategy = SimpleNamespace(
+            root_device="cpu", reduce_boolean_decision=lambda decision, all: decision,
+            reduce=lambda tensor, reduce_op: tensor,
+        )  # fmt: skip
 
     def save_checkpoint(self, path):
         path.write_text("checkpoint")
@@ -61,6 +65,15 @@ def test_signal_lets_the_step_finish_saves_and_ends_at_what_comes_next(callback,
         getattr(callback, hook)(trainer, None, None, 1)
     callback.on_exception(trainer, None, KeyboardInterrupt())
     assert "--resume auto" in capsys.readouterr().err
+
+
+def test_a_signal_to_another_process_saves_and_ends_this_one_with_its_number(callback, trainer, monkeypatch):
+    monkeypatch.setattr(trainer.strategy, "reduce_boolean_decision", lambda decision, all: not all)
+    monkeypatch.setattr(trainer.strategy, "reduce", lambda tensor, reduce_op: tensor.clamp(min=int(signal.SIGTERM)))
+    callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert trainer.saved == [callback.path]
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        callback.on_train_batch_start(trainer, None, None, 1)
 
 
 def test_second_signal_ends_at_once(callback, trainer):

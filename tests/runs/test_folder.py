@@ -1,14 +1,9 @@
 """What a run's folder may hold before, and what becomes of it: nothing is replaced, nothing is written twice."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 
-import pytest
 import torch
-from workspaces import ENVIRONMENT
 
 from lit_opd.cli import main
 from lit_opd.config import PACKAGE_FOLDER, load_config
@@ -16,36 +11,10 @@ from lit_opd.files import only_one
 
 SHORT = ("trainer.max_steps=2", "evaluation.every_n_steps=1", "rollout.max_new_tokens=4", "data.validation_size=2",
          "tracking.system_metrics=false", "evaluation.teacher=false", "optim.warmup_steps=0")  # fmt: skip
-# Dies at one of the moves into place, before it is made or after it: what a kill between them leaves is one of these.
-DYING = """
-import os, signal, sys
-from lit_opd.cli import main
-move, moves, (last, after) = os.replace, [], map(int, sys.argv[1].split(","))
-
-def dying(source, target, **options):
-    if target is None or "mlflow" in str(target) or "artifacts" in str(target):
-        return move(source, target, **options)
-    moves.append(str(target))
-    if len(moves) == last and not after:
-        os.kill(os.getpid(), signal.SIGKILL)
-    move(source, target, **options)
-    if len(moves) == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-os.replace = dying
-code = main(sys.argv[2:])
-print("moves:", *(os.path.relpath(target, "run") for target in moves))
-sys.exit(code)
-"""
 
 
 def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def dying(workspace, *words):
-    command = [workspace.python, "-c", DYING, *words]
-    return subprocess.run(command, cwd=workspace.folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
 
 
 def mistake(words, capsys):
@@ -53,37 +22,6 @@ def mistake(words, capsys):
     assert main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line.removeprefix("error: ")
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_at_any_write_resumes_to_the_same_end(make_workspace):
-    whole = make_workspace("whole")
-    done = dying(whole, "0,0", *whole.arguments("fit", *SHORT))
-    assert done.returncode == 0, done.stderr
-    moves = done.stdout.splitlines()[-1].split()[1:]
-    last = "checkpoints/last.ckpt"
-    assert moves == ["run.json", "config.yaml", "run.json", last, last, last, "student", "prompts.json", "summary.json",
-                     "run.json"]  # fmt: skip
-    wanted, results = files(whole.output), json.loads((whole.output / "summary.json").read_text())
-    # Half of the points, for each takes two runs. After one move is before the next. At the first only MLflow knows of
-    # the run.
-    for number, after in ((1, 1), (2, 1), (4, 0), (5, 0), (6, 0), (7, 0), (7, 1), (8, 1), (9, 1)):
-        one = make_workspace("killed")
-        words = one.arguments("fit", *SHORT, "--resume", "auto")
-        killed = dying(one, f"{number},{after}", *words)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        resumed = one.run(*words)
-        assert resumed.returncode == 0, (number, resumed.stderr)
-        found = json.loads((one.output / "summary.json").read_text())
-        for name in ("before", "after", "teacher", "steps"):
-            assert found[name] == results[name], (number, name)
-        assert found["perf"]
-        assert files(one.output).keys() == wanted.keys(), number
-        for file in wanted:
-            if file.parts[0] in ("student", "prompts.json"):
-                assert (one.output / file).read_bytes() == wanted[file], (number, file)
-        assert torch.load(one.checkpoint, weights_only=True)["global_step"] == 2
-        assert [run.info.status for run in one.runs] == ["FINISHED"], number
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing_at_all(workspace, capsys):

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -159,7 +160,14 @@ def test_a_database_that_cannot_be_written_to_is_refused_in_seconds(config, monk
             check_tracking(uri)
 
 
-def test_two_first_runs_make_the_tables_of_one_database(tmp_path, warm_python):
+def test_two_first_runs_make_the_tables_of_a_database_whose_making_was_killed(tmp_path, warm_python):
     words = f"from lit_opd.tracking.store import connect; connect('sqlite:///{tmp_path / 'new.db'}', False)"
+    with subprocess.Popen([warm_python, "-c", words]) as killed:
+        while not any(tmp_path.rglob("new.db")):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        killed.kill()
+    assert [file.name for file in tmp_path.iterdir()] == ["new.db.new"]
     both = [subprocess.Popen([warm_python, "-c", words], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [(process.wait(), process.stderr.read()[-500:])[0] for process in both] == [0, 0]
+    assert [file.name for file in tmp_path.iterdir()] == ["new.db"]
