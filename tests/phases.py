@@ -15,7 +15,7 @@ def fill(disk):
 
 
 class At(L.Callback):
-    """Send the process a signal, or fill a disk, at a phase: as `validate student 0`, `fit student 2` or `step 1`."""
+    """Send the process a signal, or fill a disk, at a phase: as `validate student 0`, `step 1` or `after 1`."""
 
     def __init__(self, where, number=None, disk=None):
         self.where, self.number, self.disk = where, number, disk
@@ -33,3 +33,6 @@ class At(L.Callback):
 
     def on_train_batch_start(self, trainer, *_):
         self.look("step", trainer.global_step)
+
+    def on_train_batch_end(self, trainer, *_):
+        self.look("after", trainer.global_step)

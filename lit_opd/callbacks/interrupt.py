@@ -51,8 +51,10 @@ class SaveOnInterrupt(L.Callback):
     # Lightning logs the metrics of a step after `on_train_batch_end`: the run ends with whatever would come next.
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """End the run after the step, or the evaluation, that was saved."""
+        """End the run after the step, or the evaluation, that was saved, or that the signal came too late for."""
         if asked := self._saved or self._asked_anywhere(trainer):
+            if not self._saved and trainer.global_step:
+                trainer.save_checkpoint(self.path)
             raise Stopped(asked)
 
     def on_validation_batch_start(

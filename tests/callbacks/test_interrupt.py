@@ -12,7 +12,7 @@ from lit_opd.stopping import Stopped
 
 class FakeTrainer:
     def __init__(self):
-        self.saved = []
+        self.saved, self.global_step = [], 1
         self.state, self.sanity_checking, self.world_size = SimpleNamespace(fn=TrainerFn.FITTING), False, 1
         self.strategy = SimpleNamespace(
             root_device="cpu", reduce_boolean_decision=lambda decision, all: decision,

@@ -30,6 +30,7 @@ PHASES = [
     ("validate teacher 0", "SIGTERM", NONE, "KILLED", None),
     ("validate student 0", "SIGINT", NONE, "KILLED", None),
     ("step 1", "SIGHUP", SAVED, "KILLED", 2),
+    ("after 1", "SIGTERM", SAVED, "KILLED", 1),
     ("fit student 2", "SIGTERM", SAVED, "KILLED", 2),
     ("validate student 3", "SIGINT", SAVED, "KILLED", 3),
     ("export", "SIGTERM", HOLDS, "KILLED", 3),
@@ -73,10 +74,11 @@ def test_a_signal_ends_every_phase_in_order(workspace, capsys, stop_in_export, p
     assert workspace.checkpoint.is_file() == (step is not None)
     if step is not None:
         assert torch.load(workspace.checkpoint, weights_only=True)["global_step"] == step
-    if phase == "fit student 2":  # the evaluation that was given up is made
+    if phase in ("after 1", "fit student 2"):  # the evaluation that was given up is made
         assert main(workspace.arguments("fit", *SHORT, "--resume", "auto")) == 0
         (run,) = workspace.runs
         assert run.info.status == "FINISHED"
         points = workspace.client.get_metric_history(run.info.run_id, "val/reverse_kl")
         assert [point.step for point in points] == [0, 2, 3]
+        assert [p.step for p in workspace.client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
         assert json.loads((workspace.output / "summary.json").read_text())["steps"] == 3
