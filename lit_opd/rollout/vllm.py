@@ -77,6 +77,14 @@ class VllmEngine:
         self.local = LocalEngine()
         self.weights = WeightSync(self.url, self._label, self._load)
 
+    def find(self) -> None:
+        """Ask whether the server is there, before a run that needs it writes anything.
+
+        Raises:
+            UserError: no server, or one that is not in development mode.
+        """
+        self._label()
+
     @torch.no_grad()
     def sample(
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor

@@ -27,6 +27,7 @@ from lit_opd.measures.intervals import Interval
 from lit_opd.models import export_student
 from lit_opd.module import DistillationModule
 from lit_opd.plugins import calling_parts
+from lit_opd.rollout import VllmEngine
 from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder, check_export
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
@@ -86,6 +87,8 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
     if checkpoint is not None:
         check_weights("--resume", module.model, checkpoint)
     module.pair.read()
+    if isinstance(module.engine, VllmEngine):
+        module.engine.find()
     with folder.held(resume):
         return record(config, folder, trainer, module, data, checkpoint, known)
 

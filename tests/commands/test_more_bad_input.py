@@ -335,3 +335,14 @@ def test_a_part_that_leaves_before_the_first_step_leaves_nothing_behind(workspac
     assert "SystemExit: 0" in line
     assert not workspace.runs
     assert not workspace.output.exists()
+
+
+@pytest.mark.parametrize(("key", "words"), [
+    ("rollout.server", ["rollout.engine=vllm", "rollout.server=http://127.0.0.1:9"]),
+    ("teacher.server", ["teacher.kind=served", "teacher.server=http://127.0.0.1:9", "teacher.patience_s=0"]),
+])  # fmt: skip
+def test_a_server_that_is_not_there_leaves_nothing_behind(workspace, capsys, key, words):
+    before = sorted(workspace.folder.rglob("*"))
+    assert main(workspace.arguments("fit", "estimator.name=token", *words)) == 2
+    assert f"error: {key}: expected " in capsys.readouterr().err
+    assert sorted(workspace.folder.rglob("*")) == before
