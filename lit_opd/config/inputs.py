@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +71,10 @@ def _are_addresses(value: Any) -> bool:
     return value is None or bool(several) and all(re.fullmatch(r"https?://[^/\s]+(/.*)?", str(one)) for one in several)
 
 
+def _is_prompt(value: Any) -> bool:
+    return value is None or isinstance(value, Mapping) and bool(value) or isinstance(value, str) and "{" in value
+
+
 @dataclass
 class TeacherConfig(FrozenConfig):
     """The frozen model to learn from."""
@@ -80,8 +85,8 @@ class TeacherConfig(FrozenConfig):
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
     kind: str = limited("local", one_of_or_path("local", "served", "student"))
     """Who scores: local (a model here) | served (a vLLM server) | student, or package.module:name or file.py:name."""
-    prompt: str | None = limited(None, within("with {prompt} or a column in braces", lambda v: v is None or "{" in v))
-    """What the teacher reads instead of the prompt: a template over the row, as data.prompt_template."""
+    prompt: Any = limited(None, within("of a template with a column in braces, or keys of data", _is_prompt))
+    """What the teacher reads instead: a template over the row, or prompt_template, system_prompt, examples of data."""
     server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
     """Of a served teacher: its address, as http://127.0.0.1:8000, or several, each of which scores a part."""
     model: str | None = None

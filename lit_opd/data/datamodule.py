@@ -66,7 +66,7 @@ class PromptDataModule(L.LightningDataModule):
         evaluation_batch_size: int = 64,
         context_length: int | None = None,
         max_new_tokens: int = 0,
-        shown: Mapping[str, str] | None = None,
+        shown: Mapping[str, str | Mapping[str, Any]] | None = None,
         **data_keys: Any,
     ) -> None:
         super().__init__()

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lit_opd.config import DataConfig
-from lit_opd.errors import UserError
+from lit_opd.errors import UserError, choose
 
 __all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render", "show"]
 
 HALF = re.compile("[\ud800-\udfff]")
+SHOWN = ("prompt_template", "system_prompt", "examples")  # keys that may be others for a scorer
 ASSISTANT = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # as data sets and templates spell it
 
 
@@ -137,31 +138,36 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
     return EncodedPrompts([rows[i] for i in fitting], [ids[i] for i in fitting], dropped=long)
 
 
-def show(prompts: EncodedPrompts, templates: Mapping[str, str], config: DataConfig, tokenizer: Any) -> EncodedPrompts:
-    """Add what scorers read instead of the prompts: their own templates over the same rows.
+def show(
+    prompts: EncodedPrompts, shown: Mapping[str, str | Mapping[str, Any]], config: DataConfig, tokenizer: Any
+) -> EncodedPrompts:
+    """Add what scorers read instead of the prompts: the same rows, rendered otherwise.
 
     Args:
         prompts: the rows that were kept.
-        templates: by the name of a scorer.
+        shown: by the name of a scorer, its template, or values for `SHOWN` keys of the section `data`.
         config: how prompts are rendered otherwise.
         tokenizer: the student's.
 
     Raises:
-        UserError: a template that asks for a column that is not there, or prompts that are lists of messages.
+        UserError: another key, or what `render` refuses.
     """
-    shown = {}
-    for name, template in templates.items():
+    read = {}
+    for name, given in shown.items():
         key = f"{name}.prompt"
-        if any(isinstance(row[config.prompt_column], list) for row in prompts.rows):
-            raise UserError(key, "null where prompts are lists of messages", repr(template), "Unset it.")
+        keys = {"prompt_template": given} if isinstance(given, str) else dict(given)
+        for part in keys:
+            choose(f"{key}.{part}", part, SHOWN)
+        if "system_prompt" not in keys and any(isinstance(row[config.prompt_column], list) for row in prompts.rows):
+            raise UserError(key, "a system_prompt where prompts are lists of messages", repr(given), "Give one.")
         try:
-            texts = [render(row, replace(config, prompt_template=template), tokenizer) for row in prompts.rows]
+            own = replace(config, **keys)
+            own.check("data")
+            texts = [render(row, own, tokenizer) for row in prompts.rows]
         except UserError as error:
-            if error.key != "data.prompt_template":
-                raise
-            raise UserError(key, error.expected, error.found, error.remedy) from error
-        shown[name] = encode(texts, config, tokenizer)
-    return replace(prompts, shown=shown)
+            raise UserError(error.key.replace("data", key, 1), error.expected, error.found, error.remedy) from error
+        read[name] = encode(texts, config, tokenizer)
+    return replace(prompts, shown=read)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

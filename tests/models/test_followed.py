@@ -132,7 +132,7 @@ def test_the_students_weights_are_its_own_again_after_scoring(make_model, make_m
 
 @pytest.mark.parametrize(("keys", "message"), [
     ({"prompt": None}, r"teacher\.prompt: expected a template"),
-    ({"prompt": "no braces"}, r"teacher\.prompt: expected a value with \{prompt\}"),
+    ({"prompt": "no braces"}, r"teacher\.prompt: expected a value of a template with a column in braces"),
     ({"follow": "never"}, r"teacher\.follow: expected one of initial"),
     ({"follow_rate": 0.0}, r"teacher\.follow_rate: expected a value above 0"),
 ])  # fmt: skip
@@ -158,5 +158,20 @@ def test_a_template_may_name_any_column_and_is_refused_by_its_own_key(tiny_token
 
     found, order = ids("{answer}-{prompt}")
     assert found == [f"{row['answer']}-{row['prompt']}" for row in order]
-    with pytest.raises(UserError, match=r"teacher\.prompt: expected only \{prompt\} and columns"):
+    with pytest.raises(UserError, match=r"teacher\.prompt\.prompt_template: expected only \{prompt\} and columns"):
         ids("{solution}{prompt}")
+    with pytest.raises(UserError, match=r"teacher\.prompt\.template: expected one of prompt_template, system_prompt"):
+        ids({"template": "{prompt}"})
+    with pytest.raises(UserError, match=r"teacher\.prompt\.examples: expected nothing unless data.chat=true"):
+        ids({"examples": [{"user": "1", "assistant": "1"}]})
+
+
+def test_worked_turns_may_be_the_teachers_alone(make_tiny_tokenizer):
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    shown = {"teacher": {"examples": [{"user": "1+1=", "assistant": "2"}], "system_prompt": "9"}}
+    data = PromptDataModule(tokenizer=tokenizer, train_rows=["7="], batch_size=1, shown=shown, chat=True)
+    data.setup()
+    (batch,) = data.train_dataloader()
+    read = [tokenizer.decode(p.ids_BP[0][p.mask_BP[0]]) for p in (batch.prompts, batch.shown["teacher"])]
+    assert read == ["7=", "91+1=27="]
