@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -18,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "conf" / "recipes").glob("*.yaml"))
 SMALL = (
     "output_dir=run", "trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
-    "data.train_size=64", "data.batch_size=8", "data.validation_size=4", "rollout.max_new_tokens=6", "evaluation.num_examples=0",
-    "evaluation.teacher=false", "diagnostics.figures=false", "diagnostics.every_n_steps=0",
+    "trainer.log_every_n_steps=1", "data.train_size=64", "data.batch_size=8", "data.validation_size=4",
+    "rollout.max_new_tokens=6", "evaluation.num_examples=0", "evaluation.teacher=false",
+    "diagnostics.figures=false", "diagnostics.every_n_steps=0",
     "tracking.uri=sqlite:///mlflow.db", "tracking.system_metrics=false",
 )  # fmt: skip
 SOURCED = re.compile(r"\[(C|D|I|P|Pa|2)\]|chosen here")
@@ -80,6 +83,26 @@ def test_all_run_on_the_same_pair_and_prompts():
         values = [{k: v for k, v in one.items() if k == key or k.startswith(f"{key}.")} for one in flat]
         assert values[0]
         assert all(value == values[0] for value in values), key
+
+
+def test_off_policy_then_on_policy_is_one_run():
+    """What Qwen3 did: the teacher writes every completion first, then the student does."""
+    rollout = load_config([ROOT / "conf" / "recipes" / "qwen3.yaml"]).rollout
+    assert 0 < rollout.student_from < 300
+    assert (rollout.student_share, rollout.demonstrations) == (1, "teacher")
+
+
+def test_the_pages_say_what_the_recipes_say():
+    command = [sys.executable, "-m", "tools.make_recipes", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readmes_commands_are_those_of_recipes():
+    (table,) = re.findall(r"<!-- recipes -->\n(.*?)<!-- /recipes -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = re.findall(r"`python -m lit_opd fit --config conf/recipes/(\w+)\.yaml` \|$", table, re.MULTILINE)
+    assert len(named) == 5
+    assert set(named) <= {file.stem for file in FILES}
 
 
 def test_the_command_lists_every_file(capsys):
