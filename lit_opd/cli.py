@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("estimators", help="list the registered estimators with their contracts")
     listing.add_argument("--markdown", action="store_true", help="as a Markdown table")
     listing.set_defaults(run=_estimators)
+    recipes = commands.add_parser("recipes", help="list the published recipes, or print the file of one")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to print, default: list all")
+    recipes.set_defaults(run=_recipes)
     return parser
 
 
@@ -161,3 +164,9 @@ def _estimators(parsed: argparse.Namespace) -> None:
     from lit_opd.commands.estimators import markdown_table, print_table
 
     print(markdown_table()) if parsed.markdown else print_table()
+
+
+def _recipes(parsed: argparse.Namespace) -> None:
+    from lit_opd.commands.recipes import print_recipe, print_recipes
+
+    print_recipe(parsed.name) if parsed.name else print_recipes()

@@ -19,7 +19,8 @@ from lit_opd.linter import RULES
 ROOT = Path(__file__).parents[1]
 RUNNER = ROOT / "tools" / "run_docs.py"
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tutorials/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tutorials/*.md"),
+                    ROOT / "conf" / "recipes" / "README.md"])  # fmt: skip
 # `try`, `test` and `smollm2` are what .ci/run does, in a fresh environment.
 OF_THE_GATE = {"README.md": ("try", "test", "smollm2")}
 RUNNABLE = re.compile(r"^```(bash|python)\b", re.MULTILINE)
@@ -98,6 +99,7 @@ def test_readmes_table_is_what_the_command_prints(capsys):
         (r"\*\*(\d+) estimators", len(estimators.names())),
         (r"\*\*(\d+) rules", len(RULES)),
         (r"to (\d+) laws", len(LAWS)),
+        (r"\[all (\d+)\]\(conf/recipes", len(list((ROOT / "conf" / "recipes").glob("*.yaml")))),
     ],
 )
 def test_readme_counts_as_the_code_does(pattern, count):

@@ -194,6 +194,7 @@ PASSES = [
     ("one_completion", "leave_one_out", {"rollout__num_completions": 2}),
     ("one_completion", "token", {}),
     ("no_demonstrations", mix(token=1.0, supervised=0.5), {"rollout__student_share": 0.8}),
+    ("no_demonstrations", mix(token=1.0, supervised=0.5), {"rollout__student_from": 5}),
     ("no_demonstrations", "token", {}),
     ("no_gradient", own(k1), {}),
     ("unprobed", own(k1), {}),

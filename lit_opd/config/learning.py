@@ -38,8 +38,15 @@ class RolloutConfig(Section):
     """Sample from tokens at least this probable, as a share of the most probable one."""
     student_share: float = limited(1.0, within("in [0, 1]", lambda v: 0 <= v <= 1))
     """The share of prompts that the student completes, where the others get demonstrations."""
+    student_from: int = limited(0, at_least(0))
+    """The rollout, counted from 0, from which the student writes. Before it every prompt gets a demonstration."""
     demonstrations: str = limited("teacher", one_of("teacher", "data"))
     """Who writes demonstrations: teacher | data (data.answer_column)."""
+
+    @property
+    def demonstrated(self) -> bool:
+        """Whether some completions are demonstrations."""
+        return self.student_share < 1 or self.student_from > 0
 
     def check(self, name: str = "") -> None:
         """Check every value, and those that have to agree."""

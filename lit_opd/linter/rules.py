@@ -203,7 +203,7 @@ def one_completion(facts: Facts) -> Finding | None:
 
 def no_demonstrations(facts: Facts) -> Finding | None:
     """Refuse a term that learns from demonstrations where the student writes everything itself."""
-    if facts.rollout.student_share < 1:
+    if facts.rollout.demonstrated:
         return None
     if name := _first(facts, lambda p: p.taught):
         return Finding(

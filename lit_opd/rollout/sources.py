@@ -92,16 +92,20 @@ class Written:
 class Mixed:
     """Prompts completed by the student's `own` source, whose law the rollout has, or by `others`, demonstrations.
 
-    `share` is the probability that the student completes a prompt (lambda of GKD, arXiv:2306.13649).
+    `share` is the probability that the student completes a prompt (lambda of GKD, arXiv:2306.13649). It is 0 before the
+    batch `start` of the run (off-policy, then on-policy: Qwen3, arXiv:2505.09388).
     """
 
     own: RolloutSource
     others: RolloutSource
     share: float
     seed: int
+    start: int = 0
 
     def complete(self, batch: PromptBatch) -> Rollout:
         """Complete every prompt by the source that its draw names."""
+        if batch.batch < self.start:
+            return self.others.complete(batch)
         writes = student_writes(self.seed, batch.draws, self.share)
         if writes.all():
             return self.own.complete(batch)
@@ -154,10 +158,12 @@ def build_source(
     """Make the configured source, in which a teacher that can sample writes at temperature 1, untruncated."""
     count, length = config.num_completions, config.max_new_tokens
     own = Sampled(engine, student, law, count, length, seed)
-    if config.student_share == 1:
+    if not config.demonstrated:
         return own
+    others: RolloutSource
     if config.demonstrations == "data":
-        return Mixed(own, Written(student, texts_of, count, length), config.student_share, seed)
-    assert teacher is not None
-    shown = Sampled(engine, teacher, SamplingLaw(), count, length, seed, Author.TEACHER)
-    return Mixed(own, shown, config.student_share, seed)
+        others = Written(student, texts_of, count, length)
+    else:
+        assert teacher is not None
+        others = Sampled(engine, teacher, SamplingLaw(), count, length, seed, Author.TEACHER)
+    return Mixed(own, others, config.student_share, seed, config.student_from)

@@ -138,7 +138,7 @@ def check_weight_files(config: StudentConfig | TeacherConfig, key: str) -> None:
 
 def _tell(config: Config, looks: dict[str, Finding]) -> None:
     """Warn of what `first_look` found, and refuse demonstrations that could not be ended."""
-    ends, wanted = looks["stop tokens"], config.rollout.student_share < 1 and config.rollout.demonstrations == "data"
+    ends, wanted = looks["stop tokens"], config.rollout.demonstrated and config.rollout.demonstrations == "data"
     if ends.verdict == FAIL and wanted:
         raise UserError("rollout.demonstrations", "a student that ends", "none", ends.fix)
     for item, finding in looks.items():

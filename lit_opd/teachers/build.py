@@ -64,9 +64,9 @@ def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfi
         expected = f"one that asks this teacher for no more than {', '.join(sorted(scorer.gives))}"
         found = f"{estimator.spec.name!r}, which needs {', '.join(sorted(missing))}"
         raise UserError("estimator.name", expected, found, f"Set estimator.name={NEAREST[best]}.")
-    if rollout.student_share < 1 and rollout.demonstrations == "teacher":
+    if rollout.demonstrated and rollout.demonstrations == "teacher":
         expected = "data: this teacher scores, and cannot sample"
-        raise UserError("rollout.demonstrations", expected, "teacher", "Set it, or rollout.student_share=1.")
+        raise UserError("rollout.demonstrations", expected, "teacher", "Set it, or let the student write everything.")
 
 
 def build_scorers(

@@ -75,6 +75,14 @@ def test_joined_rollouts_hold_every_row_in_the_order_of_the_batch(
         assert torch.equal(found.prompts.ids_BP[row], batch.prompts.ids_BP[row // count])
 
 
+def test_the_student_writes_from_a_batch_on(make_model, make_batch, sample):
+    own, other = (Source(sample, make_model(1), 1, 10, author) for author in (Author.STUDENT, Author.TEACHER))
+    source = Mixed(own, other, share=1.0, seed=0, start=3)
+    wrote = [source.complete(make_batch(PROMPTS)._replace(batch=number)).student_wrote_BT for number in range(5)]
+    assert [bool(mask.any()) for mask in wrote] == [False, False, False, True, True]
+    assert [bool(mask[:, 0].all()) for mask in wrote[3:]] == [True, True]
+
+
 def test_own_mask_leaves_demonstrations_out(make_model, make_batch, sample):
     batch, wrote = make_batch(PROMPTS), torch.tensor([True, False, True, True])
     own, other = (Source(sample, make_model(1), 1, 10, author) for author in (Author.STUDENT, Author.TEACHER))

@@ -125,6 +125,7 @@ def test_a_scorer_of_a_user_teaches_and_is_measured_as_far_as_it_goes(fit, capsy
         (["estimator.name=full_vocab"], "found 'full_vocab', which needs full. Set estimator.name=token."),
         (["estimator.name=token", "rollout.student_share=0.5"], "rollout.demonstrations: expected data: this teacher "
                                                                 "scores, and cannot sample"),
+        (["estimator.name=token", "rollout.student_from=5"], "Set it, or let the student write everything."),
         (["estimator.name=token", "teacher.kind=mine.py:source"], "teacher.kind: expected"),
     ],
 )  # fmt: skip

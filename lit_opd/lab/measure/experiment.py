@@ -44,9 +44,10 @@ def measure(config: Config) -> Measurement:
     Ctrl-C ends it, with what the units that were whole by then tell, where they are at least `FEWEST`.
     """
     L.seed_everything(config.seed, verbose=False)
-    if config.rollout.student_share < 1:
-        expected = "1: only the student's own completions are measured"
-        raise UserError("rollout.student_share", expected, config.rollout.student_share, "Drop it.")
+    if config.rollout.demonstrated:
+        key, whole = ("student_share", "1") if config.rollout.student_share < 1 else ("student_from", "0")
+        expected = f"{whole}: only the student's own completions are measured"
+        raise UserError(f"rollout.{key}", expected, getattr(config.rollout, key), "Drop it.")
     check_local_teacher(config, "measure")
     chosen, size = chosen_estimators(config), config.measure.prompts_per_unit
     data = prepare_data(replace(config, data=replace(config.data, batch_size=size)))

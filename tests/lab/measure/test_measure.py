@@ -150,6 +150,7 @@ def test_a_chosen_estimator_that_is_a_target_is_looked_at_once_and_held_against_
         (("measure.parameters=nothing",), "measure.parameters: expected a pattern that trainable parameters match"),
         (("measure.prompts_per_unit=20", "measure.units=4"), "measure.units: expected at most the units of"),
         (("rollout.student_share=0.5",), "rollout.student_share: expected 1"),
+        (("rollout.student_from=5",), "rollout.student_from: expected 0"),
         (("rollout.temperature=0",), "rollout.temperature: expected above 0 for 'token', which learns from what"),
     ],
 )
