@@ -26,7 +26,8 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "teacher.follow_every",
         "teacher.temperature", "teacher.gguf_file", "teachers", "teachers_combined", "data.teacher_column",
         "reference.path", "reference.gguf_file", "estimator.name", "estimator.kwargs", "estimator.terms",
-        "estimator.masked_tokens", "estimator.aggregation", "optim.name", "optim.kwargs", "trainer.precision", "tracking.experiment",
+        "estimator.masked_tokens", "estimator.aggregation", "optim.name", "optim.kwargs", "trainer.precision",
+        "tracking.experiment",
     ),
     # No number of the training or of an evaluation depends on them, or they say how long to go on.
     "taken": (
