@@ -119,11 +119,14 @@ def _places(owner_N: Tensor) -> Tensor:
     return _sorted_places(owner_N) - (counts_P.cumsum(0) - counts_P)[owner_N]
 
 
-def combine(scores: Sequence[Scores], weights_NM: Tensor, combined: str, wanted: Wanted, rows: int) -> Scores:
+def combine(
+    scores: Sequence[Scores], ids_N: Tensor, weights_NM: Tensor, combined: str, wanted: Wanted, rows: int
+) -> Scores:
     """Make one answer of several teachers' about the same tokens.
 
     Args:
         scores: each teacher's; where a support is wanted they hold whole distributions, whose own K tokens it has.
+        ids_N: the tokens.
         weights_NM: the weight of each teacher at each position, rows of sum 1.
         combined: as in `Combined`.
         wanted: what the answer has to hold.
@@ -136,10 +139,13 @@ def combine(scores: Sequence[Scores], weights_NM: Tensor, combined: str, wanted:
     if not wanted.support:
         return Scores(_tokens(scores, weights_NM, combined))
     assert whole is not None
-    starts = range(0, max(len(whole), 1), rows)
-    chunks = [whole.logps(slice(start, min(start + rows, len(whole)))).topk(wanted.support) for start in starts]
-    logps_NK, ids_NK = (torch.cat(values) for values in zip(*chunks, strict=True))
-    return Scores(_tokens(scores, weights_NM, combined), ids_NK, logps_NK)
+    found = []
+    for start in range(0, max(len(whole), 1), rows):
+        part = slice(start, min(start + rows, len(whole)))
+        logps_cV = whole.logps(part)
+        found.append((logps_cV.gather(-1, ids_N[part, None]).squeeze(-1), *logps_cV.topk(wanted.support)))
+    logps_N, support_logps_NK, support_ids_NK = (torch.cat(values) for values in zip(*found, strict=True))
+    return Scores(logps_N, support_ids_NK, support_logps_NK)
 
 
 def check_product(estimator: BoundEstimator) -> None:

@@ -118,7 +118,8 @@ class RoutedScorer(Scorer):
             return found[numbers[0]]
         assert rollout.routes_BM is not None
         weights_NM = rollout.routes_BM[:, numbers][torch.nonzero(rollout.mask_BT)[:, 0]]
-        return combine([found[number] for number in numbers], weights_NM, self.combined, wanted, self.rows)
+        ids_N, scores = rollout.ids_BT[rollout.mask_BT], [found[number] for number in numbers]
+        return combine(scores, ids_N, weights_NM, self.combined, wanted, self.rows)
 
 
 def _teachers_of(rollout: Rollout) -> list[int]:
