@@ -248,8 +248,8 @@ def _check_key(hints: Mapping[str, Any], node: DictConfig, key: Any, prefix: str
         return
     named = next((inner for inner in get_args(hint)[1:] if is_dataclass(inner)), None)
     if named is not None and isinstance(section, DictConfig):
-        own = [(f"{name}.{one!s}.", section._get_node(one)) for one in section]
-        gather(*(partial(_check_keys, named, node, key, where) for key, node in own if isinstance(node, DictConfig)))
+        sections = dict.fromkeys(map(str, section), named)
+        gather(*(partial(_check_key, sections, section, one, f"{name}.", where) for one in list(section)))
     if hint is not None and not is_dataclass(hint):
         return
     value = node.pop(key)

@@ -300,6 +300,18 @@ def test_other_teachers_than_those_of_a_checkpoint_are_refused(
         make_trainer(2).fit(module(""), data(None), ckpt_path=tmp_path / "one.ckpt")
 
 
+def test_a_checkpoint_brings_its_teachers_back(teacher_path, student_path, make_trainer, make_data, tmp_path):
+    several = {"a": TeacherConfig(path=teacher_path, prompt=HINT), "b": {"path": student_path}}
+    keys = {"teachers_combined": "product", "rollout": {"max_new_tokens": 6}}
+    module, trainer = DistillationModule(student_path, None, "token", teachers=several, **keys), make_trainer(1)
+    trainer.fit(module, make_data(ROWS, teacher_column="teacher"))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = DistillationModule.load_from_checkpoint(tmp_path / "one.ckpt")
+    assert again.taught_by == module.taught_by
+    assert again.taught_by["teachers"]["a"]["path"] == teacher_path
+    assert (again.teachers, again.shown) == (["a", "b"], {"teachers.a": HINT})
+
+
 def test_one_teacher_and_several_at_once_are_refused(models, make_model, make_module):
     for teacher, several, message in (
         (models["a"], models, "teachers: expected one teacher, or several, found both"),
