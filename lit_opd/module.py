@@ -29,6 +29,7 @@ from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.evaluation import EvaluatedModule, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
+from lit_opd.measures.ledger import teacher_report, teacher_sums
 from lit_opd.measures.steps import Seen, not_finite, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler, play_schedule
 from lit_opd.perf import Stopwatch, peak_memory_mb, phase
@@ -41,7 +42,7 @@ from lit_opd.rollout import (
     split_updates,
     training_law,
 )
-from lit_opd.teachers import LocalScorer, Scorer, build_scorers, check_gives, own_scorer
+from lit_opd.teachers import LocalScorer, Scorer, build_scorers, check_gives, in_process, own_scorer, templates
 from lit_opd.types import Need, PromptBatch, ScoredRollout
 
 __all__ = ["DistillationModule", "NonFiniteStepError"]
@@ -57,6 +58,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
     Args:
         student: path or hub name, `StudentConfig` or its keys, or a causal language model in memory.
         teacher: path or hub name, `TeacherConfig` or its keys, a causal language model, or any other `Scorer`.
+        teachers: several of these by name, instead; `teachers_combined` is `mixture` or `product`, of those of one row.
         estimator: registered name, `module:function`, `file.py:function`, a function, or `EstimatorConfig`.
         estimator_kwargs: the estimator's keywords.
         tokenizer: the student's; needed with a model in memory.
@@ -75,7 +77,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
     def __init__(
         self,
         student: models.Student,
-        teacher: models.Teacher | Scorer,
+        teacher: models.Teacher | Scorer | None = None,
         estimator: Any = "full_vocab",
         *,
         estimator_kwargs: Mapping[str, Any] | None = None,
@@ -91,12 +93,14 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         engine: RolloutEngine | None = None,
         lint: LintConfig | Mapping[str, Any] | None = None,
         diagnostics: DiagnosticsConfig | Mapping[str, Any] | None = None,
+        teachers: Mapping[str, Any] | None = None,
+        teachers_combined: str = "mixture",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.given = models.to_saved(locals())
         tokenizers = {"tokenizer": tokenizer, "teacher_tokenizer": teacher_tokenizer}
-        student, teacher, reference = models.as_models(student, teacher, reference, Scorer, **tokenizers)
+        student, teacher, reference = models.as_models(student, teacher, reference, Scorer, teachers, **tokenizers)
         self.estimator = estimators.build_given(estimator, estimator_kwargs)
         self.rollout_config = as_section(RolloutConfig, rollout, "rollout")
         self.optim_config = as_section(OptimConfig, optim, "optim")
@@ -110,33 +114,33 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         allow = as_section(LintConfig, lint, "lint").allow
         checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
         linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
-        self.scorer = own_scorer(teacher, student, tokenizer)
+        self.teachers, self.taught_by = [*(teachers or {})], models.taught_by(teacher, teachers_combined)
+        self.scorer = own_scorer(teacher, student, tokenizer, teachers_combined)
         if self.scorer is not None:
             check_gives(self.scorer, self.estimator, self.rollout_config)
             tell_left_out(self.scorer, settings)
         # Before any weights load: it imports the user's own yardsticks, which may be misspelt.
         self.begin_evaluations(settings, self.rollout_config.max_new_tokens, support_size)
-        local: Any = teacher if self.scorer is None else None
+        local = in_process(teacher, self.scorer)
         self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student, self.model = self.pair.student, self.pair.student.model
-        self.teacher: Any = None
-        self.distiller: Any = None
+        self.teacher = self.distiller = None
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
         if self.pair.followed is not None:
             self.pair.followed.check_updates(self.optim_config.updates_per_rollout)
-        prompt = getattr(teacher, "prompt", None)
-        self.shown = {} if prompt is None else {"teacher": prompt}
+        self.shown = templates(teacher)
         self.seen: list[Seen] = []
 
     @classmethod
     def from_config(cls, config: Config) -> DistillationModule:
         """Make the module that a configuration describes."""
         return cls(
-            config.student, config.teacher, config.estimator,
+            config.student, None if config.teachers else config.teacher, config.estimator,
             reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
-            lint=config.lint, diagnostics=config.diagnostics,
+            lint=config.lint, diagnostics=config.diagnostics, teachers=config.teachers,
+            teachers_combined=config.teachers_combined,
         )  # fmt: skip
 
     @property
@@ -195,7 +199,8 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
             self.step(totals, batch)
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout, self.verifier))
-        self.log_dict(self.at_step(step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))), batch_size=1)
+        report = step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))
+        self.log_dict(self.at_step(report | teacher_report(totals, self.teachers)), batch_size=1)
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Divide the rows of the rollout among the optimizer updates."""
@@ -229,7 +234,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
                 self.manual_backward(loss.value * self.trainer.world_size)
             self.seen.append((micro.rollout, loss.stats))
             total += loss.value.detach()
-        return self.total({"loss": total} | token_sums(self.seen)) | counts
+        return self.total({"loss": total, **token_sums(self.seen), **teacher_sums(self.seen, self.teachers)}) | counts
 
     @phase("optimizer")
     def step(self, totals: dict[str, float], batch: PromptBatch) -> None:
@@ -266,12 +271,13 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         frozen = {f"model.{name}" for name in models.frozen_names(self.model)}
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["torch_rng_state"] = torch.get_rng_state()
-        checkpoint["hyper_parameters"] = self.given
+        checkpoint["hyper_parameters"], checkpoint["taught_by"] = self.given, self.taught_by
         if self.pair.followed is not None:
             checkpoint["teacher"] = self.pair.followed.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put frozen weights back, so that the checkpoint is complete again, the random state, and this schedule."""
+        models.check_taught_by(checkpoint, self.taught_by)
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         torch.set_rng_state(checkpoint["torch_rng_state"])
         if self.pair.followed is not None:

@@ -264,7 +264,7 @@ def test_flat_names_are_those_of_overrides():
     assert flat["estimator.kwargs.a.b"] == 1
     assert flat["data.kwargs"] == {}
     assert flat["seed"] == 0
-    known = {f"{f.name}." for f in fields(Config)} | {"seed", "output_dir", "callbacks"}
+    known = {f"{f.name}." for f in fields(Config)} | {"seed", "output_dir", "callbacks", "teachers"}
     assert all(any(name.startswith(k) for k in known) for name in flat)
 
 

@@ -28,6 +28,9 @@ SCENARIOS = {
     "updates": dict(estimator="hybrid", batch=7, budget=60, aggregation="token_mean", updates=2),
     # One rank has one row and two updates to take part in.
     "idle": dict(estimator="full_vocab", batch=3, budget=30, aggregation="token_mean", updates=2, completions=1),
+    # Of each batch one row at most is for the second teacher, and one for both: a rank may have none of either.
+    "routed": dict(estimator="teacher_topk", batch=3, budget=60, aggregation="token_mean", updates=1,
+                   kwargs={"k": 4}, routes={"7=": "b", "4=": {"a": 0.25, "b": 0.75}}),
     # Completions of a prompt stay on one rank and in one micro-batch; one rank has one prompt for two updates.
     "groups": dict(estimator="leave_one_out", batch=3, budget=50, aggregation="token_mean", updates=2, completions=3),
 }
@@ -43,14 +46,18 @@ class Kept(DummyLogger):
 
 def run(student, teacher, devices, name):
     s = SCENARIOS[name]
+    several = {"teachers": {"a": {"path": teacher, "dtype": "float64"}, "b": {"path": student, "dtype": "float64"}}}
+    teaching = several if "routes" in s else {"teacher": teacher}
+    rows = [{"prompt": p, "teacher": s.get("routes", {}).get(p, "a")} for p in PROMPTS] if "routes" in s else PROMPTS
     module = DistillationModule(
-        student, teacher, s["estimator"], estimator_kwargs=s.get("kwargs"), aggregation=s["aggregation"],
+        student, estimator=s["estimator"], **teaching, estimator_kwargs=s.get("kwargs"), aggregation=s["aggregation"],
         masked_tokens=["7"], rollout={"max_new_tokens": 6, "num_completions": s.get("completions", 2)},
         optim={"name": "SGD", "lr": 0.05, "clip_norm": 0.5, "micro_batch_tokens": s["budget"],
                "updates_per_rollout": s["updates"]},
         lint={"allow": ["stale_updates"]},
     )
-    data = PromptDataModule(train_rows=PROMPTS, validation_rows=PROMPTS, batch_size=s["batch"],
+    data = PromptDataModule(train_rows=rows, validation_rows=rows, batch_size=s["batch"],
+                            teacher_column="teacher" if "routes" in s else None,
                             tokenizer=module.tokenizer, verifier=lambda text, row: float(len(text) > 3))
     trainer = L.Trainer(
         max_steps=4, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=Kept(),
@@ -97,7 +104,7 @@ def one_and_two(tmp_path_factory, make_model, save_model, warm_python):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle", "groups"])
+@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle", "routed", "groups"])
 def test_two_processes_give_the_weights_of_one(one_and_two, name):
     one, two = one_and_two
     for rank in two:
@@ -106,7 +113,7 @@ def test_two_processes_give_the_weights_of_one(one_and_two, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle", "groups"])
+@pytest.mark.parametrize("name", ["uneven", "mixed", "whole", "updates", "idle", "routed", "groups"])
 def test_two_processes_log_the_numbers_of_one(one_and_two, name):
     """Also the yardsticks, whose states are summed over processes, and what is kept of every prompt, in order."""
     one, two = one_and_two

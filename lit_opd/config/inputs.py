@@ -16,7 +16,7 @@ from lit_opd.config import limits
 from lit_opd.config.limits import Section, above, at_least, limited, one_of, one_of_or_path, within
 from lit_opd.errors import UserError
 
-__all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig"]
+__all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig", "check_names"]
 
 DTYPE = one_of("float32", "bfloat16", "float16", "float64")
 
@@ -132,6 +132,22 @@ class TeacherConfig(FrozenConfig):
             raise UserError(f"{name}.temperature", expected, self.temperature, f"Drop it, or use {name}.kind=local.")
 
 
+def check_names(teachers: Mapping[str, Any]) -> None:
+    """Refuse names of teachers that are no part of a key or of a metric, and a student that teaches twice.
+
+    Raises:
+        UserError: such a name, or several teachers of kind `student`.
+    """
+    for name in teachers:
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", str(name)):
+            expected = "names of letters, digits, - and _"
+            raise UserError("teachers", expected, repr(name), "Rename it, in data.teacher_column too.")
+    own = [name for name, teacher in teachers.items() if getattr(teacher, "kind", None) == "student"]
+    if len(own) > 1:
+        expected, remedy = "one teacher of kind student at most", "Let data columns fill one template for all rows."
+        raise UserError(f"teachers.{own[1]}.kind", expected, f"another, {own[0]}", remedy)
+
+
 @dataclass
 class DataConfig(Section):
     """The prompts, where they come from, and how an answer is judged."""
@@ -172,6 +188,8 @@ class DataConfig(Section):
     """What happens to longer prompts: drop | truncate (their end stays) | error."""
     last_assistant_turn: str = limited("refuse", one_of("refuse", "drop", "continue"))
     """What happens to conversations that end with the assistant: refuse | drop (its turn) | continue (its turn)."""
+    teacher_column: str | None = None
+    """Of several teachers, a row's: a column with a name or weights by name, or a function (row) that returns one."""
     batch_size: int = limited(8, at_least(1))
     """Prompts a step, over all processes."""
     verifier: str | None = None

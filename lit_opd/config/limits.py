@@ -43,6 +43,9 @@ class Section:
         if isinstance(value, Section):
             value.check(key)
             return
+        if isinstance(value, Mapping) and value and all(isinstance(inner, Section) for inner in value.values()):
+            gather(*(functools.partial(inner.check, f"{key}.{name}") for name, inner in value.items()))
+            return
         value = as_type(key, value, hints_of(type(self))[own.name])  # type: ignore[arg-type]
         setattr(self, own.name, value)
         if "limit" in own.metadata:

@@ -20,8 +20,13 @@ def expand_paths(config: Any) -> None:
     """Expand the paths in a configuration, or in another dataclass that has some of its keys."""
     for key in PATHS:
         section, _, name = key.rpartition(".")
-        holder = getattr(config, section, None) if section else config
-        value = getattr(holder, name, None)
-        if isinstance(value, str):
-            kind = FILE if value.startswith(FILE) else ""
-            setattr(holder, name, kind + expanduser(expandvars(value.removeprefix(kind))))
+        _expand(getattr(config, section, None) if section else config, name)
+    for teacher in getattr(config, "teachers", {}).values():
+        _expand(teacher, "path")
+
+
+def _expand(holder: Any, name: str) -> None:
+    value = getattr(holder, name, None)
+    if isinstance(value, str):
+        kind = FILE if value.startswith(FILE) else ""
+        setattr(holder, name, kind + expanduser(expandvars(value.removeprefix(kind))))

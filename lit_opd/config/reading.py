@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
@@ -250,6 +250,10 @@ def _check_key(hints: Mapping[str, Any], node: DictConfig, key: Any, prefix: str
     if is_dataclass(hint) and isinstance(section, DictConfig) and not section._is_none():
         _check_keys(hint, section, prefix=f"{name}.", where=where)
         return
+    named = next((inner for inner in get_args(hint)[1:] if is_dataclass(inner)), None)
+    if named is not None and isinstance(section, DictConfig):
+        sections = dict.fromkeys(map(str, section), named)
+        gather(*(partial(_check_key, sections, section, one, f"{name}.", where) for one in list(section)))
     if hint is not None and not is_dataclass(hint):
         return
     value = node.pop(key)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_opd.config import limits
-from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig
+from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig, check_names
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
-from lit_opd.config.limits import Section, limited
+from lit_opd.config.limits import Section, limited, one_of
 from lit_opd.config.watching import (
     CollapseConfig,
     DiagnosticsConfig,
@@ -37,6 +37,10 @@ class Config(Section):
     """The model that learns."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The frozen model to learn from."""
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Several teachers instead, by name, each with the keys of the section teacher. data.teacher_column chooses."""
+    teachers_combined: str = limited("mixture", one_of("mixture", "product"))
+    """Several teachers of one row: mixture (of their probabilities) | product (a weighted sum of reverse KLs)."""
     reference: FrozenConfig = field(default_factory=FrozenConfig)
     """A third model, for estimators that stay near one, by default the student before training."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -72,3 +76,12 @@ class Config(Section):
             expected = f"at most data.batch_size x rollout.num_completions ({sequences})"
             found = self.optim.updates_per_rollout
             raise UserError("optim.updates_per_rollout", expected, found, "Lower it or sample more.")
+
+    def _check_field(self, own: Any, name: str) -> None:
+        if own.name == "teachers":
+            check_names(self.teachers)
+        if own.name == "teacher" and self.teachers:
+            if self.teacher != TeacherConfig():
+                raise UserError("teachers", "one teacher, or several", "both", "Take out one of the sections.")
+            return
+        super()._check_field(own, name)

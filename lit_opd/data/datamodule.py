@@ -20,6 +20,7 @@ from lit_opd.config import DataConfig, as_section, limits
 from lit_opd.data.findings import find_in_prompts
 from lit_opd.data.guarded import Guarded, Verifier
 from lit_opd.data.prompts import EncodedPrompts, encode_rows, pad_token_id, show
+from lit_opd.data.routes import read_routes
 from lit_opd.data.rows import Row, check_rows, load_rows
 from lit_opd.data.stream import Pick, PromptLoader, PromptStream
 from lit_opd.data.verifiers import build_verifier
@@ -48,6 +49,8 @@ class PromptDataModule(L.LightningDataModule):
         max_new_tokens: tokens that have to fit after each prompt.
         shown: by the name of a scorer, the template of what it reads instead of each prompt; by default those that the
             LightningModule that is trained asks for.
+        teachers: the names of several teachers, among which `config.teacher_column` chooses for each row; by default
+            those of the LightningModule that is trained.
         **data_keys: single keys of `config`, as in `PromptDataModule(source="file", path="prompts.jsonl")`.
 
     Raises:
@@ -67,6 +70,7 @@ class PromptDataModule(L.LightningDataModule):
         context_length: int | None = None,
         max_new_tokens: int = 0,
         shown: Mapping[str, str | Mapping[str, Any]] | None = None,
+        teachers: Sequence[str] | None = None,
         **data_keys: Any,
     ) -> None:
         super().__init__()
@@ -86,7 +90,7 @@ class PromptDataModule(L.LightningDataModule):
         limits.at_least(1)("evaluation_batch_size", limits.as_type("evaluation_batch_size", evaluation_batch_size, int))
         self.seed, self.evaluation_batch_size = seed, evaluation_batch_size
         self.context_length, self.max_new_tokens = context_length, max_new_tokens
-        self.shown = shown
+        self.shown, self.teachers = shown, teachers
         self._given = (train_rows, validation_rows)
         self._loaded_state: dict[str, Any] = {}
         self._looked_at = False
@@ -108,8 +112,11 @@ class PromptDataModule(L.LightningDataModule):
             found = "none" if self.tokenizer is None else f"{self.tokenizer!r}, a {type(self.tokenizer).__name__}"
             remedy = "Pass tokenizer= or train a module that has one."
             raise UserError("tokenizer", "one to encode prompts with", found, remedy)
+        module = getattr(self.trainer, "lightning_module", None)
         if self.shown is None:
-            self.shown = getattr(getattr(self.trainer, "lightning_module", None), "shown", {})
+            self.shown = getattr(module, "shown", {})
+        if self.teachers is None:
+            self.teachers = getattr(module, "teachers", ())
         for prompts in (self.train_prompts, self.validation_prompts):
             self._check_context(prompts)
         if stage == "fit":
@@ -143,7 +150,8 @@ class PromptDataModule(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: PromptBatch, device: torch.device, dataloader_idx: int) -> PromptBatch:
         """Move the tensors and leave the rows alone, which may hold anything."""
         prompts, *shown = (Prompts(*(x.to(device) for x in p)) for p in (batch.prompts, *batch.shown.values()))
-        return batch._replace(prompts=prompts, shown=dict(zip(batch.shown, shown, strict=True)))
+        routes_BM = None if batch.routes_BM is None else batch.routes_BM.to(device)
+        return batch._replace(prompts=prompts, shown=dict(zip(batch.shown, shown, strict=True)), routes_BM=routes_BM)
 
     def state_dict(self) -> dict[str, Any]:
         """Save how many batches were trained on, and what they were taken from."""
@@ -198,7 +206,8 @@ class PromptDataModule(L.LightningDataModule):
 
     def _encoded(self, rows: Sequence[Row]) -> EncodedPrompts:
         prompts = encode_rows(rows, self.config, self.tokenizer)
-        return show(prompts, self.shown or {}, self.config, self.tokenizer)
+        prompts = show(prompts, self.shown or {}, self.config, self.tokenizer)
+        return replace(prompts, routes=read_routes(prompts.rows, self.config.teacher_column, self.teachers or ()))
 
     @cached_property
     def validation_hashes(self) -> list[str]:

@@ -33,6 +33,7 @@ class EncodedPrompts:
         dropped: how many rows were left out.
         truncated: how many prompts lost their beginning.
         shown: by the name of a scorer, the token ids of what it reads instead of each prompt.
+        routes: the weight of each teacher for each row; None where there is one teacher.
     """
 
     rows: list[dict[str, Any]]
@@ -40,6 +41,7 @@ class EncodedPrompts:
     dropped: int = 0
     truncated: int = 0
     shown: dict[str, list[list[int]]] = field(default_factory=dict)
+    routes: list[list[float]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -99,7 +99,9 @@ class PromptLoader:
                 name: Prompts(*pad_left([ids[row] for row, _ in picks], self.pad_id))
                 for name, ids in self.prompts.shown.items()
             }
-            yield PromptBatch(Prompts(ids_BP, mask_BP), rows, picks[0][1][0], places, shown)
+            routes = self.prompts.routes
+            routes_BM = None if routes is None else torch.tensor([routes[row] for row, _ in picks], dtype=torch.float32)
+            yield PromptBatch(Prompts(ids_BP, mask_BP), rows, picks[0][1][0], places, shown, routes_BM)
 
     # These two only tell Lightning that training can be resumed within an epoch. The position is not theirs to keep:
     # Lightning does not hand it back after an epoch's end, and a batch given is not yet a batch trained on.

@@ -6,7 +6,7 @@ Called by `runs.prepare` and by `DistillationModule`, before weights load.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lit_opd.config import OptimConfig, RolloutConfig, StudentConfig, TeacherConfig
@@ -40,7 +40,9 @@ def check(
         UserError: the first refusal that `allow` does not name.
     """
     student = StudentConfig(path=student) if isinstance(student, str) else student
-    temperature = teacher.temperature if isinstance(teacher, TeacherConfig) else 1.0
+    several = teacher.values() if isinstance(teacher, Mapping) else [teacher]
+    temperatures = [one.temperature for one in several if isinstance(one, TeacherConfig)]
+    temperature = next((value for value in temperatures if value != 1), 1.0)
     masked_ids, stop_ids = _student_tokens(student, masked_tokens, tokenizer)
     ids = frozenset(masked_ids), frozenset(stop_ids)
     section = student if isinstance(student, StudentConfig) else None

@@ -5,7 +5,7 @@
 
 from lit_opd.models.context import context_length
 from lit_opd.models.exporting import export_student
-from lit_opd.models.given import Restorable, as_models, to_saved
+from lit_opd.models.given import Restorable, as_models, check_taught_by, taught_by, to_saved
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
@@ -22,6 +22,7 @@ __all__ = [
     "Student",
     "Teacher",
     "as_models",
+    "check_taught_by",
     "end_of_turn",
     "export_student",
     "frozen_names",
@@ -33,6 +34,7 @@ __all__ = [
     "read_model_config",
     "read_stop_ids",
     "shared_vocabulary",
+    "taught_by",
     "to_saved",
     "token_ids",
 ]

@@ -16,30 +16,78 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_opd.config import FrozenConfig, Section, StudentConfig, TeacherConfig, as_section
+from lit_opd.config import FrozenConfig, Section, StudentConfig, TeacherConfig, as_section, check_names
 from lit_opd.config.limits import as_type
 from lit_opd.errors import UserError
 from lit_opd.models.exporting import export_student
 from lit_opd.models.language_model import LanguageModel
 
-__all__ = ["Restorable", "as_models", "to_saved"]
+__all__ = ["Restorable", "as_models", "check_taught_by", "taught_by", "to_saved"]
 
 IN_PYTHON = "given in Python"
+NAMING = ("kind", "path", "gguf_file", "model", "prompt", "temperature", "follow")  # what tells a teacher from another
 
 
-def as_models(student: Any, teacher: Any, reference: Any, scorer: type, **tokenizers: Any) -> tuple[Any, Any, Any]:
+def as_models(
+    student: Any, teacher: Any, reference: Any, scorer: type, teachers: Any = None, **tokenizers: Any
+) -> tuple[Any, Any, Any]:
     """Make sections of paths and mappings of keys, and leave sections, models in memory and a `scorer` as they are.
 
+    In the place of the teacher come several `teachers` by name, where they are given.
+
     Raises:
-        UserError: one is none of them, or a section that checks refuse; what was given for a tokenizer is none.
+        UserError: one is none of them, or a section that checks refuse; what was given for a tokenizer is none; one
+            teacher and several.
     """
     for key, value in tokenizers.items():
         if value is not None and not hasattr(value, "get_vocab"):
             remedy = "Pass what AutoTokenizer.from_pretrained returns."
             raise UserError(key, "a tokenizer of transformers", f"{value!r:.80}, a {type(value).__name__}", remedy)
     student = _as_model(StudentConfig, student, "student")
-    teacher = teacher if isinstance(teacher, scorer) else _as_model(TeacherConfig, teacher, "teacher")
+    if teachers:
+        teacher = _as_teachers(teacher, teachers, scorer)
+    elif not isinstance(teacher, scorer):
+        teacher = _as_model(TeacherConfig, teacher, "teacher")
     return student, teacher, None if reference is None else _as_model(FrozenConfig, reference, "reference")
+
+
+def _as_teachers(teacher: Any, teachers: Any, scorer: type) -> dict[str, Any]:
+    if teacher is not None:
+        raise UserError("teachers", "one teacher, or several", "both", "Leave one of them out.")
+    if not isinstance(teachers, Mapping):
+        found = f"{teachers!r:.80}, a {type(teachers).__name__}"
+        raise UserError("teachers", "a mapping of names to teachers", found, "Pass one.")
+    kept = {
+        n: one if isinstance(one, scorer) else _as_model(TeacherConfig, one, "teacher") for n, one in teachers.items()
+    }
+    check_names(kept)
+    return kept
+
+
+def taught_by(teacher: Any, combined: str) -> dict[str, Any]:
+    """List several teachers for a checkpoint: what each is, in which order, and how those of one row are combined."""
+    if not isinstance(teacher, Mapping):
+        return {}
+    kinds = {
+        name: {key: getattr(one, key) for key in NAMING} if isinstance(one, TeacherConfig) else {"kind": IN_PYTHON}
+        for name, one in teacher.items()
+    }
+    return {"teachers": kinds, "teachers_combined": combined}
+
+
+def check_taught_by(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other teachers than those of a checkpoint.
+
+    Raises:
+        UserError: they differ in name, kind, path or order, or in the way they are combined.
+    """
+    before = checkpoint.get("taught_by", {})
+    if before == now:
+        return
+    old, new = (", ".join(f"{n} ({one.get('path') or one['kind']})" for n, one in told.get("teachers", {}).items())
+                for told in (before, now))  # fmt: skip
+    expected = f"the teachers of the checkpoint: {old or 'one'}"
+    raise UserError("teachers", expected, new or "one", "Set them back, or begin a new run with the exported student.")
 
 
 def _as_model(schema: type[StudentConfig] | type[FrozenConfig], value: Any, key: str) -> Any:
@@ -59,12 +107,15 @@ def to_saved(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key in ("self", "__class__"):
             continue
-        plain: Any = asdict(value) if isinstance(value, Section) else value  # type: ignore[call-overload]
         try:
-            saved[key] = json.loads(json.dumps(plain, default=os.fspath))
+            saved[key] = json.loads(json.dumps(value, default=_plain))
         except TypeError:
             saved[key] = {IN_PYTHON: type(value).__name__}
     return saved
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Section) else os.fspath(value)  # type: ignore[call-overload]
 
 
 class Restorable(nn.Module):

@@ -7,6 +7,8 @@ and `audit` use too, gets its models from a `Pair`.
 from __future__ import annotations
 
 import copy
+import gc
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ class Pair:
     Args:
         student: a path or hub name, a section of the configuration, or a model in memory.
         teacher: given in one of these ways, or a section of kind `student`; None where it is no model in this process.
+            Several by name, of which those that are one.
         estimator: says whether a reference is needed, and how many tokens are compared at a position.
         tokenizer: the student's; needed for a model in memory, else read from its folder.
         teacher_tokenizer: the teacher's; for a model in memory by default the student's.
@@ -48,7 +51,7 @@ class Pair:
     def __init__(
         self,
         student: Student,
-        teacher: Teacher | None,
+        teacher: Teacher | Mapping[str, Teacher] | None,
         estimator: BoundEstimator,
         tokenizer: Any = None,
         teacher_tokenizer: Any = None,
@@ -56,16 +59,18 @@ class Pair:
     ) -> None:
         student = StudentConfig(path=student) if isinstance(student, str) else student
         frozen: dict[str, Any] = {}
-        itself = teacher if isinstance(teacher, TeacherConfig) and teacher.kind == "student" else None
-        if teacher is not None and itself is None:
-            frozen["teacher"] = TeacherConfig(path=teacher) if isinstance(teacher, str) else teacher
+        teachers = _by_key(teacher)
+        itself: dict[str, Any] = {}
+        for key, one in teachers.items():
+            kind = isinstance(one, TeacherConfig) and one.kind
+            (itself if kind == "student" else frozen)[key] = TeacherConfig(path=one) if isinstance(one, str) else one
         if Need.REFERENCE in estimator.needs:
             frozen["reference"] = _as_reference(reference, student)
         _check_sections({"student": student} | frozen)
         tokenizer = _tokenizer_of(student, "student", tokenizer)
         own = {key: tokenizer for key, model in frozen.items() if _has_tokenizer_of(student, model)}
         if teacher_tokenizer is not None:
-            own["teacher"] = teacher_tokenizer
+            own |= dict.fromkeys(teachers, teacher_tokenizer)
         self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
         rows = _vocabulary_rows(student, "student")
         shared = (
@@ -79,14 +84,14 @@ class Pair:
         self.student = _as_student(student, tokenizer)
         self.student.vocabulary = self.vocabulary
         self._loaded: dict[str, LanguageModel] = {}
-        if itself is not None:
-            itself.check("teacher")
-            self._loaded["teacher"] = FollowedStudent(self.student, itself)
+        for key, section in itself.items():
+            section.check(key)
+            self._loaded[key] = FollowedStudent(self.student, section)
 
     def read(self) -> None:
         """Read the weights of the frozen models, so that what is wrong with them shows before a run writes anything."""
         for key in self._frozen:
-            self.load(key, torch.device("cpu"))
+            (self.lend if key.startswith("teachers.") else self.load)(key, torch.device("cpu"))
 
     def load(self, key: str, device: torch.device) -> LanguageModel:
         """Return the frozen `teacher` or `reference` on a device, reading its weights at the first call."""
@@ -95,11 +100,25 @@ class Pair:
             self._loaded[key].vocabulary = self.vocabulary
         return self._loaded[key].to(device)
 
+    def lend(self, key: str, device: torch.device) -> LanguageModel:
+        """Return one of several teachers on a device, and let go of the one that was lent before.
+
+        At most one of those that are read from a folder is in memory, and it is read again when it is lent again. What
+        has `offload` stays in main memory, and leaves the device when it is not `present`.
+        """
+        for other in [other for other in self._loaded if other != key and self._is_lent(other)]:
+            del self._loaded[other]
+            gc.collect()  # models of transformers hold themselves, and would stay until Python looks for such circles
+        return self.load(key, device)
+
+    def _is_lent(self, key: str) -> bool:
+        section = self._frozen.get(key, (None, None))[0]
+        return key.startswith("teachers.") and isinstance(section, TeacherConfig) and not section.offload
+
     @property
     def followed(self) -> FollowedStudent | None:
         """The teacher that is the student itself, or None."""
-        teacher = self._loaded.get("teacher")
-        return teacher if isinstance(teacher, FollowedStudent) else None
+        return next((model for model in self._loaded.values() if isinstance(model, FollowedStudent)), None)
 
     def names(self) -> dict[str, str]:
         """Name the models, and the teacher's quantisation, for a run's tags."""
@@ -108,6 +127,12 @@ class Pair:
         teacher, _ = self._frozen.get("teacher", (None, None))
         quantization = teacher.quantization if isinstance(teacher, TeacherConfig) else "none"
         return {"student": own, **frozen, "teacher_quantization": quantization}
+
+
+def _by_key(teacher: Teacher | Mapping[str, Teacher] | None) -> dict[str, Teacher]:
+    if isinstance(teacher, Mapping):
+        return {f"teachers.{name}": one for name, one in teacher.items()}
+    return {} if teacher is None else {"teacher": teacher}
 
 
 def _as_reference(reference: Reference, student: StudentConfig | nn.Module) -> TeacherConfig | nn.Module:

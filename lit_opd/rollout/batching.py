@@ -66,18 +66,23 @@ def split_updates(
 
 
 def micro_batches(rollout: Rollout, index: Tensor, budget: int, whole_prompts: bool = False) -> list[Tensor]:
-    """Choose the rows of each micro-batch: rows of similar length, at most `budget` tokens with their padding.
+    """Choose the rows of each micro-batch: rows of similar length and of the same teachers, at most `budget` tokens.
 
     Args:
         rollout: all rows.
         index: the rows to use.
-        budget: rows x (longest prompt + longest completion) that a micro-batch may hold. A row, or a prompt's rows,
-            above it is a micro-batch by itself.
+        budget: rows x (longest prompt + longest completion), which counts padding, that a micro-batch may hold. A row,
+            or a prompt's rows, above it is a micro-batch by itself.
         whole_prompts: keep the chosen completions of a prompt together.
 
     Returns:
-        Index tensors, shortest rows first; together they hold every chosen row once.
+        Index tensors, for each group of teachers shortest rows first; together they hold every chosen row once.
     """
+    parts = rollout.by_teachers(index)
+    return [batch for part in parts for batch in _by_length(rollout, part, budget, whole_prompts)]
+
+
+def _by_length(rollout: Rollout, index: Tensor, budget: int, whole_prompts: bool) -> list[Tensor]:
     prompts_B, completions_B = rollout.prompts.mask_BP.sum(1).cpu(), rollout.real_BT.sum(1).cpu()
     lengths_B = prompts_B + completions_B
     units: dict[int, list[int]] = {}

@@ -247,7 +247,7 @@ def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) 
         "family": module.estimator.spec.family,
         "seed": str(config.seed),
         "dataset_sha256": data.dataset_sha256,
-        "teacher": config.teacher.kind,
+        "teacher": ", ".join(f"{name}: {one.kind}" for name, one in config.teachers.items()) or config.teacher.kind,
         **module.pair.names(),
         **tracking.git_sha(),
     }

@@ -11,13 +11,22 @@ from typing import Any
 
 import torch
 
-from lit_opd.config import Config, DataConfig
+from lit_opd.config import Config, DataConfig, TeacherConfig
 from lit_opd.data import render
 from lit_opd.errors import UserError
 from lit_opd.models import end_of_turn, load_tokenizer, read_model_config, read_stop_ids
 from lit_opd.runs.verdicts import FAIL, PASS, WARN, Finding, conclude
 
-__all__ = ["chat_template", "equivalence", "first_look", "router_loss", "small_steps", "spell", "stop_tokens"]
+__all__ = [
+    "chat_template",
+    "equivalence",
+    "first_look",
+    "local_teachers",
+    "router_loss",
+    "small_steps",
+    "spell",
+    "stop_tokens",
+]
 
 _CONVERSATION = [
     {"role": "user", "content": "How much is 2 + 3?"},
@@ -31,14 +40,21 @@ _ALIKE = "Choose a teacher of the student's family, or train the student on the 
 def first_look(config: Config, student: Any) -> dict[str, Finding]:
     """Check what the student's tokenizer, the teacher's and configurations tell, item by item."""
     model_config = read_model_config(config.student, "student")
-    own = other = read_stop_ids(config.student, student, model_config)
+    own = read_stop_ids(config.student, student, model_config)
     turn = end_of_turn(student) if config.data.chat else None
     looks = {"router's loss": router_loss(model_config), "small steps": small_steps(config)}
-    if config.teacher.kind == "local":
-        teacher = load_tokenizer(config.teacher, "teacher")
-        other = read_stop_ids(config.teacher, teacher, read_model_config(config.teacher, "teacher"))
-        looks["chat template"] = chat_template(student, teacher, config.data)
-    return looks | {"stop tokens": stop_tokens(student, own, other, turn)}
+    other: set[int] = set()
+    for key, section in local_teachers(config).items():
+        teacher, name = load_tokenizer(section, key), key.partition(".")[2]
+        other |= set(read_stop_ids(section, teacher, read_model_config(section, key)))
+        looks[f"chat template {name}".strip()] = chat_template(student, teacher, config.data)
+    return looks | {"stop tokens": stop_tokens(student, own, other if local_teachers(config) else own, turn)}
+
+
+def local_teachers(config: Config) -> dict[str, TeacherConfig]:
+    """List the sections of teachers that are read from a folder, by their keys."""
+    several = {f"teachers.{name}": section for name, section in config.teachers.items()}
+    return {key: one for key, one in (several or {"teacher": config.teacher}).items() if one.kind == "local"}
 
 
 def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:

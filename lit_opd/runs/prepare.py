@@ -22,9 +22,10 @@ from lit_opd.data import PromptDataModule
 from lit_opd.errors import LintWarning, UserError, gather
 from lit_opd.models import context_length, load_tokenizer, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
-from lit_opd.runs.first_look import first_look
+from lit_opd.runs.first_look import first_look, local_teachers
 from lit_opd.runs.lightning_trainer import check_trainer_keys
 from lit_opd.runs.verdicts import FAIL, PASS, Finding
+from lit_opd.teachers import templates
 from lit_opd.types import Need
 
 __all__ = ["check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
@@ -53,14 +54,12 @@ def _check_estimator(config: Config) -> None:
         name = estimator.spec.name
         expected = f"at most data.batch_size ({prompts}): {name!r} keeps the completions of a prompt together"
         raise UserError("optim.updates_per_rollout", expected, updates, "Lower it or raise data.batch_size.")
-    sections = config.rollout, config.optim, config.student, config.teacher
+    sections = config.rollout, config.optim, config.student, config.teachers or config.teacher
     linter.check(estimator, *sections, masked_tokens=config.estimator.masked_tokens, allow=config.lint.allow)
 
 
 def _load(config: Config, tell: bool) -> PromptDataModule:
-    others: dict[str, Any] = (
-        {"teacher": config.teacher} if config.teacher.kind == "local" and config.teacher.path else {}
-    )
+    others: dict[str, Any] = {key: section for key, section in local_teachers(config).items() if section.path}
     if config.reference.path is not None and _wants_reference(config):
         others["reference"] = config.reference
     (context, tokenizer), *contexts = gather(
@@ -77,7 +76,7 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         evaluation_batch_size=config.evaluation.batch_size,
         context_length=min((c for c in contexts if c is not None), default=None),
         max_new_tokens=max(config.rollout.max_new_tokens, evaluated),
-        shown={} if config.teacher.prompt is None else {"teacher": config.teacher.prompt},
+        shown=templates(config.teachers or config.teacher), teachers=[*config.teachers],
     )  # fmt: skip
     data.setup("fit")
     if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
@@ -93,6 +92,9 @@ def _wants_reference(config: Config) -> bool:
 
 def check_local_teacher(config: Config, command: str) -> None:
     """Refuse a teacher that is no model in this process, for a command that reads its whole distributions."""
+    if config.teachers:
+        expected = f"one teacher for {command}, which reads its whole distributions"
+        raise UserError("teachers", expected, len(config.teachers), "Name one of them in teacher.path.")
     if config.teacher.kind != "local":
         expected = f"local for {command}, which reads the teacher's whole distributions"
         raise UserError("teacher.kind", expected, config.teacher.kind, "Name a model folder in teacher.path.")

@@ -24,9 +24,10 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "student.dropout",
         "teacher.path", "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
         "teacher.follow_every",
-        "teacher.temperature", "teacher.gguf_file", "reference.path", "reference.gguf_file", "estimator.name",
-        "estimator.kwargs", "estimator.terms", "estimator.masked_tokens", "estimator.aggregation", "optim.name",
-        "optim.kwargs", "trainer.precision", "tracking.experiment",
+        "teacher.temperature", "teacher.gguf_file", "teachers", "teachers_combined", "data.teacher_column",
+        "reference.path", "reference.gguf_file", "estimator.name", "estimator.kwargs", "estimator.terms",
+        "estimator.masked_tokens", "estimator.aggregation", "optim.name", "optim.kwargs", "trainer.precision",
+        "tracking.experiment",
     ),
     # No number of the training or of an evaluation depends on them, or they say how long to go on.
     "taken": (
@@ -84,6 +85,10 @@ def changes(before: Path, config: Config) -> dict[str, tuple[Any, Any]]:
 def _by_key(tree: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for section, held in (tree if isinstance(tree, dict) else {}).items():
+        if section == "teachers":  # one value, of what is refused of a teacher
+            names = {key.removeprefix("teacher.") for key in AT_A_RESUME["refused"] if key.startswith("teacher.")}
+            found[section] = {n: {k: v for k, v in one.items() if k in names} for n, one in held.items()}
+            continue
         found |= (
             {f"{section}.{name}": value for name, value in held.items()} if isinstance(held, dict) else {section: held}
         )

@@ -5,38 +5,47 @@ Called by the module before weights load, to refuse what the teacher cannot give
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lit_opd.config import RolloutConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models import Pair, load_tokenizer
 from lit_opd.plugins import call_object
+from lit_opd.teachers.combined import check_product
 from lit_opd.teachers.frozen import LocalScorer
+from lit_opd.teachers.routed import RoutedScorer
 from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, wanted_by
 from lit_opd.teachers.served import ServedScorer
 from lit_opd.types import Need
 
-__all__ = ["build_scorers", "check_gives", "own_scorer"]
+__all__ = ["build_scorers", "check_gives", "in_process", "own_scorer", "templates"]
 
 # Registered estimators that ask for no more than each kind of score.
 NEAREST = {FULL: "full_vocab", SUPPORT: "teacher_topk", TOKEN: "token"}
 
 
-def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | None:
+def own_scorer(teacher: Any, student: Any, tokenizer: Any = None, combined: str = "mixture") -> Scorer | None:
     """Find the teacher that is not a model in this process, or None where it is one.
 
     Args:
         teacher: a scorer, a section whose `kind` names one by path, or a model, a path or a section of a local one.
+            Several of these by name are one scorer.
         student: a path, a section or a model.
         tokenizer: the student's, by default read from its folder: it is handed, with the section, to what `kind` names.
+        combined: `mixture` or `product`, of several teachers of one row.
 
     Raises:
         UserError: what `kind` names cannot be imported or called, or makes no scorer.
     """
+    if isinstance(teacher, Mapping):
+        return RoutedScorer({name: _one_of(name, one, student, tokenizer) for name, one in teacher.items()}, combined)
     if isinstance(teacher, Scorer):
         return teacher
     if not isinstance(teacher, TeacherConfig) or teacher.kind in ("local", "student"):
@@ -52,11 +61,26 @@ def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | No
     return scorer
 
 
+def _one_of(name: str, teacher: Any, student: Any, tokenizer: Any) -> Scorer | None:
+    """Find one of several teachers that is not a model in this process, under its name."""
+    try:
+        scorer = own_scorer(teacher, student, tokenizer)
+    except UserError as error:
+        first, dot, rest = error.key.partition(".")
+        if first != "teacher":
+            raise
+        raise UserError(f"teachers.{name}{dot}{rest}", error.expected, error.found, error.remedy) from error
+    if scorer is not None and isinstance(teacher, TeacherConfig):
+        scorer.name = f"teachers.{name}"
+    return scorer
+
+
 def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfig) -> None:
     """Compare what a scorer gives with what a run asks of its teacher.
 
     Raises:
-        UserError: the estimator needs more, or demonstrations are to be sampled by what can only score.
+        UserError: the estimator needs more, demonstrations are to be sampled by what can only score, or a product of
+            teachers has another meaning for the estimator.
     """
     missing = wanted_by(estimator).kinds - scorer.gives
     if missing:
@@ -64,17 +88,52 @@ def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfi
         expected = f"one that asks this teacher for no more than {', '.join(sorted(scorer.gives))}"
         found = f"{estimator.spec.name!r}, which needs {', '.join(sorted(missing))}"
         raise UserError("estimator.name", expected, found, f"Set estimator.name={NEAREST[best]}.")
+    if isinstance(scorer, RoutedScorer) and scorer.combined == "product":
+        check_product(estimator)
     if rollout.demonstrated and rollout.demonstrations == "teacher":
         expected = "data: this teacher scores, and cannot sample"
         raise UserError("rollout.demonstrations", expected, "teacher", "Set it, or let the student write everything.")
+
+
+def in_process(teacher: Any, own: Scorer | None) -> Any:
+    """Select the teacher that is a model in this process, or those by name of several, given what is its `own` scorer.
+
+    It is None where there is none.
+    """
+    if not isinstance(own, RoutedScorer):
+        return teacher if own is None else None
+    return {name: one for name, one in teacher.items() if own.scorers[name] is None}
+
+
+def templates(teacher: Any) -> dict[str, Any]:
+    """List what teachers read instead of the prompt, by the name of their scorer."""
+    several = isinstance(teacher, Mapping)
+    named = {f"teachers.{name}": one for name, one in teacher.items()} if several else {"teacher": teacher}
+    return {name: one.prompt for name, one in named.items() if getattr(one, "prompt", None) is not None}
 
 
 def build_scorers(
     pair: Pair, own: Scorer | None, estimator: BoundEstimator, rows: int, device: torch.device
 ) -> dict[str, Scorer]:
     """Load the frozen models that score, unless the teacher is its `own` scorer, and name every scorer by its role."""
+    if isinstance(own, RoutedScorer):
+        own = own.lending(partial(_lent, pair, device, rows), rows)
     teacher = own or LocalScorer(pair.load("teacher", device), rows)
     scorers: dict[str, Scorer] = {"teacher": teacher}
     if Need.REFERENCE in estimator.needs:
         scorers["reference"] = LocalScorer(pair.load("reference", device), rows, "reference")
     return scorers
+
+
+def _lent(pair: Pair, device: torch.device, rows: int, name: str) -> LocalScorer:
+    """Give the scorer of one of several models in this process.
+
+    Raises:
+        UserError: the student itself with sharded weights, which all processes would have to gather at once.
+    """
+    key = f"teachers.{name}"
+    model = pair.lend(key, device)
+    if model is pair.followed and any(isinstance(p, DTensor) for p in model.model.parameters()):
+        expected = "whole weights: with rows of this teacher on some processes only, the others would be waited for"
+        raise UserError(f"{key}.kind", expected, "student with sharded ones", "Use DDP, or make it the only teacher.")
+    return LocalScorer(model, rows, key)

@@ -53,6 +53,7 @@ class PromptBatch(NamedTuple):
         places: place of each prompt in the batch of all processes. Batch and place name a prompt's random draws, so
             that what is sampled for it depends neither on its neighbours nor on the number of processes.
         shown: by the name of a scorer, the prompts that it reads instead.
+        routes_BM: the weight of each of M teachers for each prompt, rows of sum 1; None where there is one teacher.
     """
 
     prompts: Prompts
@@ -60,6 +61,7 @@ class PromptBatch(NamedTuple):
     batch: int
     places: list[int]
     shown: Mapping[str, Prompts] = {}
+    routes_BM: Tensor | None = None
 
     @property
     def draws(self) -> list[tuple[int, int]]:
@@ -71,7 +73,11 @@ class PromptBatch(NamedTuple):
         chosen = index.tolist()
         prompts, *shown = (Prompts(p.ids_BP[index], p.mask_BP[index]) for p in (self.prompts, *self.shown.values()))
         rows, places = [self.rows[i] for i in chosen], [self.places[i] for i in chosen]
-        return self._replace(prompts=prompts, rows=rows, places=places, shown=dict(zip(self.shown, shown, strict=True)))
+        routes_BM = None if self.routes_BM is None else self.routes_BM[index]
+        return self._replace(
+            prompts=prompts, rows=rows, places=places, shown=dict(zip(self.shown, shown, strict=True)),
+            routes_BM=routes_BM,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class Rollout:
         prompt_index_B: which prompt of the batch each row completes.
         rewards_B: the verifier's, where one was asked.
         shown: by the name of a scorer, the prompts that it reads instead.
+        routes_BM: the weight of each of M teachers for each row, of sum 1; None where there is one teacher.
     """
 
     prompts: Prompts
@@ -132,6 +139,7 @@ class Rollout:
     prompt_index_B: Tensor
     rewards_B: Tensor | None = None
     shown: Mapping[str, Prompts] = field(default_factory=dict)
+    routes_BM: Tensor | None = None
 
     @classmethod
     def completed(
@@ -150,6 +158,7 @@ class Rollout:
             sampler_logps_BT=logps_BT,
             finish_B=torch.where(stopped_B, FinishReason.STOP, FinishReason.LENGTH),
             law=law, prompt_index_B=rows_B, shown=dict(zip(batch.shown, shown, strict=True)),
+            routes_BM=None if batch.routes_BM is None else batch.routes_BM[rows_B],
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -172,6 +181,13 @@ class Rollout:
     def seen_by(self, scorer: str) -> Rollout:
         """Put the same completions after the prompts that a scorer reads."""
         return replace(self, prompts=self.shown[scorer]) if scorer in self.shown else self
+
+    def by_teachers(self, index: Tensor) -> list[Tensor]:
+        """Part rows, a tensor of their numbers, by the teachers that have a weight, each part in the order of rows."""
+        if self.routes_BM is None:
+            return [index]
+        kind_B = (self.routes_BM > 0).to(index.device)[index].unique(dim=0, return_inverse=True)[1]
+        return [index[kind_B == kind] for kind in kind_B.unique()]
 
     def rows(self, index: Tensor) -> Rollout:
         """Choose rows, without the padding that none of them needs."""
