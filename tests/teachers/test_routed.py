@@ -247,11 +247,11 @@ def test_three_teachers_take_the_memory_of_one(
     module = DistillationModule(student_path, None, "token", teachers=sections, rollout={"max_new_tokens": 6})
     module.pair.read()
     rows = [row | {"teacher": teacher} for row, teacher in zip(ROWS, "xyzxy", strict=True)]
-    trainer = make_trainer(2, limit_val_batches=1)
+    trainer = make_trainer(1)
     gc.collect()
     trainer.fit(module, make_data(rows, teacher_column="teacher"))
     assert held.most == (3 * size if offload else size)
-    assert held.loads == 3 if offload else held.loads > 6
+    assert held.loads == 3 if offload else held.loads == 6
     logged = {key: float(value) for key, value in trainer.callback_metrics.items()}
     tokens = [logged[f"teacher/{name}/tokens"] for name in "xyz"]
     assert sum(tokens) == sum(int(r.own_mask_BT.sum()) for r, _ in module.seen)
