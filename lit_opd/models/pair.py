@@ -20,6 +20,7 @@ from lit_opd.models.dropout import set_dropout
 from lit_opd.models.followed import FollowedStudent
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config, refuse_quantised
+from lit_opd.models.stops import read_stop_ids
 from lit_opd.models.vocabulary import shared_vocabulary
 from lit_opd.types import Need
 
@@ -94,6 +95,23 @@ class Pair:
             self._loaded[key] = _as_frozen(*self._frozen[key], key)
             self._loaded[key].vocabulary = self.vocabulary
         return self._loaded[key].to(device)
+
+    def stop_ids(self, key: str) -> list[int]:
+        """List the tokens that end a completion of the `teacher` or the `reference`, before its weights load.
+
+        Raises:
+            UserError: the model is not in this process.
+        """
+        if key in self._loaded:
+            return self._loaded[key].stop_ids
+        if key not in self._frozen:
+            expected, remedy = f"groups of tokens, for the stop tokens of this {key} are not known", "Name them."
+            raise UserError("estimator.merged_stops", expected, "auto", remedy)
+        model, tokenizer = self._frozen[key]
+        if isinstance(model, nn.Module):
+            return LanguageModel(model, tokenizer, key).stop_ids
+        stops = read_stop_ids(model, tokenizer, read_model_config(model, key))
+        return [index for index in stops if index < self.vocabulary]
 
     @property
     def followed(self) -> FollowedStudent | None:

@@ -25,8 +25,8 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "teacher.path", "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
         "teacher.follow_every",
         "teacher.temperature", "teacher.gguf_file", "reference.path", "reference.gguf_file", "estimator.name",
-        "estimator.kwargs", "estimator.terms", "estimator.masked_tokens", "estimator.aggregation", "optim.name",
-        "optim.kwargs", "trainer.precision", "tracking.experiment",
+        "estimator.kwargs", "estimator.terms", "estimator.masked_tokens", "estimator.merged_stops",
+        "estimator.aggregation", "optim.name", "optim.kwargs", "trainer.precision", "tracking.experiment",
     ),
     # No number of the training or of an evaluation depends on them, or they say how long to go on.
     "taken": (

@@ -5,10 +5,10 @@ The module builds the scorers of a run here, and `Distiller.score` asks them.
 
 from lit_opd.teachers.build import build_scorers, check_gives, own_scorer
 from lit_opd.teachers.frozen import LocalScorer
-from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, Wanted, wanted_by
+from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, Wanted, wanted_by
 from lit_opd.teachers.served import ServedScorer
 
 __all__ = [
-    "FULL", "SUPPORT", "TOKEN", "LocalScorer", "Scorer", "ServedScorer", "Wanted", "build_scorers", "check_gives",
-    "own_scorer", "wanted_by",
+    "FULL", "MERGED", "SUPPORT", "TOKEN", "LocalScorer", "Scorer", "ServedScorer", "Wanted", "build_scorers",
+    "check_gives", "own_scorer", "wanted_by",
 ]  # fmt: skip

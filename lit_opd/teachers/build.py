@@ -16,7 +16,7 @@ from lit_opd.estimators import BoundEstimator
 from lit_opd.models import Pair, load_tokenizer
 from lit_opd.plugins import call_object
 from lit_opd.teachers.frozen import LocalScorer
-from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, wanted_by
+from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, wanted_by
 from lit_opd.teachers.served import ServedScorer
 from lit_opd.types import Need
 
@@ -52,11 +52,11 @@ def own_scorer(teacher: Any, student: Any, tokenizer: Any = None) -> Scorer | No
     return scorer
 
 
-def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfig) -> None:
-    """Compare what a scorer gives with what a run asks of its teacher.
+def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfig, merges: bool = False) -> None:
+    """Compare what a scorer gives with what a run, which may merge tokens, asks of its teacher.
 
     Raises:
-        UserError: the estimator needs more, or demonstrations are to be sampled by what can only score.
+        UserError: the estimator or merging needs more, or demonstrations are to be sampled by what can only score.
     """
     missing = wanted_by(estimator).kinds - scorer.gives
     if missing:
@@ -64,6 +64,9 @@ def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfi
         expected = f"one that asks this teacher for no more than {', '.join(sorted(scorer.gives))}"
         found = f"{estimator.spec.name!r}, which needs {', '.join(sorted(missing))}"
         raise UserError("estimator.name", expected, found, f"Set estimator.name={NEAREST[best]}.")
+    if merges and MERGED not in scorer.gives:
+        expected = "null: this teacher does not tell the probability of every token of a group"
+        raise UserError("estimator.merged_stops", expected, "groups", "Set it, or name a local teacher.")
     if rollout.student_share < 1 and rollout.demonstrations == "teacher":
         expected = "data: this teacher scores, and cannot sample"
         raise UserError("rollout.demonstrations", expected, "teacher", "Set it, or rollout.student_share=1.")
