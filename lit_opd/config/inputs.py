@@ -82,6 +82,8 @@ class TeacherConfig(FrozenConfig):
     """Who scores: local (a model here) | served (a vLLM server) | student, or package.module:name or file.py:name."""
     prompt: str | None = limited(None, within("with {prompt} or a column in braces", lambda v: v is None or "{" in v))
     """What the teacher reads instead of the prompt: a template over the row, as data.prompt_template."""
+    extra_tokens: str = limited("refuse", one_of("refuse", "mask"))
+    """Tokens behind the student's last, as newer special tokens: refuse | mask (as if it could not write them)."""
     server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
     """Of a served teacher: its address, as http://127.0.0.1:8000, or several, each of which scores a part."""
     model: str | None = None

@@ -7,13 +7,14 @@ and `audit` use too, gets its models from a `Pair`.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from lit_opd.config import FrozenConfig, StudentConfig, TeacherConfig
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models.adapters import check_adapters
 from lit_opd.models.dropout import set_dropout
@@ -21,7 +22,7 @@ from lit_opd.models.followed import FollowedStudent
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config, refuse_quantised
 from lit_opd.models.stops import read_stop_ids
-from lit_opd.models.vocabulary import shared_vocabulary
+from lit_opd.models.vocabulary import extra_of, shared_vocabulary
 from lit_opd.types import Need
 
 __all__ = ["Pair"]
@@ -70,7 +71,9 @@ class Pair:
         self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
         rows = _vocabulary_rows(student, "student")
         shared = (
-            shared_vocabulary(tokenizer, other, rows, _vocabulary_rows(model, key), key)
+            shared_vocabulary(
+                tokenizer, other, rows, _vocabulary_rows(model, key), key, _tell_extra(model, tokenizer, other)
+            )
             for key, (model, other) in self._frozen.items()
         )
         self.vocabulary = min(shared, default=rows)
@@ -178,6 +181,17 @@ def _vocabulary_rows(model: Any, key: str) -> int:
     if isinstance(model, nn.Module):
         return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     return int(read_model_config(model, key).get_text_config().vocab_size)
+
+
+def _tell_extra(model: Any, tokenizer: Any, other: Any) -> str:
+    """Read what becomes of a teacher's extra tokens, and tell which are masked."""
+    choice = getattr(model, "extra_tokens", "refuse")
+    extra = extra_of(tokenizer, other)
+    if choice == "mask" and extra:
+        told = f"{len(extra)} of the teacher's tokens, from {extra[min(extra)]!r} (id {min(extra)}) on"
+        fate = "are not the student's. Neither model writes them, nor gives them probability."
+        warnings.warn(f"teacher.extra_tokens: {told}, {fate}", LintWarning, stacklevel=4)
+    return choice
 
 
 def _as_student(student: Any, tokenizer: Any) -> LanguageModel:

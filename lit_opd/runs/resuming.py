@@ -22,7 +22,8 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
     # What the checkpoint holds, or what names the run: half of it would be made with the one and half with the other.
     "refused": (
         "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "student.dropout",
-        "teacher.path", "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
+        "teacher.path", "teacher.extra_tokens",
+        "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
         "teacher.follow_every",
         "teacher.temperature", "teacher.gguf_file", "reference.path", "reference.gguf_file", "estimator.name",
         "estimator.kwargs", "estimator.terms", "estimator.masked_tokens", "estimator.merged_stops",

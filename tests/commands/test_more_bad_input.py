@@ -15,7 +15,8 @@ from lit_opd.errors import UserError
 VALUES = {
     "seed": "1.0 one true 4294967296 [1]", "student": "x", "student.path": "[x]", "student.dtype": "fp32 no",
     "student.trust_remote_code": "perhaps", "student.gradient_checkpointing": "maybe", "student.lora": "yes [1]",
-    "teacher.temperature": "-1 .inf", "teacher.kind": "remote", "teacher.quantization": "fp8",
+    "teacher.temperature": "-1 .inf", "teacher.extra_tokens": "drop", "teacher.kind": "remote",
+    "teacher.quantization": "fp8",
     "teacher.offload": "maybe", "reference.dtype": "half", "data.source": "web", "data.kwargs": "3",
     "data.train_size": "0 -3 .5", "data.validation_size": "0", "data.validation_seed": "-1",
     "data.max_prompt_tokens": "0", "data.overlong": "skip", "data.batch_size": "0 1e3",
