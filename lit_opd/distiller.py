@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import token_weights
+from lit_opd.functional import Groups, token_weights
 from lit_opd.models import LanguageModel
 from lit_opd.objective import Loss, student_loss
 from lit_opd.perf import phase
@@ -37,6 +37,7 @@ class Distiller:
         micro_batch_tokens: tokens, with padding, whose activations are kept at once.
         aggregation: `token_mean`, `sequence_mean` or `sequence_sum`.
         masked_ids: tokens whose positions are not counted.
+        merged: groups of tokens that the loss counts as one symbol.
         verifier: judges completions; None where nothing does.
     """
 
@@ -48,6 +49,7 @@ class Distiller:
     micro_batch_tokens: int
     aggregation: str = "token_mean"
     masked_ids: Sequence[int] = ()
+    merged: Groups = ()
     verifier: Verifier | None = None
 
     def with_estimator(self, estimator: BoundEstimator) -> Distiller:
@@ -63,7 +65,8 @@ class Distiller:
     def asks(self) -> dict[str, Wanted]:
         """The scores that the estimator asks of each scorer."""
         asks = {"teacher": wanted_by(self.estimator)}
-        return asks | ({"reference": Wanted()} if Need.REFERENCE in self.estimator.needs else {})
+        asks |= {"reference": Wanted()} if Need.REFERENCE in self.estimator.needs else {}
+        return {name: wanted._replace(merged=self.merged) for name, wanted in asks.items()}
 
     @phase("rollout")
     def sample(self, batch: PromptBatch) -> Rollout:
@@ -92,7 +95,7 @@ class Distiller:
         if not len(rows):
             rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
         parts = micro_batches(rollout, rows, self.micro_batch_tokens, self.whole_prompts)
-        scored = [ScoredRollout(rollout.rows(part), {}, progress) for part in parts]
+        scored = [ScoredRollout(rollout.rows(part), {}, progress, self.merged) for part in parts]
         for name, wanted in self.asks.items():
             scorer = self.scorers[name]
             with scorer.present():

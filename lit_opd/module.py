@@ -67,6 +67,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         rollout, optim, evaluation, lint, diagnostics: sections of the configuration, or their keys as mappings.
         aggregation: `token_mean`, `sequence_mean` or `sequence_sum`.
         masked_tokens: tokens (strings or ids) whose positions are not counted.
+        merged_stops: `auto`, or groups of tokens (strings or ids) that the loss counts as one symbol each.
         seed: of everything that is sampled in training.
         engine: samples completions; by default in this process.
 
@@ -89,6 +90,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         evaluation: EvaluationConfig | Mapping[str, Any] | None = None,
         aggregation: str = "token_mean",
         masked_tokens: Sequence[str | int] = (),
+        merged_stops: Any = None,
         seed: int = 0,
         engine: RolloutEngine | None = None,
         lint: LintConfig | Mapping[str, Any] | None = None,
@@ -106,8 +108,9 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         self.optim_config = as_section(OptimConfig, optim, "optim")
         settings = as_section(EvaluationConfig, evaluation, "evaluation")
         support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
-        counted = EstimatorConfig(aggregation=aggregation, masked_tokens=masked_tokens)  # type: ignore[arg-type]
-        masked_tokens = as_section(EstimatorConfig, counted, "estimator").masked_tokens
+        given = {"aggregation": aggregation, "masked_tokens": masked_tokens, "merged_stops": merged_stops}
+        counted = as_section(EstimatorConfig, EstimatorConfig(**given), "estimator")
+        masked_tokens = counted.masked_tokens
         check_seed("seed", seed)
         self.law = training_law(self.rollout_config, self.estimator)
         self.engine = build_engine(self.rollout_config, engine)
@@ -117,7 +120,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         self.teachers, self.taught_by = [*(teachers or {})], models.taught_by(teacher, teachers_combined)
         self.scorer = own_scorer(teacher, student, tokenizer, teachers_combined)
         if self.scorer is not None:
-            check_gives(self.scorer, self.estimator, self.rollout_config)
+            check_gives(self.scorer, self.estimator, self.rollout_config, merges=merged_stops is not None)
             tell_left_out(self.scorer, settings)
         # Before any weights load: it imports the user's own yardsticks, which may be misspelt.
         self.begin_evaluations(settings, self.rollout_config.max_new_tokens, support_size)
@@ -127,6 +130,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         self.teacher = self.distiller = None
         self.aggregation, self.seed = aggregation, seed
         self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
+        self.merged = models.merged_groups(counted.merged_stops, self.pair, self.masked_ids)
         if self.pair.followed is not None:
             self.pair.followed.check_updates(self.optim_config.updates_per_rollout)
         self.shown = templates(teacher)
@@ -138,9 +142,9 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         return cls(
             config.student, None if config.teachers else config.teacher, config.estimator,
             reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
-            aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens, seed=config.seed,
-            lint=config.lint, diagnostics=config.diagnostics, teachers=config.teachers,
-            teachers_combined=config.teachers_combined,
+            aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens,
+            merged_stops=config.estimator.merged_stops, seed=config.seed, lint=config.lint,
+            diagnostics=config.diagnostics, teachers=config.teachers, teachers_combined=config.teachers_combined,
         )  # fmt: skip
 
     @property
@@ -172,7 +176,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         source = build_source(*sampling, self.student, self.teacher, self.demonstrations)
         return Distiller(
             self.student, self.estimator, source, scorers, rows, self.optim_config.micro_batch_tokens,
-            self.aggregation, self.masked_ids, verifier,
+            self.aggregation, self.masked_ids, self.merged, verifier,
         )  # fmt: skip
 
     def on_train_start(self) -> None:

@@ -1,7 +1,7 @@
-"""Show what the audit says of the mismatched pair, and what its two proposals are worth: short runs with and without.
+"""Show what the audit says of the mismatched pair, and what its proposals are worth: short runs with and without.
 
 Usage: ``python -m tools.mend_mismatched_pair --pair FOLDER [--steps N] [--seeds N] [--estimators NAME ...]
-[--arms NAME ...] [--out FILE.md]``
+[--arms NAME ...] [--out FILE.md] [--no-audit]``
 
 FOLDER is what ``tools.make_mismatched_pair`` wrote. Every run is conf/quickstart.yaml on that pair, shortened; arms
 differ in nothing but what the audit proposes. Prompts and sampled randomness of a seed are common to all arms.
@@ -16,12 +16,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from scipy import stats
 
 from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config, load_config
 from lit_opd.errors import RunError
 from lit_opd.lab.audit import audit, print_audit
 from lit_opd.runs.distillation import train
+from tools.make_mismatched_pair import END
 
 QUICKSTART = Path(__file__).parents[1] / "conf" / "quickstart.yaml"
 METRICS = ("accuracy", "truncated_frac", "length")
@@ -33,15 +35,19 @@ def proposed_mask(pair: Path) -> list[int]:
     return [row.id for row in found.tokens if row.huge and not row.stops]
 
 
-def arms(pair: Path) -> dict[str, tuple[str, list[int]]]:
-    """The student's folder and the masked ids of every arm."""
-    mask = proposed_mask(pair)
-    return {
+def arms(pair: Path, wanted: list[str] | None) -> dict[str, tuple[str, list[str]]]:
+    """The student's folder and the overrides of every arm, or of those wanted."""
+    mask = f"estimator.masked_tokens={proposed_mask(pair)}" if wanted is None or {"mask", "both"} & {*wanted} else ""
+    ends = ",".join(END.values())
+    every = {
         "as it is": ("student", []),
-        "mask": ("student", mask),
+        "mask": ("student", [mask]),
         "either end stops": ("student_both_ends", []),
-        "both": ("student_both_ends", mask),
+        "both": ("student_both_ends", [mask]),
+        "ends masked": ("student", [f"estimator.masked_tokens=[{ends}]", "lint.allow=[no_stop_signal]"]),
+        "ends merged": ("student", ["estimator.merged_stops=auto"]),
     }
+    return {arm: how for arm, how in every.items() if arm in (wanted or every)}
 
 
 def configure(pair: Path, student: str, estimator: str, seed: int, *extra: str) -> Config:
@@ -52,14 +58,14 @@ def configure(pair: Path, student: str, estimator: str, seed: int, *extra: str) 
     ])  # fmt: skip
 
 
-def run(pair: Path, student: str, mask: list[int], estimator: str, seed: int, steps: int) -> dict[str, float]:
+def run(pair: Path, student: str, arm: list[str], estimator: str, seed: int, steps: int) -> dict[str, float]:
     """The held-out results after a short run."""
     with tempfile.TemporaryDirectory() as folder:
         config = configure(
             pair, student, estimator, seed, f"output_dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlflow.db",
             f"trainer.max_steps={steps}", f"evaluation.every_n_steps={steps}", "optim.warmup_steps=5",
             "evaluation.teacher=false", "trainer.enable_progress_bar=false", "tracking.system_metrics=false",
-            f"estimator.masked_tokens={mask}",
+            *arm,
         )  # fmt: skip
         outcome = train(config)
     values = {name: outcome.after[name].mean for name in METRICS}
@@ -67,17 +73,25 @@ def run(pair: Path, student: str, mask: list[int], estimator: str, seed: int, st
 
 
 def table(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """Accuracy before and after, means over seeds, and what each seed came to."""
+    """Accuracy before and after, means over seeds with half a 95% interval (Student's t), and what each seed gave."""
     lines = ["| estimator | arm | before | after | each seed | truncated | length |", "|---|---|---|---|---|---|---|"]
     for estimator, by_arm in results.items():
         for arm, runs in by_arm.items():
-            means = {name: statistics.mean(run[name] for run in runs) for name in (*METRICS, "before")}
+            means = {name: mean_over_seeds([run[name] for run in runs]) for name in METRICS}
+            before = statistics.mean(run["before"] for run in runs)
             each = ", ".join(f"{run['accuracy']:.3f}" for run in runs)
-            numbers = f"{means['truncated_frac']:.3f} | {means['length']:.1f}"
-            lines.append(
-                f"| {estimator} | {arm} | {means['before']:.3f} | {means['accuracy']:.3f} | {each} | {numbers} |"
-            )
+            numbers = f"{before:.3f} | {means['accuracy']} | {each} | {means['truncated_frac']} | {means['length']}"
+            lines.append(f"| {estimator} | {arm} | {numbers} |")
     return "\n".join(lines)
+
+
+def mean_over_seeds(values: list[float]) -> str:
+    """A mean, and how far on either side of it the true one lies, at 95%."""
+    size = len(values)
+    if size < 2:
+        return f"{values[0]:.3f}"
+    half = stats.t.ppf(0.975, size - 1) * statistics.stdev(values) / size**0.5
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
 
 
 def audit_text(pair: Path, student: str) -> str:
@@ -101,17 +115,17 @@ def main() -> None:
     parser.add_argument("--estimators", nargs="+", default=["full_vocab", "token"])
     parser.add_argument("--arms", nargs="+", help="default: all")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--no-audit", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     quiet_libraries()
-    text = audit_text(arguments.pair, "student")
+    text = "" if arguments.no_audit else audit_text(arguments.pair, "student")
     print(text, flush=True)
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for estimator in arguments.estimators:
-        chosen = {arm: how for arm, how in arms(arguments.pair).items() if arm in (arguments.arms or [arm])}
-        for arm, (student, mask) in chosen.items():
+        for arm, (student, overrides) in arms(arguments.pair, arguments.arms).items():
             for seed in range(arguments.seeds):
-                values = run(arguments.pair, student, mask, estimator, seed, arguments.steps)
+                values = run(arguments.pair, student, overrides, estimator, seed, arguments.steps)
                 results.setdefault(estimator, {}).setdefault(arm, []).append(values)
                 print(json.dumps({"estimator": estimator, "arm": arm, "seed": seed, **values}), flush=True)
     print(table(results))

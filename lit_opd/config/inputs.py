@@ -87,6 +87,8 @@ class TeacherConfig(FrozenConfig):
     """Who scores: local (a model here) | served (a vLLM server) | student, or package.module:name or file.py:name."""
     prompt: Any = limited(None, within("of a template with a column in braces, or keys of data", _is_prompt))
     """What the teacher reads instead: a template over the row, or prompt_template, system_prompt, examples of data."""
+    extra_tokens: str = limited("refuse", one_of("refuse", "mask"))
+    """Tokens behind the student's last, as newer special tokens: refuse | mask (as if it could not write them)."""
     server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
     """Of a served teacher: its address, as http://127.0.0.1:8000, or several, each of which scores a part."""
     model: str | None = None

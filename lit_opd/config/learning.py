@@ -8,10 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_opd.config.limits import Section, above, at_least, limited, one_of, one_of_or_path, within
+from lit_opd.config.limits import Section, above, as_type, at_least, limited, one_of, one_of_or_path, within
 from lit_opd.errors import UserError
 
 __all__ = ["EstimatorConfig", "OptimConfig", "RolloutConfig"]
+
+
+def groups_of_tokens(key: str, value: Any) -> None:
+    """Ask for null, `auto`, or lists of at least two tokens each."""
+    if value is None or value == "auto":
+        return
+    groups = value if isinstance(value, list | tuple) else [None]
+    if not all(isinstance(group, list | tuple) and len(group) > 1 for group in groups):
+        remedy = f"Set {key}=auto, or as {key}=[[2, 21]]."
+        raise UserError(key, "null, auto, or a list of groups of at least two tokens", repr(value), remedy)
+    as_type(key, value, list[list[int | str]])
 
 
 @dataclass
@@ -84,6 +95,8 @@ class EstimatorConfig(Section):
     """Instead of a name, a weighted sum: a list of {name, weight, kwargs, weighting: {name, kwargs}}."""
     masked_tokens: list[int | str] = field(default_factory=list)
     """Tokens, as text or ids, whose positions are not counted."""
+    merged_stops: Any = limited(None, groups_of_tokens)
+    """Endings that mean the same and count as one: null | auto (both models' stop tokens) | [[texts or ids], ...]."""
     aggregation: str = limited("token_mean", one_of("token_mean", "sequence_mean", "sequence_sum"))
     """token_mean | sequence_mean | sequence_sum, over all that is counted in an optimizer step."""
 

@@ -21,6 +21,7 @@ from lit_opd.functional.head import (
     position_losses,
 )
 from lit_opd.functional.interpolation import interpolate_logps
+from lit_opd.functional.merging import Groups, merge_ids, merge_logps
 from lit_opd.functional.precision import log_softmax, upcast
 from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_ratio, truncated_ratio
 from lit_opd.functional.reductions import masked_mean, token_weights
@@ -42,6 +43,7 @@ __all__ = [
     "SUPPORTS",
     "SUPPORT_DIVERGENCES",
     "WEIGHTINGS",
+    "Groups",
     "Head",
     "HiddenDistributions",
     "adaptive_kl",
@@ -63,6 +65,8 @@ __all__ = [
     "log_softmax",
     "logit_matching",
     "masked_mean",
+    "merge_ids",
+    "merge_logps",
     "mixed_kl",
     "one_sided_ratio",
     "outside_logp",

@@ -36,7 +36,7 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     for rollout, stats in seen:
         own_N, student_N = rollout.own_mask_BT[rollout.mask_BT], stats["student_logps"]
-        gap_N = rollout.sampler_logps_BT[rollout.mask_BT] - student_N
+        gap_N = stats["sampler_logps"] - student_N
         values = {"own": own_N, "kl": stats["kl"][own_N], "entropy": -student_N[own_N], "gap": gap_N[own_N]}
         values |= {"student_mass": stats["student_mass"][own_N]} if "student_mass" in stats else {}
         sums = {name: value.sum() + sums.get(name, 0) for name, value in values.items()}
@@ -97,7 +97,7 @@ def _tokens_of(rollout: Rollout, stats: Mapping[str, Tensor], horizon: int) -> d
         "advantage": teacher_N - student_N,
         "student_nll": -student_N,
         "teacher_nll": -teacher_N,
-        "sampler_log_ratio": student_N - rollout.sampler_logps_BT[mask_BT],
+        "sampler_log_ratio": student_N - stats["sampler_logps"],
         "quarter": (position_N * QUARTERS // horizon).clamp(max=QUARTERS - 1),
         "stops": stopped_B[row_N] & (position_N == last_B[row_N]),
         **{name: stats[name] for name in ("clipped", "student_mass", "teacher_mass") if name in stats},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +16,15 @@ import torch
 from torch import nn
 
 from lit_opd.config import FrozenConfig, StudentConfig, TeacherConfig
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.models.adapters import check_adapters
 from lit_opd.models.dropout import set_dropout
 from lit_opd.models.followed import FollowedStudent
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config, refuse_quantised
-from lit_opd.models.vocabulary import shared_vocabulary
+from lit_opd.models.stops import read_stop_ids
+from lit_opd.models.vocabulary import extra_of, shared_vocabulary
 from lit_opd.types import Need
 
 __all__ = ["Pair"]
@@ -74,7 +76,9 @@ class Pair:
         self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
         rows = _vocabulary_rows(student, "student")
         shared = (
-            shared_vocabulary(tokenizer, other, rows, _vocabulary_rows(model, key), key)
+            shared_vocabulary(
+                tokenizer, other, rows, _vocabulary_rows(model, key), key, _tell_extra(model, tokenizer, other)
+            )
             for key, (model, other) in self._frozen.items()
         )
         self.vocabulary = min(shared, default=rows)
@@ -114,6 +118,23 @@ class Pair:
     def _is_lent(self, key: str) -> bool:
         section = self._frozen.get(key, (None, None))[0]
         return key.startswith("teachers.") and isinstance(section, TeacherConfig) and not section.offload
+
+    def stop_ids(self, key: str) -> list[int]:
+        """List the tokens that end a completion of the `teacher` or the `reference`, before its weights load.
+
+        Raises:
+            UserError: the model is not in this process.
+        """
+        if key in self._loaded:
+            return self._loaded[key].stop_ids
+        if key not in self._frozen:
+            expected, remedy = f"groups of tokens, for the stop tokens of this {key} are not known", "Name them."
+            raise UserError("estimator.merged_stops", expected, "auto", remedy)
+        model, tokenizer = self._frozen[key]
+        if isinstance(model, nn.Module):
+            return LanguageModel(model, tokenizer, key).stop_ids
+        stops = read_stop_ids(model, tokenizer, read_model_config(model, key))
+        return [index for index in stops if index < self.vocabulary]
 
     @property
     def followed(self) -> FollowedStudent | None:
@@ -185,6 +206,17 @@ def _vocabulary_rows(model: Any, key: str) -> int:
     if isinstance(model, nn.Module):
         return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     return int(read_model_config(model, key).get_text_config().vocab_size)
+
+
+def _tell_extra(model: Any, tokenizer: Any, other: Any) -> str:
+    """Read what becomes of a teacher's extra tokens, and tell which are masked."""
+    choice = getattr(model, "extra_tokens", "refuse")
+    extra = extra_of(tokenizer, other)
+    if choice == "mask" and extra:
+        told = f"{len(extra)} of the teacher's tokens, from {extra[min(extra)]!r} (id {min(extra)}) on"
+        fate = "are not the student's. Neither model writes them, nor gives them probability."
+        warnings.warn(f"teacher.extra_tokens: {told}, {fate}", LintWarning, stacklevel=4)
+    return choice
 
 
 def _as_student(student: Any, tokenizer: Any) -> LanguageModel:

@@ -11,16 +11,22 @@ from typing import Any
 
 from lit_opd.errors import UserError
 
-__all__ = ["shared_vocabulary", "token_ids"]
+__all__ = ["extra_of", "shared_vocabulary", "token_ids"]
 
 
 def shared_vocabulary(
-    student_tokenizer: Any, other_tokenizer: Any, student_rows: int, other_rows: int, key: str = "teacher"
+    student_tokenizer: Any,
+    other_tokenizer: Any,
+    student_rows: int,
+    other_rows: int,
+    key: str = "teacher",
+    extra_tokens: str = "refuse",
 ) -> int:
     """Count the ids, from 0, that the student and another model share.
 
     The tokenizers must agree on every id. The output layers, of so many rows, may differ in padding rows behind the
-    last real token.
+    last real token. With `extra_tokens="mask"` the other's vocabulary may go on where the student's ends: only the
+    student's tokens are shared then.
 
     Raises:
         UserError: naming the first id on which the tokenizers differ, or the layer that is too short.
@@ -33,14 +39,25 @@ def shared_vocabulary(
             raise UserError(f"{who}.path", expected, f"{rows}, and none for {token!r} (id {last})", remedy)
     student = {index: token for token, index in student_tokenizer.get_vocab().items()}
     other = {index: token for token, index in other_tokenizer.get_vocab().items()}
+    shared, extra = min(student_rows, other_rows), extra_of(student_tokenizer, other_tokenizer)
+    if extra_tokens == "mask" and extra:
+        other, shared = {i: token for i, token in other.items() if i not in extra}, min(shared, *extra)
     for index in sorted(student.keys() | other.keys()):
         if student.get(index) != other.get(index):
             found = f"id {index} is {student.get(index)!r} for the student and {other.get(index)!r} for the {key}"
             remedy = f"Choose a {key} and a student of one tokenizer family."
+            if index in extra and key == "teacher":
+                remedy = f"To leave the teacher's {len(extra)} extra tokens out, set teacher.extra_tokens=mask."
             if None in (student.get(index), other.get(index)):
                 remedy += " If it was added to one of the two, take it out (padding needs none here)."
             raise UserError(f"{key}.path", "the student's tokenizer, id by id", found, remedy)
-    return min(student_rows, other_rows)
+    return shared
+
+
+def extra_of(student_tokenizer: Any, other_tokenizer: Any) -> dict[int, str]:
+    """Find the tokens of another model whose ids lie behind the student's last, by id."""
+    last = max(student_tokenizer.get_vocab().values())
+    return {index: token for token, index in sorted(other_tokenizer.get_vocab().items()) if index > last}
 
 
 def token_ids(tokenizer: Any, tokens: Iterable[str | int], key: str) -> list[int]:

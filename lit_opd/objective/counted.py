@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.needs import Seen, fill, fillings, needs_of
+from lit_opd.functional import Groups, merge_ids, merge_logps
 from lit_opd.types import Need, ScoredRollout, Scores, TokenBatch
 
 __all__ = ["Chunk", "CountedPositions"]
@@ -29,6 +30,7 @@ class CountedPositions:
         reference_logps_N: log-probabilities of the sampled tokens under a reference model, where one was asked.
         progress: the share of training that is done.
         student_wrote_N: False at tokens of demonstrations; None where there are none.
+        merged: groups of tokens that count as one symbol, under the first of them.
     """
 
     ids_N: Tensor
@@ -37,6 +39,7 @@ class CountedPositions:
     reference_logps_N: Tensor | None = None
     progress: float = 0.0
     student_wrote_N: Tensor | None = None
+    merged: Groups = ()
 
     @classmethod
     def of(cls, micro: ScoredRollout) -> CountedPositions:
@@ -48,14 +51,18 @@ class CountedPositions:
             reference_logps_N=micro.scores["reference"].logps_N if "reference" in micro.scores else None,
             progress=micro.progress,
             student_wrote_N=None if wrote_N.all() else wrote_N,
+            merged=micro.merged,
         )  # fmt: skip
 
     def chunk(self, student_logits_cV: Tensor, part: slice) -> Chunk:
         """Read the student's logits [c, V] (fp32, with grad) and the teacher at the positions `part`."""
-        student_cV, ids_c = torch.log_softmax(student_logits_cV, dim=-1), self.ids_N[part]
-        teacher_cV = None if self.teacher.full is None else self.teacher.full.logps(part)
+        logits_cV = merge_logps(student_logits_cV, self.merged)
+        student_cV = torch.log_softmax(logits_cV, dim=-1)
+        teacher_cV = None if self.teacher.full is None else merge_logps(self.teacher.full.logps(part), self.merged)
         reference_c = None if self.reference_logps_N is None else self.reference_logps_N[part]
-        sampled = self._sampled(student_cV, teacher_cV, ids_c, part)
+        sampled = self._sampled(student_cV, teacher_cV, merge_ids(self.ids_N[part], self.merged), part)
+        if self.merged:
+            sampled = self._with_groups_sampled(sampled, student_logits_cV.detach(), logits_cV.detach(), part)
         return Chunk(sampled, student_cV, teacher_cV, self.teacher, part, reference_c)
 
     def _sampled(self, student_cV: Tensor, teacher_cV: Tensor | None, ids_c: Tensor, part: slice) -> TokenBatch:
@@ -70,6 +77,19 @@ class CountedPositions:
             student_wrote_BT=None if self.student_wrote_N is None else self.student_wrote_N[part],
             progress=self.progress,
         )
+
+    def _with_groups_sampled(
+        self, sampled: TokenBatch, written_cV: Tensor, merged_cV: Tensor, part: slice
+    ) -> TokenBatch:
+        """Give the sampler the probability of the group, of which it recorded that of one member.
+
+        Which member it draws is taken to be as probable as with the student. A ratio of student to sampler is then the
+        ratio at the token that was written, which corrects for the sampler's law without bias.
+        """
+        assert sampled.completion_ids_BT is not None
+        others_c = _at(merged_cV, sampled.completion_ids_BT) - _at(written_cV, self.ids_N[part])
+        sampler_c = sampled.sampler_logps_BT
+        return replace(sampled, sampler_logps_BT=(sampler_c + others_c).to(sampler_c.dtype))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lit_opd.estimators import BoundEstimator, Term, any_clipped
 from lit_opd.estimators.asking import ask, ask_factors
 from lit_opd.estimators.needs import Seen, fill, needs_of
 from lit_opd.estimators.topk import support_logps
-from lit_opd.functional import Head, position_losses, support_mass
+from lit_opd.functional import Head, merge_ids, position_losses, support_mass
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
 from lit_opd.objective.counted import CountedPositions
@@ -34,9 +34,10 @@ class Loss(NamedTuple):
 
     Attributes:
         value: a scalar to differentiate.
-        stats: per-position detached values [N]: `kl` (the estimator's), `student_logps`, `teacher_logps`; `clipped`, 1
-            where a limit changed a term and else 0, where a term has one; `student_mass` and `teacher_mass`, each
-            model's probability on the support, where a term compares one.
+        stats: per-position detached values [N]: `kl` (the estimator's), `student_logps`, `teacher_logps`,
+            `sampler_logps`, of groups where tokens are merged; `clipped`, 1 where a limit changed a term and else 0,
+            where a term has one; `student_mass` and `teacher_mass`, each model's probability on the support, where a
+            term compares one.
         hidden_NH: the last hidden states that the loss was read from, for gradients there.
     """
 
@@ -70,7 +71,8 @@ def student_loss(
             kl = kl + term.weight * estimate.kl_BT
             seen.append(tokens)
             clips.append(estimate.clipped_BT)
-        stats = {"kl": kl / share, "student_logps": logps, "teacher_logps": chunk.sampled.teacher_logps_BT}
+        others = {name: getattr(chunk.sampled, f"{name}_BT") for name in ("teacher_logps", "sampler_logps")}
+        stats = {"kl": kl / share, "student_logps": logps, **others}
         clipped = any_clipped(clips)
         activity = {} if clipped is None else {"clipped": clipped.to(kl.dtype)}
         return loss, stats | activity | support_masses(seen)
@@ -161,7 +163,8 @@ def sequence_tokens(
 
     def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         chunk = positions.chunk(logits_cV, part)
-        sampled = {"student": chunk.sampled.student_logps_BT, "teacher": chunk.sampled.teacher_logps_BT}
+        seen = chunk.sampled
+        sampled = {name: getattr(seen, f"{name}_logps_BT") for name in ("student", "teacher", "sampler")}
         return logits_cV.new_zeros(()), sampled | chunk.summaries(needs)
 
     def spread(values_N: Tensor) -> Tensor:
@@ -172,9 +175,9 @@ def sequence_tokens(
     tokens = TokenBatch(
         student_logps_BT=spread(stats.pop("student")).requires_grad_(),
         teacher_logps_BT=spread(stats.pop("teacher")),
-        sampler_logps_BT=rollout.sampler_logps_BT,
+        sampler_logps_BT=rollout.sampler_logps_BT.masked_scatter(rollout.mask_BT, stats.pop("sampler")),
         mask_BT=rollout.mask_BT,
-        completion_ids_BT=rollout.ids_BT,
+        completion_ids_BT=merge_ids(rollout.ids_BT, micro.merged),
         student_wrote_BT=None if positions.student_wrote_N is None else rollout.student_wrote_BT,
         progress=micro.progress,
         **{name: spread(values_N) for name, values_N in stats.items()},

@@ -18,15 +18,9 @@ from lit_opd.models import end_of_turn, load_tokenizer, read_model_config, read_
 from lit_opd.runs.verdicts import FAIL, PASS, WARN, Finding, conclude
 
 __all__ = [
-    "chat_template",
-    "equivalence",
-    "first_look",
-    "local_teachers",
-    "router_loss",
-    "small_steps",
-    "spell",
+    "AS_ONE", "chat_template", "equivalence", "first_look", "local_teachers", "router_loss", "small_steps", "spell",
     "stop_tokens",
-]
+]  # fmt: skip
 
 _CONVERSATION = [
     {"role": "user", "content": "How much is 2 + 3?"},
@@ -34,6 +28,7 @@ _CONVERSATION = [
     {"role": "user", "content": "And 4 more?"},
 ]
 _WEIGHT = 0.02  # the standard deviation that most models are initialised with
+AS_ONE = "Or let it keep its own: estimator.merged_stops=auto counts both as one in the loss. "
 _ALIKE = "Choose a teacher of the student's family, or train the student on the teacher's format first."
 
 
@@ -48,7 +43,8 @@ def first_look(config: Config, student: Any) -> dict[str, Finding]:
         teacher, name = load_tokenizer(section, key), key.partition(".")[2]
         other |= set(read_stop_ids(section, teacher, read_model_config(section, key)))
         looks[f"chat template {name}".strip()] = chat_template(student, teacher, config.data)
-    return looks | {"stop tokens": stop_tokens(student, own, other if local_teachers(config) else own, turn)}
+    merged = config.estimator.merged_stops is not None
+    return looks | {"stop tokens": stop_tokens(student, own, other if local_teachers(config) else own, turn, merged)}
 
 
 def local_teachers(config: Config) -> dict[str, TeacherConfig]:
@@ -77,11 +73,13 @@ def chat_template(student: Any, teacher: Any, data: DataConfig) -> Finding:
     return conclude(PASS, "a conversation is rendered alike, to the same ids")
 
 
-def stop_tokens(tokenizer: Any, own: Collection[int], other: Collection[int], turn: int | None) -> Finding:
+def stop_tokens(
+    tokenizer: Any, own: Collection[int], other: Collection[int], turn: int | None, merged: bool = False
+) -> Finding:
     """Check that what ends the teacher's completions, and a turn of the chat, ends the student's.
 
     The tokens are the student's own, the teacher's (other), and the one with which the student's chat template ends a
-    turn, if there is one. The tokenizer is the student's.
+    turn, if there is one. The tokenizer is the student's. Endings may be `merged` in the loss.
     """
 
     def names(ids: Collection[int]) -> str:
@@ -98,7 +96,9 @@ def stop_tokens(tokenizer: Any, own: Collection[int], other: Collection[int], tu
     found = f"{names(own)} for the student, {names(other)} for the teacher"
     if set(other) <= set(own):
         return conclude(PASS, f"{found}: the student's include them")
-    return conclude(WARN, found, equivalence(names, own, sorted(set(other) - set(own))))
+    if merged:
+        return conclude(PASS, f"{found}: the loss merges endings (estimator.merged_stops)")
+    return conclude(WARN, found, equivalence(names, own, sorted(set(other) - set(own)), AS_ONE))
 
 
 def router_loss(model_config: Any) -> Finding:
@@ -124,11 +124,13 @@ def small_steps(config: Config) -> Finding:
     return conclude(WARN if config.optim.lr < kept else PASS, found, fix)
 
 
-def equivalence(names: Callable[[Collection[int]], str], own: Collection[int], ids: Sequence[int]) -> str:
-    """Say how to let these stop tokens end the student's completions too."""
+def equivalence(
+    names: Callable[[Collection[int]], str], own: Collection[int], ids: Sequence[int], otherwise: str = ""
+) -> str:
+    """Say how to let these stop tokens end the student's completions too, and what to do otherwise."""
     named = ", ".join(f"{index} ({names([index])})" for index in ids)
     return (f"Let either ending stop the student: add {named} to eos_token_id in its generation_config.json, as "
-            f"{[*own, *ids]}. Do not mask a stop token: nothing would teach it to stop.")  # fmt: skip
+            f"{[*own, *ids]}. {otherwise}Do not mask a stop token: nothing would teach it to stop.")  # fmt: skip
 
 
 def spell(tokenizer: Any, text: str) -> list[int]:

@@ -20,7 +20,7 @@ from lit_opd import estimators, linter
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.errors import LintWarning, UserError, gather
-from lit_opd.models import context_length, load_tokenizer, read_model_config, token_ids
+from lit_opd.models import context_length, load_tokenizer, named_groups, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.runs.first_look import first_look, local_teachers
 from lit_opd.runs.lightning_trainer import check_trainer_keys
@@ -67,7 +67,8 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         *(partial(_context_length, section, key) for key, section in others.items()),
     )
     contexts.append(context)
-    token_ids(tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
+    masked = token_ids(tokenizer, config.estimator.masked_tokens, "estimator.masked_tokens")
+    named_groups(config.estimator.merged_stops, tokenizer, masked)
     if tell:
         _tell(config, first_look(config, tokenizer))
     evaluated = config.evaluation.max_new_tokens or 0

@@ -22,12 +22,13 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
     # What the checkpoint holds, or what names the run: half of it would be made with the one and half with the other.
     "refused": (
         "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "student.dropout",
-        "teacher.path", "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
+        "teacher.path", "teacher.extra_tokens",
+        "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
         "teacher.follow_every",
         "teacher.temperature", "teacher.gguf_file", "teachers", "teachers_combined", "data.teacher_column",
         "reference.path", "reference.gguf_file", "estimator.name", "estimator.kwargs", "estimator.terms",
-        "estimator.masked_tokens", "estimator.aggregation", "optim.name", "optim.kwargs", "trainer.precision",
-        "tracking.experiment",
+        "estimator.masked_tokens", "estimator.merged_stops", "estimator.aggregation", "optim.name", "optim.kwargs",
+        "trainer.precision", "tracking.experiment",
     ),
     # No number of the training or of an evaluation depends on them, or they say how long to go on.
     "taken": (

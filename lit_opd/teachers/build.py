@@ -21,7 +21,7 @@ from lit_opd.plugins import call_object
 from lit_opd.teachers.combined import check_product
 from lit_opd.teachers.frozen import LocalScorer
 from lit_opd.teachers.routed import RoutedScorer
-from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, wanted_by
+from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, wanted_by
 from lit_opd.teachers.served import ServedScorer
 from lit_opd.types import Need
 
@@ -75,12 +75,12 @@ def _one_of(name: str, teacher: Any, student: Any, tokenizer: Any) -> Scorer | N
     return scorer
 
 
-def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfig) -> None:
-    """Compare what a scorer gives with what a run asks of its teacher.
+def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfig, merges: bool = False) -> None:
+    """Compare what a scorer gives with what a run, which may merge tokens, asks of its teacher.
 
     Raises:
-        UserError: the estimator needs more, demonstrations are to be sampled by what can only score, or a product of
-            teachers has another meaning for the estimator.
+        UserError: the estimator or merging needs more, demonstrations are to be sampled by what can only score, or a
+            product of teachers has another meaning for the estimator.
     """
     missing = wanted_by(estimator).kinds - scorer.gives
     if missing:
@@ -90,6 +90,9 @@ def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfi
         raise UserError("estimator.name", expected, found, f"Set estimator.name={NEAREST[best]}.")
     if isinstance(scorer, RoutedScorer) and scorer.combined == "product":
         check_product(estimator)
+    if merges and MERGED not in scorer.gives:
+        expected = "null: this teacher does not tell the probability of every token of a group"
+        raise UserError("estimator.merged_stops", expected, "groups", "Set it, or name a local teacher.")
     if rollout.demonstrated and rollout.demonstrations == "teacher":
         expected = "data: this teacher scores, and cannot sample"
         raise UserError("rollout.demonstrations", expected, "teacher", "Set it, or let the student write everything.")

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from lit_opd.functional import HiddenDistributions, log_softmax, position_losses
+from lit_opd.functional import HiddenDistributions, log_softmax, merge_ids, merge_logps, position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
-from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, Wanted
+from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, Wanted
 from lit_opd.types import Rollout, Scores
 
 __all__ = ["LocalScorer"]
@@ -28,7 +28,7 @@ class LocalScorer(Scorer):
         name: its role.
     """
 
-    gives = frozenset({TOKEN, SUPPORT, FULL})
+    gives = frozenset({TOKEN, SUPPORT, FULL, MERGED})
 
     def __init__(self, model: LanguageModel, rows: int, name: str = "teacher") -> None:
         self.model, self.rows, self.name = model, rows, name
@@ -49,10 +49,10 @@ class LocalScorer(Scorer):
             hidden_NH, head = self.model.hidden(rollout)
         if wanted.full:
             return Scores(full=HiddenDistributions(hidden_NH, head, self.rows))
-        ids_N = rollout.ids_BT[rollout.mask_BT]
+        ids_N = merge_ids(rollout.ids_BT[rollout.mask_BT], wanted.merged)
 
         def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-            logps_cV = log_softmax(logits_cV)
+            logps_cV = merge_logps(log_softmax(logits_cV), wanted.merged)
             taken_c = logps_cV.gather(-1, ids_N[part, None]).squeeze(-1)
             stats = {"logps_N": taken_c}
             if wanted.support:

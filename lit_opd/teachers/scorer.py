@@ -12,12 +12,14 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.needs import FILLERS
+from lit_opd.functional import Groups
 from lit_opd.types import Rollout, Scores
 
-__all__ = ["FULL", "SUPPORT", "TOKEN", "Scorer", "Wanted", "wanted_by"]
+__all__ = ["FULL", "MERGED", "SUPPORT", "TOKEN", "Scorer", "Wanted", "wanted_by"]
 
-# What a scorer may give: log-probabilities of sampled tokens, of its most probable tokens, of the whole vocabulary.
-TOKEN, SUPPORT, FULL = "token", "support", "full"
+# What a scorer may give: log-probabilities of sampled tokens, of its most probable tokens, of the whole vocabulary;
+# and of groups of tokens as if each were one.
+TOKEN, SUPPORT, FULL, MERGED = "token", "support", "full", "merged"
 
 
 class Wanted(NamedTuple):
@@ -27,16 +29,19 @@ class Wanted(NamedTuple):
         token: log-probabilities of the sampled tokens.
         support: K, how many of the scorer's most probable tokens; 0 for none.
         full: distributions over the whole vocabulary, from which the rest can be told.
+        merged: groups of tokens to count as one symbol, in `token` and `support`; whoever reads `full` merges it.
     """
 
     token: bool = True
     support: int = 0
     full: bool = False
+    merged: Groups = ()
 
     @property
     def kinds(self) -> frozenset[str]:
         """The kinds of scores that the scorer has to be able to give."""
-        return frozenset({TOKEN} | ({SUPPORT} if self.support else set()) | ({FULL} if self.full else set()))
+        asked = {TOKEN: True, SUPPORT: self.support, FULL: self.full, MERGED: self.merged}
+        return frozenset(kind for kind, wanted in asked.items() if wanted)
 
 
 @runtime_checkable
@@ -45,7 +50,7 @@ class Scorer(Protocol):
 
     Attributes:
         name: the scorer's role, by which its scores and the prompts it reads are found.
-        gives: what it can give, of `TOKEN`, `SUPPORT` and `FULL`.
+        gives: what it can give, of `TOKEN`, `SUPPORT`, `FULL` and `MERGED`.
     """
 
     name: str

@@ -5,7 +5,7 @@ Made by scorers, read by the objective and by evaluations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
@@ -62,11 +62,14 @@ class ScoredRollout(NamedTuple):
         rollout: the completions.
         scores: by the name of the scorer: `teacher`, and `reference` where one is asked.
         progress: the share of training that is done, 0 to 1.
+        merged: groups of tokens that the scores count as one symbol, each under its first member. Whole distributions
+            are not merged yet.
     """
 
     rollout: Rollout
     scores: Mapping[str, Scores]
     progress: float = 0.0
+    merged: Sequence[Sequence[int]] = ()
 
     def rows(self, index: Tensor) -> ScoredRollout:
         """Choose rows of the rollout and of all scores."""

@@ -33,6 +33,7 @@ def make_seen(seed, rows=5, length=8, demonstrations=False):
     counted = int(mask_BT.sum())
     stats = {name: torch.rand(counted, generator=g).log() for name in ("student_logps", "teacher_logps")}
     stats |= {name: torch.rand(counted, generator=g) for name in ("kl", "student_mass", "teacher_mass")}
+    stats["sampler_logps"] = sampler_BT[mask_BT]
     stats["clipped"] = (torch.rand(counted, generator=g) < 0.3).float()
     return rollout, stats
 
@@ -152,7 +153,7 @@ def test_nothing_counted_gives_no_numbers():
 
 def test_what_an_estimator_has_not_is_left_out():
     rollout, stats = make_seen(0)
-    bare = {name: stats[name] for name in ("student_logps", "teacher_logps", "kl")}
+    bare = {name: stats[name] for name in ("student_logps", "teacher_logps", "sampler_logps", "kl")}
     names = token_numbers(observed_tokens([(rollout, bare)], horizon=8)).keys()
     assert "advantage/mean" in names
     assert not [name for name in names if "mass" in name or "clipped" in name]

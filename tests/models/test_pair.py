@@ -8,7 +8,7 @@ import torch
 
 from lit_opd import DistillationModule, estimators
 from lit_opd.config import FrozenConfig, StudentConfig, TeacherConfig
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.models import Pair, load_tokenizer, shared_vocabulary, token_ids
 
 CPU, TOKEN = torch.device("cpu"), estimators.build("token")
@@ -76,6 +76,61 @@ def test_shared_vocabulary_is_the_smaller_layer(tiny_tokenizer, make_tiny_tokeni
     assert shared_vocabulary(tiny_tokenizer, tiny_tokenizer, 24, 32) == 24
     with pytest.raises(UserError, match="id 17 is None for the student and '!' for the teacher.*was added"):
         shared_vocabulary(tiny_tokenizer, make_tiny_tokenizer("0123456789+=-!"), 24, 32)
+
+
+@pytest.fixture
+def longer(make_model, save_model, make_tiny_tokenizer):
+    """A teacher's folder whose vocabulary goes on where the student's ends, in an output layer of 24 rows."""
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "</tool>"]})
+    return save_model(make_model(2, vocab_size=24), tokenizer)
+
+
+@pytest.fixture
+def padded(make_model, save_model):
+    """A student's folder with padding rows where the teacher has its extra tokens."""
+    return save_model(make_model(1, vocab_size=24))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_extra_tokens_are_refused_with_the_key_that_masks_them(longer, padded):
+    expected = (
+        r"teacher\.path: .*id 17 is None for the student and '<tool>' .*2 extra tokens out, set teacher\.extra_tok"
+    )
+    with pytest.raises(UserError, match=expected):
+        DistillationModule(padded, longer)
+    for pair in ((longer, {"path": padded, "extra_tokens": "mask"}),):  # the student's own are never masked
+        with pytest.raises(UserError, match=r"id 17 is '<tool>' for the student and None for the teacher"):
+            DistillationModule(*pair)
+
+
+def test_no_other_token_may_differ_where_extra_ones_are_masked(padded, make_model, save_model, make_tiny_tokenizer):
+    other = save_model(make_model(2, vocab_size=24), make_tiny_tokenizer("0123456798+=-!"))
+    with pytest.raises(UserError, match="id 12 is '8' for the student and '9' for the teacher"):
+        Pair(padded, TeacherConfig(other, extra_tokens="mask"), TOKEN)
+
+
+@pytest.mark.parametrize("estimator", ["full_vocab", "token", "teacher_topk", "sequence"])
+def test_masked_extra_tokens_leave_two_models_of_the_students_vocabulary(
+    estimator, longer, padded, make_model, make_module, make_data, fit, sample, make_batch, full_logits
+):
+    """Against models whose output layers were cut by hand: the teacher's law over the student's tokens sums to one."""
+    kwargs = {"estimator_kwargs": {"k": 5}} if "topk" in estimator else {}
+    with pytest.warns(
+        LintWarning, match=r"extra_tokens: 2 of the teacher's tokens, from '<tool>' \(id 17\) on, are not"
+    ):
+        masked = make_module(padded, {"path": longer, "extra_tokens": "mask", "dtype": "float32"}, estimator, **kwargs)
+    cut = [masked.student.model, masked.pair.load("teacher", CPU).model]
+    cut = [copy.deepcopy(model) for model in cut]
+    for model in cut:
+        model.resize_token_embeddings(17)
+    dense = make_module(*cut, estimator, **kwargs)
+    found, expected = (fit(module) for module in (masked, dense))
+    assert torch.equal(found.rollouts[0].ids_BT, expected.rollouts[0].ids_BT)
+    gradient, wanted = (record.gradients[0]["lm_head.weight"] for record in (found, expected))
+    torch.testing.assert_close(gradient[:17], wanted, rtol=0, atol=1e-5)
+    assert not gradient[17:].any()
+    assert wanted.any()
 
 
 def test_token_ids(tiny_tokenizer):

@@ -93,7 +93,7 @@ def _without_weights(config: Config) -> dict[str, Finding]:
     looks = first_look(config, student)
     del looks["stop tokens"]  # asked again of the models themselves
     return {
-        "vocabulary": vocabulary(student, teacher, *rows),
+        "vocabulary": vocabulary(student, teacher, rows[0], rows[1], config.teacher.extra_tokens),
         "chat template": looks.pop("chat template"),
         **{item: finding for item, finding in looks.items() if finding.verdict != PASS},
     }

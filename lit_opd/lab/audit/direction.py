@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_opd import estimators
 from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.full import DIVERGENCES
-from lit_opd.functional import log_softmax
+from lit_opd.functional import log_softmax, merge_logps
 from lit_opd.functional.head import Stats
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.lab.audit.probe_gradients import cosine, gradient, group_gradients
@@ -87,9 +87,11 @@ def divergence_on_probe(evidence: Evidence, name: str, keywords: dict[str, float
 
     The divergence is one of `DIVERGENCES`, with its keywords, towards the teacher at its temperature.
     """
+    merged = evidence.distiller.merged
 
     def compare(logits_cV: Tensor, teacher_cV: Tensor, part: slice) -> Stats:
-        return {"divergence": DIVERGENCES[name](log_softmax(logits_cV), teacher_cV, **keywords)}
+        student_cV, teacher_cV = (merge_logps(logps, merged) for logps in (log_softmax(logits_cV), teacher_cV))
+        return {"divergence": DIVERGENCES[name](student_cV, teacher_cV, **keywords)}
 
     rows = evidence.distiller.head_rows
     stats = compare_positions(evidence.student, evidence.teacher, evidence.rollout, rows, compare)

@@ -9,6 +9,7 @@ import torch
 
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.models import end_of_turn
+from lit_opd.runs.first_look import AS_ONE
 from lit_opd.runs.first_look import equivalence as let_either_stop
 from lit_opd.runs.first_look import stop_tokens as compare_ends
 from lit_opd.runs.verdicts import FAIL, PASS, WARN, Finding, conclude, graded
@@ -23,7 +24,8 @@ def stop_tokens(evidence: Evidence) -> Finding:
     """Check that tokenizers, configs and generation configs of both models name the same stop tokens."""
     student, teacher = evidence.student, evidence.teacher
     turn = end_of_turn(student.tokenizer) if evidence.config.data.chat else None
-    return compare_ends(student.tokenizer, student.stop_ids, teacher.stop_ids, turn)
+    merged = evidence.config.estimator.merged_stops is not None
+    return compare_ends(student.tokenizer, student.stop_ids, teacher.stop_ids, turn, merged)
 
 
 def teacher_at_ends(evidence: Evidence) -> Finding:
@@ -55,4 +57,4 @@ def teacher_at_ends(evidence: Evidence) -> Finding:
 
 def equivalence(evidence: Evidence, ids: list[int]) -> str:
     """Say how to let these stop tokens of the teacher end the student's completions too."""
-    return let_either_stop(lambda some: ", ".join(map(evidence.token, some)), evidence.student.stop_ids, ids)
+    return let_either_stop(lambda some: ", ".join(map(evidence.token, some)), evidence.student.stop_ids, ids, AS_ONE)

@@ -72,12 +72,16 @@ class Evidence:
     @cached_property
     def readings(self) -> Readings:
         """Both models at every token of the student's completions."""
-        return read_tokens(self.student, self.teacher, self.rollout, self.distiller.head_rows, self.student.stop_ids)
+        return self._read(self.student, self.rollout)
 
     @cached_property
     def shown_readings(self) -> Readings:
         """The teacher, in the student's place too, at every token of its own completions."""
-        return read_tokens(self.teacher, self.teacher, self.shown, self.distiller.head_rows, self.student.stop_ids)
+        return self._read(self.teacher, self.shown)
+
+    def _read(self, policy: LanguageModel, rollout: Rollout) -> Readings:
+        step = self.distiller
+        return read_tokens(policy, self.teacher, rollout, step.head_rows, self.student.stop_ids, step.merged)
 
     def token(self, index: int) -> str:
         """Quote a token as it stands in the vocabulary."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lit_opd.functional import entropy, law_logps, log_softmax, position_losses
+from lit_opd.functional import Groups, entropy, law_logps, log_softmax, merge_ids, merge_logps, position_losses
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
 from lit_opd.teachers import LocalScorer, Wanted
@@ -72,23 +72,32 @@ def compare_positions(
 
 
 def read_tokens(
-    policy: LanguageModel, teacher: LanguageModel, rollout: Rollout, rows: int, stop_ids: Sequence[int]
+    policy: LanguageModel,
+    teacher: LanguageModel,
+    rollout: Rollout,
+    rows: int,
+    stop_ids: Sequence[int],
+    merged: Groups = (),
 ) -> Readings:
     """Read both models at every token of every completion, whether it counts or not.
 
-    Arguments are those of `compare_positions`, and the tokens that end a completion of the student.
+    Arguments are those of `compare_positions`, the tokens that end a completion of the student, and the groups that
+    the loss counts as one symbol.
     """
     mask_BT = rollout.real_BT
-    ids_N1, stops = rollout.ids_BT[mask_BT][:, None], torch.tensor(stop_ids, dtype=torch.long, device=mask_BT.device)
+    written_N1 = rollout.ids_BT[mask_BT][:, None]
+    ids_N1 = merge_ids(written_N1, merged)
+    stops = merge_ids(ids_N1.new_tensor(stop_ids), merged).unique()
 
     def compare(logits_cV: Tensor, teacher_cV: Tensor, part: slice) -> Stats:
-        def taken(logps_cV: Tensor) -> Tensor:
+        def taken(logps_cV: Tensor, ids_N1: Tensor = ids_N1) -> Tensor:
             return logps_cV.gather(-1, ids_N1[part]).squeeze(-1)
 
+        student_cV, teacher_cV = (merge_logps(logps, merged) for logps in (log_softmax(logits_cV), teacher_cV))
         top = teacher_cV.max(-1)
         return {
-            "law_logps_N": taken(law_logps(logits_cV, rollout.law)),
-            "student_logps_N": taken(log_softmax(logits_cV)),
+            "law_logps_N": taken(law_logps(logits_cV, rollout.law), written_N1),
+            "student_logps_N": taken(student_cV),
             "teacher_logps_N": taken(teacher_cV),
             "stop_logps_N": teacher_cV.index_select(-1, stops).logsumexp(-1),
             "entropy_N": entropy(teacher_cV),
@@ -98,7 +107,7 @@ def read_tokens(
 
     row_N, place_N = torch.nonzero(mask_BT, as_tuple=True)
     values = {
-        "ids_N": ids_N1[:, 0],
+        "ids_N": written_N1[:, 0],
         "row_N": row_N,
         "place_N": place_N,
         "counted_N": rollout.mask_BT[mask_BT],

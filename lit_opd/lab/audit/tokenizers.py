@@ -20,10 +20,12 @@ __all__ = ["segmentation", "vocabulary"]
 _FEW = 0.01
 
 
-def vocabulary(student: Any, teacher: Any, student_rows: int, teacher_rows: int) -> Finding:
+def vocabulary(
+    student: Any, teacher: Any, student_rows: int, teacher_rows: int, extra_tokens: str = "refuse"
+) -> Finding:
     """Check that every id is the same token for both tokenizers, with so many rows in the models' output layers."""
     try:
-        shared = shared_vocabulary(student, teacher, student_rows, teacher_rows)
+        shared = shared_vocabulary(student, teacher, student_rows, teacher_rows, extra_tokens=extra_tokens)
     except UserError as error:
         own, other = (set(tokenizer.get_vocab().items()) for tokenizer in (student, teacher))
         differing = len({index for _, index in own ^ other})

@@ -103,9 +103,9 @@ def _check_prompts(config: Config, data: PromptDataModule) -> None:
 
 def _asking(config: Config, chosen: Mapping[str, BoundEstimator]) -> Config:
     """Make the same run with the estimator that asks for most models: one that reads a reference, where any does."""
-    masked = config.estimator.masked_tokens
+    tokens = {key: getattr(config.estimator, key) for key in ("masked_tokens", "merged_stops")}
     asking = next((e for e in chosen.values() if Need.REFERENCE in e.needs), estimators.build("full_vocab"))
-    section = EstimatorConfig(name=asking.spec.name, kwargs=dict(asking.keywords), masked_tokens=masked)
+    section = EstimatorConfig(name=asking.spec.name, kwargs=dict(asking.keywords), **tokens)
     return replace(config, estimator=section)
 
 

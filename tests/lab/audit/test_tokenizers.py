@@ -14,6 +14,15 @@ def test_padding_of_one_output_layer_is_told_and_passes(tiny_tokenizer):
     assert found.numbers == {"shared_ids": 17}
 
 
+def test_extra_tokens_of_the_teacher_fail_unless_they_are_masked(tiny_tokenizer, make_tiny_tokenizer):
+    longer = make_tiny_tokenizer("0123456789+=-!")
+    refused = vocabulary(tiny_tokenizer, longer, 24, 24)
+    assert refused.verdict == "fail"
+    assert "set teacher.extra_tokens=mask" in refused.fix
+    masked = vocabulary(tiny_tokenizer, longer, 24, 24, "mask")
+    assert (masked.verdict, masked.numbers["shared_ids"]) == ("pass", 17)
+
+
 def test_a_permutation_of_the_vocabulary_fails_and_is_counted(make_tiny_tokenizer):
     found = vocabulary(make_tiny_tokenizer("0123456789+=-"), make_tiny_tokenizer("1023456789+=-"), 17, 17)
     assert found.verdict == "fail"
