@@ -66,7 +66,8 @@ class Distiller:
         """The scores that the estimator asks of each scorer."""
         asks = {"teacher": wanted_by(self.estimator)}
         asks |= {"reference": Wanted()} if Need.REFERENCE in self.estimator.needs else {}
-        return {name: wanted._replace(merged=self.merged) for name, wanted in asks.items()}
+        merged = tuple(map(tuple, self.merged))  # which can be compared and be a key, as all of `Wanted`
+        return {name: wanted._replace(merged=merged) for name, wanted in asks.items()}
 
     @phase("rollout")
     def sample(self, batch: PromptBatch) -> Rollout:

@@ -22,8 +22,8 @@ from lit_opd.config import (
     StudentConfig,
     TeacherConfig,
     as_section,
+    keys,
     load_config,
-    reading,
     to_flat,
     to_yaml,
 )  # fmt: skip
@@ -225,7 +225,7 @@ def test_a_section_from_python_tells_what_cannot_be_resolved():
 
 
 def test_a_renamed_key_is_refused_with_its_new_name(monkeypatch, write):
-    monkeypatch.setattr(reading, "RENAMED", {"optim.rate": "optim.lr", "sampler": "rollout"})
+    monkeypatch.setattr(keys, "RENAMED", {"optim.rate": "optim.lr", "sampler": "rollout"})
     message = r"^optim\.rate: expected its new name optim\.lr, found the old one \(override 'optim\.rate=1'\)\. Write "
     with pytest.raises(UserError, match=message + r"optim\.lr\.$"):
         load_config([], [*PATHS, "optim.rate=1"])
@@ -251,7 +251,7 @@ def test_renamed_keys_are_no_keys_and_their_new_names_are():
         hint = get_type_hints(schema).get(first)
         return hint is not None and (not rest or not is_dataclass(hint) or known(hint, rest))
 
-    for old, new in reading.RENAMED.items():
+    for old, new in keys.RENAMED.items():
         assert not known(Config, old)
         assert known(Config, new)
 

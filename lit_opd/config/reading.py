@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf import errors as omegaconf_errors
 
+from lit_opd.config.keys import check_keys
 from lit_opd.config.limits import Section, as_type, hints_of, type_name
 from lit_opd.config.paths import expand_paths
 from lit_opd.config.schema import Config
 from lit_opd.config.secret_keys import keep_secrets
 from lit_opd.config.words import hint_of, typed_override, typed_yaml
-from lit_opd.errors import UserError, concealed, gather, suggest
+from lit_opd.errors import UserError, concealed, gather
 
 __all__ = ["as_section", "load_as", "load_config", "parse_overrides", "to_flat", "to_yaml"]
 
@@ -37,10 +38,6 @@ BELONGING: dict[str, tuple[str, Any]] = {
     "optim.scheduler": ("optim.scheduler_kwargs", {}),
     "teacher.kind": ("teacher.path", ""),
 }
-RENAMED: dict[str, str] = {}
-"""Dotted keys of earlier versions, and what they are called now: an old one is refused with its new name."""
-REMOVED = {"estimator.adapt_gamma_every": "A fixed estimator.kwargs.gamma did as well (RESULTS.md). Set that instead."}
-"""Dotted keys of earlier versions that are gone, and what to do instead. All were null by default."""
 
 
 def load_config(files: str | Path | Sequence[str | Path] = (), overrides: str | Iterable[str] = ()) -> Config:
@@ -204,7 +201,7 @@ def _merge_all(schema: Any, node: Any, sources: Sequence[tuple[DictConfig, str]]
 
 
 def _merge(schema: Any, node: Any, update: DictConfig, where: str) -> None:
-    gather(lambda: _check_keys(schema, update, "", where), lambda: _put(schema, node, update, where))
+    gather(lambda: check_keys(schema, update, "", where), lambda: _put(schema, node, update, where))
 
 
 def _put(schema: Any, node: Any, update: DictConfig, where: str) -> None:
@@ -238,34 +235,6 @@ def _path(schema: Any, update: DictConfig) -> str:
     key = str(next(iter(update)))
     hint, inner = hints_of(schema).get(key), update._get_node(key)
     return f"{key}.{_path(hint, inner)}" if is_dataclass(hint) and isinstance(inner, DictConfig) and inner else key
-
-
-def _check_keys(schema: Any, node: DictConfig, prefix: str, where: str) -> None:
-    """Check that keys are known, and leave out of `node` those that are not."""
-    gather(*(partial(_check_key, hints_of(schema), node, key, prefix, where) for key in list(node)))
-
-
-def _check_key(hints: Mapping[str, Any], node: DictConfig, key: Any, prefix: str, where: str) -> None:
-    name, hint, section = f"{prefix}{key!s}", hints.get(str(key)), node._get_node(key)
-    if is_dataclass(hint) and isinstance(section, DictConfig) and not section._is_none():
-        _check_keys(hint, section, prefix=f"{name}.", where=where)
-        return
-    named = next((inner for inner in get_args(hint)[1:] if is_dataclass(inner)), None)
-    if named is not None and isinstance(section, DictConfig):
-        sections = dict.fromkeys(map(str, section), named)
-        gather(*(partial(_check_key, sections, section, one, f"{name}.", where) for one in list(section)))
-    if hint is not None and not is_dataclass(hint):
-        return
-    value = node.pop(key)
-    if new := RENAMED.get(name):
-        raise UserError(name, f"its new name {new}", f"the old one ({where})", f"Write {new}.")
-    if remedy := REMOVED.get(name):
-        if value is None:  # as runs of earlier versions wrote it into their config.yaml
-            return
-        raise UserError(name, "no such key any more", f"it ({where})", remedy)
-    if hint is None:
-        raise UserError(name, "a known key", f"an unknown one ({where})", suggest(str(key), hints))
-    raise UserError(name, "a section with keys", f"{section} ({where})", f"Set e.g. {name}.KEY=VALUE.")
 
 
 def _first_line(error: Exception) -> str:
