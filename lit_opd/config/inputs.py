@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from lit_opd.config import limits
 from lit_opd.config.limits import Section, above, at_least, limited, one_of, one_of_or_path, within
-from lit_opd.errors import UserError
+from lit_opd.errors import UserError, choose
 
 __all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig", "check_names"]
 
@@ -71,10 +71,6 @@ def _are_addresses(value: Any) -> bool:
     return value is None or bool(several) and all(re.fullmatch(r"https?://[^/\s]+(/.*)?", str(one)) for one in several)
 
 
-def _is_prompt(value: Any) -> bool:
-    return value is None or isinstance(value, Mapping) and bool(value) or isinstance(value, str) and "{" in value
-
-
 @dataclass
 class TeacherConfig(FrozenConfig):
     """The frozen model to learn from."""
@@ -85,8 +81,10 @@ class TeacherConfig(FrozenConfig):
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
     kind: str = limited("local", one_of_or_path("local", "served", "student"))
     """Who scores: local (a model here) | served (a vLLM server) | student, or package.module:name or file.py:name."""
-    prompt: Any = limited(None, within("of a template with a column in braces, or keys of data", _is_prompt))
-    """What the teacher reads instead: a template over the row, or prompt_template, system_prompt, examples of data."""
+    prompt: str | None = limited(None, within("with {prompt} or a column in braces", lambda v: v is None or "{" in v))
+    """What the teacher reads instead of the prompt: a template over the row, as data.prompt_template."""
+    reads: dict[str, Any] = field(default_factory=dict)
+    """Further keys of data with values that are the teacher's alone: system_prompt, examples."""
     extra_tokens: str = limited("refuse", one_of("refuse", "mask"))
     """Tokens behind the student's last, as newer special tokens: refuse | mask (as if it could not write them)."""
     server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
@@ -113,6 +111,11 @@ class TeacherConfig(FrozenConfig):
     follow_every: int = limited(10, at_least(1))
     """Optimizer steps after which `every` takes the student's weights."""
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """Values for keys of `data` that render what the teacher reads, none where that is the student's prompt."""
+        return ({} if self.prompt is None else {"prompt_template": self.prompt}) | self.reads
+
     def check(self, name: str = "") -> None:
         """Check every value, and that a teacher has what its kind needs."""
         super().check(name)
@@ -120,7 +123,9 @@ class TeacherConfig(FrozenConfig):
         if needed and not getattr(self, needed):
             remedy = f"Set {name}.{needed} in a config file or as {name}.{needed}=VALUE."
             raise UserError(f"{name}.{needed}", "a value", "nothing", remedy)
-        if self.kind == "student" and self.prompt is None and self.temperature == 1:
+        for key in self.reads:
+            choose(f"{name}.reads.{key}", str(key), ("system_prompt", "examples"))
+        if self.kind == "student" and not self.shown and self.temperature == 1:
             expected = "a template, for a student that is its own teacher knows no more unless it reads more"
             raise UserError(f"{name}.prompt", expected, "null", f"Set it, as {name}.prompt='HINT {{prompt}}'.")
         if self.path and self.kind in ("served", "student"):

@@ -47,8 +47,8 @@ class PromptDataModule(L.LightningDataModule):
         evaluation_batch_size: validation rows of a batch on each rank.
         context_length: tokens that the model can take; None to leave it unchecked.
         max_new_tokens: tokens that have to fit after each prompt.
-        shown: by the name of a scorer, the template of what it reads instead of each prompt; by default those that the
-            LightningModule that is trained asks for.
+        shown: by the name of a scorer, keys of `config` that render what it reads instead of each prompt; by default
+            those that the LightningModule that is trained asks for.
         teachers: the names of several teachers, among which `config.teacher_column` chooses for each row; by default
             those of the LightningModule that is trained.
         **data_keys: single keys of `config`, as in `PromptDataModule(source="file", path="prompts.jsonl")`.
@@ -69,7 +69,7 @@ class PromptDataModule(L.LightningDataModule):
         evaluation_batch_size: int = 64,
         context_length: int | None = None,
         max_new_tokens: int = 0,
-        shown: Mapping[str, str | Mapping[str, Any]] | None = None,
+        shown: Mapping[str, Mapping[str, Any]] | None = None,
         teachers: Sequence[str] | None = None,
         **data_keys: Any,
     ) -> None:
@@ -295,5 +295,6 @@ class PromptDataModule(L.LightningDataModule):
             room = max(self.context_length - self.max_new_tokens, 0)
             expected = f"prompts of at most {room} tokens (context {self.context_length} - {self.max_new_tokens} new)"
             found = f"a prompt longer than the context, of {longest}"
-            remedy = f"{f'Set data.max_prompt_tokens={room} or l' if room > 0 else 'L'}ower rollout.max_new_tokens."
+            shorter = f"Set data.max_prompt_tokens={room}. If that is too short: " if room else ""
+            remedy = f"{shorter}Lower rollout.max_new_tokens."
             raise UserError("data.max_prompt_tokens", expected, found, remedy)

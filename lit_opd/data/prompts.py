@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from lit_opd.config import DataConfig
-from lit_opd.errors import UserError, choose
+from lit_opd.errors import UserError
 
 __all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render", "show"]
 
 HALF = re.compile("[\ud800-\udfff]")
-SHOWN = ("prompt_template", "system_prompt", "examples")  # keys that may be others for a scorer
 ASSISTANT = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # as data sets and templates spell it
 
 
@@ -141,33 +140,31 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
 
 
 def show(
-    prompts: EncodedPrompts, shown: Mapping[str, str | Mapping[str, Any]], config: DataConfig, tokenizer: Any
+    prompts: EncodedPrompts, shown: Mapping[str, Mapping[str, Any]], config: DataConfig, tokenizer: Any
 ) -> EncodedPrompts:
     """Add what scorers read instead of the prompts: the same rows, rendered otherwise.
 
     Args:
         prompts: the rows that were kept.
-        shown: by the name of a scorer, its template, or values for `SHOWN` keys of the section `data`.
+        shown: by the name of a scorer, values for `prompt_template`, `system_prompt` and `examples` of `data`.
         config: how prompts are rendered otherwise.
         tokenizer: the student's.
 
     Raises:
-        UserError: another key, or what `render` refuses.
+        UserError: what `render` refuses, or nothing that could be another where prompts are lists of messages.
     """
     read = {}
-    for name, given in shown.items():
-        key = f"{name}.prompt"
-        keys = {"prompt_template": given} if isinstance(given, str) else dict(given)
-        for part in keys:
-            choose(f"{key}.{part}", part, SHOWN)
+    for name, keys in shown.items():
         if "system_prompt" not in keys and any(isinstance(row[config.prompt_column], list) for row in prompts.rows):
-            raise UserError(key, "a system_prompt where prompts are lists of messages", repr(given), "Give one.")
+            expected = "system_prompt where prompts are lists of messages"
+            raise UserError(f"{name}.reads", expected, ", ".join(keys), "Give one.")
         try:
             own = replace(config, **keys)
             own.check("data")
             texts = [render(row, own, tokenizer) for row in prompts.rows]
         except UserError as error:
-            raise UserError(error.key.replace("data", key, 1), error.expected, error.found, error.remedy) from error
+            key = error.key.replace("data.prompt_template", f"{name}.prompt").replace("data.", f"{name}.reads.")
+            raise UserError(key, error.expected, error.found, error.remedy) from error
         read[name] = encode(texts, config, tokenizer)
     return replace(prompts, shown=read)
 

@@ -23,7 +23,7 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
     "refused": (
         "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "student.dropout",
         "teacher.path", "teacher.extra_tokens",
-        "teacher.kind", "teacher.model", "teacher.prompt", "teacher.follow", "teacher.follow_rate",
+        "teacher.kind", "teacher.model", "teacher.prompt", "teacher.reads", "teacher.follow", "teacher.follow_rate",
         "teacher.follow_every",
         "teacher.temperature", "teacher.gguf_file", "teachers", "teachers_combined", "data.teacher_column",
         "reference.path", "reference.gguf_file", "estimator.name", "estimator.kwargs", "estimator.terms",

@@ -112,7 +112,7 @@ def templates(teacher: Any) -> dict[str, Any]:
     """List what teachers read instead of the prompt, by the name of their scorer."""
     several = isinstance(teacher, Mapping)
     named = {f"teachers.{name}": one for name, one in teacher.items()} if several else {"teacher": teacher}
-    return {name: one.prompt for name, one in named.items() if getattr(one, "prompt", None) is not None}
+    return {name: one.shown for name, one in named.items() if isinstance(one, TeacherConfig) and one.shown}
 
 
 def build_scorers(

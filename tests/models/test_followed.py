@@ -20,7 +20,7 @@ def section(follow="initial", **keys):
 
 @pytest.fixture
 def data(make_data):
-    return lambda: make_data(shown={"teacher": HINT})
+    return lambda: make_data(shown={"teacher": {"prompt_template": HINT}})
 
 
 def gradients(module, fit, data, steps=3):
@@ -132,7 +132,8 @@ def test_the_students_weights_are_its_own_again_after_scoring(make_model, make_m
 
 @pytest.mark.parametrize(("keys", "message"), [
     ({"prompt": None}, r"teacher\.prompt: expected a template"),
-    ({"prompt": "no braces"}, r"teacher\.prompt: expected a value of a template with a column in braces"),
+    ({"prompt": "no braces"}, r"teacher\.prompt: expected a value with \{prompt\}"),
+    ({"reads": {"template": "{prompt}"}}, r"teacher\.reads\.template: expected one of system_prompt, examples"),
     ({"follow": "never"}, r"teacher\.follow: expected one of initial"),
     ({"follow_rate": 0.0}, r"teacher\.follow_rate: expected a value above 0"),
 ])  # fmt: skip
@@ -149,21 +150,19 @@ def test_scores_of_weights_that_would_have_moved_are_refused(make_model, make_mo
 def test_a_template_may_name_any_column_and_is_refused_by_its_own_key(tiny_tokenizer):
     rows = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "7=", "answer": "7"}]
 
-    def ids(template):
-        data = PromptDataModule(tokenizer=tiny_tokenizer, train_rows=rows, batch_size=2, shown={"teacher": template})
+    def ids(**keys):
+        data = PromptDataModule(tokenizer=tiny_tokenizer, train_rows=rows, batch_size=2, shown={"teacher": keys})
         data.setup()
         (batch,) = data.train_dataloader()
         shown = batch.shown["teacher"]
         return [tiny_tokenizer.decode(i[m]) for i, m in zip(*shown, strict=True)], batch.rows
 
-    found, order = ids("{answer}-{prompt}")
+    found, order = ids(prompt_template="{answer}-{prompt}")
     assert found == [f"{row['answer']}-{row['prompt']}" for row in order]
-    with pytest.raises(UserError, match=r"teacher\.prompt\.prompt_template: expected only \{prompt\} and columns"):
-        ids("{solution}{prompt}")
-    with pytest.raises(UserError, match=r"teacher\.prompt\.template: expected one of prompt_template, system_prompt"):
-        ids({"template": "{prompt}"})
-    with pytest.raises(UserError, match=r"teacher\.prompt\.examples: expected nothing unless data.chat=true"):
-        ids({"examples": [{"user": "1", "assistant": "1"}]})
+    with pytest.raises(UserError, match=r"teacher\.prompt: expected only \{prompt\} and columns"):
+        ids(prompt_template="{solution}{prompt}")
+    with pytest.raises(UserError, match=r"teacher\.reads\.examples: expected nothing unless data.chat=true"):
+        ids(examples=[{"user": "1", "assistant": "1"}])
 
 
 def test_worked_turns_may_be_the_teachers_alone(make_tiny_tokenizer):

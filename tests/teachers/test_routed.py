@@ -182,7 +182,7 @@ def test_every_kind_of_scorer_gives_the_gradient_of_the_same_local_teacher(
 
     def trained(teacher, key, **keys):
         rows = [row | {"teacher": "a"} for row in ROWS] if keys else ROWS
-        data = make_data(rows, shown={key: HINT}, teacher_column="teacher" if keys else None)
+        data = make_data(rows, shown={key: {"prompt_template": HINT}}, teacher_column="teacher" if keys else None)
         module = make_module(
             make_model(1, initializer_range=0.2), teacher, name, estimator_kwargs=KEYS.get(name), **keys
         )
@@ -309,7 +309,7 @@ def test_a_checkpoint_brings_its_teachers_back(teacher_path, student_path, make_
     again = DistillationModule.load_from_checkpoint(tmp_path / "one.ckpt")
     assert again.taught_by == module.taught_by
     assert again.taught_by["teachers"]["a"]["path"] == teacher_path
-    assert (again.teachers, again.shown) == (["a", "b"], {"teachers.a": HINT})
+    assert (again.teachers, again.shown) == (["a", "b"], {"teachers.a": {"prompt_template": HINT}})
 
 
 def test_one_teacher_and_several_at_once_are_refused(models, make_model, make_module):
