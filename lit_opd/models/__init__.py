@@ -9,7 +9,7 @@ from lit_opd.models.given import Restorable, as_models, check_taught_by, taught_
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
-from lit_opd.models.merging import merged_groups, named_groups
+from lit_opd.models.merged_stops import merged_groups, named_groups
 from lit_opd.models.pair import Pair, Reference, Student, Teacher
 from lit_opd.models.stops import end_of_turn, read_stop_ids
 from lit_opd.models.vocabulary import shared_vocabulary, token_ids
