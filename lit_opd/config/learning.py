@@ -56,7 +56,7 @@ class RolloutConfig(Section):
 
     @property
     def demonstrated(self) -> bool:
-        """Whether some completions are demonstrations."""
+        """Tell whether some completions are demonstrations."""
         return self.student_share < 1 or self.student_from > 0
 
     def check(self, name: str = "") -> None:

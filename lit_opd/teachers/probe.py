@@ -34,7 +34,7 @@ OTHER_TOKENS = "Serve a teacher whose tokenizer is the student's, id by id."
 
 @dataclass(frozen=True)
 class Meeting:
-    """What was found when a server was met.
+    """Hold what was found when a server was met.
 
     Attributes:
         model: its name there.

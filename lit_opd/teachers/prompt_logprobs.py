@@ -21,7 +21,7 @@ SCORED = "one log-probability of each token that was sent"
 
 
 class Row(NamedTuple):
-    """What a server says of the last tokens of one sequence.
+    """Hold what a server says of the last tokens of one sequence.
 
     Attributes:
         logps: log-probabilities of the tokens, in nats.

@@ -64,6 +64,7 @@ class Replicas:
         self._turns, self._turn = cycle(self.addresses), Lock()
         self._waiting: SimpleQueue[tuple[Future[Any], Asked, str | None]] = SimpleQueue()
         self._started = 0
+        self._away: set[str] = set()  # servers of which it was told that they give no answer
 
     def begin(self, asked: Asked, address: str | None = None) -> Future[Any]:
         """Send a request as soon as fewer than `in_flight` for each server are under way, and return at once."""
@@ -95,13 +96,16 @@ class Replicas:
         while True:
             server = address or self._next()
             try:
-                return self._send(server, path, body)
+                answer = self._send(server, path, body)
+                self._away.discard(server)
+                return answer
             except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
                 found = f"{type(error).__name__}: {error}"[:200]
                 if time.monotonic() + pause > end:
                     expected = f"an answer of {server} within {self.patience_s:g} s (teacher.patience_s)"
                     raise UserError("teacher.server", expected, found, START) from error
-            if pause == FIRST_PAUSE:
+            if server not in self._away:  # once for all requests that wait for it
+                self._away.add(server)
                 told = f"teacher.server: {server} gave no answer ({found}). It is asked for {self.patience_s:g} s more."
                 warnings.warn(told, LintWarning, stacklevel=2)
             time.sleep(pause * random.uniform(0.5, 1.0))  # apart from each other, that not all come at once

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def message(function: Callable[..., None]) -> Callable[..., None]:
-    """Let a mailbox make several calls as one, by the function's name; it takes the client, and may be made twice."""
+    """Let a mailbox make several calls as one, by the name of a function of the client that may be called twice."""
     MESSAGES[function.__name__] = function
     return function
 
@@ -96,7 +96,7 @@ class Mailbox:
         return answer_within(self._limit, lambda: work(self._connected()))
 
     def close(self, hurry: bool = False) -> bool:
-        """Try once more to send what was kept, and say where it is if that fails; True where all is sent."""
+        """Try once more to send what was kept, say where it is if that fails, and return whether all is sent."""
         with self._lock:
             self._hurry = hurry
             for box in self._boxes.values():

@@ -61,7 +61,7 @@ class RunLogger(MLFlowLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The client of MLflow, behind a `Mailbox`; the run is begun where it was not."""
+        """Begin the run where it was not, and return MLflow's client behind a `Mailbox`."""
         if not self._initialized:
             self.begin()
         return self._mailbox
