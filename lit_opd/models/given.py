@@ -25,7 +25,11 @@ from lit_opd.models.language_model import LanguageModel
 __all__ = ["Restorable", "as_models", "check_taught_by", "taught_by", "to_saved"]
 
 IN_PYTHON = "given in Python"
-NAMING = ("kind", "path", "gguf_file", "model", "prompt", "temperature", "follow")  # what tells a teacher from another
+# Keys of a teacher that say how it runs. By all others one teacher is told from another.
+RUNNING = {
+    "dtype", "trust_remote_code", "quantization", "offload", "server", "top_k", "key_variable", "in_flight",
+    "timeout_s", "patience_s", "canary_every",
+}  # fmt: skip
 
 
 def as_models(
@@ -68,10 +72,10 @@ def taught_by(teacher: Any, combined: str) -> dict[str, Any]:
     """List several teachers for a checkpoint: what each is, in which order, and how those of one row are combined."""
     if not isinstance(teacher, Mapping):
         return {}
-    kinds = {
-        name: {key: getattr(one, key) for key in NAMING} if isinstance(one, TeacherConfig) else {"kind": IN_PYTHON}
-        for name, one in teacher.items()
-    }
+    kinds: dict[str, dict[str, Any]] = {name: {"kind": IN_PYTHON} for name in teacher}
+    for name, one in teacher.items():
+        if isinstance(one, TeacherConfig):
+            kinds[name] = {key: value for key, value in vars(one).items() if key not in RUNNING}
     return {"teachers": kinds, "teachers_combined": combined}
 
 

@@ -13,7 +13,8 @@ from lit_opd.config import TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import registry
 from lit_opd.estimators.oracle import TabularPair, expected_gradient, laws, samples
-from lit_opd.models import LanguageModel, pair
+from lit_opd.models import LanguageModel, pair, taught_by
+from lit_opd.runs.resuming import AT_A_RESUME
 from lit_opd.teachers import LocalScorer, RoutedScorer, ServedScorer, Wanted
 from lit_opd.teachers.combined import check_product
 from lit_opd.types import SamplingLaw
@@ -298,6 +299,11 @@ def test_other_teachers_than_those_of_a_checkpoint_are_refused(
             make_trainer(2).fit(other, data(), ckpt_path=tmp_path / "one.ckpt")
     with pytest.raises(UserError, match=r"found one\. Set them back"):
         make_trainer(2).fit(module(""), data(None), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_what_may_not_change_at_a_resume_is_in_the_manifest_of_teachers():
+    kept = taught_by({"a": TeacherConfig(path="x")}, "mixture")["teachers"]["a"]
+    assert set(kept) == {key.removeprefix("teacher.") for key in AT_A_RESUME["refused"] if key.startswith("teacher.")}
 
 
 def test_a_checkpoint_brings_its_teachers_back(teacher_path, student_path, make_trainer, make_data, tmp_path):
