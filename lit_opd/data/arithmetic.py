@@ -53,6 +53,26 @@ def is_correct(completion: str, row: Mapping[str, str]) -> float:
     return float(completion.rpartition(";")[2].strip() == row["answer"])
 
 
+def domain(row: Mapping[str, str]) -> str:
+    """Name the kind of a problem, as `data.teacher_column` asks for where each kind has a teacher.
+
+    >>> domain({"prompt": "37+58="}), domain({"prompt": "31+58="})
+    ('carry', 'plain')
+    """
+    a, b = row["prompt"].rstrip("=").split("+")
+    return "carry" if int(a) % 10 + int(b) % 10 > 9 else "plain"
+
+
+def experts(row: Mapping[str, str]) -> dict[str, float]:
+    """Give the teacher of a problem's own kind three quarters of the weight, and the other one the rest.
+
+    >>> experts({"prompt": "37+58="})
+    {'plain': 0.25, 'carry': 0.75}
+    """
+    own = domain(row)
+    return {name: 0.75 if name == own else 0.25 for name in ("plain", "carry")}
+
+
 @cache
 def _pairs(split: str) -> tuple[tuple[int, int], ...]:
     """List all ordered operand pairs of a split."""
