@@ -55,6 +55,9 @@ def load_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
     if config.validation_path and config.source != "file":
         remedy = "Unset it, or use data.source=file."
         raise UserError("data.validation_path", "null unless data.source=file", repr(config.validation_path), remedy)
+    if config.split != DataConfig.split and config.source != "hub":
+        remedy = "Unset it, or give data.path the rows that are meant."
+        raise UserError("data.split", "unset unless data.source=hub", repr(config.split), remedy)
     train, validation = loaders[config.source](config)
     train, validation = train[: config.train_size], validation[: config.validation_size]
     check_rows(train, config, config.path)

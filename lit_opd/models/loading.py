@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from lit_opd.config import StudentConfig, TeacherConfig
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.models.adapters import add_lora, begun_names, make_lora_config, rehearse_lora
 from lit_opd.models.dropout import compute_layers_twice
 from lit_opd.models.language_model import LanguageModel
@@ -26,6 +28,7 @@ from lit_opd.models.language_model import LanguageModel
 __all__ = ["frozen_names", "load_frozen", "load_student", "load_tokenizer", "read_model_config", "refuse_quantised"]
 
 ModelConfig = StudentConfig | TeacherConfig
+LAYER = re.compile(r"\d+")
 
 # bitsandbytes, which peft imports too, asks the hub for a kernel that it can do without, and warns where it gets none.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -61,6 +64,8 @@ def read_model_config(config: ModelConfig, key: str) -> Any:
         raise UserError(f"{key}.path", "a model folder", f"{config.path!r}: {damaged}", "Correct or replace that file.")
     if found.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not config.trust_remote_code:
         raise UserError(f"{key}.path", "a causal language model", f"model_type {found.model_type!r}", "Name another.")
+    if getattr(found.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise UserError(f"{key}.path", "a model of at least one layer", "none in config.json", "Correct that file.")
     return found
 
 
@@ -155,6 +160,7 @@ def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
     if absent:
         lacking = f"{config.path!r} without {min(absent)}"
         raise UserError(f"{key}.path", "weights for all that config.json names", lacking, "Correct or replace them.")
+    _check_room(model, found["unexpected_keys"], config, key)
     _check_finite(model, config, key)
     if config.gguf_file is not None:
         # The weights are dense now. What says otherwise keeps a model from moving to a device, and from being saved.
@@ -162,6 +168,22 @@ def _load_weights(config: ModelConfig, key: str, extra: dict[str, Any]) -> Any:
         for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(model).pop(mark, None)
     return model
+
+
+def _check_room(model: Any, surplus: Collection[str], config: ModelConfig, key: str) -> None:
+    """Refuse a folder with more layers than its `config.json` names, and tell of other weights that are left out.
+
+    transformers leaves out both without a word: the model would be a part of itself. What else is left out may be
+    meant to be, as the vision tower of a model that only writes text here, or layers that predict further tokens.
+    """
+    known = {LAYER.sub("#", name) for name in model.state_dict()}
+    cut_off = [name for name in surplus if LAYER.sub("#", name) in known]
+    if cut_off and not getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
+        found, remedy = f"{config.path!r} with {min(cut_off)} too", "Correct the number of layers in config.json."
+        raise UserError(f"{key}.path", "a config.json that names every layer of the weights", found, remedy)
+    if surplus:
+        told = f"{len(surplus)} tensors of {config.path!r}, {min(surplus)} among them, have no place in this model"
+        warnings.warn(f"{key}.path: {told}, and are left out.", LintWarning, stacklevel=4)
 
 
 def _quantization(config: TeacherConfig, key: str) -> Any:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -141,10 +141,13 @@ def check_writable(key: str, folder: Path) -> None:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryFile(dir=place):  # not os.access, which lets root write to /proc and read-only disks
+            return
+    except OSError as error:
         reason = "may not be written to" if place.is_dir() else "is a file"
-        remedy = "Choose another folder."
-        raise UserError(key, "a folder that can be written to", f"{str(folder)!r}: {str(place)!r} {reason}", remedy)
+        expected, found = "a folder that can be written to", f"{str(folder)!r}: {str(place)!r} {reason}"
+        raise UserError(key, expected, found, "Choose another folder.") from error
 
 
 def check_export(config: Config, folder: Path) -> None:

@@ -170,6 +170,7 @@ def test_function_of_a_file_gets_its_settings_and_may_give_more(tmp_path):
         ({"path": __file__}, "data.path", ".jsonl"),
         ({"source": "hub", "path": "/none", "kwargs": {}}, "data.path", "data.split"),
         ({"source": "function", "path": SUM, "validation_path": "a"}, "data.validation_path", "Unset it"),
+        ({"source": "function", "path": SUM, "split": "test"}, "data.split", "Unset it"),
         ({"source": "function", "path": SUM}, "data.path", "data.train_size"),
         ({"source": "function", "path": SUM, "train_size": 10**6}, "data.path", "operand pairs"),
         ({"source": "function", "path": SUM, "train_size": 1, "kwargs": {"a": 1}}, "data.path", "data.kwargs"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_opd import DistillationModule
 from lit_opd.config import PACKAGE_FOLDER, FrozenConfig, StudentConfig, TeacherConfig
-from lit_opd.errors import UserError
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.models import Pair, export_student, load_frozen, load_student, load_tokenizer, read_model_config
 
 TINY = {"student": str(PACKAGE_FOLDER / "tiny/student"), "teacher": str(PACKAGE_FOLDER / "tiny/teacher")}
@@ -172,6 +172,26 @@ def test_a_config_that_names_more_layers_than_the_weights_hold_is_refused(tmp_pa
     (folder / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 9}))
     with pytest.raises(UserError, match=r"teacher\.path: expected weights for all that config\.json names.*layers\.3"):
         load_frozen(TeacherConfig(str(folder)))
+
+
+def test_weights_that_config_json_has_no_place_for_are_refused_or_told(tmp_path, make_model, tiny_tokenizer):
+    """Hugging Face leaves them out: of layers, so that the model is a part of itself, as of all others."""
+    shutil.copytree(TINY["student"], tmp_path / "student")
+    spoil(tmp_path / "student", num_hidden_layers=1)
+    with pytest.raises(UserError, match=r"student\.path: expected a config\.json that names every layer.*layers\.1\."):
+        load_student(StudentConfig(str(tmp_path / "student")))
+    spoil(tmp_path / "student", num_nextn_predict_layers=1)
+    with pytest.warns(LintWarning, match=r"student\.path: 9 tensors of .*, model\.layers\.1\."):
+        load_student(StudentConfig(str(tmp_path / "student")))
+    spoil(tmp_path / "student", num_hidden_layers=0)
+    with pytest.raises(UserError, match=r"student\.path: expected a model of at least one layer"):
+        load_student(StudentConfig(str(tmp_path / "student")))
+    model = make_model(1)
+    model.vision_tower = torch.nn.Linear(2, 2)
+    model.save_pretrained(tmp_path / "more")
+    tiny_tokenizer.save_pretrained(tmp_path / "more")
+    with pytest.warns(LintWarning, match=r"teacher\.path: 2 tensors of .*, vision_tower\.bias among them"):
+        load_frozen(TeacherConfig(str(tmp_path / "more")))
 
 
 # What a folder may hold instead of a model
