@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
+from lit_opd.data.schedule import Schedule, scheduled
 from lit_opd.errors import LintWarning
 from lit_opd.measures.custom import load_measures
 from lit_opd.measures.intervals import Interval
@@ -143,12 +144,14 @@ class EvaluatedModule(AcrossProcesses):
         examples: completions of the last evaluation to read.
         measured_at: optimizer steps done at the last evaluation, None before the first.
         judged: whose completions are measured, `student` or `teacher`.
+        schedule: of the weights of several teachers.
     """
 
     student: LanguageModel
     teacher: Any
     distiller: Any
     engine: RolloutEngine
+    schedule: Schedule
 
     def begin_evaluations(self, config: EvaluationConfig, max_new_tokens: int, support_size: int) -> None:
         """Make the first evaluation, as `Evaluation` says."""
@@ -164,6 +167,7 @@ class EvaluatedModule(AcrossProcesses):
         policy = self.student if self.judged == "student" else self.teacher.untempered()
         if self.judged == "teacher":  # which reads its own prompts when it writes, too
             batch = batch._replace(prompts=batch.shown.get("teacher", batch.prompts))
+        batch = scheduled(batch, self.schedule, progress=1.0)  # one yardstick along a run: the weights it ends with
         scorer = self.distiller.scorers["teacher"].untempered()
         rollout = self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
         if policy is self.student:

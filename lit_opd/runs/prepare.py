@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from lit_opd import estimators, linter
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
+from lit_opd.data.schedule import check_data, read_schedule
 from lit_opd.errors import LintWarning, UserError, gather
 from lit_opd.models import context_length, load_tokenizer, named_groups, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
@@ -80,6 +81,7 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         shown=templates(config.teachers or config.teacher), teachers=[*config.teachers],
     )  # fmt: skip
     data.setup("fit")
+    check_data(read_schedule(config.teachers_schedule, config.teachers), data)
     if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
         data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data

@@ -4,6 +4,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
 from teachers.teacher_servers import TeacherStandIn
@@ -302,7 +303,7 @@ def test_other_teachers_than_those_of_a_checkpoint_are_refused(
 
 
 def test_what_may_not_change_at_a_resume_is_in_the_manifest_of_teachers():
-    kept = taught_by({"a": TeacherConfig(path="x")}, "mixture")["teachers"]["a"]
+    kept = taught_by({"a": TeacherConfig(path="x")}, "mixture", {})["teachers"]["a"]
     assert set(kept) == {key.removeprefix("teacher.") for key in AT_A_RESUME["refused"] if key.startswith("teacher.")}
 
 
@@ -344,3 +345,56 @@ def test_a_module_tells_its_data_the_names_of_its_teachers(models, make_model, m
     data = PromptDataModule(train_rows=ROWS, batch_size=5)
     with pytest.raises(UserError, match=r"data\.teacher_column: expected a column or a function that names .* a, b, c"):
         make_trainer().fit(make_module(make_model(1), None, "token", teachers=models), data)
+
+
+class SavedAfter(L.Callback):
+    """Keeps a checkpoint after a step."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_schedule_moves_the_weights_and_a_resumed_run_has_the_same(
+    models, make_model, make_module, make_data, fit, tmp_path
+):
+    """Four steps: the second teacher comes in as the first goes out. Evaluations have the weights of the end."""
+    rows = [{"prompt": row["prompt"], "t": {"a": 0.5, "b": 0.5}} for row in ROWS]
+
+    def module(schedule):
+        both = {key: models[key] for key in "ab"}
+        return make_module(make_model(1), None, "token", teachers=both, teachers_schedule=schedule)
+
+    def data():
+        return make_data(rows, teacher_column="t")
+
+    moving, path = {"a": [1, 0], "b": [0, 1]}, tmp_path / "two.ckpt"
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append([r.routes_BM.unique(dim=0).tolist() for r, _ in module.seen])
+
+    whole = fit(module(moving), 4, data(), callbacks=[SavedAfter(2, path), Watch()])
+    assert [step[0] for step in seen] == [[[1.0, 0.0]], [[0.75, 0.25]], [[0.5, 0.5]], [[0.25, 0.75]]]
+    rest = fit(module(moving), 4, data(), ckpt_path=path, callbacks=[Watch()])
+    assert seen[4:] == seen[2:4]
+    for name, weight in whole.weights[-1].items():
+        assert torch.equal(rest.weights[-1][name], weight)
+    with pytest.raises(UserError, match="teachers: expected the teachers of the checkpoint"):
+        fit(module({}), 4, data(), ckpt_path=path)
+
+
+def test_evaluations_compare_with_the_weights_at_the_end(models, make_model, make_module, make_trainer, make_data):
+    def measured(weights, **keys):
+        both = {key: models[key] for key in "ab"}
+        module = make_module(make_model(1), None, "token", teachers=both, **keys)
+        data = make_data([{"prompt": row["prompt"], "t": weights} for row in ROWS], teacher_column="t")
+        make_trainer(limit_val_batches=1).validate(module, data, verbose=False)
+        return module.evaluation.per_prompt.sums["reverse_kl"]
+
+    found = measured({"a": 0.5, "b": 0.5}, teachers_schedule={"a": [1, 0.25], "b": [0, 0.75]})
+    assert found == pytest.approx(measured({"a": 0.25, "b": 0.75}), rel=1e-6)
