@@ -237,9 +237,9 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
             weights_BT = self.distiller.weights(mask_BT, tokens, sequences)
             with self.gradients_kept_local(number < len(update)):
                 loss = self.distiller.estimate(micro, weights_BT)
+                self.seen.append((micro.rollout, loss.stats))
                 # DistributedDataParallel averages over processes; this loss is already a share of the global count.
                 self.manual_backward(loss.value * self.trainer.world_size)
-            self.seen.append((micro.rollout, loss.stats))
             total += loss.value.detach()
         return self.total({"loss": total, **token_sums(self.seen), **teacher_sums(self.seen, self.teachers)}) | counts
 

@@ -26,8 +26,8 @@ from lit_opd.estimators import BoundEstimator
 from lit_opd.lab.measure.choice import TARGETS, check_supports, chosen_estimators
 from lit_opd.lab.measure.moments import FEWEST, UNKNOWN, compare, inner_product, trace_variance
 from lit_opd.lab.measure.result import Measurement, Row
-from lit_opd.lab.measure.sketch import Sketch
 from lit_opd.lab.measure.units import allocated_mb, unit_gradient
+from lit_opd.measures.sketch import Sketch
 from lit_opd.models import LanguageModel
 from lit_opd.runs.bench import set_up
 from lit_opd.runs.prepare import check_local_teacher, prepare_data
