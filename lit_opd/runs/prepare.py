@@ -29,7 +29,7 @@ from lit_opd.runs.verdicts import FAIL, PASS, Finding
 from lit_opd.teachers import templates
 from lit_opd.types import Need
 
-__all__ = ["check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
+__all__ = ["check_kinds", "check_optimizer", "check_weight_files", "prepare_data"]
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
@@ -93,14 +93,14 @@ def _wants_reference(config: Config) -> bool:
     return False
 
 
-def check_local_teacher(config: Config, command: str) -> None:
-    """Refuse a teacher that is no model in this process, for a command that reads its whole distributions."""
-    if config.teachers:
-        expected = f"one teacher for {command}, which reads its whole distributions"
-        raise UserError("teachers", expected, len(config.teachers), "Name one of them in teacher.path.")
-    if config.teacher.kind != "local":
-        expected = f"local for {command}, which reads the teacher's whole distributions"
-        raise UserError("teacher.kind", expected, config.teacher.kind, "Name a model folder in teacher.path.")
+def check_kinds(config: Config, command: str, *kinds: str) -> None:
+    """Refuse teachers of other kinds, for a command that reads their whole distributions."""
+    teachers = {f"teachers.{name}": one for name, one in config.teachers.items()} or {"teacher": config.teacher}
+    for key, teacher in teachers.items():
+        if teacher.kind not in kinds:
+            expected = f"{' or '.join(kinds)} for {command}, which reads the teacher's whole distributions"
+            remedy = f"Name a model folder in {key}.path, or run validate, which measures what this teacher gives."
+            raise UserError(f"{key}.kind", expected, teacher.kind, remedy)
 
 
 def check_optimizer(config: OptimConfig) -> None:

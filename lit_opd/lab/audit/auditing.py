@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lit_opd.config import Config
-from lit_opd.errors import RunError
+from lit_opd.errors import RunError, UserError
 from lit_opd.lab.audit.direction import sign_test
 from lit_opd.lab.audit.endings import stop_tokens, teacher_at_ends
 from lit_opd.lab.audit.equal_models import null_test
@@ -27,7 +27,7 @@ from lit_opd.lab.audit.score import sampler_gap, sampling_law
 from lit_opd.lab.audit.tokenizers import segmentation, vocabulary
 from lit_opd.models import load_tokenizer, read_model_config
 from lit_opd.runs.first_look import first_look
-from lit_opd.runs.prepare import check_local_teacher
+from lit_opd.runs.prepare import check_kinds
 from lit_opd.runs.verdicts import FAIL, PASS, Finding, worst
 
 __all__ = ["CHECKS", "Audit", "audit"]
@@ -71,7 +71,10 @@ class Audit:
 def audit(config: Config) -> Audit:
     """Look for what would spoil a long run: everything is read, nothing is written, no weight moves."""
     start = time.perf_counter()
-    check_local_teacher(config, "audit")
+    if config.teachers:
+        expected = "one teacher for audit, which compares the completions of two models"
+        raise UserError("teachers", expected, len(config.teachers), "Run measure, or name one of them in teacher.path.")
+    check_kinds(config, "audit", "local")
     found = Audit(_without_weights(config), [], {}, time.perf_counter() - start)
     if found.verdict == FAIL:  # every later check compares what ids mean
         return found
