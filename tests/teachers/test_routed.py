@@ -263,6 +263,30 @@ def test_three_teachers_take_the_memory_of_one(
     assert sum(logged[f"teacher/{name}/kl_share"] for name in "xyz") == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("itself", [False, True])
+def test_a_teacher_that_is_let_go_is_gone_at_once(itself, monkeypatch, make_model, save_model, student_path):
+    """Also one whose code makes a circle, for which alone all objects of the process are searched: that takes longer
+    than reading it."""
+    load, searches, models = pair.load_frozen, [], []
+
+    def held(*arguments):
+        loaded = load(*arguments)
+        if itself:
+            vars(loaded.model)["circle"] = loaded.model
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    search = gc.collect
+    monkeypatch.setattr(pair, "load_frozen", held)
+    monkeypatch.setattr(pair.gc, "collect", lambda: searches.append(search()))
+    sections = {n: TeacherConfig(path=save_model(make_model(i))) for i, n in enumerate("ab")}
+    two = pair.Pair(student_path, sections, estimators.build("token"))
+    for name in "aba":
+        two.lend(f"teachers.{name}", torch.device("cpu"))
+    assert [model() is None for model in models] == [True, True, False]
+    assert len(searches) == (2 if itself else 0)
+
+
 def test_every_held_out_row_is_measured_against_its_own_teacher(
     models, make_model, make_module, make_trainer, make_data
 ):
