@@ -113,9 +113,7 @@ class Pair:
         """
         for other in [other for other in self._loaded if other != key and self._is_lent(other)]:
             gone = weakref.ref(self._loaded.pop(other).model)
-            if (
-                gone() is not None
-            ):  # code of others may make a model that holds itself, which only Python's search finds
+            if gone() is not None:  # its code made a model that holds itself, which only Python's search finds
                 gc.collect()
         return self.load(key, device)
 
