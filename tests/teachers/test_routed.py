@@ -303,6 +303,48 @@ def test_every_held_out_row_is_measured_against_its_own_teacher(
         assert found[metric] != pytest.approx(alone["a"][metric], rel=1e-3)
 
 
+def test_each_teacher_answers_the_held_out_prompts_that_are_its_own(
+    models, make_model, make_module, make_trainer, make_data
+):
+    """As it does alone, with its own prompts; that of two teachers by the one with the larger weight."""
+    rows = [*ROWS[:4], ROWS[4] | {"teacher": {"a": 0.75, "b": 0.25}}]
+
+    def answered(teacher, shown, column=None, **keys):
+        module = make_module(make_model(1), teacher, "token", **keys)
+        data = make_data(rows, teacher_column=column, shown=dict.fromkeys(shown, {"prompt_template": HINT}))
+        trainer = make_trainer(limit_val_batches=1)
+        with module.judging_teacher():
+            trainer.validate(module, data, verbose=False)
+        return module.evaluation.per_prompt
+
+    both = {key: models[key] for key in "ab"}
+    found = answered(None, ["teachers.a"], "teacher", teachers=both)
+    alone = {"a": answered(models["a"], ["teacher"]), "b": answered(models["b"], [])}
+    assert found.numbers == [0, 1, 2, 3, 4]
+    for metric in ("length", "student_entropy"):
+        expected = [alone[name].sums[metric][i] for i, name in enumerate("abaaa")]
+        assert found.sums[metric] == pytest.approx(expected, rel=1e-5)
+
+
+def test_teachers_that_answer_are_in_memory_one_at_a_time(
+    monkeypatch, make_model, save_model, student_path, make_trainer, make_data
+):
+    held, load = Held(), pair.load_frozen
+
+    def counted(*arguments):
+        loaded = load(*arguments)
+        held.count(loaded.model.parameters())
+        return loaded
+
+    monkeypatch.setattr(pair, "load_frozen", counted)
+    sections = {n: {"path": save_model(make_model(i))} for i, n in enumerate("ab")}
+    module = DistillationModule(student_path, None, "token", teachers=sections, rollout={"max_new_tokens": 6})
+    with module.judging_teacher():
+        make_trainer(limit_val_batches=1).validate(module, make_data(ROWS, teacher_column="teacher"), verbose=False)
+    assert held.most == sum(p.numel() for p in make_model(0).parameters())
+    assert held.loads == 2  # each answers its prompts, and scores what it wrote before the next comes
+
+
 def test_other_teachers_than_those_of_a_checkpoint_are_refused(
     models, make_model, make_module, make_trainer, make_data, tmp_path
 ):
