@@ -132,7 +132,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         self.teacher = self.distiller = None
         self.aggregation, self.seed, self.shown = aggregation, seed, templates(teacher)
         self.masked_ids = models.token_ids(self.student.tokenizer, counted.masked_tokens, "estimator.masked_tokens")
-        self.merged = models.merged_groups(counted.merged_stops, self.pair, self.masked_ids)
+        self.merged = models.merged_groups(counted.merged_stops, self.pair, self.masked_ids, self.teachers)
         if self.pair.followed is not None:
             self.pair.followed.check_updates(self.optim_config.updates_per_rollout)
         self.seen: list[Seen] = []

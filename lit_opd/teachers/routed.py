@@ -16,12 +16,12 @@ from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
 from lit_opd.teachers.combined import combine, interleave
 from lit_opd.teachers.frozen import LocalScorer
-from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, Wanted
+from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, Scores
 
 __all__ = ["RoutedScorer"]
 
-EVERYTHING = frozenset({TOKEN, SUPPORT, FULL})
+EVERYTHING = frozenset({TOKEN, SUPPORT, FULL, MERGED})
 
 
 @dataclass
@@ -47,9 +47,9 @@ class RoutedScorer(Scorer):
     name = "teacher"
 
     def __post_init__(self) -> None:
-        """Find out what all teachers can give."""
+        """Find out what all teachers can give: of merged tokens a mixture, for it alone is merged as its parts are."""
         known = [scorer.gives for scorer in self.scorers.values() if scorer is not None]
-        self.gives = EVERYTHING.intersection(*known)
+        self.gives = EVERYTHING.intersection(*known) - (set() if self.combined == "mixture" else {MERGED})
 
     def lending(self, lend: Callable[[str], LocalScorer], rows: int) -> RoutedScorer:
         """Make the same scorer with what lends models of this process."""

@@ -14,6 +14,7 @@ from lit_opd.config import TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import registry
 from lit_opd.estimators.oracle import TabularPair, expected_gradient, laws, samples
+from lit_opd.functional import merge_ids, merge_logps
 from lit_opd.models import LanguageModel, pair, taught_by
 from lit_opd.runs.resuming import AT_A_RESUME
 from lit_opd.teachers import LocalScorer, RoutedScorer, ServedScorer, Wanted
@@ -212,6 +213,49 @@ def test_a_mixture_with_a_server_has_no_support(scorers, rollout, make_model, ti
         scorer.score(routed(rollout, *[[1.0, 0.0], [0.0, 1.0]] * 2, [1.0, 0.0]), Wanted(support=3))
         with pytest.raises(UserError, match=r"estimator\.name: expected one that compares no support"):
             scorer.score(routed(rollout, *[[0.5, 0.5]] * 5), Wanted(support=3))
+
+
+ENDS = [[2, 5, 9]]
+
+
+def test_merged_endings_of_a_mixture_have_the_probability_of_all_in_the_mixture(models, scorers, rollout, full_logits):
+    mine = routed(rollout, *MIXED)
+    weights_MN1 = mine.routes_BM[torch.nonzero(mine.mask_BT)[:, 0]].T[..., None].double()
+    merged_NV = merge_logps((weights_MN1 * dense(models.values(), rollout, full_logits).exp()).sum(0).log(), ENDS)
+    ids_N, merged = mine.ids_BT[mine.mask_BT], tuple(map(tuple, ENDS))
+    assert torch.isin(ids_N, torch.tensor(ENDS[0][1:])).any()
+    taken_N = merged_NV.gather(-1, merge_ids(ids_N, ENDS)[:, None])[:, 0]
+    for wanted in (Wanted(merged=merged), Wanted(support=4, merged=merged)):
+        scores = RoutedScorer(scorers).score(mine, wanted)
+        torch.testing.assert_close(scores.logps_N.double(), taken_N, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scores.support_logps_NK.double(), merged_NV.topk(4).values, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_endings_of_one_of_several_teachers_are_those_of_the_single_teacher(
+    name, models, make_model, make_module, rollout
+):
+    mine, kwargs = routed(rollout, *[[0.0, 1.0, 0.0]] * 5), {"estimator_kwargs": KEYS.get(name), "merged_stops": ENDS}
+    found = gradient(make_module(make_model(1), None, name, teachers=models, **kwargs), mine)
+    expected = gradient(make_module(make_model(1), models["b"], name, **kwargs), rollout)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][key], grad) for key, grad in expected[1].items())
+    plain = gradient(make_module(make_model(1), models["b"], name, estimator_kwargs=KEYS.get(name)), rollout)
+    assert found[0] != plain[0]
+
+
+def test_endings_that_are_found_have_to_be_those_of_all_teachers(models, make_model, make_module):
+    def merged(*ends, **keys):
+        several = {name: make_model(3) for name in "ab"}
+        for model, end in zip(several.values(), ends, strict=True):
+            model.generation_config.eos_token_id = model.config.eos_token_id = end
+        return make_module(make_model(1), None, "token", teachers=several, merged_stops="auto", **keys).merged
+
+    assert merged(5, 5) == [[2, 5]]
+    with pytest.raises(UserError, match=r"expected groups .* auto with teachers\.a .*5\], teachers\.b .*7\]"):
+        merged(5, 7)
+    with pytest.raises(UserError, match=r"expected null: a product of merged tokens .* take teachers_comb"):
+        merged(5, 5, teachers_combined="product")
 
 
 class Held:
