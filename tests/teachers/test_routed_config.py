@@ -89,11 +89,6 @@ def test_a_run_is_not_resumed_with_other_teachers(words, tmp_path):
             check_changes(other, checkpoint, own=True)
 
 
-def test_the_audit_of_several_teachers_is_refused_with_the_command_that_takes_them(words, capsys):
-    assert main(["audit", *words]) == 2
-    assert "teachers: expected one teacher for audit" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("command", "kinds"), [("measure", "local or student"), ("audit", "local")])
 def test_commands_that_read_whole_distributions_refuse_a_server(command, kinds, words, capsys):
     one = [word for word in words if not word.startswith(("teachers.", "data.teacher"))]
