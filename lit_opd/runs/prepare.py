@@ -98,7 +98,8 @@ def check_kinds(config: Config, command: str, *kinds: str) -> None:
     teachers = {f"teachers.{name}": one for name, one in config.teachers.items()} or {"teacher": config.teacher}
     for key, teacher in teachers.items():
         if teacher.kind not in kinds:
-            expected = f"{' or '.join(kinds)} for {command}, which reads the teacher's whole distributions"
+            others = "".join(f" (or {kind})" for kind in kinds[1:])
+            expected = f"{kinds[0]} for {command}{others}, which reads the teacher's whole distributions"
             remedy = f"Name a model folder in {key}.path, or run validate, which measures what this teacher gives."
             raise UserError(f"{key}.kind", expected, teacher.kind, remedy)
 
