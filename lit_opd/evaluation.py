@@ -7,7 +7,7 @@ Why here: students of all estimators are measured alike, whatever they were trai
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_opd.config import EvaluationConfig
+from lit_opd.data.schedule import Schedule, scheduled
 from lit_opd.errors import LintWarning
 from lit_opd.measures.custom import load_measures
 from lit_opd.measures.intervals import Interval
@@ -25,10 +26,10 @@ from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
 from lit_opd.processes import AcrossProcesses
 from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, check_batch, failed, judge, uniforms
 from lit_opd.rollout.proof import check_gap, gap_sums
-from lit_opd.teachers import FULL, Scorer, Wanted
+from lit_opd.teachers import FULL, RoutedScorer, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
-__all__ = ["EvaluatedModule", "Evaluation", "Example", "tell_left_out"]
+__all__ = ["EvaluatedModule", "Evaluation", "Example", "can_write", "tell_left_out"]
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,14 @@ class Example:
     log_ratios: list[float]
 
 
+def can_write(teacher: Scorer | None) -> bool:
+    """Tell whether prompts can be answered by the teacher, a model where it has no scorer, or by all of several."""
+    return teacher is None or (isinstance(teacher, RoutedScorer) and teacher.writes)
+
+
 def tell_left_out(teacher: Scorer, config: EvaluationConfig) -> None:
     """Warn of what cannot be measured with a teacher that only scores."""
-    if config.teacher:
+    if config.teacher and not can_write(teacher):
         warnings.warn("evaluation.teacher: left out, for this teacher scores and cannot sample.", LintWarning, 3)
     if FULL not in teacher.gives:
         lost = ", ".join(name for name in YARDSTICKS if name not in OF_TOKENS)
@@ -143,12 +149,14 @@ class EvaluatedModule(AcrossProcesses):
         examples: completions of the last evaluation to read.
         measured_at: optimizer steps done at the last evaluation, None before the first.
         judged: whose completions are measured, `student` or `teacher`.
+        schedule: of the weights of several teachers.
     """
 
     student: LanguageModel
     teacher: Any
     distiller: Any
     engine: RolloutEngine
+    schedule: Schedule
 
     def begin_evaluations(self, config: EvaluationConfig, max_new_tokens: int, support_size: int) -> None:
         """Make the first evaluation, as `Evaluation` says."""
@@ -161,13 +169,28 @@ class EvaluatedModule(AcrossProcesses):
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Measure the yardsticks on one batch of held-out prompts."""
-        policy = self.student if self.judged == "student" else self.teacher.untempered()
-        if self.judged == "teacher":  # which reads its own prompts when it writes, too
-            batch = batch._replace(prompts=batch.shown.get("teacher", batch.prompts))
-        scorer = self.distiller.scorers["teacher"].untempered()
-        rollout = self.evaluation.add(policy, scorer, batch, self.engine, self.verifier, self.distiller.head_rows)
-        if policy is self.student:
-            self.prove(rollout)
+        batch = scheduled(batch, self.schedule, progress=1.0)  # one yardstick along a run: the weights it ends with
+        scorer, rows = self.distiller.scorers["teacher"].untempered(), self.distiller.head_rows
+        for name, part in self._shared_out(batch):
+            # Not named here: of several teachers one at a time is in memory.
+            rollout = self.evaluation.add(self._writer(name), scorer, part, self.engine, self.verifier, rows)
+            if self.judged == "student":
+                self.prove(rollout)
+
+    def _shared_out(self, batch: PromptBatch) -> Iterable[tuple[str, PromptBatch]]:
+        """Say who answers which prompts: the student all, or teachers their own, which they read as they score."""
+        scorer = self.distiller.scorers["teacher"]
+        if self.judged == "student":
+            return [("student", batch)]
+        if isinstance(scorer, RoutedScorer):
+            return scorer.shared_out(batch)
+        return [("teacher", batch._replace(prompts=batch.shown.get("teacher", batch.prompts)))]
+
+    def _writer(self, name: str) -> LanguageModel:
+        scorer = self.distiller.scorers["teacher"]
+        if self.judged == "student":
+            return self.student
+        return (scorer.writer(name) if isinstance(scorer, RoutedScorer) else self.teacher).untempered()
 
     def prove(self, rollout: Rollout) -> None:
         """Compare what the engine recorded with the student's own log-probabilities, before updates and evaluations."""

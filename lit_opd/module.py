@@ -25,6 +25,7 @@ from lit_opd.config import (
     as_section,
 )
 from lit_opd.config.limits import seed as check_seed
+from lit_opd.data.schedule import check_run, read_schedule, scheduled
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.evaluation import EvaluatedModule, tell_left_out
@@ -58,7 +59,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
     Args:
         student: path or hub name, `StudentConfig` or its keys, or a causal language model in memory.
         teacher: path or hub name, `TeacherConfig` or its keys, a causal language model, or any other `Scorer`.
-        teachers: several of these by name, instead; `teachers_combined` is `mixture` or `product`, of those of one row.
+        teachers: several of these by name, instead; `teachers_combined` and `teachers_schedule` as configured.
         estimator: registered name, `module:function`, `file.py:function`, a function, or `EstimatorConfig`.
         estimator_kwargs: the estimator's keywords.
         tokenizer: the student's; needed with a model in memory.
@@ -97,6 +98,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         diagnostics: DiagnosticsConfig | Mapping[str, Any] | None = None,
         teachers: Mapping[str, Any] | None = None,
         teachers_combined: str = "mixture",
+        teachers_schedule: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -110,14 +112,14 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         support_size = as_section(DiagnosticsConfig, diagnostics, "diagnostics").support_size
         given = {"aggregation": aggregation, "masked_tokens": masked_tokens, "merged_stops": merged_stops}
         counted = as_section(EstimatorConfig, EstimatorConfig(**given), "estimator")
-        masked_tokens = counted.masked_tokens
         check_seed("seed", seed)
         self.law = training_law(self.rollout_config, self.estimator)
         self.engine = build_engine(self.rollout_config, engine)
         allow = as_section(LintConfig, lint, "lint").allow
         checked = (self.estimator, self.rollout_config, self.optim_config, student, teacher)
-        linter.check(*checked, masked_tokens=masked_tokens, tokenizer=tokenizer, allow=allow)
-        self.teachers, self.taught_by = [*(teachers or {})], models.taught_by(teacher, teachers_combined)
+        linter.check(*checked, masked_tokens=counted.masked_tokens, tokenizer=tokenizer, allow=allow)
+        self.teachers, self.schedule = [*(teachers or {})], read_schedule(teachers_schedule or {}, teachers or {})
+        self.taught_by = models.taught_by(teacher, teachers_combined, self.schedule)
         self.scorer = own_scorer(teacher, student, tokenizer, teachers_combined)
         if self.scorer is not None:
             check_gives(self.scorer, self.estimator, self.rollout_config, merges=merged_stops is not None)
@@ -128,12 +130,11 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
         self.student, self.model = self.pair.student, self.pair.student.model
         self.teacher = self.distiller = None
-        self.aggregation, self.seed = aggregation, seed
-        self.masked_ids = models.token_ids(self.student.tokenizer, masked_tokens, "estimator.masked_tokens")
-        self.merged = models.merged_groups(counted.merged_stops, self.pair, self.masked_ids)
+        self.aggregation, self.seed, self.shown = aggregation, seed, templates(teacher)
+        self.masked_ids = models.token_ids(self.student.tokenizer, counted.masked_tokens, "estimator.masked_tokens")
+        self.merged = models.merged_groups(counted.merged_stops, self.pair, self.masked_ids, self.teachers)
         if self.pair.followed is not None:
             self.pair.followed.check_updates(self.optim_config.updates_per_rollout)
-        self.shown = templates(teacher)
         self.seen: list[Seen] = []
 
     @classmethod
@@ -145,6 +146,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens,
             merged_stops=config.estimator.merged_stops, seed=config.seed, lint=config.lint,
             diagnostics=config.diagnostics, teachers=config.teachers, teachers_combined=config.teachers_combined,
+            teachers_schedule=config.teachers_schedule,
         )  # fmt: skip
 
     @property
@@ -160,6 +162,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         if stage == "fit" and Need.REWARDS in self.estimator.needs and self.verifier is None:
             expected, found = f"one, for {self.estimator.spec.name!r} learns from rewards", "none"
             raise UserError("data.verifier", expected, found, "Set data.verifier=package.module:function.")
+        check_run(self.schedule, self.trainer, stage)
         self.distiller = self.assemble(self.verifier, with_reference=stage == "fit")
 
     def assemble(self, verifier: Verifier | None, with_reference: bool = True) -> Distiller:
@@ -193,7 +196,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample, score, estimate and step."""
         watch = Stopwatch(self.device)
-        rollout = self.distiller.sample(batch)
+        rollout = self.distiller.sample(scheduled(batch, self.schedule, self.progress))
         self.prove(rollout)
         watch.lap("rollout_s")
         updates = [self.distiller.score(rollout, rows, self.progress) for rows in self.split(batch)]
@@ -234,9 +237,9 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
             weights_BT = self.distiller.weights(mask_BT, tokens, sequences)
             with self.gradients_kept_local(number < len(update)):
                 loss = self.distiller.estimate(micro, weights_BT)
+                self.seen.append((micro.rollout, loss.stats))
                 # DistributedDataParallel averages over processes; this loss is already a share of the global count.
                 self.manual_backward(loss.value * self.trainer.world_size)
-            self.seen.append((micro.rollout, loss.stats))
             total += loss.value.detach()
         return self.total({"loss": total, **token_sums(self.seen), **teacher_sums(self.seen, self.teachers)}) | counts
 

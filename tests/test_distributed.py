@@ -16,7 +16,7 @@ import lightning as L
 import wide_norm
 from lightning.pytorch.loggers.logger import DummyLogger
 from lit_opd import DistillationModule, PromptDataModule
-from lit_opd.callbacks import StepDiagnostics
+from lit_opd.callbacks import StepDiagnostics, TeacherGradients
 
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5=", "80-1=", "4=", "3333+4444="]
 SCENARIOS = {
@@ -37,11 +37,13 @@ SCENARIOS = {
 
 
 class Kept(DummyLogger):
-    diagnosed = None
+    diagnosed, pulled = None, ()
 
     def log_metrics(self, metrics, step=None):
         if "advantage/mean" in metrics:
             self.diagnosed = dict(metrics)
+        if any("gradient_share" in name for name in metrics):
+            self.pulled += (dict(metrics),)
 
 
 def run(student, teacher, devices, name):
@@ -61,14 +63,15 @@ def run(student, teacher, devices, name):
                             tokenizer=module.tokenizer, verifier=lambda text, row: float(len(text) > 3))
     trainer = L.Trainer(
         max_steps=4, accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", logger=Kept(),
-        callbacks=[StepDiagnostics(every_n_steps=1)],
+        callbacks=[StepDiagnostics(every_n_steps=1), *([TeacherGradients(every_n_steps=1)] if "routes" in s else [])],
         precision="64-true", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, num_sanity_val_steps=0,
     )
     trainer.fit(module, data)
     logged = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("perf/")}
     return {"weights": module.model.state_dict(), "logged": logged, "results": module.results["val"],
-            "per_prompt": tuple(module.evaluation.per_prompt), "diagnosed": trainer.logger.diagnosed}
+            "per_prompt": tuple(module.evaluation.per_prompt), "diagnosed": trainer.logger.diagnosed,
+            "pulled": trainer.logger.pulled}
 
 
 if __name__ == "__main__":
@@ -127,6 +130,17 @@ def test_two_processes_log_the_numbers_of_one(one_and_two, name):
         for found, expected in zip(rank[name]["per_prompt"][1:], tables, strict=True):
             for metric, values in expected.items():
                 assert found[metric] == pytest.approx(values, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.slow
+def test_two_processes_see_each_teachers_part_of_the_gradient_as_one_does(one_and_two):
+    one, two = one_and_two
+    expected = one["routed"]["pulled"]
+    assert len(expected) == 4
+    assert any("gradient_cosine/a/b" in step for step in expected)
+    for rank in two:
+        for found, step in zip(rank["routed"]["pulled"], expected, strict=True):
+            assert found == pytest.approx(step, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 """
 
 from lit_opd.callbacks.collapse import WatchCollapse
+from lit_opd.callbacks.conflict import TeacherGradients
 from lit_opd.callbacks.diagnostics import StepDiagnostics
 from lit_opd.callbacks.figures import EvaluationFigures
 from lit_opd.callbacks.interrupt import SaveOnInterrupt
@@ -20,5 +21,6 @@ __all__ = [
     "StepDiagnostics",
     "StepProgress",
     "StepSpeed",
+    "TeacherGradients",
     "WatchCollapse",
 ]

@@ -4,7 +4,14 @@ Each section says beside a field what it means and which values it may have. Imp
 file is reported in under a second.
 """
 
-from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig, check_names
+from lit_opd.config.inputs import (
+    DataConfig,
+    FrozenConfig,
+    StudentConfig,
+    TeacherConfig,
+    check_names,
+    check_schedule,
+)
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
 from lit_opd.config.limits import Section
 from lit_opd.config.reading import PACKAGE_FOLDER, as_section, load_as, load_config, parse_overrides, to_flat, to_yaml
@@ -21,6 +28,6 @@ from lit_opd.config.watching import (
 __all__ = [
     "PACKAGE_FOLDER", "CollapseConfig", "Config", "DataConfig", "DiagnosticsConfig", "EstimatorConfig",
     "EvaluationConfig", "FrozenConfig", "LintConfig", "MeasureConfig", "OptimConfig", "RolloutConfig", "Section",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_names", "load_as", "load_config",
-    "parse_overrides", "to_flat", "to_yaml",
+    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_names", "check_schedule", "load_as",
+    "load_config", "parse_overrides", "to_flat", "to_yaml",
 ]  # fmt: skip

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,9 @@ from omegaconf import MISSING
 
 from lit_opd.config import limits
 from lit_opd.config.limits import Section, above, at_least, limited, one_of, one_of_or_path, within
-from lit_opd.errors import UserError, choose
+from lit_opd.errors import UserError, choose, suggest
 
-__all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig", "check_names"]
+__all__ = ["DataConfig", "FrozenConfig", "StudentConfig", "TeacherConfig", "check_names", "check_schedule"]
 
 DTYPE = one_of("float32", "bfloat16", "float16", "float64")
 
@@ -153,6 +153,25 @@ def check_names(teachers: Mapping[str, Any]) -> None:
     if len(own) > 1:
         expected, remedy = "one teacher of kind student at most", "Let data columns fill one template for all rows."
         raise UserError(f"teachers.{own[1]}.kind", expected, f"another, {own[0]}", remedy)
+
+
+def check_schedule(schedule: Mapping[str, Any], teachers: Sequence[str]) -> None:
+    """Refuse a schedule of weights that names no teacher, or gives another thing than two factors.
+
+    Raises:
+        UserError: such a name, or such a value.
+    """
+    for name, factors in schedule.items():
+        key = f"teachers_schedule.{name}"
+        if name not in teachers:
+            expected = f"one of the teachers {', '.join(teachers)}" if teachers else "several teachers"
+            raise UserError("teachers_schedule", expected, repr(name), suggest(str(name), teachers))
+        if not isinstance(factors, Sequence) or len(factors) != 2:
+            expected = "[FACTOR, FACTOR], of its weights before training and at its end"
+            raise UserError(key, expected, repr(factors), f"Write e.g. {key}=[1,0].")
+        for number, factor in enumerate(factors):
+            limits.as_type(f"{key}[{number}]", factor, float)
+            at_least(0)(f"{key}[{number}]", factor)
 
 
 @dataclass

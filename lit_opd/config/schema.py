@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lit_opd.config import limits
-from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig, check_names
+from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, TeacherConfig, check_names, check_schedule
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
 from lit_opd.config.limits import Section, limited, one_of
 from lit_opd.config.watching import (
@@ -41,6 +41,8 @@ class Config(Section):
     """Several teachers instead, by name, each with the keys of the section teacher. data.teacher_column chooses."""
     teachers_combined: str = limited("mixture", one_of("mixture", "product"))
     """Several teachers of one row: mixture (of their probabilities) | product (a weighted sum of reverse KLs)."""
+    teachers_schedule: dict[str, Any] = field(default_factory=dict)
+    """By the name of a teacher, factors of its weights before training and at its end, as {a: [1, 0], b: [0, 1]}."""
     reference: FrozenConfig = field(default_factory=FrozenConfig)
     """A third model, for estimators that stay near one, by default the student before training."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,6 +82,8 @@ class Config(Section):
     def _check_field(self, own: Any, name: str) -> None:
         if own.name == "teachers":
             check_names(self.teachers)
+        if own.name == "teachers_schedule":
+            check_schedule(self.teachers_schedule, [*self.teachers])
         if own.name == "teacher" and self.teachers:
             if self.teacher != TeacherConfig():
                 raise UserError("teachers", "one teacher, or several", "both", "Take out one of the sections.")

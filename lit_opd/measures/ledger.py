@@ -1,19 +1,20 @@
-"""Keep a ledger of several teachers: how much each of them taught in a step.
+"""Keep a ledger of several teachers: how much each of them taught in a step, and where they contradict each other.
 
-The module calls it at every step, and logs it beside the numbers of `steps`.
+The module logs tokens and KLs at every step, `callbacks.TeacherGradients` now and then what only gradients tell.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from lit_opd.measures.steps import Seen
 
-__all__ = ["teacher_report", "teacher_sums"]
+__all__ = ["gradient_report", "teacher_report", "teacher_sums"]
 
 
 def teacher_sums(seen: Sequence[Seen], teachers: Sequence[str]) -> dict[str, Tensor]:
@@ -51,4 +52,38 @@ def teacher_report(update: Mapping[str, float], teachers: Sequence[str]) -> dict
             f"teacher/{name}/reverse_kl": kl / (tokens or math.nan),
             f"teacher/{name}/kl_share": kl / (total or math.nan),
         }
+    return report
+
+
+def gradient_report(gradients_GD: Tensor, taught_GM: Tensor, teachers: Sequence[str]) -> dict[str, float]:
+    """Name what the parts of a step's gradient tell, each of which comes from the rows of the same teachers.
+
+    A gradient towards a mixture is no sum of gradients towards its teachers: rows that have several teachers are a part
+    of their own, whose NAME is that of all of them, as `a and b`.
+
+    Args:
+        gradients_GD: parts of the gradient, or sketches of them, of which some may be of the same teachers.
+        taught_GM: which teachers each part is of.
+        teachers: their names.
+
+    Returns:
+        `teacher/NAME/gradient_share`: the inner product of a part with the whole gradient over the squared norm of the
+        whole. Shares add up to 1, and one below 0 is of a part against which the step goes. `gradient_cosine/NAME/NAME`
+        of every two parts. What a gradient of zero leaves without a value is left out.
+    """
+    named = [" and ".join(teachers[m] for m in taught_M.nonzero().flatten().tolist()) for taught_M in taught_GM]
+    names = sorted(set(named))
+    wide_GD, part_G = gradients_GD.double(), [names.index(name) for name in named]
+    parts_CD = wide_GD.new_zeros(len(names), wide_GD.shape[1])
+    parts_CD.index_add_(0, torch.tensor(part_G, device=wide_GD.device), wide_GD)
+    gram_CC = parts_CD @ parts_CD.T
+    whole, norms = float(gram_CC.sum()), gram_CC.diagonal().sqrt()
+    report: dict[str, float] = {}
+    if whole > 0:
+        report = {
+            f"teacher/{n}/gradient_share": float(row_C.sum()) / whole for n, row_C in zip(names, gram_CC, strict=True)
+        }
+    for i, j in combinations(range(len(names)), 2):
+        if norms[i] > 0 and norms[j] > 0:
+            report[f"gradient_cosine/{names[i]}/{names[j]}"] = float(gram_CC[i, j] / (norms[i] * norms[j]))
     return report

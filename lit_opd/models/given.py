@@ -68,22 +68,25 @@ def _as_teachers(teacher: Any, teachers: Any, scorer: type) -> dict[str, Any]:
     return kept
 
 
-def taught_by(teacher: Any, combined: str) -> dict[str, Any]:
-    """List several teachers for a checkpoint: what each is, in which order, and how those of one row are combined."""
+def taught_by(teacher: Any, combined: str, schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """List several teachers for a checkpoint: what each is, in which order, and how those of one row are combined.
+
+    Where their weights have a `schedule`, it is in the list.
+    """
     if not isinstance(teacher, Mapping):
         return {}
     kinds: dict[str, dict[str, Any]] = {name: {"kind": IN_PYTHON} for name in teacher}
     for name, one in teacher.items():
         if isinstance(one, TeacherConfig):
             kinds[name] = {key: value for key, value in vars(one).items() if key not in RUNNING}
-    return {"teachers": kinds, "teachers_combined": combined}
+    return {"teachers": kinds, "teachers_combined": combined, "teachers_schedule": to_saved(schedule)}
 
 
 def check_taught_by(checkpoint: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to go on with other teachers than those of a checkpoint.
 
     Raises:
-        UserError: they differ in name, kind, path or order, or in the way they are combined.
+        UserError: they differ in name, kind, path or order, or in the way and the schedule in which they are combined.
     """
     before = checkpoint.get("taught_by", {})
     if before == now:

@@ -19,15 +19,23 @@ AUTO = "auto"
 _KEY = "estimator.merged_stops"
 
 
-def merged_groups(given: Any, pair: Pair, masked_ids: Collection[int]) -> list[list[int]]:
+def merged_groups(given: Any, pair: Pair, masked_ids: Collection[int], teachers: Sequence[str] = ()) -> list[list[int]]:
     """List the groups of ids to merge, where `auto` makes one of both models' stop tokens if they differ.
 
+    Several `teachers` are given by name.
+
     Raises:
-        UserError: as of `named_groups`, or `auto` with a teacher whose stop tokens are not known.
+        UserError: as of `named_groups`; `auto` with a teacher whose stop tokens are not known, or with several that do
+            not end alike.
     """
     if given != AUTO:
         return named_groups(given, pair.student.tokenizer, masked_ids)
-    own, other = pair.student.stop_ids, pair.stop_ids("teacher")
+    ends = {key: pair.stop_ids(key) for key in ([f"teachers.{name}" for name in teachers] or ["teacher"])}
+    own, other = pair.student.stop_ids, next(iter(ends.values()))
+    if any(set(stops) != set(other) for stops in ends.values()):
+        expected = "groups of tokens, for the stop tokens of the teachers differ"
+        found = f"auto with {', '.join(f'{key} {stops}' for key, stops in ends.items())}"
+        raise UserError(_KEY, expected, found, "Name all endings as one group.")
     if set(own) == set(other):
         warnings.warn(f"{_KEY}: auto merges nothing, for both models name the same stop tokens, {own}.", LintWarning, 3)
         return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,8 +112,9 @@ class Pair:
         has `offload` stays in main memory, and leaves the device when it is not `present`.
         """
         for other in [other for other in self._loaded if other != key and self._is_lent(other)]:
-            del self._loaded[other]
-            gc.collect()  # models of transformers hold themselves, and would stay until Python looks for such circles
+            gone = weakref.ref(self._loaded.pop(other).model)
+            if gone() is not None:  # its code made a model that holds itself, which only Python's search finds
+                gc.collect()
         return self.load(key, device)
 
     def _is_lent(self, key: str) -> bool:

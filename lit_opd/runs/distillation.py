@@ -22,6 +22,7 @@ from lit_opd.config.limits import as_type
 from lit_opd.data import PromptDataModule
 from lit_opd.data.guarded import tell_constant
 from lit_opd.errors import RunError, UserError, gather
+from lit_opd.evaluation import can_write
 from lit_opd.files import replacing, write_file
 from lit_opd.measures.intervals import Interval
 from lit_opd.models import export_student
@@ -192,7 +193,7 @@ def measure_before(
     config: Config, trainer: L.Trainer, module: DistillationModule, data: PromptDataModule
 ) -> dict[str, Results]:
     """Measure the student before training, and the teacher itself where `evaluation.teacher` asks for it."""
-    if config.evaluation.teacher and module.scorer is None:
+    if config.evaluation.teacher and can_write(module.scorer):
         with module.judging_teacher():
             trainer.validate(module, data, verbose=False)
         tell_constant(module.results["teacher"])

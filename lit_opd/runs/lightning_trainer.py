@@ -110,13 +110,21 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         callbacks.SaveOnInterrupt(folder.last_checkpoint),
         RunRecord(config, folder.config),
         callbacks.KeepPace(config.evaluation.every_n_steps),
-        *([callbacks.StepDiagnostics(config.diagnostics.every_n_steps)] if config.diagnostics.every_n_steps else []),
+        *_diagnostics(config),
         *(watch if config.collapse.action != "off" else []),
     ]  # fmt: skip
     chosen += own_callbacks
     # KeepPace says after which batches.
     when = {"val_check_interval": config.evaluation.every_n_steps, "check_val_every_n_epoch": None}
     return _build(config, chosen, default_root_dir=folder.path, **when)
+
+
+def _diagnostics(config: Config) -> list[L.Callback]:
+    every = config.diagnostics.every_n_steps
+    if not every:
+        return []
+    several = [callbacks.TeacherGradients(every)] if config.teachers else []
+    return [callbacks.StepDiagnostics(every), *several]
 
 
 def build_evaluation_trainer(config: Config) -> L.Trainer:

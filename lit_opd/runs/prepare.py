@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from lit_opd import estimators, linter
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
+from lit_opd.data.schedule import check_data, read_schedule
 from lit_opd.errors import LintWarning, UserError, gather
 from lit_opd.models import context_length, load_tokenizer, named_groups, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
@@ -28,7 +29,7 @@ from lit_opd.runs.verdicts import FAIL, PASS, Finding
 from lit_opd.teachers import templates
 from lit_opd.types import Need
 
-__all__ = ["check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
+__all__ = ["check_kinds", "check_optimizer", "check_weight_files", "prepare_data"]
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
@@ -80,6 +81,7 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         shown=templates(config.teachers or config.teacher), teachers=[*config.teachers],
     )  # fmt: skip
     data.setup("fit")
+    check_data(read_schedule(config.teachers_schedule, config.teachers), data)
     if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
         data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data
@@ -91,14 +93,15 @@ def _wants_reference(config: Config) -> bool:
     return False
 
 
-def check_local_teacher(config: Config, command: str) -> None:
-    """Refuse a teacher that is no model in this process, for a command that reads its whole distributions."""
-    if config.teachers:
-        expected = f"one teacher for {command}, which reads its whole distributions"
-        raise UserError("teachers", expected, len(config.teachers), "Name one of them in teacher.path.")
-    if config.teacher.kind != "local":
-        expected = f"local for {command}, which reads the teacher's whole distributions"
-        raise UserError("teacher.kind", expected, config.teacher.kind, "Name a model folder in teacher.path.")
+def check_kinds(config: Config, command: str, *kinds: str) -> None:
+    """Refuse teachers of other kinds, for a command that reads their whole distributions."""
+    teachers = {f"teachers.{name}": one for name, one in config.teachers.items()} or {"teacher": config.teacher}
+    for key, teacher in teachers.items():
+        if teacher.kind not in kinds:
+            others = "".join(f" (or {kind})" for kind in kinds[1:])
+            expected = f"{kinds[0]} for {command}{others}, which reads the teacher's whole distributions"
+            remedy = f"Name a model folder in {key}.path, or run validate, which measures what this teacher gives."
+            raise UserError(f"{key}.kind", expected, teacher.kind, remedy)
 
 
 def check_optimizer(config: OptimConfig) -> None:

@@ -25,7 +25,8 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "teacher.path", "teacher.extra_tokens",
         "teacher.kind", "teacher.model", "teacher.prompt", "teacher.reads", "teacher.follow", "teacher.follow_rate",
         "teacher.follow_every",
-        "teacher.temperature", "teacher.gguf_file", "teachers", "teachers_combined", "data.teacher_column",
+        "teacher.temperature", "teacher.gguf_file", "teachers", "teachers_combined", "teachers_schedule",
+        "data.teacher_column",
         "reference.path", "reference.gguf_file", "estimator.name", "estimator.kwargs", "estimator.terms",
         "estimator.masked_tokens", "estimator.merged_stops", "estimator.aggregation", "optim.name", "optim.kwargs",
         "trainer.precision", "tracking.experiment",
@@ -89,6 +90,9 @@ def _by_key(tree: Any) -> dict[str, Any]:
         if section == "teachers":  # one value, of what is refused of a teacher
             names = {key.removeprefix("teacher.") for key in AT_A_RESUME["refused"] if key.startswith("teacher.")}
             found[section] = {n: {k: v for k, v in one.items() if k in names} for n, one in held.items()}
+            continue
+        if section == "teachers_schedule":  # one value, which may be empty
+            found[section] = held
             continue
         found |= (
             {f"{section}.{name}": value for name, value in held.items()} if isinstance(held, dict) else {section: held}

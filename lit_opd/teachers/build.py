@@ -92,7 +92,10 @@ def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfi
         check_product(estimator)
     if merges and MERGED not in scorer.gives:
         expected = "null: this teacher does not tell the probability of every token of a group"
-        raise UserError("estimator.merged_stops", expected, "groups", "Set it, or name one local teacher.")
+        remedy = "local teachers"
+        if isinstance(scorer, RoutedScorer) and scorer.combined == "product":
+            expected, remedy = "null: a product of merged tokens is not the merged product", "teachers_combined=mixture"
+        raise UserError("estimator.merged_stops", expected, "groups", f"Set it, or take {remedy}.")
     if rollout.demonstrated and rollout.demonstrations == "teacher":
         expected = "data: this teacher scores, and cannot sample"
         raise UserError("rollout.demonstrations", expected, "teacher", "Set it, or let the student write everything.")

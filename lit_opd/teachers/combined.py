@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import log_softmax
+from lit_opd.functional import log_softmax, merge_ids, merge_logps
 from lit_opd.teachers.scorer import Wanted
 from lit_opd.types import Distributions, Scores
 
@@ -139,11 +139,11 @@ def combine(
     if not wanted.support:
         return Scores(_tokens(scores, weights_NM, combined))
     assert whole is not None
-    found = []
+    found, merged_N = [], merge_ids(ids_N, wanted.merged)
     for start in range(0, max(len(whole), 1), rows):
         part = slice(start, min(start + rows, len(whole)))
-        logps_cV = whole.logps(part)
-        found.append((logps_cV.gather(-1, ids_N[part, None]).squeeze(-1), *logps_cV.topk(wanted.support)))
+        logps_cV = merge_logps(whole.logps(part), wanted.merged)
+        found.append((logps_cV.gather(-1, merged_N[part, None]).squeeze(-1), *logps_cV.topk(wanted.support)))
     logps_N, support_logps_NK, support_ids_NK = (torch.cat(values) for values in zip(*found, strict=True))
     return Scores(logps_N, support_ids_NK, support_logps_NK)
 

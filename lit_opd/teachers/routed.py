@@ -7,19 +7,21 @@ this process is present once a step. Which of them are in memory is `models.Pair
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lit_opd.errors import UserError
+from lit_opd.models import LanguageModel
 from lit_opd.teachers.combined import combine, interleave
-from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, Wanted
-from lit_opd.types import Rollout, Scores
+from lit_opd.teachers.frozen import LocalScorer
+from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, Wanted
+from lit_opd.types import PromptBatch, Rollout, Scores
 
 __all__ = ["RoutedScorer"]
 
-EVERYTHING = frozenset({TOKEN, SUPPORT, FULL})
+EVERYTHING = frozenset({TOKEN, SUPPORT, FULL, MERGED})
 
 
 @dataclass
@@ -37,7 +39,7 @@ class RoutedScorer(Scorer):
 
     scorers: Mapping[str, Scorer | None]
     combined: str = "mixture"
-    lend: Callable[[str], Scorer] | None = None
+    lend: Callable[[str], LocalScorer] | None = None
     rows: int = 1024
     tempered: bool = True
     first: str | None = None
@@ -45,11 +47,11 @@ class RoutedScorer(Scorer):
     name = "teacher"
 
     def __post_init__(self) -> None:
-        """Find out what all teachers can give."""
+        """Find out what all teachers can give: of merged tokens a mixture, for it alone is merged as its parts are."""
         known = [scorer.gives for scorer in self.scorers.values() if scorer is not None]
-        self.gives = EVERYTHING.intersection(*known)
+        self.gives = EVERYTHING.intersection(*known) - (set() if self.combined == "mixture" else {MERGED})
 
-    def lending(self, lend: Callable[[str], Scorer], rows: int) -> RoutedScorer:
+    def lending(self, lend: Callable[[str], LocalScorer], rows: int) -> RoutedScorer:
         """Make the same scorer with what lends models of this process."""
         return replace(self, lend=lend, rows=rows)
 
@@ -57,6 +59,28 @@ class RoutedScorer(Scorer):
         """Make the same scorer at temperature 1, with products normalised, which evaluations compare with."""
         combined = "geometric" if self.combined == "product" else self.combined
         return replace(self, tempered=False, combined=combined)
+
+    @property
+    def writes(self) -> bool:
+        """True where every teacher is a model of this process, which can answer prompts too."""
+        return all(scorer is None for scorer in self.scorers.values())
+
+    def writer(self, name: str) -> LanguageModel:
+        """Lend a teacher to answer prompts, and perhaps let go of the one before."""
+        assert self.lend is not None
+        return self.lend(name).model
+
+    def shared_out(self, batch: PromptBatch) -> Iterator[tuple[str, PromptBatch]]:
+        """Name each teacher that has prompts of a batch, with these as it reads them.
+
+        A prompt of several teachers is given to the one with the largest weight.
+        """
+        assert batch.routes_BM is not None
+        own_B = batch.routes_BM.argmax(1)
+        for number, name in enumerate(self.scorers):
+            if (own_B == number).any():
+                part = batch.take(torch.nonzero(own_B == number).flatten())
+                yield name, part._replace(prompts=part.shown.get(f"teachers.{name}", part.prompts))
 
     def score(self, rollout: Rollout, wanted: Wanted) -> Scores:
         """Score the counted tokens of a rollout, in whose order its rows come back whatever their teachers."""

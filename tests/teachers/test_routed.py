@@ -4,6 +4,7 @@ import gc
 import weakref
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
 from teachers.teacher_servers import TeacherStandIn
@@ -13,6 +14,7 @@ from lit_opd.config import TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import registry
 from lit_opd.estimators.oracle import TabularPair, expected_gradient, laws, samples
+from lit_opd.functional import merge_ids, merge_logps
 from lit_opd.models import LanguageModel, pair, taught_by
 from lit_opd.runs.resuming import AT_A_RESUME
 from lit_opd.teachers import LocalScorer, RoutedScorer, ServedScorer, Wanted
@@ -213,6 +215,49 @@ def test_a_mixture_with_a_server_has_no_support(scorers, rollout, make_model, ti
             scorer.score(routed(rollout, *[[0.5, 0.5]] * 5), Wanted(support=3))
 
 
+ENDS = [[2, 5, 9]]
+
+
+def test_merged_endings_of_a_mixture_have_the_probability_of_all_in_the_mixture(models, scorers, rollout, full_logits):
+    mine = routed(rollout, *MIXED)
+    weights_MN1 = mine.routes_BM[torch.nonzero(mine.mask_BT)[:, 0]].T[..., None].double()
+    merged_NV = merge_logps((weights_MN1 * dense(models.values(), rollout, full_logits).exp()).sum(0).log(), ENDS)
+    ids_N, merged = mine.ids_BT[mine.mask_BT], tuple(map(tuple, ENDS))
+    assert torch.isin(ids_N, torch.tensor(ENDS[0][1:])).any()
+    taken_N = merged_NV.gather(-1, merge_ids(ids_N, ENDS)[:, None])[:, 0]
+    for wanted in (Wanted(merged=merged), Wanted(support=4, merged=merged)):
+        scores = RoutedScorer(scorers).score(mine, wanted)
+        torch.testing.assert_close(scores.logps_N.double(), taken_N, rtol=0, atol=2e-5)
+    torch.testing.assert_close(scores.support_logps_NK.double(), merged_NV.topk(4).values, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_endings_of_one_of_several_teachers_are_those_of_the_single_teacher(
+    name, models, make_model, make_module, rollout
+):
+    mine, kwargs = routed(rollout, *[[0.0, 1.0, 0.0]] * 5), {"estimator_kwargs": KEYS.get(name), "merged_stops": ENDS}
+    found = gradient(make_module(make_model(1), None, name, teachers=models, **kwargs), mine)
+    expected = gradient(make_module(make_model(1), models["b"], name, **kwargs), rollout)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][key], grad) for key, grad in expected[1].items())
+    plain = gradient(make_module(make_model(1), models["b"], name, estimator_kwargs=KEYS.get(name)), rollout)
+    assert found[0] != plain[0]
+
+
+def test_endings_that_are_found_have_to_be_those_of_all_teachers(models, make_model, make_module):
+    def merged(*ends, **keys):
+        several = {name: make_model(3) for name in "ab"}
+        for model, end in zip(several.values(), ends, strict=True):
+            model.generation_config.eos_token_id = model.config.eos_token_id = end
+        return make_module(make_model(1), None, "token", teachers=several, merged_stops="auto", **keys).merged
+
+    assert merged(5, 5) == [[2, 5]]
+    with pytest.raises(UserError, match=r"expected groups .* auto with teachers\.a .*5\], teachers\.b .*7\]"):
+        merged(5, 7)
+    with pytest.raises(UserError, match=r"expected null: a product of merged tokens .* take teachers_comb"):
+        merged(5, 5, teachers_combined="product")
+
+
 class Held:
     """Parameters of teachers that are in memory, and the most there ever were."""
 
@@ -262,6 +307,30 @@ def test_three_teachers_take_the_memory_of_one(
     assert sum(logged[f"teacher/{name}/kl_share"] for name in "xyz") == pytest.approx(1, rel=1e-5)
 
 
+@pytest.mark.parametrize("itself", [False, True])
+def test_a_teacher_that_is_let_go_is_gone_at_once(itself, monkeypatch, make_model, save_model, student_path):
+    """Also one whose code makes a circle, for which alone all objects of the process are searched: that takes longer
+    than reading it."""
+    load, searches, models = pair.load_frozen, [], []
+
+    def held(*arguments):
+        loaded = load(*arguments)
+        if itself:
+            vars(loaded.model)["circle"] = loaded.model
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    search = gc.collect
+    monkeypatch.setattr(pair, "load_frozen", held)
+    monkeypatch.setattr(pair.gc, "collect", lambda: searches.append(search()))
+    sections = {n: TeacherConfig(path=save_model(make_model(i))) for i, n in enumerate("ab")}
+    two = pair.Pair(student_path, sections, estimators.build("token"))
+    for name in "aba":
+        two.lend(f"teachers.{name}", torch.device("cpu"))
+    assert [model() is None for model in models] == [True, True, False]
+    assert len(searches) == (2 if itself else 0)
+
+
 def test_every_held_out_row_is_measured_against_its_own_teacher(
     models, make_model, make_module, make_trainer, make_data
 ):
@@ -276,6 +345,48 @@ def test_every_held_out_row_is_measured_against_its_own_teacher(
         expected = [alone[row["teacher"]][metric][i] for i, row in enumerate(ROWS)]
         assert found[metric] == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert found[metric] != pytest.approx(alone["a"][metric], rel=1e-3)
+
+
+def test_each_teacher_answers_the_held_out_prompts_that_are_its_own(
+    models, make_model, make_module, make_trainer, make_data
+):
+    """As it does alone, with its own prompts; that of two teachers by the one with the larger weight."""
+    rows = [*ROWS[:4], ROWS[4] | {"teacher": {"a": 0.75, "b": 0.25}}]
+
+    def answered(teacher, shown, column=None, **keys):
+        module = make_module(make_model(1), teacher, "token", **keys)
+        data = make_data(rows, teacher_column=column, shown=dict.fromkeys(shown, {"prompt_template": HINT}))
+        trainer = make_trainer(limit_val_batches=1)
+        with module.judging_teacher():
+            trainer.validate(module, data, verbose=False)
+        return module.evaluation.per_prompt
+
+    both = {key: models[key] for key in "ab"}
+    found = answered(None, ["teachers.a"], "teacher", teachers=both)
+    alone = {"a": answered(models["a"], ["teacher"]), "b": answered(models["b"], [])}
+    assert found.numbers == [0, 1, 2, 3, 4]
+    for metric in ("length", "student_entropy"):
+        expected = [alone[name].sums[metric][i] for i, name in enumerate("abaaa")]
+        assert found.sums[metric] == pytest.approx(expected, rel=1e-5)
+
+
+def test_teachers_that_answer_are_in_memory_one_at_a_time(
+    monkeypatch, make_model, save_model, student_path, make_trainer, make_data
+):
+    held, load = Held(), pair.load_frozen
+
+    def counted(*arguments):
+        loaded = load(*arguments)
+        held.count(loaded.model.parameters())
+        return loaded
+
+    monkeypatch.setattr(pair, "load_frozen", counted)
+    sections = {n: {"path": save_model(make_model(i))} for i, n in enumerate("ab")}
+    module = DistillationModule(student_path, None, "token", teachers=sections, rollout={"max_new_tokens": 6})
+    with module.judging_teacher():
+        make_trainer(limit_val_batches=1).validate(module, make_data(ROWS, teacher_column="teacher"), verbose=False)
+    assert held.most == sum(p.numel() for p in make_model(0).parameters())
+    assert held.loads == 2  # each answers its prompts, and scores what it wrote before the next comes
 
 
 def test_other_teachers_than_those_of_a_checkpoint_are_refused(
@@ -302,7 +413,7 @@ def test_other_teachers_than_those_of_a_checkpoint_are_refused(
 
 
 def test_what_may_not_change_at_a_resume_is_in_the_manifest_of_teachers():
-    kept = taught_by({"a": TeacherConfig(path="x")}, "mixture")["teachers"]["a"]
+    kept = taught_by({"a": TeacherConfig(path="x")}, "mixture", {})["teachers"]["a"]
     assert set(kept) == {key.removeprefix("teacher.") for key in AT_A_RESUME["refused"] if key.startswith("teacher.")}
 
 
@@ -344,3 +455,56 @@ def test_a_module_tells_its_data_the_names_of_its_teachers(models, make_model, m
     data = PromptDataModule(train_rows=ROWS, batch_size=5)
     with pytest.raises(UserError, match=r"data\.teacher_column: expected a column or a function that names .* a, b, c"):
         make_trainer().fit(make_module(make_model(1), None, "token", teachers=models), data)
+
+
+class SavedAfter(L.Callback):
+    """Keeps a checkpoint after a step."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_schedule_moves_the_weights_and_a_resumed_run_has_the_same(
+    models, make_model, make_module, make_data, fit, tmp_path
+):
+    """Four steps: the second teacher comes in as the first goes out. Evaluations have the weights of the end."""
+    rows = [{"prompt": row["prompt"], "t": {"a": 0.5, "b": 0.5}} for row in ROWS]
+
+    def module(schedule):
+        both = {key: models[key] for key in "ab"}
+        return make_module(make_model(1), None, "token", teachers=both, teachers_schedule=schedule)
+
+    def data():
+        return make_data(rows, teacher_column="t")
+
+    moving, path = {"a": [1, 0], "b": [0, 1]}, tmp_path / "two.ckpt"
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append([r.routes_BM.unique(dim=0).tolist() for r, _ in module.seen])
+
+    whole = fit(module(moving), 4, data(), callbacks=[SavedAfter(2, path), Watch()])
+    assert [step[0] for step in seen] == [[[1.0, 0.0]], [[0.75, 0.25]], [[0.5, 0.5]], [[0.25, 0.75]]]
+    rest = fit(module(moving), 4, data(), ckpt_path=path, callbacks=[Watch()])
+    assert seen[4:] == seen[2:4]
+    for name, weight in whole.weights[-1].items():
+        assert torch.equal(rest.weights[-1][name], weight)
+    with pytest.raises(UserError, match="teachers: expected the teachers of the checkpoint"):
+        fit(module({}), 4, data(), ckpt_path=path)
+
+
+def test_evaluations_compare_with_the_weights_at_the_end(models, make_model, make_module, make_trainer, make_data):
+    def measured(weights, **keys):
+        both = {key: models[key] for key in "ab"}
+        module = make_module(make_model(1), None, "token", teachers=both, **keys)
+        data = make_data([{"prompt": row["prompt"], "t": weights} for row in ROWS], teacher_column="t")
+        make_trainer(limit_val_batches=1).validate(module, data, verbose=False)
+        return module.evaluation.per_prompt.sums["reverse_kl"]
+
+    found = measured({"a": 0.5, "b": 0.5}, teachers_schedule={"a": [1, 0.25], "b": [0, 0.75]})
+    assert found == pytest.approx(measured({"a": 0.25, "b": 0.75}), rel=1e-6)

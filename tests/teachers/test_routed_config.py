@@ -89,7 +89,27 @@ def test_a_run_is_not_resumed_with_other_teachers(words, tmp_path):
             check_changes(other, checkpoint, own=True)
 
 
-@pytest.mark.parametrize("command", ["measure", "audit"])
-def test_commands_that_read_one_teacher_say_so(command, words, capsys):
-    assert main([command, *words]) == 2
-    assert f"teachers: expected one teacher for {command}" in capsys.readouterr().err
+@pytest.mark.parametrize(("command", "others"), [("measure", " (or student)"), ("audit", "")])
+def test_commands_that_read_whole_distributions_refuse_a_server(command, others, words, capsys):
+    one = [word for word in words if not word.startswith(("teachers.", "data.teacher"))]
+    served = [*one, "teacher.kind=served", "teacher.server=http://127.0.0.1:9"]
+    assert main([command, *served]) == 2
+    assert f"teacher.kind: expected local for {command}{others}, which reads" in capsys.readouterr().err
+
+
+def test_a_schedule_is_read_checked_and_kept_at_a_resume(words, tmp_path, capsys):
+    more = ["teachers_schedule.a=[1,0.5]", "teachers_schedule.b=[0,1]"]
+    config = load_config([], [*words, *more])
+    assert config.teachers_schedule == {"a": [1, 0.5], "b": [0, 1]}
+    with pytest.raises(UserError, match=r"teachers_schedule: expected one of the teachers a, b, found 'c'"):
+        load_config([], [*words, "teachers_schedule.c=[1,0]"])
+    assert main(["fit", *words, "teachers_schedule.a=[1,0]", "output_dir=out"]) == 2
+    assert "teachers_schedule: expected a factor above 0 for a teacher of every row" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    check_changes(load_config([tmp_path / "config.yaml"]), checkpoint, own=True)
+    for other in (load_config([], words), load_config([], [*words, *more, "teachers_schedule.b=[0.5,1]"])):
+        with pytest.raises(UserError, match="teachers_schedule: expected .*, as the run has it"):
+            check_changes(other, checkpoint, own=True)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from lit_opd.config import Config
-from lit_opd.errors import RunError
+from lit_opd.errors import RunError, UserError
 from lit_opd.lab.audit.direction import sign_test
 from lit_opd.lab.audit.endings import stop_tokens, teacher_at_ends
 from lit_opd.lab.audit.equal_models import null_test
@@ -27,7 +27,7 @@ from lit_opd.lab.audit.score import sampler_gap, sampling_law
 from lit_opd.lab.audit.tokenizers import segmentation, vocabulary
 from lit_opd.models import load_tokenizer, read_model_config
 from lit_opd.runs.first_look import first_look
-from lit_opd.runs.prepare import check_local_teacher
+from lit_opd.runs.prepare import check_kinds, prepare_data
 from lit_opd.runs.verdicts import FAIL, PASS, Finding, worst
 
 __all__ = ["CHECKS", "Audit", "audit"]
@@ -69,13 +69,36 @@ class Audit:
 
 
 def audit(config: Config) -> Audit:
-    """Look for what would spoil a long run: everything is read, nothing is written, no weight moves."""
+    """Look for what would spoil a long run: everything is read, nothing is written, no weight moves.
+
+    Of several teachers each is audited with the prompts that are its own, as if it were alone. The ids by log-ratio are
+    left out then, for every teacher would have its own.
+    """
+    check_kinds(config, "audit", "local")
+    if not config.teachers:
+        return _of_one(config)
+    routes, parts = prepare_data(config, tell=False).train_prompts.routes or [], {}
+    for number, (name, teacher) in enumerate(config.teachers.items()):
+        own = [row for row, weights in enumerate(routes) if weights[number] > 0]
+        if not own:
+            expected, remedy = "training prompts for every teacher", "Take it out of teachers, or give it some."
+            raise UserError("data.teacher_column", expected, f"none for {name}", remedy)
+        data = replace(config.data, teacher_column=None)
+        alone = replace(config, teacher=teacher, teachers={}, teachers_schedule={}, data=data)
+        parts[name] = _of_one(alone, own)
+    findings = {f"{name}: {item}": one for name, part in parts.items() for item, one in part.findings.items()}
+    probes = [part.probe for part in parts.values() if part.probe]
+    probe = {what: sum(one[what] for one in probes) for what in (probes[0] if probes else {})}
+    return Audit(findings, [], probe, sum(part.seconds for part in parts.values()))
+
+
+def _of_one(config: Config, rows: Sequence[int] | None = None) -> Audit:
+    """Audit a run with one teacher, by all its training prompts or those of some rows."""
     start = time.perf_counter()
-    check_local_teacher(config, "audit")
     found = Audit(_without_weights(config), [], {}, time.perf_counter() - start)
     if found.verdict == FAIL:  # every later check compares what ids mean
         return found
-    evidence, console = gather(config), Console(file=sys.stderr)
+    evidence, console = gather(config, rows), Console(file=sys.stderr)
     with evidence.arithmetic():
         for item in track(CHECKS, "audit", console=console, transient=True, disable=not console.is_terminal):
             found.findings[item] = CHECKS[item](evidence)

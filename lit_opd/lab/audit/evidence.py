@@ -6,7 +6,7 @@ would happen with another teacher, student or estimator.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,12 +88,13 @@ class Evidence:
         return repr(self.student.tokenizer.convert_ids_to_tokens(int(index)))
 
 
-def gather(config: Config) -> Evidence:
-    """Load both models and let each complete the first training prompts."""
+def gather(config: Config, rows: Sequence[int] | None = None) -> Evidence:
+    """Load both models and let each complete the first training prompts, of all or of some rows."""
     L.seed_everything(config.seed, verbose=False)
     data = prepare_data(config, tell=False)  # the audit lists what there is to tell
     module, arithmetic = set_up(config, data)
-    batch = data.transfer_batch_to_device(_first_prompts(config, data), module.device, 0)
+    rows = range(len(data.train_prompts)) if rows is None else rows
+    batch = data.transfer_batch_to_device(_first_prompts(config, data, rows), module.device, 0)
     count, length = config.rollout.num_completions, config.rollout.max_new_tokens
     # Of the student alone, whatever share of a training batch is its own.
     own = Sampled(module.engine, module.student, module.law, count, length, config.seed)
@@ -103,8 +104,9 @@ def gather(config: Config) -> Evidence:
         return Evidence(config, distiller, distiller.sample(batch), shown.complete(batch), arithmetic)
 
 
-def _first_prompts(config: Config, data: PromptDataModule) -> PromptBatch:
-    """Take the first training batch, enlarged where it has few completions."""
-    size, wanted = len(data.train_prompts), -(-_COMPLETIONS // config.rollout.num_completions)
+def _first_prompts(config: Config, data: PromptDataModule, rows: Sequence[int]) -> PromptBatch:
+    """Take the first training batch of these rows, enlarged where it has few completions."""
+    size, wanted = len(rows), -(-_COMPLETIONS // config.rollout.num_completions)
     stream = PromptStream(size, min(size, max(config.data.batch_size, wanted)), config.seed)
-    return next(iter(PromptLoader(data.train_prompts, stream, pad_token_id(data.tokenizer))))
+    picks = [(rows[place], draw) for place, draw in stream.batch(0)]
+    return next(iter(PromptLoader(data.train_prompts, [picks], pad_token_id(data.tokenizer))))

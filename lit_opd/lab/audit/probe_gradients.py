@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.lab.measure.sketch import Sketch
+from lit_opd.measures.sketch import Sketch
 from lit_opd.runs.verdicts import graded
 from lit_opd.types import Estimate, TokenBatch
 

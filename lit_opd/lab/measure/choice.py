@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from lit_opd import estimators
 from lit_opd.config import Config
-from lit_opd.errors import UserError, suggest
+from lit_opd.errors import LintWarning, UserError, suggest
 from lit_opd.estimators import BoundEstimator
 from lit_opd.rollout import training_law
+from lit_opd.teachers.combined import check_product
 from lit_opd.types import Need
 
 __all__ = ["DEFAULT", "TARGETS", "check_supports", "chosen_estimators"]
@@ -39,8 +41,11 @@ _KEYS = ("name", "kwargs", "label")
 
 
 def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
-    """Build the estimators of `measure.estimators`, by label, or those of `DEFAULT` that the configuration allows."""
-    given, chosen = list(config.measure.estimators), {}
+    """Build the estimators of `measure.estimators`, by label, or those of `DEFAULT` that the configuration allows.
+
+    A product of teachers has a meaning for some of them only, and what is left out of `DEFAULT` for it is told.
+    """
+    given, chosen, meaningless = list(config.measure.estimators), {}, []
     for entry in given or DEFAULT:
         label, estimator = _build(entry)
         try:
@@ -49,9 +54,20 @@ def chosen_estimators(config: Config) -> dict[str, BoundEstimator]:
             if given:
                 raise
             continue
+        try:
+            if config.teachers and config.teachers_combined == "product":
+                check_product(estimator)
+        except UserError:
+            if given:
+                raise
+            meaningless.append(label)
+            continue
         if label in chosen:
             raise UserError("measure.estimators", "labels that differ", f"{label!r} twice", "Give one a `label`.")
         chosen[label] = estimator
+    if meaningless:
+        told = f"left out, for teachers_combined=product is no sum of KLs for them: {', '.join(meaningless)}."
+        warnings.warn(f"measure.estimators: {told}", LintWarning, stacklevel=2)
     return chosen
 
 

@@ -20,17 +20,19 @@ from torch import Tensor
 from lit_opd import estimators
 from lit_opd.config import Config, EstimatorConfig
 from lit_opd.data import PromptDataModule
+from lit_opd.data.schedule import scheduled
 from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
 from lit_opd.lab.measure.choice import TARGETS, check_supports, chosen_estimators
 from lit_opd.lab.measure.moments import FEWEST, UNKNOWN, compare, inner_product, trace_variance
 from lit_opd.lab.measure.result import Measurement, Row
-from lit_opd.lab.measure.sketch import Sketch
 from lit_opd.lab.measure.units import allocated_mb, unit_gradient
+from lit_opd.measures.sketch import Sketch
 from lit_opd.models import LanguageModel
+from lit_opd.module import DistillationModule
 from lit_opd.runs.bench import set_up
-from lit_opd.runs.prepare import check_local_teacher, prepare_data
+from lit_opd.runs.prepare import check_kinds, prepare_data
 from lit_opd.types import Need, Rollout
 
 __all__ = ["measure"]
@@ -48,7 +50,7 @@ def measure(config: Config) -> Measurement:
         key, whole = ("student_share", "1") if config.rollout.student_share < 1 else ("student_from", "0")
         expected = f"{whole}: only the student's own completions are measured"
         raise UserError(f"rollout.{key}", expected, getattr(config.rollout, key), "Drop it.")
-    check_local_teacher(config, "measure")
+    check_kinds(config, "measure", "local", "student")
     chosen, size = chosen_estimators(config), config.measure.prompts_per_unit
     data = prepare_data(replace(config, data=replace(config.data, batch_size=size)))
     _check_prompts(config, data)
@@ -58,7 +60,7 @@ def measure(config: Config) -> Measurement:
     looked_at, labels = _with_targets(chosen, module.law.is_student)
     sketch = Sketch(parameters, config.measure.sketch, config.seed)
     judged = any(Need.REWARDS in estimator.needs for estimator in looked_at.values())
-    units = _units(config, module.distiller, data, judged)
+    units = _units(config, module, data, judged)
     with arithmetic():
         shown = track(units, "units of prompts", config.measure.units, transient=True)
         seen = _look(shown, module.distiller, parameters, looked_at, sketch)
@@ -156,11 +158,12 @@ def _look(
     return seen
 
 
-def _units(config: Config, distiller: Distiller, data: PromptDataModule, judged: bool) -> Iterator[Rollout]:
+def _units(config: Config, module: DistillationModule, data: PromptDataModule, judged: bool) -> Iterator[Rollout]:
     """Complete one batch of prompts after the other, with rewards where some estimator asks for them."""
+    distiller: Distiller = module.distiller
     for given in itertools.islice(data.train_dataloader(), config.measure.units):
         batch = data.transfer_batch_to_device(given, distiller.student.device, 0)
-        rollout = distiller.sample(batch)
+        rollout = distiller.sample(scheduled(batch, module.schedule, progress=0.0))
         yield distiller.judged(batch, rollout) if judged and rollout.rewards_B is None else rollout
 
 

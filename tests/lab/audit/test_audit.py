@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lit_opd.cli import main
-from lit_opd.config import PACKAGE_FOLDER, load_config
+from lit_opd.config import PACKAGE_FOLDER, TeacherConfig, load_config
+from lit_opd.errors import UserError
 from lit_opd.lab.audit import CHECKS, Finding, audit
-from lit_opd.lab.audit.auditing import Audit
+from lit_opd.lab.audit.auditing import Audit, _of_one
 from lit_opd.lab.audit.evidence import gather
+from lit_opd.runs.prepare import prepare_data
 
 QUICKSTART = Path(__file__).parents[3] / "conf" / "quickstart.yaml"
 TINY = PACKAGE_FOLDER / "tiny"
@@ -128,3 +131,34 @@ def test_rewards_groups_and_references_are_there_for_who_asks(estimator):
     words = ("rollout.num_completions=4", "data.batch_size=16", "data.train_size=16")
     found = audit(configured(f"estimator.name={estimator}", *words))
     assert {item: finding.verdict for item, finding in found.findings.items()}["null test"] == "pass"
+
+
+def test_each_of_several_teachers_is_audited_alone_with_the_prompts_that_are_its_own(tmp_path, monkeypatch):
+    """One item that depends on the teacher stands for all of them, and one that needs no weights."""
+    file = tmp_path / "routes.py"
+    file.write_text("def route(row):\n    return 'a' if len(row['answer']) > 2 else {'a': 0.5, 'b': 0.5}\n")
+    monkeypatch.setattr("lit_opd.lab.audit.auditing.CHECKS", {"student prefixes": CHECKS["student prefixes"]})
+    config = configured("data.batch_size=2", "data.train_size=24", "rollout.max_new_tokens=12")
+    prompts = prepare_data(config, tell=False).train_prompts
+    rows = prompts.rows
+    both = [number for number, row in enumerate(rows) if len(row["answer"]) <= 2]
+    assert 0 < len(both) < len(rows)
+    sure = replace(config.teacher, temperature=0.5)
+    several = replace(
+        config, teacher=TeacherConfig(), teachers={"a": config.teacher, "b": sure},
+        data=replace(config.data, teacher_column=f"{file}:route"),
+    )  # fmt: skip
+    found = audit(several)
+    alone = {"a": audit(config), "b": _of_one(replace(config, teacher=sure), both)}
+    assert found.findings == {
+        f"{name}: {item}": finding for name, one in alone.items() for item, finding in one.findings.items()
+    }
+    assert found.findings["a: student prefixes"] != found.findings["b: student prefixes"]
+    assert found.probe["prompts"] == sum(one.probe["prompts"] for one in alone.values())
+    read = gather(replace(config, teacher=sure), both).rollout.prompts
+    spelt = [ids_P[mask_P].tolist() for ids_P, mask_P in zip(read.ids_BP, read.mask_BP, strict=True)]
+    assert sorted(spelt) == sorted(prompts.ids[number] for number in both)
+    (tmp_path / "others.py").write_text("def route(row):\n    return 'b'\n")
+    none = replace(several, data=replace(several.data, teacher_column=f"{tmp_path}/others.py:route"))
+    with pytest.raises(UserError, match=r"data\.teacher_column: expected training prompts .* found none for a"):
+        audit(none)

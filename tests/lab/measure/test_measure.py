@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from mlflow.tracking import MlflowClient
 
 from lit_opd import estimators, load_config
 from lit_opd.cli import main
-from lit_opd.errors import UserError
+from lit_opd.config import TeacherConfig
+from lit_opd.errors import LintWarning, UserError
 from lit_opd.lab.measure import experiment, measure
 from lit_opd.lab.measure.choice import chosen_estimators
 from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product
@@ -250,3 +252,57 @@ def test_noise_is_that_of_one_prompt_and_the_largest_tokens_are_one_in_a_hundred
     assert row.signal_to_noise.mean == pytest.approx(signal / row.trace_variance.mean, rel=1e-5)
     assert row.top_share == pytest.approx(100 / 5050)
     assert row.seconds == 2.0
+
+
+FEW = ("measure.units=4", "measure.prompts_per_unit=4", "rollout.max_new_tokens=8", "data.train_size=20",
+       "data.validation_size=4", "measure.estimators=[full_vocab,token,teacher_topk]")  # fmt: skip
+
+
+def with_teachers(workspace, route):
+    """A configuration with two teachers, b of which is surer, and the route of every row."""
+    file = workspace.folder / f"{abs(hash(route))}.py"
+    file.write_text(f"def route(row):\n    return {route}\n")
+    config = configured(workspace, *FEW)
+    several = {"a": config.teacher, "b": replace(config.teacher, temperature=0.5)}
+    data = replace(config.data, teacher_column=f"{file}:route")
+    return replace(config, teacher=TeacherConfig(), teachers=several, data=data)
+
+
+def numbers(measurement):
+    timed = ("seconds", "memory_mb")
+    return [{k: v for k, v in row.items() if k not in timed} for row in measurement.as_json()["estimators"]]
+
+
+def test_rows_of_one_of_several_teachers_are_measured_as_with_that_teacher(workspace):
+    found = numbers(measure(with_teachers(workspace, "'b'")))
+    assert found == numbers(measure(configured(workspace, *FEW, "teacher.temperature=0.5")))
+    assert found != numbers(measure(configured(workspace, *FEW)))
+
+
+def test_a_schedule_is_measured_with_the_weights_that_training_begins_with(workspace):
+    config = with_teachers(workspace, "{'a': 0.5, 'b': 0.5}")
+    moving = replace(config, teachers_schedule={"a": [0, 1], "b": [1, 1]})
+    assert numbers(measure(moving)) == numbers(measure(with_teachers(workspace, "'b'")))
+
+
+def test_what_a_product_of_teachers_has_no_meaning_for_is_left_out_and_told(workspace):
+    config = replace(with_teachers(workspace, "'b'"), teachers_combined="product")
+    with pytest.raises(UserError, match="teachers_combined: expected an unbiased estimator"):
+        chosen_estimators(config)
+    config = replace(config, measure=replace(config.measure, estimators=[]))
+    with pytest.warns(LintWarning, match=r"measure\.estimators: left out, .*: .*k3_loss"):
+        chosen = chosen_estimators(config)
+    assert "token" in chosen
+    assert "k3_loss" not in chosen
+
+
+def test_the_student_as_teacher_is_measured_as_its_own_folder_would_be(workspace):
+    """With a hint, so that the two differ by the prompt alone."""
+    config = configured(workspace, *FEW)
+    hint = {"prompt": "{answer} {prompt}"}
+    found = numbers(measure(replace(config, teacher=TeacherConfig(kind="student", **hint))))
+    folder = TeacherConfig(path=config.student.path, dtype=config.student.dtype, **hint)
+    for one, other in zip(found, numbers(measure(replace(config, teacher=folder))), strict=True):
+        assert one["trace_variance"] == pytest.approx(other["trace_variance"], rel=1e-4)
+        assert one["top_share"] == pytest.approx(other["top_share"], rel=1e-4)
+        assert one["trace_variance"] > 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_opd.lab.measure.sketch import Sketch
+from lit_opd.measures.sketch import Sketch
 
 
 def test_what_is_short_enough_is_not_sketched():

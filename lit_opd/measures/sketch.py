@@ -1,8 +1,12 @@
-"""Keep a short stand-in for a long gradient, by which `measure` and `audit` compare gradients."""
+"""Keep a short stand-in for a long gradient.
+
+`measure` and `audit` compare gradients of estimators by it, and `callbacks.TeacherGradients` those of teachers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ class Sketch:
     def __init__(self, parameters: Sequence[Tensor], size: int, seed: int) -> None:
         self.coordinates = sum(p.numel() for p in parameters)
         self.size = min(size, self.coordinates)
+        self._places = [place % self.size for place in accumulate((p.numel() for p in parameters), initial=0)]
         generator = torch.Generator().manual_seed(seed)
         self._signs: list[Tensor] | None = None
         if size < self.coordinates:
@@ -34,14 +39,17 @@ class Sketch:
 
     def __call__(self, gradients: Sequence[Tensor]) -> Tensor:
         """Sketch gradients, in the order of the parameters: [size] fp32 (float64 stays), on the CPU."""
-        flat = [upcast(gradient).flatten() for gradient in gradients]
-        if self._signs is None:
-            return torch.cat(flat).cpu()
-        total, place = flat[0].new_zeros(self.size), 0
-        for values, signs in zip(flat, self._signs, strict=True):
-            signed, room = values * signs, self.size - place
-            total[place : place + len(signed)] += signed[:room]
-            for part in signed[room:].split(self.size):
-                total[: len(part)] += part
-            place = (place + len(signed)) % self.size
+        total = upcast(gradients[0].flatten()[:0]).new_zeros(self.size)
+        for number, gradient in enumerate(gradients):
+            self.add(total, number, gradient)
         return total.cpu()
+
+    def add(self, total: Tensor, number: int, gradient: Tensor) -> None:
+        """Add the gradient of one parameter, by its number, to a sketch [size]."""
+        place, signed = self._places[number], upcast(gradient).flatten()
+        if self._signs is not None:
+            signed = signed * self._signs[number]
+        room = self.size - place
+        total[place : place + len(signed)] += signed[:room]
+        for part in signed[room:].split(self.size):
+            total[: len(part)] += part
