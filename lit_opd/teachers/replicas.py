@@ -61,7 +61,7 @@ class Replicas:
             keep_secret(key, f"${config.key_variable}")
             self._headers["Authorization"] = f"Bearer {key}"
         self._pool = urllib3.PoolManager(len(self.addresses), maxsize=self.in_flight)
-        self._turns, self._turn = cycle(self.addresses), Lock()
+        self._turns, self._lock = cycle(self.addresses), Lock()
         self._waiting: SimpleQueue[tuple[Future[Any], Asked, str | None]] = SimpleQueue()
         self._started = 0
         self._away: set[str] = set()  # servers of which it was told that they give no answer
@@ -70,19 +70,24 @@ class Replicas:
         """Send a request as soon as fewer than `in_flight` for each server are under way, and return at once."""
         answer: Future[Any] = Future()
         self._waiting.put((answer, asked, address))
-        if self._started < self.in_flight * len(self.addresses):
-            self._started += 1
+        with self._lock:
+            more = self._started < self.in_flight * len(self.addresses)
+            self._started += more
+        if more:
             # No thread of an executor: Python waits for these at its end, for as long as a server does not answer.
             Thread(target=self._work, name="teacher", daemon=True).start()
         return answer
 
     def ask_all(self, asked: Sequence[Asked], address: str | None = None) -> list[dict[str, Any]]:
         """Send several requests at once, to one address or to each in turn, and return their answers in order."""
-        answers = [self.begin(one, address) for one in asked]
+        return self.answers([self.begin(one, address) for one in asked])
+
+    def answers(self, begun: Sequence[Future[Any]]) -> list[dict[str, Any]]:
+        """Wait for the answers to requests that have begun."""
         try:
-            return [answer.result() for answer in answers]
+            return [answer.result() for answer in begun]
         finally:
-            for answer in answers:
+            for answer in begun:
                 answer.cancel()  # where one of them failed, or the run is stopped
 
     def ask(self, path: str, body: dict[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class Replicas:
                 answer.set_exception(error)
 
     def _next(self) -> str:
-        with self._turn:
+        with self._lock:
             return next(self._turns)
 
     def _send(self, server: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:

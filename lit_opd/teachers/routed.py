@@ -15,7 +15,7 @@ import torch
 from lit_opd.errors import UserError
 from lit_opd.teachers.combined import combine, interleave
 from lit_opd.teachers.scorer import FULL, SUPPORT, TOKEN, Scorer, Wanted
-from lit_opd.types import Rollout, Scores
+from lit_opd.types import Ended, PromptBatch, Rollout, Scores
 
 __all__ = ["RoutedScorer"]
 
@@ -57,6 +57,18 @@ class RoutedScorer(Scorer):
         """Make the same scorer at temperature 1, with products normalised, which evaluations compare with."""
         combined = "geometric" if self.combined == "product" else self.combined
         return replace(self, tempered=False, combined=combined)
+
+    def ahead(self, wanted: Wanted) -> Ended | None:
+        """Give what tells each teacher that works ahead of the completions that are its own."""
+        known = {number: one.ahead(wanted) for number, one in enumerate(self.scorers.values()) if one is not None}
+        begins = {number: begin for number, begin in known.items() if begin is not None}
+
+        def begin_own(batch: PromptBatch, prompt: int, ids: list[int]) -> None:
+            for number, begin in begins.items():
+                if batch.routes_BM is not None and batch.routes_BM[prompt, number] > 0:
+                    begin(batch, prompt, ids)
+
+        return begin_own if begins else None
 
     def score(self, rollout: Rollout, wanted: Wanted) -> Scores:
         """Score the counted tokens of a rollout, in whose order its rows come back whatever their teachers."""

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.needs import FILLERS
 from lit_opd.functional import Groups
-from lit_opd.types import Rollout, Scores
+from lit_opd.types import Ended, Rollout, Scores
 
 __all__ = ["FULL", "MERGED", "SUPPORT", "TOKEN", "Scorer", "Wanted", "wanted_by"]
 
@@ -71,6 +71,15 @@ class Scorer(Protocol):
     def score_each(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[Scores]:
         """Score several micro-batches, one after the other unless the scorer can do more at once."""
         return [self.score(rollout, wanted) for rollout in rollouts]
+
+    def ahead(self, wanted: Wanted) -> Ended | None:
+        """Give what begins to score a completion as soon as it has ended, while others are still being sampled.
+
+        Returns:
+            None where nothing is gained by it. Otherwise a function for `PromptBatch.ended` of one batch: `score`
+            finds what it began, and what nobody scores until the next call is dropped.
+        """
+        return None
 
     def untempered(self) -> Scorer:
         """Give the scorer at temperature 1, which evaluations compare with."""
