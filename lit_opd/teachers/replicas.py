@@ -22,11 +22,13 @@ import urllib3
 
 from lit_opd.config import TeacherConfig
 from lit_opd.errors import LintWarning, UserError, keep_secret
+from lit_opd.stopping import end_wait
 
 __all__ = ["Asked", "Refusal", "Replicas"]
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # what a server answers that may answer otherwise a little later
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds
+LONG_S = 2.0  # seconds without an answer after which a signal to stop is not put off any longer
 LOOK = "Look at what the server prints."
 START = "Start it with `vllm serve TEACHER`, or correct teacher.server."
 
@@ -83,9 +85,9 @@ class Replicas:
         return self.answers([self.begin(one, address) for one in asked])
 
     def answers(self, begun: Sequence[Future[Any]]) -> list[dict[str, Any]]:
-        """Wait for the answers to requests that have begun."""
+        """Wait for the answers to requests that have begun, in the main thread, where a signal may end the wait."""
         try:
-            return [answer.result() for answer in begun]
+            return [_wait_for(answer) for answer in begun]
         finally:
             for answer in begun:
                 answer.cancel()  # where one of them failed, or the run is stopped
@@ -148,6 +150,14 @@ class Replicas:
             found = f"{answer.status}: {_message(answer.data)}"
             raise Refusal("teacher.server", f"an answer of {server}{path}", found, LOOK)
         return json.loads(answer.data)  # what a server broke off is no JSON, and a ValueError
+
+
+def _wait_for(answer: Future[Any]) -> Any:
+    while True:
+        try:
+            return answer.result(LONG_S)
+        except TimeoutError:
+            end_wait()
 
 
 def _message(data: bytes) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -52,6 +53,16 @@ class RoutedScorer(Scorer):
     def lending(self, lend: Callable[[str], Scorer], rows: int) -> RoutedScorer:
         """Make the same scorer with what lends models of this process."""
         return replace(self, lend=lend, rows=rows)
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps of every teacher that is a scorer of its own."""
+        return {name: one.state() for name, one in self.scorers.items() if one is not None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Hand every such teacher its own."""
+        for name, one in self.scorers.items():
+            if one is not None:
+                one.load_state(state.get(name, {}))
 
     def untempered(self) -> RoutedScorer:
         """Make the same scorer at temperature 1, with products normalised, which evaluations compare with."""

@@ -6,9 +6,9 @@ model. `Distiller.score` asks scorers before any student activation exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.needs import FILLERS
@@ -80,6 +80,14 @@ class Scorer(Protocol):
             finds what it began, and what nobody scores until the next call is dropped.
         """
         return None
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps of the scorer, in plain values and tensors."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on as the scorer whose state a checkpoint holds, which is empty where it holds none."""
+        return
 
     def untempered(self) -> Scorer:
         """Give the scorer at temperature 1, which evaluations compare with."""

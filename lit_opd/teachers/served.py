@@ -11,8 +11,9 @@ probable tokens where an estimator compares them. Whole distributions it cannot 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -21,13 +22,15 @@ from torch import Tensor
 
 from lit_opd.config import TeacherConfig
 from lit_opd.errors import UserError
-from lit_opd.teachers.probe import Meeting, check_canary, meet
+from lit_opd.teachers.probe import Meeting, check_canary, check_noise, meet
 from lit_opd.teachers.prompt_logprobs import Row, ask_for, read_row
 from lit_opd.teachers.replicas import Replicas
 from lit_opd.teachers.scorer import SUPPORT, TOKEN, Scorer, Wanted
 from lit_opd.types import Ended, PromptBatch, Rollout, Scores
 
 __all__ = ["ServedScorer"]
+
+FEWEST = 64  # tokens: the gap of fewer may be small by chance
 
 
 class ServedScorer(Scorer):
@@ -38,7 +41,9 @@ class ServedScorer(Scorer):
         tokenizer: the student's, with which the server's is compared.
 
     Attributes:
-        meeting: what was found out about the server.
+        meeting: what was found out about the server; in a resumed run the scores of the probe are those of its start.
+        gap: how far student and teacher were apart when the run began, in nats (mean over sampled tokens of the
+            absolute log-ratio); None until it is known.
 
     Raises:
         UserError: no server, or one that is not the teacher that it is taken for.
@@ -51,6 +56,7 @@ class ServedScorer(Scorer):
         self.top_k, self.canary_every, self.rollouts = config.top_k, config.canary_every, 0
         self.replicas = Replicas(config)
         self.meeting: Meeting = meet(self.replicas, config, tokenizer)
+        self.gap: float | None = None
         self._begun: dict[tuple[int, ...], Future[Any]] = {}  # by K and the tokens
         self._lock = Lock()
 
@@ -93,7 +99,26 @@ class ServedScorer(Scorer):
         pairs = zip(answers, asked, strict=True)
         rows = iter([read_row(answer, one.ids, one.start, wanted.support) for answer, one in pairs])
         device = rollouts[0].ids_BT.device
-        return [_scores([(next(rows), one.counted) for one in part], wanted.support, device) for part in parts]
+        found = [_scores([(next(rows), one.counted) for one in part], wanted.support, device) for part in parts]
+        if self.gap is None and (gap := _gap(rollouts, found)) is not None:
+            check_noise(self.meeting.noise, gap)
+            self.gap = gap
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Give by what the server is known again, and the gap when the run began."""
+        return {"probe": self.meeting.probe, "logps": self.meeting.logps, "gap": self.gap}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Compare the server with the one that the run began with, now and at every canary.
+
+        Raises:
+            UserError: other weights answer.
+        """
+        if state:
+            self.meeting = replace(self.meeting, probe=state["probe"], logps=state["logps"])
+            self.gap = state["gap"]
+            check_canary(self.replicas, self.meeting)
 
     def _begin(self, ids: Sequence[int], top: int) -> Future[Any]:
         """Ask about a sequence, unless that has begun."""
@@ -135,6 +160,17 @@ def _asked(rollout: Rollout) -> list[_Asked]:
             # To its end though that may not count: the same sequence that was asked about when it ended.
             found.append(_Asked([*prompt, *ids_T[real_T].tolist()], len(prompt), counted))
     return found
+
+
+def _gap(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> float | None:
+    """Average the absolute log-ratio of the student's tokens, where their law was the student's own distribution."""
+    parts = []
+    for rollout, found in zip(rollouts, scores, strict=True):
+        assert found.logps_N is not None
+        log_ratio_N = rollout.sampler_logps_BT[rollout.mask_BT] - found.logps_N
+        parts.append(log_ratio_N[rollout.own_mask_BT[rollout.mask_BT]].abs())
+    apart_N = torch.cat(parts)
+    return float(apart_N.mean()) if rollouts[0].law.is_student and len(apart_N) >= FEWEST else None
 
 
 def _scores(rows: list[tuple[Row, list[int]]], top: int, device: torch.device) -> Scores:
