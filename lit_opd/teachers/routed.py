@@ -46,9 +46,10 @@ class RoutedScorer(Scorer):
     name = "teacher"
 
     def __post_init__(self) -> None:
-        """Find out what all teachers can give."""
-        known = [scorer.gives for scorer in self.scorers.values() if scorer is not None]
-        self.gives = EVERYTHING.intersection(*known)
+        """Find out what all teachers can give, and take."""
+        known = [scorer for scorer in self.scorers.values() if scorer is not None]
+        self.gives = EVERYTHING.intersection(*(scorer.gives for scorer in known))
+        self.longest = min((one.longest for one in known if one.longest is not None), default=None)
 
     def lending(self, lend: Callable[[str], Scorer], rows: int) -> RoutedScorer:
         """Make the same scorer with what lends models of this process."""

@@ -51,10 +51,12 @@ class Scorer(Protocol):
     Attributes:
         name: the scorer's role, by which its scores and the prompts it reads are found.
         gives: what it can give, of `TOKEN`, `SUPPORT`, `FULL` and `MERGED`.
+        longest: the tokens of the longest row, prompt and completion, that it takes; None where nothing is known.
     """
 
     name: str
     gives: frozenset[str]
+    longest: int | None = None
 
     def score(self, rollout: Rollout, wanted: Wanted) -> Scores:
         """Score the counted tokens of a rollout.

@@ -56,6 +56,8 @@ class ServedScorer(Scorer):
         self.top_k, self.canary_every, self.rollouts = config.top_k, config.canary_every, 0
         self.replicas = Replicas(config)
         self.meeting: Meeting = meet(self.replicas, config, tokenizer)
+        context = self.meeting.context
+        self.longest = None if context is None else context - 1  # for the server writes one token after a row
         self.gap: float | None = None
         self._begun: dict[tuple[int, ...], Future[Any]] = {}  # by K and the tokens
         self._lock = Lock()
@@ -69,7 +71,8 @@ class ServedScorer(Scorer):
         def begin(batch: PromptBatch, prompt: int, ids: list[int]) -> None:
             ids_BP, mask_BP = batch.shown.get(self.name, batch.prompts)
             sequence = [*ids_BP[prompt][mask_BP[prompt]].tolist(), *ids]
-            if self._takes(len(sequence)):  # what it does not take is told once it is known to count
+            # What it does not take is told by `score`, once it is known to count.
+            if self.longest is None or len(sequence) <= self.longest:
                 self._begin(sequence, wanted.support)
 
         return begin
@@ -128,15 +131,10 @@ class ServedScorer(Scorer):
                 self._begun[key] = self.replicas.begin(ask_for(ids, top, self.meeting.model))
             return self._begun[key]
 
-    def _takes(self, length: int) -> bool:
-        """Say whether the server takes a sequence of this length, and the one token that it writes after it."""
-        return self.meeting.context is None or length < self.meeting.context
-
     def _check_lengths(self, lengths: Sequence[int]) -> None:
         longest = max(lengths, default=0)
-        if not self._takes(longest):
-            most = (self.meeting.context or 0) - 1
-            expected = f"prompt and completion to be at most {most} tokens, what the teacher's server takes"
+        if self.longest is not None and longest > self.longest:
+            expected = f"prompt and completion to be at most {self.longest} tokens, what the teacher's server takes"
             remedy = "Lower it or data.max_prompt_tokens, or start the server with a larger --max-model-len."
             raise UserError("rollout.max_new_tokens", expected, longest, remedy)
 

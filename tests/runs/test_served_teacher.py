@@ -52,3 +52,13 @@ def test_a_stop_ends_the_wait_for_a_server_within_seconds_and_loses_nothing(serv
     whole = torch.load(workspace.folder / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
     assert found["global_step"] == whole["global_step"] == 2
     assert all(torch.equal(found["state_dict"][name], whole["state_dict"][name]) for name in whole["state_dict"])
+
+
+def test_a_server_that_takes_shorter_rows_than_there_are_is_told_before_anything_is_written(server, workspace, capsys):
+    server.context = 16
+    with server.listening() as address:
+        words = (*SHORT, "rollout.max_new_tokens=12", f"teacher.server={address}")
+        for command in ("fit", "validate"):
+            assert main(workspace.arguments(command, *words)) == 2
+            assert "data.max_prompt_tokens: expected prompts of at most 3 tokens" in capsys.readouterr().err
+    assert not workspace.output.exists()

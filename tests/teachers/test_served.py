@@ -290,10 +290,10 @@ def test_numbers_that_go_wrong_later_make_no_gradient(server, tiny_tokenizer, ro
             scorer.score(rollout, Wanted())
 
 
-def test_a_row_longer_than_the_server_takes_is_refused_before_it_is_asked(server, model, tiny_tokenizer, rollout):
+def test_a_row_longer_than_the_server_takes_is_refused_before_it_is_asked(server, tiny_tokenizer, rollout):
+    server.context = 6
     with server.listening() as address:
         scorer = ServedScorer(section(address), tiny_tokenizer)
-        object.__setattr__(scorer.meeting, "context", 6)
         asked = len(server.bodies)
         with pytest.raises(UserError, match=r"rollout.max_new_tokens: .*at most 5 tokens.*--max-model-len"):
             scorer.score_each([rollout], Wanted())
