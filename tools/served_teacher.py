@@ -102,13 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     print(HEAD)
     if given.stand_in is None:
-        lines = (measure(given.config, given.overrides, number, given.rounds) for number in IN_FLIGHT)
-        print(*lines, sep="\n")
-        return
-    teacher = load_config(given.config, given.overrides).teacher.path
-    with stand_in(teacher, given.stand_in) as address:
-        words = [*given.overrides, f"teacher.server={address}"]
-        print(*(measure(given.config, words, number, given.rounds) for number in IN_FLIGHT), sep="\n")
+        listening: Any = nullcontext()
+    else:
+        listening = stand_in(load_config(given.config, given.overrides).teacher.path, given.stand_in)
+    with listening as address:
+        words = [*given.overrides, *([f"teacher.server={address}"] if address else [])]
+        for number in IN_FLIGHT:
+            print(measure(given.config, words, number, given.rounds), flush=True)
 
 
 if __name__ == "__main__":
