@@ -73,6 +73,7 @@ class Distiller:
     def sample(self, batch: PromptBatch) -> Rollout:
         """Complete every prompt, with rewards where the estimator asks for them."""
         check_batch(batch)
+        batch = batch._replace(ended=self.scorers["teacher"].ahead(self.asks["teacher"]))
         rollout = self.source.complete(batch)
         rollout = rollout.uncount(torch.isin(rollout.ids_BT, rollout.ids_BT.new_tensor(self.masked_ids)))
         return self.judged(batch, rollout) if Need.REWARDS in self.estimator.needs else rollout

@@ -89,9 +89,10 @@ class Evaluation(nn.Module):
         check_batch(batch)
         count = self.config.num_completions
         numbers_BT = uniforms((self.config.seed, EVALUATION_STREAM), batch.draws, count, self.max_new_tokens)
-        device = batch.prompts.ids_BP.device
+        device, wanted = batch.prompts.ids_BP.device, Wanted(full=FULL in teacher.gives)
+        batch = batch._replace(ended=teacher.ahead(wanted))
         rollout = engine.sample(policy, batch, SamplingLaw(), count, numbers_BT.to(device))
-        scores = teacher.score(rollout, Wanted(full=FULL in teacher.gives))
+        scores = teacher.score(rollout, wanted)
         values = measure_yardsticks(policy, scores, rollout, rows, self.support_size, self.measures)
         rewards_B = None if verifier is None else judge(policy.tokenizer, batch, rollout, verifier)
         self.yardsticks.update(values, rollout, rewards_B, batch.places, failed(verifier, rollout))

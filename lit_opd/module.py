@@ -279,12 +279,15 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
         checkpoint["torch_rng_state"] = torch.get_rng_state()
         checkpoint["hyper_parameters"], checkpoint["taught_by"] = self.given, self.taught_by
+        checkpoint["scorer"] = {} if self.scorer is None else self.scorer.state()
         if self.pair.followed is not None:
             checkpoint["teacher"] = self.pair.followed.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put frozen weights back, so that the checkpoint is complete again, the random state, and this schedule."""
         models.check_taught_by(checkpoint, self.taught_by)
+        if self.scorer is not None:
+            self.scorer.load_state(checkpoint.get("scorer", {}))
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         torch.set_rng_state(checkpoint["torch_rng_state"])
         if self.pair.followed is not None:

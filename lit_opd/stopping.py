@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
-__all__ = ["Stopped", "as_raised", "heeding"]
+__all__ = ["Stopped", "StoppedWaiting", "as_raised", "end_wait", "heeding", "put_off"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FIRST_PROCESS = "LIT_OPD_FIRST_PROCESS"  # of a run, in the environment of those that it starts
@@ -30,6 +30,28 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code, self.told = 128 + number, False
+
+
+class StoppedWaiting(Stopped):
+    """A signal that ended a wait in which nothing had changed, so that what was before it can be saved."""
+
+
+_put_off: list[int] = []  # signals that are followed when the work under way is done
+
+
+def put_off(number: int) -> None:
+    """Keep a signal for the end of the work under way, or for a wait in it that may last."""
+    _put_off.append(number)
+
+
+def end_wait() -> None:
+    """Follow a signal that was put off, from a wait that may last and in which nothing has changed.
+
+    Raises:
+        StoppedWaiting: there is one.
+    """
+    if _put_off:
+        raise StoppedWaiting(_put_off[0])
 
 
 @contextmanager
@@ -51,6 +73,7 @@ def heeding(handler: Callable[[int, Any], object] | None = None) -> Iterator[Non
     try:
         yield
     finally:
+        _put_off.clear()
         for number, former in previous.items():
             signal.signal(number, former)
 

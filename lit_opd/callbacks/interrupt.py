@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_opd.module import NonFiniteStepError
-from lit_opd.stopping import Stopped, heeding
+from lit_opd.stopping import Stopped, StoppedWaiting, heeding, put_off
 
 __all__ = ["SaveOnInterrupt"]
 
@@ -26,20 +26,21 @@ class SaveOnInterrupt(L.Callback):
     """Saves a checkpoint to `path` on Ctrl-C, SIGTERM and SIGHUP, and on a non-finite step.
 
     The first signal lets the step under way finish, saves, and ends the run. An evaluation is given up, and made anew
-    when the run is resumed. The second signal ends the run at once, with what the last checkpoint holds. A non-finite
-    step has not moved the weights, so they are saved as they are.
+    when the run is resumed, and so is a step that waits for a teacher's server (with one process: others could not
+    know). The second signal ends the run at once, with what the last checkpoint holds. A non-finite step, or one that
+    was given up, has not moved the weights, so they are saved as they are.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._asked: int | None = None
-        self._saved, self._evaluating = 0, False
+        self._saved, self._evaluating, self._alone = 0, False, True
         self._evaluation_begun: dict[str, Any] | None = None
         self._listening = ExitStack()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen for Ctrl-C, and for the signals by which a scheduler or a lost terminal ends a job."""
-        self._asked, self._saved, self._evaluating = None, 0, False
+        self._asked, self._saved, self._evaluating, self._alone = None, 0, False, trainer.world_size == 1
         self._listening.enter_context(heeding(self._ask))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -74,7 +75,7 @@ class SaveOnInterrupt(L.Callback):
             self._evaluation_begun = begun
         if asked:
             raise Stopped(asked)
-        self._evaluating = trainer.world_size == 1
+        self._evaluating = self._alone
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Let what follows be done before the run ends."""
@@ -91,7 +92,7 @@ class SaveOnInterrupt(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the weights of before a step that could not be made, and say how to go on."""
         self._listening.close()
-        if isinstance(exception, NonFiniteStepError):
+        if isinstance(exception, NonFiniteStepError | StoppedWaiting):
             trainer.save_checkpoint(self.path)
         if isinstance(exception, KeyboardInterrupt) and self._evaluation_begun is not None:
             trainer.strategy.save_checkpoint(self._evaluation_begun, self.path)
@@ -112,6 +113,8 @@ class SaveOnInterrupt(L.Callback):
         first, self._asked = self._asked is None, number
         if not first or self._evaluating:
             raise Stopped(number)
+        if self._alone:
+            put_off(number)
         _say("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
 
 

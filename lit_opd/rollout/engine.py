@@ -31,7 +31,7 @@ class RolloutEngine(Protocol):
 
         Args:
             policy: the model whose completions are wanted, with its present weights.
-            batch: prompts.
+            batch: prompts. An engine may call its `ended` with each completion that ends before the others.
             law: temperature and truncation.
             num_completions: completions a prompt; row i of the result completes prompt i // num_completions.
             uniforms_BT: [B, T] float64 in [0, 1): the randomness of every row and position, and the longest length T.

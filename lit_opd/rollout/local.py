@@ -104,6 +104,7 @@ def _decode(
     hidden_AH = decoder.prefill(batch, num_completions, length)
     head = policy.head.to(compute_dtype(hidden_AH))  # cast once, not at every token
     project = make_product(head.weight_VH, head.bias_V, rows)
+    told: set[int] = set()
     for t in range(length):
         forbidden = stop_ids if t < law.min_new_tokens else None
         token_A, logps_A = sample_tokens(
@@ -120,11 +121,22 @@ def _decode(
         if t + 1 == length:
             break
         if device.type == "cpu" or t % _ASK_EVERY == 0:
+            _tell(batch, num_completions, told, stopped_B, ids_BT, mask_BT)
             going = torch.nonzero(~stopped_B[active_A]).flatten()
             if not len(going):
                 break
             if len(going) <= len(active_A) * (1 - _FINISHED_SHARE) and decoder.keep(going):
                 active_A, token_A = active_A[going], token_A[going]
         hidden_AH = decoder.step(token_A)
+    _tell(batch, num_completions, told, mask_BT[:, 0], ids_BT, mask_BT)
     steps = int(mask_BT.sum(1).amax())
     return ids_BT[:, :steps], logps_BT[:, :steps], mask_BT[:, :steps], stopped_B
+
+
+def _tell(batch: PromptBatch, count: int, told: set[int], ended_B: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> None:
+    """Tell whoever waits for single completions of each row that has ended, once."""
+    if batch.ended is None:
+        return
+    for row in set(torch.nonzero(ended_B).flatten().tolist()) - told:
+        told.add(row)
+        batch.ended(batch, row // count, ids_BT[row][mask_BT[row]].tolist())

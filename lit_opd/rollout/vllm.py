@@ -145,7 +145,7 @@ class VllmEngine:
         prompts = len(batch.rows)
         part = batch.take(torch.arange(min(prompts, PROBE_ROWS), device=uniforms_BT.device))
         seeds_BT = uniforms_BT[:: len(uniforms_BT) // prompts][:PROBE_ROWS, :PROBE_TOKENS]
-        rollout = self._complete(policy, part, PROBE, 1, seeds_BT)
+        rollout = self._complete(policy, part._replace(ended=None), PROBE, 1, seeds_BT)
         found_N = rollout.sampler_logps_BT[rollout.mask_BT]
         errors = [float((found_N - _own_logps(policy, rollout, law)).abs().mean()) for law in (PROBE, SamplingLaw())]
         error, raw_error = errors
@@ -163,10 +163,17 @@ class VllmEngine:
         settings = _settings(policy, law, length)
         prompts = [ids[mask].tolist() for ids, mask in zip(*batch.prompts, strict=True)]
         seeds_B = (uniforms_BT[:, 0] * 2**53).long().tolist()
-        bodies = [settings | {"prompt": prompts[i // num_completions], "seed": seed} for i, seed in enumerate(seeds_B)]
+
+        def complete(row: int) -> tuple[list[int], list[float]]:
+            prompt = row // num_completions
+            ids, logps = self._request(settings | {"prompt": prompts[prompt], "seed": seeds_B[row]})
+            if batch.ended is not None:
+                batch.ended(batch, prompt, ids)
+            return ids, logps
+
         # One request for each row, for vLLM draws all prompts of a request with one seed.
         with ThreadPoolExecutor(min(rows, CONNECTIONS)) as pool:
-            written = list(pool.map(self._request, bodies))
+            written = list(pool.map(complete, range(rows)))
         ids_BT = _padded([ids for ids, _ in written], policy.pad_id, torch.long).to(device)
         # With its dtype, for Lightning's bf16-true makes bf16 torch's default.
         logps_BT = _padded([logps for _, logps in written], 0.0, torch.float32).to(device)

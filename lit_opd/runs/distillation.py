@@ -32,7 +32,7 @@ from lit_opd.rollout import VllmEngine
 from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder, check_export
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
-from lit_opd.runs.prepare import prepare_data
+from lit_opd.runs.prepare import check_row_lengths, prepare_data
 from lit_opd.runs.resuming import changes, check_changes
 from lit_opd.stopping import Stopped, as_raised
 
@@ -85,6 +85,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
         return ended
     check_shares(trainer, data)
     module = DistillationModule.from_config(config)
+    check_row_lengths(data, module.scorer)
     if checkpoint is not None:
         check_weights("--resume", module.model, checkpoint)
     module.pair.read()
@@ -227,6 +228,7 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
     trainer, data = gather(partial(build_evaluation_trainer, config), partial(prepare, config))
     check_shares(trainer, data)
     module = DistillationModule.from_config(config)
+    check_row_lengths(data, module.scorer)
     if checkpoint is not None:
         load_weights("--checkpoint", module.model, Path(checkpoint))
     loop = trainer.validate if stage == "validate" else trainer.test

@@ -26,10 +26,10 @@ from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.runs.first_look import first_look, local_teachers
 from lit_opd.runs.lightning_trainer import check_trainer_keys
 from lit_opd.runs.verdicts import FAIL, PASS, Finding
-from lit_opd.teachers import templates
+from lit_opd.teachers import Scorer, templates
 from lit_opd.types import Need
 
-__all__ = ["check_kinds", "check_optimizer", "check_weight_files", "prepare_data"]
+__all__ = ["check_kinds", "check_optimizer", "check_row_lengths", "check_weight_files", "prepare_data"]
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
@@ -85,6 +85,14 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
     if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
         data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data
+
+
+def check_row_lengths(data: PromptDataModule, scorer: Scorer | None) -> None:
+    """Refuse prompts that leave too little of the rows that a teacher takes, which a server tells when it is met."""
+    if scorer is not None and scorer.longest is not None:
+        known = (scorer.longest, data.context_length)
+        data.context_length = min(length for length in known if length is not None)
+        data.setup("fit")
 
 
 def _wants_reference(config: Config) -> bool:

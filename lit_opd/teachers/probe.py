@@ -7,18 +7,22 @@ every so many rollouts.
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from lit_opd.config import TeacherConfig
-from lit_opd.errors import UserError, choose
+from lit_opd.errors import LintWarning, UserError, choose
 from lit_opd.teachers.prompt_logprobs import Row, ask_for, read_row
 from lit_opd.teachers.replicas import LOOK, Refusal, Replicas
 
-__all__ = ["Meeting", "check_canary", "meet"]
+__all__ = ["Meeting", "check_canary", "check_noise", "meet"]
+
+_log = logging.getLogger(__name__)
 
 KEY = "teacher.server"
 TEXT = (
@@ -28,7 +32,9 @@ TEXT = (
 LONGEST, COPIES, WRITTEN = 64, 8, 4  # tokens of the probe, times that it is sent at once, tokens to be written
 CHUNK = 4096  # tokens of the vocabulary whose text is asked for at once
 NOISE = 0.1  # nats, root of the mean square: in bf16 0.01 to 0.05 was seen
+TOLD = 0.1  # of the gap: from here on noise adds a hundredth or more to the variance of the log-ratio
 EVEN = 1e-3  # nats: what log-probabilities of a trained model differ by at least
+QUIETER = "Serve it with a fixed batch-invariant kernel, or in another dtype."
 OTHER_TOKENS = "Serve a teacher whose tokenizer is the student's, id by id."
 
 
@@ -80,11 +86,30 @@ def check_canary(replicas: Replicas, meeting: Meeting) -> None:
         UserError: other weights answer.
     """
     for address in replicas.addresses:
-        now = _score(replicas, address, meeting.model, meeting.probe, 0).logps
+        (answer,) = replicas.ask_all([ask_for(meeting.probe, 0, meeting.model)], address)
+        now = read_row(answer, meeting.probe, 1, 0).logps
         if (apart := _apart(meeting.logps, now)) > NOISE:
-            expected = f"the weights that {address} had when the run began, equal to {NOISE} nats"
+            expected = f"the weights that the run began with, equal to {NOISE} nats"
             remedy = "Serve the same folder again, and go on with --resume auto."
-            raise UserError(KEY, expected, f"others, {apart:.2g} nats away", remedy)
+            raise UserError(KEY, expected, f"others at {address}, {apart:.2g} nats away", remedy)
+
+
+def check_noise(noise: float, gap: float) -> None:
+    """Relate the noise of a server's answers to what the student has to learn from them.
+
+    Args:
+        noise: how far two answers about one sequence are apart, in nats (root of the mean square).
+        gap: how far student and teacher are apart, in nats (mean absolute log-ratio of sampled tokens).
+
+    Raises:
+        UserError: the noise is larger, so that most of a token's log-ratio would be rounding.
+    """
+    found = f"answers about one sequence that are {noise:.2g} nats apart, where student and teacher are {gap:.2g}"
+    _log.info("%s: %s.", KEY, found)
+    if noise > gap:
+        raise UserError(KEY, "less noise than there is to learn", found, QUIETER)
+    if noise > TOLD * gap:
+        warnings.warn(f"{KEY}: {found}. {QUIETER}", LintWarning, stacklevel=2)
 
 
 def _meet_one(replicas: Replicas, address: str, config: TeacherConfig, tokenizer: Any) -> Meeting:
@@ -101,8 +126,7 @@ def _meet_one(replicas: Replicas, address: str, config: TeacherConfig, tokenizer
     noise = max(_apart(row.logps, r.logps) for r in _score_copies(replicas, address, model, probe))
     if noise > NOISE:
         expected = f"one sequence scored alike each time, to {NOISE} nats"
-        remedy = "Serve it with a fixed batch-invariant kernel, or in another dtype."
-        raise UserError(KEY, expected, f"{noise:.2g} nats between answers", remedy)
+        raise UserError(KEY, expected, f"{noise:.2g} nats between answers", QUIETER)
     _check_plain(replicas, address, model, probe, row)
     _check_positions(replicas, address, model, probe)
     return Meeting(model, context, probe, row.logps, noise)

@@ -22,11 +22,13 @@ import urllib3
 
 from lit_opd.config import TeacherConfig
 from lit_opd.errors import LintWarning, UserError, keep_secret
+from lit_opd.stopping import end_wait
 
 __all__ = ["Asked", "Refusal", "Replicas"]
 
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # what a server answers that may answer otherwise a little later
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds
+LONG_S = 2.0  # seconds without an answer after which a signal to stop is not put off any longer
 LOOK = "Look at what the server prints."
 START = "Start it with `vllm serve TEACHER`, or correct teacher.server."
 
@@ -61,7 +63,7 @@ class Replicas:
             keep_secret(key, f"${config.key_variable}")
             self._headers["Authorization"] = f"Bearer {key}"
         self._pool = urllib3.PoolManager(len(self.addresses), maxsize=self.in_flight)
-        self._turns, self._turn = cycle(self.addresses), Lock()
+        self._turns, self._lock = cycle(self.addresses), Lock()
         self._waiting: SimpleQueue[tuple[Future[Any], Asked, str | None]] = SimpleQueue()
         self._started = 0
         self._away: set[str] = set()  # servers of which it was told that they give no answer
@@ -70,19 +72,24 @@ class Replicas:
         """Send a request as soon as fewer than `in_flight` for each server are under way, and return at once."""
         answer: Future[Any] = Future()
         self._waiting.put((answer, asked, address))
-        if self._started < self.in_flight * len(self.addresses):
-            self._started += 1
+        with self._lock:
+            more = self._started < self.in_flight * len(self.addresses)
+            self._started += more
+        if more:
             # No thread of an executor: Python waits for these at its end, for as long as a server does not answer.
             Thread(target=self._work, name="teacher", daemon=True).start()
         return answer
 
     def ask_all(self, asked: Sequence[Asked], address: str | None = None) -> list[dict[str, Any]]:
         """Send several requests at once, to one address or to each in turn, and return their answers in order."""
-        answers = [self.begin(one, address) for one in asked]
+        return self.answers([self.begin(one, address) for one in asked])
+
+    def answers(self, begun: Sequence[Future[Any]]) -> list[dict[str, Any]]:
+        """Wait for the answers to requests that have begun, in the main thread, where a signal may end the wait."""
         try:
-            return [answer.result() for answer in answers]
+            return [_wait_for(answer) for answer in begun]
         finally:
-            for answer in answers:
+            for answer in begun:
                 answer.cancel()  # where one of them failed, or the run is stopped
 
     def ask(self, path: str, body: dict[str, Any] | None = None, address: str | None = None) -> dict[str, Any]:
@@ -122,7 +129,7 @@ class Replicas:
                 answer.set_exception(error)
 
     def _next(self) -> str:
-        with self._turn:
+        with self._lock:
             return next(self._turns)
 
     def _send(self, server: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -143,6 +150,14 @@ class Replicas:
             found = f"{answer.status}: {_message(answer.data)}"
             raise Refusal("teacher.server", f"an answer of {server}{path}", found, LOOK)
         return json.loads(answer.data)  # what a server broke off is no JSON, and a ValueError
+
+
+def _wait_for(answer: Future[Any]) -> Any:
+    while True:
+        try:
+            return answer.result(LONG_S)
+        except TimeoutError:
+            end_wait()
 
 
 def _message(data: bytes) -> str:

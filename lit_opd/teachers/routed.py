@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.teachers.combined import combine, interleave
 from lit_opd.teachers.frozen import LocalScorer
 from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, Wanted
-from lit_opd.types import PromptBatch, Rollout, Scores
+from lit_opd.types import Ended, PromptBatch, Rollout, Scores
 
 __all__ = ["RoutedScorer"]
 
@@ -47,13 +48,28 @@ class RoutedScorer(Scorer):
     name = "teacher"
 
     def __post_init__(self) -> None:
-        """Find out what all teachers can give: of merged tokens a mixture, for it alone is merged as its parts are."""
-        known = [scorer.gives for scorer in self.scorers.values() if scorer is not None]
-        self.gives = EVERYTHING.intersection(*known) - (set() if self.combined == "mixture" else {MERGED})
+        """Find out what all teachers can give, and take.
+
+        Of merged tokens a mixture gives something, for it alone is merged as its parts are.
+        """
+        known = [scorer for scorer in self.scorers.values() if scorer is not None]
+        merged = set() if self.combined == "mixture" else {MERGED}
+        self.gives = EVERYTHING.intersection(*(scorer.gives for scorer in known)) - merged
+        self.longest = min((one.longest for one in known if one.longest is not None), default=None)
 
     def lending(self, lend: Callable[[str], LocalScorer], rows: int) -> RoutedScorer:
         """Make the same scorer with what lends models of this process."""
         return replace(self, lend=lend, rows=rows)
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps of every teacher that is a scorer of its own."""
+        return {name: one.state() for name, one in self.scorers.items() if one is not None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Hand every such teacher its own."""
+        for name, one in self.scorers.items():
+            if one is not None:
+                one.load_state(state.get(name, {}))
 
     def untempered(self) -> RoutedScorer:
         """Make the same scorer at temperature 1, with products normalised, which evaluations compare with."""
@@ -81,6 +97,18 @@ class RoutedScorer(Scorer):
             if (own_B == number).any():
                 part = batch.take(torch.nonzero(own_B == number).flatten())
                 yield name, part._replace(prompts=part.shown.get(f"teachers.{name}", part.prompts))
+
+    def ahead(self, wanted: Wanted) -> Ended | None:
+        """Give what tells each teacher that works ahead of the completions that are its own."""
+        known = {number: one.ahead(wanted) for number, one in enumerate(self.scorers.values()) if one is not None}
+        begins = {number: begin for number, begin in known.items() if begin is not None}
+
+        def begin_own(batch: PromptBatch, prompt: int, ids: list[int]) -> None:
+            for number, begin in begins.items():
+                if batch.routes_BM is not None and batch.routes_BM[prompt, number] > 0:
+                    begin(batch, prompt, ids)
+
+        return begin_own if begins else None
 
     def score(self, rollout: Rollout, wanted: Wanted) -> Scores:
         """Score the counted tokens of a rollout, in whose order its rows come back whatever their teachers."""

@@ -6,14 +6,14 @@ model. `Distiller.score` asks scorers before any student activation exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.needs import FILLERS
 from lit_opd.functional import Groups
-from lit_opd.types import Rollout, Scores
+from lit_opd.types import Ended, Rollout, Scores
 
 __all__ = ["FULL", "MERGED", "SUPPORT", "TOKEN", "Scorer", "Wanted", "wanted_by"]
 
@@ -51,10 +51,12 @@ class Scorer(Protocol):
     Attributes:
         name: the scorer's role, by which its scores and the prompts it reads are found.
         gives: what it can give, of `TOKEN`, `SUPPORT`, `FULL` and `MERGED`.
+        longest: the tokens of the longest row, prompt and completion, that it takes; None where nothing is known.
     """
 
     name: str
     gives: frozenset[str]
+    longest: int | None = None
 
     def score(self, rollout: Rollout, wanted: Wanted) -> Scores:
         """Score the counted tokens of a rollout.
@@ -71,6 +73,23 @@ class Scorer(Protocol):
     def score_each(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[Scores]:
         """Score several micro-batches, one after the other unless the scorer can do more at once."""
         return [self.score(rollout, wanted) for rollout in rollouts]
+
+    def ahead(self, wanted: Wanted) -> Ended | None:
+        """Give what begins to score a completion as soon as it has ended, while others are still being sampled.
+
+        Returns:
+            None where nothing is gained by it. Otherwise a function for `PromptBatch.ended` of one batch: `score`
+            finds what it began, and what nobody scores until the next call is dropped.
+        """
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps of the scorer, in plain values and tensors."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on as the scorer whose state a checkpoint holds, which is empty where it holds none."""
+        return
 
     def untempered(self) -> Scorer:
         """Give the scorer at temperature 1, which evaluations compare with."""

@@ -16,11 +16,11 @@ Shape legend, used as name suffixes on floors 0 to 3:
 Every log-probability is in nats. In every mask True means counted.
 """
 
-from lit_opd.types.rollouts import Author, FinishReason, PromptBatch, Prompts, Rollout, SamplingLaw
+from lit_opd.types.rollouts import Author, Ended, FinishReason, PromptBatch, Prompts, Rollout, SamplingLaw
 from lit_opd.types.scores import Distributions, ScoredRollout, Scores
 from lit_opd.types.tokens import Estimate, Need, TokenBatch
 
 __all__ = [
-    "Author", "Distributions", "Estimate", "FinishReason", "Need", "PromptBatch", "Prompts", "Rollout", "SamplingLaw",
-    "ScoredRollout", "Scores", "TokenBatch",
+    "Author", "Distributions", "Ended", "Estimate", "FinishReason", "Need", "PromptBatch", "Prompts", "Rollout",
+    "SamplingLaw", "ScoredRollout", "Scores", "TokenBatch",
 ]  # fmt: skip

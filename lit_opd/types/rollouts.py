@@ -5,7 +5,7 @@ Made by data and rollout sources, read by every room above.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Author", "FinishReason", "PromptBatch", "Prompts", "Rollout", "SamplingLaw"]
+__all__ = ["Author", "Ended", "FinishReason", "PromptBatch", "Prompts", "Rollout", "SamplingLaw"]
+
+Ended = Callable[["PromptBatch", int, list[int]], None]
+"""Hears of a completion that has ended: the batch, the number of its prompt there, and its tokens with their end."""
 
 
 class Author(IntEnum):
@@ -54,6 +57,8 @@ class PromptBatch(NamedTuple):
             that what is sampled for it depends neither on its neighbours nor on the number of processes.
         shown: by the name of a scorer, the prompts that it reads instead.
         routes_BM: the weight of each of M teachers for each prompt, rows of sum 1; None where there is one teacher.
+        ended: what an engine may call, from any thread, with a completion that ended before the others; None where
+            nobody begins to work on single completions.
     """
 
     prompts: Prompts
@@ -62,6 +67,7 @@ class PromptBatch(NamedTuple):
     places: list[int]
     shown: Mapping[str, Prompts] = {}
     routes_BM: Tensor | None = None
+    ended: Ended | None = None
 
     @property
     def draws(self) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_opd.callbacks import SaveOnInterrupt
 from lit_opd.optim import NonFiniteStepError
-from lit_opd.stopping import Stopped
+from lit_opd.stopping import Stopped, StoppedWaiting, end_wait
 
 
 class FakeTrainer:
@@ -98,3 +98,21 @@ def test_other_errors_save_nothing(callback, trainer, capsys):
 def test_interrupt_before_the_first_checkpoint_promises_none(callback, trainer, capsys):
     callback.on_exception(trainer, None, KeyboardInterrupt())
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_wait_that_lasts_is_given_up_and_what_was_before_it_saved(tmp_path, trainer, processes):
+    """With several processes it goes on, for the others could not know."""
+    callback, trainer.world_size = SaveOnInterrupt(tmp_path / "last.ckpt"), processes
+    callback.on_train_start(trainer, None)
+    end_wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    if processes == 2:
+        end_wait()
+    else:
+        with pytest.raises(StoppedWaiting, match="stopped by SIGTERM") as stop:
+            end_wait()
+        callback.on_exception(trainer, None, stop.value)
+        assert trainer.saved == [callback.path]
+    callback.on_train_end(trainer, None)
+    end_wait()  # nothing of it is left for the next run

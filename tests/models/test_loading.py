@@ -215,6 +215,13 @@ def damage(folder):
     model.save_pretrained(folder)
 
 
+def lose_a_shard(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
 def adapter(folder):
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(folder)
@@ -238,6 +245,8 @@ UNREADABLE = {
     "its code": (needs_a_package, {}, r"path: expected a model folder.*Set teacher\.trust_remote_code=true, if"),
     "quantised twice": (lambda f: spoil(f, quantization_config={"quant_method": "gptq", "bits": 4}),
                         {"quantization": "8bit"}, r"quantization: expected none for a model that is quantised already"),
+    "a missing shard": (lose_a_shard, {},
+                        r"path: expected readable weights, found .*model-00002-of-\d+\.safetensors.*Correct or"),
     "an adapter": (adapter, {}, r"path: expected a whole model, found .* holds an adapter of one\. Merge it into"),
     "NaN": (damage, {}, r"path: expected finite weights in bfloat16, found others in model\.layers\.1\.mlp\.up_proj"),
     "overflow": (overflow, {"dtype": "float16"}, r"path: expected finite weights in float16.*teacher\.dtype=bfloat16"),

@@ -20,7 +20,7 @@ class TeacherStandIn(StandIn):
         noise: the largest deviation of a score, in nats.
         even: whether all tokens are equally probable.
         bad: what stands in the place of a log-probability.
-        key: the key that it asks for.
+        context: the longest sequence that it takes.
     """
 
     def __init__(self, model, tokenizer, names=("teacher",)):
@@ -28,11 +28,11 @@ class TeacherStandIn(StandIn):
         self.tokenizer, self.names, self.first, self.most = tokenizer, names, [], 20
         self.prefix, self.shift, self.off_by, self.obeys, self.noise = [], 0, 0.0, False, 0.0
         self.even, self.bad, self.random, self.bodies = False, None, random.Random(0), []
+        self.context = model.config.max_position_embeddings
 
     def answer(self, path, body):
         if path == "/v1/models":
-            size = self.model.config.max_position_embeddings
-            return 200, {"data": [{"id": name, "max_model_len": size} for name in self.names]}
+            return 200, {"data": [{"id": name, "max_model_len": self.context} for name in self.names]}
         if path == "/tokenize":
             return 200, {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
         if path == "/detokenize":

@@ -209,6 +209,7 @@ def test_a_mixture_with_a_server_has_no_support(scorers, rollout, make_model, ti
         served = ServedScorer(TeacherConfig(kind="served", server=address, patience_s=5.0), tiny_tokenizer)
         scorer = RoutedScorer({"a": scorers["a"], "b": served})
         assert scorer.gives == {"token", "support"}
+        assert scorer.longest == served.longest == served.meeting.context - 1
         scorer.score(routed(rollout, *[[0.5, 0.5]] * 5), Wanted())
         scorer.score(routed(rollout, *[[1.0, 0.0], [0.0, 1.0]] * 2, [1.0, 0.0]), Wanted(support=3))
         with pytest.raises(UserError, match=r"estimator\.name: expected one that compares no support"):

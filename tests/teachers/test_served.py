@@ -4,9 +4,11 @@ Where LIT_OPD_VLLM names no `vllm` executable, only the stand-in is asked.
 """
 
 import contextlib
+import copy
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,8 +231,55 @@ def test_weights_that_change_under_a_run_end_it(server, make_model, tiny_tokeniz
         scorer.score(rollout, Wanted())
         server.model = make_model(7, hidden_size=64)
         scorer.score(rollout, Wanted())
-        with pytest.raises(UserError, match=r"the weights that http.* had when the run began.*--resume auto"):
+        with pytest.raises(UserError, match=r"the weights that the run began with.*others at http.*--resume auto"):
             scorer.score(rollout, Wanted())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_resumed_run_refuses_a_server_with_other_weights_than_it_began_with(
+    several, server, make_model, make_module, make_trainer, make_data, tmp_path
+):
+    """Whatever the server has said since: the first scores go from checkpoint to checkpoint."""
+    kept, rows = server.model, [{"prompt": "1+2=", "teacher": "a"}, {"prompt": "7=", "teacher": "a"}]
+
+    def trained(address, steps, start, end):
+        several_keys = {"teachers": {"a": section(address), "b": make_model(3)}} if several else {}
+        module = make_module(make_model(1), None if several else section(address), "token", **several_keys)
+        trainer, data = make_trainer(steps), make_data(rows, teacher_column="teacher" if several else None)
+        trainer.fit(module, data, ckpt_path=start and tmp_path / start, weights_only=True)
+        trainer.save_checkpoint(tmp_path / end)
+
+    with server.listening() as address:
+        trained(address, 1, None, "1.ckpt")
+        trained(address, 2, "1.ckpt", "2.ckpt")
+        server.model = make_model(7, hidden_size=64)
+        with pytest.raises(UserError, match=r"the weights that the run began with.*others at http"):
+            trained(address, 3, "2.ckpt", "3.ckpt")
+        saved = torch.load(tmp_path / "2.ckpt", weights_only=True)
+        torch.save(saved | {"scorer": {}}, tmp_path / "old.ckpt")  # from before there was such a state
+        trained(address, 3, "old.ckpt", "3.ckpt")
+        server.model = kept
+        trained(address, 3, "2.ckpt", "3.ckpt")
+
+
+def test_noise_is_held_against_what_there_is_to_learn(server, model, make_batch, sample, tiny_tokenizer):
+    near = copy.deepcopy(model)
+    near.lm_head.weight.data *= 1.3
+    rollouts = {name: sample(one, make_batch(), SamplingLaw(), num_completions=4, length=20)
+                for name, one in {"same": model, "near": near}.items()}  # fmt: skip
+    with server.listening() as address:
+        server.noise = 0.12
+        met = [ServedScorer(section(address, canary_every=99), tiny_tokenizer) for _ in range(3)]
+        server.noise = 0.0
+        assert all(0.03 < scorer.meeting.noise < 0.1 for scorer in met)
+        with pytest.raises(UserError, match="less noise than there is to learn, found answers about one sequence that"):
+            met[0].score(rollouts["same"], Wanted())
+        with pytest.warns(LintWarning, match=r"nats apart, where student and teacher are 0\.\d.*batch-invariant"):
+            met[1].score(rollouts["near"], Wanted())
+        met[1].score(rollouts["same"], Wanted())  # later, when the student has learnt, nothing is said of it
+        met[2].score(replace(rollouts["same"], law=SamplingLaw(temperature=0.5)), Wanted())
+        met[2].score(rollouts["same"].rows(torch.arange(2)), Wanted())  # too few tokens to tell
+        assert met[2].gap is None
 
 
 def test_numbers_that_go_wrong_later_make_no_gradient(server, tiny_tokenizer, rollout):
@@ -241,10 +290,10 @@ def test_numbers_that_go_wrong_later_make_no_gradient(server, tiny_tokenizer, ro
             scorer.score(rollout, Wanted())
 
 
-def test_a_row_longer_than_the_server_takes_is_refused_before_it_is_asked(server, model, tiny_tokenizer, rollout):
+def test_a_row_longer_than_the_server_takes_is_refused_before_it_is_asked(server, tiny_tokenizer, rollout):
+    server.context = 6
     with server.listening() as address:
         scorer = ServedScorer(section(address), tiny_tokenizer)
-        object.__setattr__(scorer.meeting, "context", 6)
         asked = len(server.bodies)
         with pytest.raises(UserError, match=r"rollout.max_new_tokens: .*at most 5 tokens.*--max-model-len"):
             scorer.score_each([rollout], Wanted())
