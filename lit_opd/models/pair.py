@@ -24,7 +24,7 @@ from lit_opd.models.followed import FollowedStudent
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config, refuse_quantised
 from lit_opd.models.stops import read_stop_ids
-from lit_opd.models.vocabulary import extra_of, shared_vocabulary
+from lit_opd.models.vocabulary import check_rows, extra_of, shared_vocabulary
 from lit_opd.types import Need
 
 __all__ = ["Pair"]
@@ -75,11 +75,15 @@ class Pair:
             own |= dict.fromkeys(teachers, teacher_tokenizer)
         self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
         rows = _vocabulary_rows(student, "student")
+        for key, (model, other) in self._frozen.items():
+            if _has_own_tokens(model):
+                check_rows(other, _vocabulary_rows(model, key), key)
         shared = (
             shared_vocabulary(
                 tokenizer, other, rows, _vocabulary_rows(model, key), key, _tell_extra(model, tokenizer, other)
             )
             for key, (model, other) in self._frozen.items()
+            if not _has_own_tokens(model)
         )
         self.vocabulary = min(shared, default=rows)
         size = estimator.largest_support
@@ -101,7 +105,8 @@ class Pair:
         """Return the frozen `teacher` or `reference` on a device, reading its weights at the first call."""
         if key not in self._loaded:
             self._loaded[key] = _as_frozen(*self._frozen[key], key)
-            self._loaded[key].vocabulary = self.vocabulary
+            if not _has_own_tokens(self._frozen[key][0]):
+                self._loaded[key].vocabulary = self.vocabulary
         return self._loaded[key].to(device)
 
     def lend(self, key: str, device: torch.device) -> LanguageModel:
@@ -192,6 +197,11 @@ def _has_tokenizer_of(student: Any, model: Any) -> bool:
     if isinstance(model, nn.Module) or isinstance(student, nn.Module):
         return isinstance(model, nn.Module)
     return (model.path, model.gguf_file) == (student.path, student.gguf_file)
+
+
+def _has_own_tokens(model: Any) -> bool:
+    """Tell whether a teacher's vocabulary need not be the student's, for it is compared by spans of text."""
+    return getattr(model, "least_aligned", None) is not None
 
 
 def _tokenizer_of(model: Any, key: str, tokenizer: Any) -> Any:

@@ -4,7 +4,8 @@ Estimators of the `token` family are evaluated inside the head's chunks, where l
 sequences: for them a first pass over the head, without gradient, gives log-probabilities [B, T]; differentiating their
 loss with respect to these gives one coefficient a token, and the second pass applies coefficient x log p(y_t). The same
 first pass gives the weights of terms that have them. Both kinds meet in one loop over chunks, so a mix projects no more
-often than its most expensive term.
+often than its most expensive term. Beside a teacher that reads other tokens every estimator takes the first pass, and
+sees a span of text as one token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lit_opd.estimators import BoundEstimator, Term, any_clipped
 from lit_opd.estimators.asking import ask, ask_factors
 from lit_opd.estimators.needs import Seen, fill, needs_of
 from lit_opd.estimators.topk import support_logps
-from lit_opd.functional import Head, merge_ids, position_losses, support_mass
+from lit_opd.functional import Head, ends_of_spans, merge_ids, position_losses, sum_spans, support_mass
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
 from lit_opd.objective.counted import CountedPositions
@@ -37,7 +38,7 @@ class Loss(NamedTuple):
         stats: per-position detached values [N]: `kl` (the estimator's), `student_logps`, `teacher_logps`,
             `sampler_logps`, of groups where tokens are merged; `clipped`, 1 where a limit changed a term and else 0,
             where a term has one; `student_mass` and `teacher_mass`, each model's probability on the support, where a
-            term compares one.
+            term compares one; `aligned`, 1 where the teacher has the same token, where it reads others.
         hidden_NH: the last hidden states that the loss was read from, for gradients there.
     """
 
@@ -58,6 +59,7 @@ def student_loss(
     positions = CountedPositions.of(micro)
     spread = _spread_terms(estimator, micro, positions, hidden_NH, head, weights_BT, rows)
     share = sum(term.weight for term in estimator.terms)
+    aligned_N = positions.teacher.aligned_N
 
     def chunk_loss(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         chunk = positions.chunk(logits_cV, part)
@@ -75,6 +77,7 @@ def student_loss(
         stats = {"kl": kl / share, "student_logps": logps, **others}
         clipped = any_clipped(clips)
         activity = {} if clipped is None else {"clipped": clipped.to(kl.dtype)}
+        activity |= {} if aligned_N is None else {"aligned": aligned_N[part].to(kl.dtype)}
         return loss, stats | activity | support_masses(seen)
 
     loss, stats = position_losses(hidden_NH, head, chunk_loss, rows)
@@ -128,25 +131,50 @@ def _spread_terms(
     # What learns from the student's samples must not take demonstrations for some.
     own_mask_BT = micro.rollout.own_mask_BT
     own_N, ones_N = own_mask_BT[mask_BT].to(zeros_N.dtype), torch.ones_like(zeros_N)
-    if all(term.is_local and term.weighting is None for term in estimator.terms):
+    spans_N = positions.teacher.spans_N
+    if spans_N is None and all(term.is_local and term.weighting is None for term in estimator.terms):
         local = [(term, own_N if term.estimator.spec.on_policy else ones_N) for term in estimator.terms]
         return _Spread(zeros_N.sum(), zeros_N, zeros_N, None, local)
     tokens = sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
-    local, clips = [], []
+    leaf_BT, local, clips = tokens.student_logps_BT, [], []
     with torch.enable_grad():
-        kl_BT = torch.zeros_like(tokens.student_logps_BT)
-        value = 0.0 * tokens.student_logps_BT.sum()  # so that it can be differentiated, whatever the terms are
+        if spans_N is not None:
+            tokens = _by_spans(tokens, spans_N)
+        kl_BT = torch.zeros_like(leaf_BT)
+        value = 0.0 * leaf_BT.sum()  # so that it can be differentiated, whatever the terms are
         for term in estimator.terms:
-            seen = replace(tokens, mask_BT=own_mask_BT) if term.estimator.spec.on_policy else tokens
-            if term.is_local:
+            seen_BT = tokens.mask_BT & own_mask_BT if term.estimator.spec.on_policy else tokens.mask_BT
+            seen = replace(tokens, mask_BT=seen_BT)
+            if term.is_local and spans_N is None:
                 local.append((term, torch.where(seen.mask_BT, ask_factors(term, seen), 0.0)[mask_BT]))
                 continue
             estimate = ask(term.estimator, seen).weighted(ask_factors(term, seen))
             counted_BT = torch.where(seen.mask_BT, estimate.loss_BT, 0.0)
             value, kl_BT = value + term.weight * (weights_BT * counted_BT).sum(), kl_BT + term.weight * estimate.kl_BT
             clips.append(None if estimate.clipped_BT is None else (estimate.clipped_BT & seen.mask_BT)[mask_BT])
-    (coefficients_BT,) = torch.autograd.grad(value, tokens.student_logps_BT)
-    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach(), any_clipped(clips), local)
+    (coefficients_BT,) = torch.autograd.grad(value, leaf_BT)
+    kl_N = torch.where(tokens.mask_BT, kl_BT, 0.0)[mask_BT].detach()
+    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_N, any_clipped(clips), local)
+
+
+def _by_spans(tokens: TokenBatch, spans_N: Tensor) -> TokenBatch:
+    """Make every span of text one token: log-probabilities are sums, which stand and count at its last token alone.
+
+    What an estimator does with a token, it then does with the span, as one action: its log-ratio, importance ratio
+    and return are those of the span, and its gradient reaches all tokens of it.
+    """
+    mask_BT = tokens.mask_BT
+
+    def summed(values_BT: Tensor) -> Tensor:
+        return torch.zeros_like(values_BT).masked_scatter(mask_BT, sum_spans(values_BT[mask_BT], spans_N))
+
+    ends_BT = torch.zeros_like(mask_BT).masked_scatter(mask_BT, ends_of_spans(spans_N))
+    reference_BT = tokens.reference_logps_BT
+    return replace(
+        tokens, mask_BT=ends_BT, student_logps_BT=summed(tokens.student_logps_BT),
+        teacher_logps_BT=summed(tokens.teacher_logps_BT), sampler_logps_BT=summed(tokens.sampler_logps_BT),
+        reference_logps_BT=None if reference_BT is None else summed(reference_BT),
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -25,10 +25,12 @@ from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.runs.first_look import first_look, local_teachers
 from lit_opd.runs.lightning_trainer import check_trainer_keys
 from lit_opd.runs.verdicts import FAIL, PASS, Finding
-from lit_opd.teachers import templates
+from lit_opd.teachers import TextSpans, check_share, templates
 from lit_opd.types import Need
 
 __all__ = ["check_local_teacher", "check_optimizer", "check_weight_files", "prepare_data"]
+
+PROBED = 64  # rows of the data that tell how two tokenizers agree
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
@@ -80,9 +82,21 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
         shown=templates(config.teachers or config.teacher), teachers=[*config.teachers],
     )  # fmt: skip
     data.setup("fit")
+    if config.teacher.least_aligned is not None and not config.teachers:
+        _check_share(config, data, config.teacher.least_aligned)
     if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
         data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data
+
+
+def _check_share(config: Config, data: PromptDataModule, least: float) -> None:
+    """Hold the data's own texts to the share of exactly aligned tokens that the run accepts."""
+    rows = data.train_prompts.rows[:PROBED]
+    columns = [name for name in (config.data.prompt_column, config.data.answer_column) if name is not None]
+    texts = [str(row[name]) for row in rows for name in columns if isinstance(row.get(name), str)]
+    share = TextSpans(data.tokenizer, load_tokenizer(config.teacher, "teacher")).share(texts)
+    if texts:
+        check_share(share, least, f"the first {len(rows)} rows of the data")
 
 
 def _wants_reference(config: Config) -> bool:
@@ -96,6 +110,9 @@ def check_local_teacher(config: Config, command: str) -> None:
     if config.teachers:
         expected = f"one teacher for {command}, which reads its whole distributions"
         raise UserError("teachers", expected, len(config.teachers), "Name one of them in teacher.path.")
+    if config.teacher.least_aligned is not None:
+        expected = f"null for {command}, which reads the teacher's whole distributions over the student's tokens"
+        raise UserError("teacher.least_aligned", expected, config.teacher.least_aligned, "Drop it.")
     if config.teacher.kind != "local":
         expected = f"local for {command}, which reads the teacher's whole distributions"
         raise UserError("teacher.kind", expected, config.teacher.kind, "Name a model folder in teacher.path.")

@@ -6,7 +6,7 @@ model. `Distiller.score` asks scorers before any student activation exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -71,6 +71,10 @@ class Scorer(Protocol):
     def score_each(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[Scores]:
         """Score several micro-batches, one after the other unless the scorer can do more at once."""
         return [self.score(rollout, wanted) for rollout in rollouts]
+
+    def check_update(self, totals: Mapping[str, float], step: int) -> None:
+        """Refuse to train on what was said of an update, given its sums over all processes; most scorers accept all."""
+        return
 
     def untempered(self) -> Scorer:
         """Give the scorer at temperature 1, which evaluations compare with."""
