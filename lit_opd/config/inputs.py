@@ -148,19 +148,15 @@ class TeacherConfig(FrozenConfig):
 
 
 def check_names(teachers: Mapping[str, Any]) -> None:
-    """Refuse names that are no part of a key or of a metric, and what cannot be among several teachers.
+    """Refuse names of teachers that are no part of a key or of a metric, and a student that teaches twice.
 
     Raises:
-        UserError: such a name, several teachers of kind `student`, or one with another tokenizer.
+        UserError: such a name, or several teachers of kind `student`.
     """
     for name in teachers:
         if not re.fullmatch(r"[A-Za-z_][\w-]*", str(name)):
             expected = "names of letters, digits, - and _"
             raise UserError("teachers", expected, repr(name), "Rename it, in data.teacher_column too.")
-        if getattr(teachers[name], "least_aligned", None) is not None:
-            expected = "null for one of several teachers, whose tokens are the student's"
-            found, remedy = teachers[name].least_aligned, "Drop it, or make it the only teacher."
-            raise UserError(f"teachers.{name}.least_aligned", expected, found, remedy)
     own = [name for name, teacher in teachers.items() if getattr(teacher, "kind", None) == "student"]
     if len(own) > 1:
         expected, remedy = "one teacher of kind student at most", "Let data columns fill one template for all rows."

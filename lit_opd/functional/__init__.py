@@ -27,7 +27,7 @@ from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_
 from lit_opd.functional.reductions import masked_mean, token_weights
 from lit_opd.functional.returns import k_step_return, leave_one_out_mean, remaining_mean, return_to_go
 from lit_opd.functional.sampling import draw, law_logps, sample_tokens
-from lit_opd.functional.spans import ends_of_spans, sum_spans
+from lit_opd.functional.span_sums import ends_of_spans, sum_spans
 from lit_opd.functional.support import (
     MASSES,
     SUPPORT_DIVERGENCES,

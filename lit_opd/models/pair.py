@@ -75,17 +75,7 @@ class Pair:
             own |= dict.fromkeys(teachers, teacher_tokenizer)
         self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
         rows = _vocabulary_rows(student, "student")
-        for key, (model, other) in self._frozen.items():
-            if _has_own_tokens(model):
-                check_rows(other, _vocabulary_rows(model, key), key)
-        shared = (
-            shared_vocabulary(
-                tokenizer, other, rows, _vocabulary_rows(model, key), key, _tell_extra(model, tokenizer, other)
-            )
-            for key, (model, other) in self._frozen.items()
-            if not _has_own_tokens(model)
-        )
-        self.vocabulary = min(shared, default=rows)
+        self.vocabulary = _shared_by_all(tokenizer, rows, self._frozen)
         size = estimator.largest_support
         if size > self.vocabulary:
             raise UserError("estimator.kwargs.k", f"at most the vocabulary ({self.vocabulary})", size, "Lower it.")
@@ -216,6 +206,18 @@ def _vocabulary_rows(model: Any, key: str) -> int:
     if isinstance(model, nn.Module):
         return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     return int(read_model_config(model, key).get_text_config().vocab_size)
+
+
+def _shared_by_all(tokenizer: Any, rows: int, frozen: Mapping[str, tuple[Any, Any]]) -> int:
+    """Count the ids that the student shares with all models that are compared with it id by id."""
+    shared = [rows]
+    for key, (model, other) in frozen.items():
+        if _has_own_tokens(model):
+            check_rows(other, _vocabulary_rows(model, key), key)
+        else:
+            extra = _tell_extra(model, tokenizer, other)
+            shared.append(shared_vocabulary(tokenizer, other, rows, _vocabulary_rows(model, key), key, extra))
+    return min(shared)
 
 
 def _tell_extra(model: Any, tokenizer: Any, other: Any) -> str:

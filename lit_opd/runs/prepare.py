@@ -83,19 +83,19 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
     )  # fmt: skip
     data.setup("fit")
     if config.teacher.least_aligned is not None and not config.teachers:
-        _check_share(config, data, config.teacher.least_aligned)
+        _check_share(data, config.teacher.least_aligned)
     if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
         data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data
 
 
-def _check_share(config: Config, data: PromptDataModule, least: float) -> None:
+def _check_share(data: PromptDataModule, least: float) -> None:
     """Hold the data's own texts to the share of exactly aligned tokens that the run accepts."""
-    rows = data.train_prompts.rows[:PROBED]
-    columns = [name for name in (config.data.prompt_column, config.data.answer_column) if name is not None]
-    texts = [str(row[name]) for row in rows for name in columns if isinstance(row.get(name), str)]
-    share = TextSpans(data.tokenizer, load_tokenizer(config.teacher, "teacher")).share(texts)
+    assert data.shown is not None
+    rows, columns = data.train_prompts.rows[:PROBED], (data.config.prompt_column, data.config.answer_column)
+    texts = [row[name] for row in rows for name in columns if name and isinstance(row.get(name), str)]
     if texts:
+        share = TextSpans(data.tokenizer, data.shown["teacher"]["tokenizer"]).share(texts)
         check_share(share, least, f"the first {len(rows)} rows of the data")
 
 

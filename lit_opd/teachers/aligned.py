@@ -90,10 +90,10 @@ class AlignedScorer(Scorer):
     def _align(self, rollout: Rollout) -> list[Aligned]:
         """Align every row, with numbers of spans that no other row has, and -1 for spans that do not count."""
         rows, before = [], 0
-        stops = (rollout.finish_B == FinishReason.STOP).tolist()
-        for ids_T, real_T, mask_T, stopped in zip(rollout.ids_BT, rollout.real_BT, rollout.mask_BT, stops, strict=True):
-            row = self.text.align(ids_T[real_T].tolist(), stopped)
-            counted = mask_T[real_T].tolist()
+        lengths = rollout.real_BT.sum(1).tolist()
+        values = (rollout.ids_BT.tolist(), rollout.mask_BT.tolist(), lengths, rollout.finish_B.tolist())
+        for ids, mask, length, finish in zip(*values, strict=True):
+            row, counted = self.text.align(ids[:length], finish == FinishReason.STOP), mask[:length]
             out = {-1} | {number for number, counts in zip(row.spans, counted, strict=True) if not counts}
             spans, others = (
                 [-1 if number in out else number + before for number in numbers]

@@ -82,6 +82,9 @@ def _one_of(name: str, teacher: Any, student: Any, tokenizer: Any) -> Scorer | N
         if first != "teacher":
             raise
         raise UserError(f"teachers.{name}{dot}{rest}", error.expected, error.found, error.remedy) from error
+    if isinstance(scorer, AlignedScorer):
+        expected = "a teacher that reads the student's tokens, as one of several"
+        raise UserError(f"teachers.{name}", expected, "one with another tokenizer", "Make it the only teacher.")
     if scorer is not None and isinstance(teacher, TeacherConfig):
         scorer.name = f"teachers.{name}"
     return scorer

@@ -73,7 +73,7 @@ class Scorer(Protocol):
         return [self.score(rollout, wanted) for rollout in rollouts]
 
     def check_update(self, totals: Mapping[str, float], step: int) -> None:
-        """Refuse to train on what was said of an update, given its sums over all processes; most scorers accept all."""
+        """Refuse to make an update that was scored badly, as its sums over all processes tell. Most accept all."""
         return
 
     def untempered(self) -> Scorer:

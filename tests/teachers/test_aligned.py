@@ -336,7 +336,7 @@ def test_what_spans_cannot_do_is_refused(keys, name, more, message, teacher, mak
 
 
 def test_one_of_several_teachers_has_the_students_tokens(teacher, make_model, make_module):
-    with pytest.raises(UserError, match=r"teachers\.a\.least_aligned: expected null for one of several teachers"):
+    with pytest.raises(UserError, match=r"teachers\.a: expected a teacher that reads the student's tokens, as one of"):
         make_module(make_model(1), None, "token", teachers={"a": teacher(), "b": make_model(2)})
 
 
