@@ -27,7 +27,6 @@ from lit_opd.functional.ratios import banded_ratio, importance_ratio, one_sided_
 from lit_opd.functional.reductions import masked_mean, token_weights
 from lit_opd.functional.returns import k_step_return, leave_one_out_mean, remaining_mean, return_to_go
 from lit_opd.functional.sampling import draw, law_logps, sample_tokens
-from lit_opd.functional.span_sums import ends_of_spans, sum_spans
 from lit_opd.functional.support import (
     MASSES,
     SUPPORT_DIVERGENCES,
@@ -54,7 +53,6 @@ __all__ = [
     "chunks",
     "compute_dtype",
     "draw",
-    "ends_of_spans",
     "entropy",
     "forward_kl",
     "head_logits",
@@ -80,7 +78,6 @@ __all__ = [
     "sample_tokens",
     "skew_forward_kl",
     "skew_reverse_kl",
-    "sum_spans",
     "support_divergence",
     "support_mass",
     "todi",

@@ -4,8 +4,7 @@ Estimators of the `token` family are evaluated inside the head's chunks, where l
 sequences: for them a first pass over the head, without gradient, gives log-probabilities [B, T]; differentiating their
 loss with respect to these gives one coefficient a token, and the second pass applies coefficient x log p(y_t). The same
 first pass gives the weights of terms that have them. Both kinds meet in one loop over chunks, so a mix projects no more
-often than its most expensive term. Beside a teacher that reads other tokens every estimator takes the first pass, and
-sees a span of text as one token.
+often than its most expensive term.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lit_opd.estimators import BoundEstimator, Term, any_clipped
 from lit_opd.estimators.asking import ask, ask_factors
 from lit_opd.estimators.needs import Seen, fill, needs_of
 from lit_opd.estimators.topk import support_logps
-from lit_opd.functional import Head, ends_of_spans, merge_ids, position_losses, sum_spans, support_mass
+from lit_opd.functional import Head, merge_ids, position_losses, support_mass
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
 from lit_opd.objective.counted import CountedPositions
@@ -131,50 +130,25 @@ def _spread_terms(
     # What learns from the student's samples must not take demonstrations for some.
     own_mask_BT = micro.rollout.own_mask_BT
     own_N, ones_N = own_mask_BT[mask_BT].to(zeros_N.dtype), torch.ones_like(zeros_N)
-    spans_N = positions.teacher.spans_N
-    if spans_N is None and all(term.is_local and term.weighting is None for term in estimator.terms):
+    if all(term.is_local and term.weighting is None for term in estimator.terms):
         local = [(term, own_N if term.estimator.spec.on_policy else ones_N) for term in estimator.terms]
         return _Spread(zeros_N.sum(), zeros_N, zeros_N, None, local)
     tokens = sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
-    leaf_BT, local, clips = tokens.student_logps_BT, [], []
+    local, clips = [], []
     with torch.enable_grad():
-        if spans_N is not None:
-            tokens = _by_spans(tokens, spans_N)
-        kl_BT = torch.zeros_like(leaf_BT)
-        value = 0.0 * leaf_BT.sum()  # so that it can be differentiated, whatever the terms are
+        kl_BT = torch.zeros_like(tokens.student_logps_BT)
+        value = 0.0 * tokens.student_logps_BT.sum()  # so that it can be differentiated, whatever the terms are
         for term in estimator.terms:
-            seen_BT = tokens.mask_BT & own_mask_BT if term.estimator.spec.on_policy else tokens.mask_BT
-            seen = replace(tokens, mask_BT=seen_BT)
-            if term.is_local and spans_N is None:
+            seen = replace(tokens, mask_BT=own_mask_BT) if term.estimator.spec.on_policy else tokens
+            if term.is_local:
                 local.append((term, torch.where(seen.mask_BT, ask_factors(term, seen), 0.0)[mask_BT]))
                 continue
             estimate = ask(term.estimator, seen).weighted(ask_factors(term, seen))
             counted_BT = torch.where(seen.mask_BT, estimate.loss_BT, 0.0)
             value, kl_BT = value + term.weight * (weights_BT * counted_BT).sum(), kl_BT + term.weight * estimate.kl_BT
             clips.append(None if estimate.clipped_BT is None else (estimate.clipped_BT & seen.mask_BT)[mask_BT])
-    (coefficients_BT,) = torch.autograd.grad(value, leaf_BT)
-    kl_N = torch.where(tokens.mask_BT, kl_BT, 0.0)[mask_BT].detach()
-    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_N, any_clipped(clips), local)
-
-
-def _by_spans(tokens: TokenBatch, spans_N: Tensor) -> TokenBatch:
-    """Make every span of text one token: log-probabilities are sums, which stand and count at its last token alone.
-
-    What an estimator does with a token, it then does with the span, as one action: its log-ratio, importance ratio
-    and return are those of the span, and its gradient reaches all tokens of it.
-    """
-    mask_BT = tokens.mask_BT
-
-    def summed(values_BT: Tensor) -> Tensor:
-        return torch.zeros_like(values_BT).masked_scatter(mask_BT, sum_spans(values_BT[mask_BT], spans_N))
-
-    ends_BT = torch.zeros_like(mask_BT).masked_scatter(mask_BT, ends_of_spans(spans_N))
-    reference_BT = tokens.reference_logps_BT
-    return replace(
-        tokens, mask_BT=ends_BT, student_logps_BT=summed(tokens.student_logps_BT),
-        teacher_logps_BT=summed(tokens.teacher_logps_BT), sampler_logps_BT=summed(tokens.sampler_logps_BT),
-        reference_logps_BT=None if reference_BT is None else summed(reference_BT),
-    )  # fmt: skip
+    (coefficients_BT,) = torch.autograd.grad(value, tokens.student_logps_BT)
+    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach(), any_clipped(clips), local)
 
 
 @torch.no_grad()

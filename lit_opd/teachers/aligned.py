@@ -1,13 +1,15 @@
 """Score with a teacher that has another tokenizer, by the spans of text that both tokenizers delimit.
 
-Where the log-ratio of a span goes: log p(span) - log q(span) is one number for all tokens of a span, so that the
-objective makes the span one action (`objective.loss`). Estimators that weigh score functions by an unbiased cost, which
-is linear in the teacher's log-probability, are then those of a student that writes spans. All others are refused:
-the teacher's probabilities of the student's spans do not sum to 1, for it could spell a text in other tokens as well.
+Where the teacher's log-probability of a span goes: to the token of the student that decides the span, which may be
+later than its last. A return from any token on then leaves out what was settled before it and nothing else, so that the
+undiscounted score-function estimators are exact for the reverse KL of whole completions. Charged at its own tokens, a
+span would not cost the token that decided it: by `token` a student learns to cut numbers short, as the teacher finds
+what follows a short number probable. All estimators but those of whole completions are therefore refused.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,8 +19,6 @@ from torch import Tensor
 
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
-from lit_opd.functional import ends_of_spans, sum_spans
-from lit_opd.teachers.combined import is_exact
 from lit_opd.teachers.scorer import TOKEN, Scorer, Wanted
 from lit_opd.teachers.spans import Aligned, TextSpans
 from lit_opd.types import FinishReason, Prompts, Rollout, Scores
@@ -65,6 +65,9 @@ class AlignedScorer(Scorer):
     def score_each(self, rollouts: Sequence[Rollout], wanted: Wanted) -> list[Scores]:
         """Score several micro-batches, span by span. A span counts where all of its tokens do.
 
+        A token has the log-probabilities of the spans that it decides, or 0. One in no span that counts has the
+        sampler's, so that it costs nothing.
+
         Raises:
             UserError: a row longer than the teacher's context, or prompts that are not in the teacher's tokens.
         """
@@ -88,19 +91,14 @@ class AlignedScorer(Scorer):
         return self.inner
 
     def _align(self, rollout: Rollout) -> list[Aligned]:
-        """Align every row, with numbers of spans that no other row has, and -1 for spans that do not count."""
-        rows, before = [], 0
-        lengths = rollout.real_BT.sum(1).tolist()
-        values = (rollout.ids_BT.tolist(), rollout.mask_BT.tolist(), lengths, rollout.finish_B.tolist())
-        for ids, mask, length, finish in zip(*values, strict=True):
-            row, counted = self.text.align(ids[:length], finish == FinishReason.STOP), mask[:length]
-            out = {-1} | {number for number, counts in zip(row.spans, counted, strict=True) if not counts}
-            spans, others = (
-                [-1 if number in out else number + before for number in numbers]
-                for numbers in (row.spans, row.teacher_spans)
-            )
-            before += 1 + max(row.spans, default=-1)
-            rows.append(Aligned(row.ids, spans, others))
+        """Align every row, with -1 for spans that do not count, of which a token is not counted."""
+        values = (rollout.ids_BT.tolist(), rollout.mask_BT.tolist(), rollout.real_BT.sum(1).tolist())
+        rows = []
+        for ids, mask, length, finish in zip(*values, rollout.finish_B.tolist(), strict=True):
+            row = self.text.align(ids[:length], finish == FinishReason.STOP)
+            out = {-1} | {number for number, counts in zip(row.spans, mask[:length], strict=True) if not counts}
+            spans, others = ([-1 if n in out else n for n in numbers] for numbers in (row.spans, row.teacher_spans))
+            rows.append(row._replace(spans=spans, teacher_spans=others))
         return rows
 
     def _written(self, rollout: Rollout, rows: Sequence[Aligned]) -> Rollout:
@@ -131,35 +129,38 @@ class AlignedScorer(Scorer):
 
 
 def _by_tokens(rollout: Rollout, rows: Sequence[Aligned], scores: Scores) -> Scores:
-    """Give the teacher's log-probability of each span to the tokens of the student."""
+    """Give the teacher's log-probabilities to the tokens of the student that decide them."""
     assert scores.logps_N is not None
-    device, mask_BT = scores.logps_N.device, rollout.mask_BT
-    counted = [t for real_T, mask_T in zip(rollout.real_BT, mask_BT, strict=True) for t in mask_T[real_T].tolist()]
-
-    def counts(values: list[int] | list[bool]) -> Tensor:
-        return torch.tensor([value for value, counts in zip(values, counted, strict=True) if counts], device=device)
-
-    spans_N = counts([number for row in rows for number in row.spans]).long()
-    aligned_N = counts([exact for row in rows for exact in row.exact]).bool()
-    others_M = torch.tensor([n for row in rows for n in row.teacher_spans if n >= 0], device=device, dtype=torch.long)
-    ends_N, teacher_M = ends_of_spans(spans_N), sum_spans(scores.logps_N, others_M)[ends_of_spans(others_M)]
-    sampler_N = rollout.sampler_logps_BT[mask_BT].to(teacher_M.dtype)
-    rest_N = sampler_N - sum_spans(sampler_N, spans_N)  # at an end: minus what the tokens before it have
-    logps_N = torch.where(ends_N, torch.zeros_like(rest_N).masked_scatter(ends_N, teacher_M) + rest_N, sampler_N)
-    return Scores(logps_N, spans_N=spans_N, aligned_N=aligned_N)
+    device, charged = scores.logps_N.device, list[int]()
+    lost, exact = list[bool](), list[bool]()
+    for row, mask in zip(rows, rollout.mask_BT.tolist(), strict=True):
+        counted = [index for index, counts in enumerate(mask) if counts]
+        for number in row.teacher_spans:
+            if number >= 0:  # at the first counted token that is not before the one that decides
+                later = bisect_left(counted, row.decided[number])
+                charged.append(len(lost) + min(later, len(counted) - 1))
+        row_exact = row.exact
+        lost.extend([row.spans[index] < 0 for index in counted])
+        exact.extend([row_exact[index] for index in counted])
+    sampler_N = rollout.sampler_logps_BT[rollout.mask_BT].to(scores.logps_N.dtype)
+    lost_N = torch.tensor(lost, dtype=torch.bool, device=device)
+    charged_M = torch.tensor(charged, dtype=torch.long, device=device)
+    logps_N = torch.where(lost_N, sampler_N, 0.0).index_add(0, charged_M, scores.logps_N)
+    return Scores(logps_N, aligned_N=torch.tensor(exact, dtype=torch.bool, device=device))
 
 
 def check_spans(estimator: BoundEstimator) -> None:
-    """Refuse estimators that are not those of a student that writes spans.
+    """Refuse estimators that do not sum costs over all later tokens.
 
     Raises:
-        UserError: a term that is not unbiased for the reverse KL.
+        UserError: a term that is not unbiased for the reverse KL of whole completions.
     """
     for term in estimator.terms:
-        if not is_exact(term):
-            expected = "an unbiased estimator of the reverse KL for a teacher with another tokenizer, whose spans of "
-            expected += "text are actions"
-            raise UserError("estimator.name", expected, f"{term.estimator.spec.name!r}", "Set estimator.name=token.")
+        contract = term.estimator.contract
+        if term.weighting is not None or not contract.unbiased or contract.target != "sequence_reverse_kl":
+            expected = "an unbiased estimator of the reverse KL of whole completions, for a teacher with another "
+            expected += "tokenizer, whose tokens later ones of the student decide"
+            raise UserError("estimator.name", expected, f"{term.estimator.spec.name!r}", "Set estimator.name=sequence.")
 
 
 def check_share(share: float, least: float, where: str, key: str = "teacher") -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lit_opd.errors import UserError
-from lit_opd.estimators import BoundEstimator, Term
+from lit_opd.estimators import BoundEstimator
 from lit_opd.functional import log_softmax
 from lit_opd.teachers.scorer import Wanted
 from lit_opd.types import Distributions, Scores
 
-__all__ = ["Combined", "Interleaved", "check_product", "combine", "interleave", "is_exact"]
+__all__ = ["Combined", "Interleaved", "check_product", "combine", "interleave"]
 
 EXACT = ("reverse_kl", "sequence_reverse_kl")  # targets that are linear in the teacher's log-probabilities
 
@@ -148,12 +148,6 @@ def combine(
     return Scores(logps_N, support_ids_NK, support_logps_NK)
 
 
-def is_exact(term: Term) -> bool:
-    """Tell whether a term estimates the reverse KL without bias, so that it is linear in the teacher's log q."""
-    contract = term.estimator.contract
-    return term.weighting is None and contract.unbiased and contract.target in EXACT
-
-
 def check_product(estimator: BoundEstimator) -> None:
     """Refuse estimators for which a product of teachers is not the weighted sum of their KLs.
 
@@ -166,7 +160,8 @@ def check_product(estimator: BoundEstimator) -> None:
         UserError: the estimator, or a term of it, is another.
     """
     for term in estimator.terms:
-        if not is_exact(term):
+        contract = term.estimator.contract
+        if term.weighting is not None or not contract.unbiased or contract.target not in EXACT:
             expected = "an unbiased estimator of the reverse KL, for which a product of teachers is a sum of KLs"
             found = f"{term.estimator.spec.name!r}"
             raise UserError("teachers_combined", expected, found, "Set it to mixture, or estimator.name=token.")

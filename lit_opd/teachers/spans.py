@@ -1,8 +1,9 @@
 """Align the tokens of two tokenizers by the spans of text that both of them delimit.
 
 A completion's text is written again in the teacher's tokens. Where a token of the student and one of the teacher end at
-the same character, both are cut: what lies between two cuts is a span. `AlignedScorer` and the check before a run read
-the spans.
+the same character, both are cut: what lies between two cuts is a span. Whether a cut is one may depend on text after
+it: a teacher with a token `98` has a cut behind `9` only if no `8` follows. So a span is decided by a later token.
+`AlignedScorer` and the check before a run read the spans.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ class Aligned(NamedTuple):
         ids: the teacher's tokens.
         spans: the number of the span that each of the student's tokens is in, -1 for none.
         teacher_spans: the same of the teacher's tokens.
+        decided: by the number of a span, the index of the student's token from which on no text can change it.
     """
 
     ids: list[int]
     spans: list[int]
     teacher_spans: list[int]
+    decided: dict[int, int]
 
     @property
     def exact(self) -> list[bool]:
@@ -85,7 +88,7 @@ class TextSpans:
             ids: the student's tokens.
             stopped: whether the last of them ended the completion.
         """
-        found = Aligned([], [], [])
+        found = Aligned([], [], [], {})
         text = ids[:-1] if stopped else ids
         for special, run in groupby(text, key=lambda index: index in self._special):
             if special:
@@ -95,7 +98,8 @@ class TextSpans:
                 self._add_text(found, list(run))
         if stopped:
             _add_token(found, self.end(ids[-1]))
-        return found
+        last = len(ids) - 1
+        return found._replace(decided={number: min(index, last) for number, index in found.decided.items()})
 
     def share(self, texts: Sequence[str]) -> float:
         """Compute the share of the student's tokens of texts that are exactly aligned."""
@@ -117,6 +121,10 @@ class TextSpans:
         spans, teacher_spans = _numbers(own, shared, first), _numbers(theirs, shared, first)
         unknown = {number for number, index in zip(teacher_spans, others, strict=True) if self._is_unknown(index)}
         unscored = unknown | (set(spans) - set(teacher_spans))
+        before = len(found.spans)
+        for number, cut in zip(teacher_spans, theirs, strict=True):
+            if cut in shared:
+                found.decided[number] = before + _token_at(own, _decided_at(self.teacher, text, cut))
         found.ids.extend(others)
         found.spans.extend(-1 if number in unscored else number for number in spans)
         found.teacher_spans.extend(-1 if number in unscored else number for number in teacher_spans)
@@ -161,9 +169,29 @@ def _numbers(cuts: Sequence[int | None], shared: set[int | None], first: int) ->
     return numbers
 
 
+def _decided_at(tokenizer: Any, text: str, cut: int | None) -> int | None:
+    """Find how many characters have to be known for a cut to stay: all of the next word, and one behind it.
+
+    Words are what the tokenizer splits a text into before it merges anything. With the usual patterns one character
+    behind a word settles it, but for white space, which goes on with the word behind it. None where later text may
+    still change the cut, as it may without such words.
+    """
+    words = tokenizer.backend_tokenizer.pre_tokenizer
+    found = words.pre_tokenize_str(text) if words is not None else []
+    later = [end for _, (start, end) in found if cut is not None and end >= cut and not text[start:end].isspace()]
+    return later[1] + 1 if len(later) > 1 else None
+
+
+def _token_at(cuts: Sequence[int | None], end: int | None) -> int:
+    """Find the token that reaches a character, the one behind all where the end is None."""
+    reached = (index for index, cut in enumerate(cuts) if end is not None and cut is not None and cut >= end)
+    return next(reached, len(cuts))
+
+
 def _add_token(found: Aligned, index: int | None) -> None:
     """Add a token that is a span of its own, or one of the student's that the teacher does not have."""
     number = -1 if index is None else 1 + max(found.spans, default=-1)
+    found.decided[number] = len(found.spans)
     found.spans.append(number)
     if index is not None:
         found.ids.append(index)

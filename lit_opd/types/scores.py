@@ -42,17 +42,14 @@ class Scores:
         support_ids_NK: the scorer's K most probable tokens at each position, the most probable first.
         support_logps_NK: their log-probabilities under the full softmax.
         full: distributions over the whole vocabulary.
-        spans_N: the number of the text span that each token is in, -1 for none, of a scorer that reads other tokens;
-            None where it reads the student's. What it knows is the sum of `logps_N` over a span: all tokens but the
-            last have the sampler's log-probability there, and the last has the rest.
-        aligned_N: True where one token of the scorer spells exactly this one; None with `spans_N`.
+        aligned_N: of a scorer that reads other tokens, True where one of them spells exactly this one; else None. Its
+            `logps_N` are then right as sums over all later tokens alone.
     """
 
     logps_N: Tensor | None = None
     support_ids_NK: Tensor | None = None
     support_logps_NK: Tensor | None = None
     full: Distributions | None = None
-    spans_N: Tensor | None = None
     aligned_N: Tensor | None = None
 
     def __getitem__(self, index: Tensor | slice) -> Scores:

@@ -1,5 +1,6 @@
 """A teacher with another tokenizer: its gradient by enumeration, and the scorer against texts scored alone."""
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
@@ -17,7 +18,7 @@ from lit_opd.data import pad_left
 from lit_opd.errors import LintWarning, UserError
 from lit_opd.estimators import registry
 from lit_opd.estimators.oracle import laws
-from lit_opd.functional import Head, ends_of_spans, sum_spans
+from lit_opd.functional import Head
 from lit_opd.models import LanguageModel
 from lit_opd.objective import student_loss
 from lit_opd.runs.prepare import check_local_teacher, prepare_data
@@ -27,23 +28,23 @@ from lit_opd.types import FinishReason, Prompts, SamplingLaw, ScoredRollout
 
 HORIZON = 4
 OWN, THEIRS = ["<eos>", "<unk>", "a", "b", "c"], ["c", "<unk>", "b", "<eos>", "ab", "ac", "a"]
-EOS, A = OWN.index("<eos>"), OWN.index("a")
-SPANS = TextSpans(word_tokenizer(OWN), word_tokenizer(THEIRS, "a[bc]|."))
+EOS = OWN.index("<eos>")
 
 
 class Law:
     """A model that is a table: the logits of what comes after every beginning of a completion."""
 
-    def __init__(self, size, seed, allowed=lambda beginning, index: True):
-        self.size, self.allowed = size, allowed
+    def __init__(self, size, seed):
+        self.size = size
         self.random = torch.Generator().manual_seed(seed)
         self.logits = {}
 
     def at(self, beginning):
         if beginning not in self.logits:
             logits_V = torch.randn(self.size, generator=self.random, dtype=torch.float64)
-            ruled_out = torch.tensor([not self.allowed(beginning, index) for index in range(self.size)])
-            self.logits[beginning] = logits_V.masked_fill(ruled_out, -1e4).requires_grad_()
+            if self.size == len(OWN):
+                logits_V[OWN.index("<unk>")] = -1e4
+            self.logits[beginning] = logits_V.requires_grad_()
         return self.logits[beginning]
 
     def logp(self, ids):
@@ -60,27 +61,17 @@ class Law:
     precision = evaluating
 
 
-def decided(beginning, index):
-    """Rules out what would decide, after the fact, that an `a` is a token of the teacher: only `b` or `c` follows."""
-    return index != OWN.index("<unk>") and (beginning[-1:] != (A,) or OWN[index] in "bc")
-
-
-def undecided(beginning, index):
-    return index != OWN.index("<unk>")
-
-
-def completions(student):
+def completions():
     """Every completion, with a stop or cut at the horizon."""
-    allowed = range(len(OWN))
+    letters = [index for index, token in enumerate(OWN) if token != "<unk>"]
     for length in range(1, HORIZON + 1):
-        for ids in product(allowed, repeat=length):
-            whole = EOS in ids[:-1] or (ids[-1] != EOS and length < HORIZON)
-            if not whole and all(student.allowed(ids[:t], index) for t, index in enumerate(ids)):
+        for ids in product(letters, repeat=length):
+            if EOS not in ids[:-1] and (ids[-1] == EOS or length == HORIZON):
                 yield list(ids)
 
 
 def make_rollout(student):
-    rows = list(completions(student))
+    rows = list(completions())
     lengths_B1 = torch.tensor([[len(ids)] for ids in rows])
     ids_BT = torch.tensor([ids + [0] * (HORIZON - len(ids)) for ids in rows])
     real_BT = torch.arange(HORIZON) < lengths_B1
@@ -95,9 +86,8 @@ def make_rollout(student):
 def expected_gradient(estimator, student, teacher):
     """The mean gradient over all completions, each as probable as it is, in the order of the student's beginnings."""
     rollout = make_rollout(student)
-    scorer = AlignedScorer(SPANS, 0.0, LocalScorer(teacher, 3))
     reference = LocalScorer(Law(len(OWN), 7), 3, "reference").score(rollout, wanted_by(estimators.build("token")))
-    scores = {"teacher": scorer.score(rollout, wanted_by(estimator)), "reference": reference}
+    scores = {"teacher": teacher.score(rollout, wanted_by(estimator)), "reference": reference}
     probability_B1 = rollout.sampler_logps_BT.sum(1, keepdim=True).exp()
     assert float(probability_B1.sum()) == pytest.approx(1, abs=1e-12)
     weights_BT = rollout.mask_BT * probability_B1
@@ -111,50 +101,19 @@ def gradient(loss, student):
     return torch.stack([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)])
 
 
-def in_theirs(ids):
-    """The teacher's tokens of a completion, by the rules of its language alone."""
-    text, found = "".join(OWN[i] for i in ids if i != EOS), []
-    while text:
-        size = 2 if text[:2] in THEIRS else 1
-        found.append(THEIRS.index(text[:size]))
-        text = text[size:]
-    return found + [THEIRS.index("<eos>")] * (ids[-1] == EOS)
+def in_theirs(ids, tokens, pattern):
+    """The teacher's tokens of a completion."""
+    words = re.findall(pattern, "".join(OWN[i] for i in ids if i != EOS))
+    return [tokens.index(word) for word in [*words, *["<eos>"] * (ids[-1] == EOS)]]
 
 
-def kl_of_completions(student, teacher):
+def kl_of_completions(student, teacher, tokens, pattern):
     """The reverse KL between completions, the teacher's in its own tokens."""
     terms = []
-    for ids in completions(student):
+    for ids in completions():
         logp = student.logp(ids)
-        terms.append(logp.exp() * (logp - teacher.logp(in_theirs(ids)).detach()))
+        terms.append(logp.exp() * (logp - teacher.logp(in_theirs(ids, tokens, pattern)).detach()))
     return torch.stack(terms).sum()
-
-
-def kl_of_spans(student, teacher):
-    """The reverse KL of the next span, at every beginning of one, each as often as it is reached."""
-    total = torch.zeros((), dtype=torch.float64)
-    waiting = [[]]
-    while waiting:
-        start = waiting.pop()
-        before = in_theirs(start) if start else []
-        reached = student.logp(start).exp().detach() if start else 1.0
-        for ids in spans_after(start, student):
-            logp = student.logp(start + ids) - (student.logp(start) if start else 0)
-            other = teacher.logp(in_theirs(start + ids)) - (teacher.logp(before) if before else 0)
-            total = total + reached * logp.exp() * (logp - other.detach())
-            if len(start + ids) < HORIZON and ids[-1] != EOS:
-                waiting.append(start + ids)
-    return total
-
-
-def spans_after(start, student):
-    for index in range(len(OWN)):
-        if not student.allowed(tuple(start), index):
-            continue
-        if index != A or len(start) + 1 == HORIZON:
-            yield [index]
-        else:
-            yield from ([A, OWN.index(letter)] for letter in "bc")
 
 
 def exact_for_spans():
@@ -175,26 +134,20 @@ def passes(estimator):
 
 
 @pytest.mark.parametrize("estimator", exact_for_spans())
-def test_the_expected_gradient_is_that_of_the_divergence_between_spans(estimator):
-    student, teacher = Law(len(OWN), 1, decided), Law(len(THEIRS), 2)
-    found = expected_gradient(estimator, student, teacher)
-    whole = estimator.contract.target == "sequence_reverse_kl"
-    expected = gradient((kl_of_completions if whole else kl_of_spans)(student, teacher), student)
+@pytest.mark.parametrize("pattern", ["a[bc]|.", "aa|.", "ab|b+|."])
+def test_the_expected_gradient_is_that_of_the_divergence_between_completions(pattern, estimator):
+    """Though what follows an `a` decides whether it is a token of the teacher."""
+    teacher_tokens = sorted({*THEIRS, "aa", "bb", "bbb", "bbbb"})
+    student, teacher = Law(len(OWN), 1), Law(len(teacher_tokens), 2)
+    text = TextSpans(word_tokenizer(OWN), word_tokenizer(teacher_tokens, pattern))
+    found = expected_gradient(estimator, student, AlignedScorer(text, 0.0, LocalScorer(teacher, 3)))
+    expected = gradient(kl_of_completions(student, teacher, teacher_tokens, pattern), student)
     close(found, expected, atol=1e-10)
     assert float(expected.norm()) > 1e-2
 
 
 def test_all_that_is_let_pass_was_tried():
-    names = {case.values[0].spec.name for case in exact_for_spans()}
-    assert {"token", "k2_loss", "sequence", "leave_one_out", "importance_reverse_kl", "ppo_reverse_kl"} <= names
-
-
-def test_a_cut_that_a_later_token_decides_costs_the_return_its_exactness():
-    """A limit that the documents tell: what follows an `a` decides whether it is a span, and pays for it no more."""
-    student, teacher = Law(len(OWN), 1, undecided), Law(len(THEIRS), 2)
-    found = expected_gradient(estimators.build("sequence"), student, teacher)
-    expected = gradient(kl_of_completions(student, teacher), student)
-    assert 1e-3 < float((found - expected).norm() / expected.norm()) < 0.5
+    assert {case.values[0].spec.name for case in exact_for_spans()} == {"sequence", "leave_one_out", "hybrid"}
 
 
 TOKENS = ["<end>", "<unk>", *map("".join, product("0123456789", repeat=2)), *reversed(CHARACTERS)]
@@ -229,34 +182,47 @@ def rollout(make_model, make_batch, sample, their_tokenizer):
     return found.uncount(found.ids_BT == 7)
 
 
-def test_a_span_has_the_log_probability_that_the_teacher_alone_gives_its_text(
+def test_all_tokens_of_the_teacher_are_charged_once_as_it_scores_them_alone(
     rollout, their_model, their_tokenizer, tiny_tokenizer
 ):
     text = TextSpans(tiny_tokenizer, their_tokenizer)
     scorer = AlignedScorer(text, 0.5, LocalScorer(LanguageModel(their_model, their_tokenizer, "teacher"), 3))
-    first, *rest = [torch.tensor(part) for part in ([0, 3], [1, 2, 4, 5, 6, 7, 8, 9])]
-    parts = [rollout.rows(part) for part in (first, *rest)]
-    lengths = []
+    parts = [rollout.rows(torch.tensor(part)) for part in ([0, 3], [1, 2, 4, 5, 6, 7, 8, 9])]
+    kept = lost = 0
     for part, scores in zip(parts, scorer.score_each(parts, Wanted()), strict=True):
-        sums = sum_spans(scores.logps_N, scores.spans_N)[ends_of_spans(scores.spans_N)].tolist()
-        expected = []
+        charged_BT = torch.zeros(part.mask_BT.shape).masked_scatter(part.mask_BT, scores.logps_N)
         for row in range(len(part)):
             ids = part.ids_BT[row][part.real_BT[row]].tolist()
             found = text.align(ids, bool(part.finish_B[row] == FinishReason.STOP))
             prompt = part.shown["teacher"].ids_BP[row][part.shown["teacher"].mask_BP[row]].tolist()
             logps = their_model(torch.tensor([[*prompt, *found.ids]])).logits[0].log_softmax(-1)
-            for number in range(max(found.spans) + 1):
-                own = [t for t, n in enumerate(found.spans) if n == number]
-                if part.mask_BT[row][own].all():
-                    places = [len(prompt) + t for t, n in enumerate(found.teacher_spans) if n == number]
-                    expected.append(sum(logps[t - 1, found.ids[t - len(prompt)]].item() for t in places))
-                    lengths.append(len(own))
-        assert sums == pytest.approx(expected, abs=1e-4)
-        ends_N = ends_of_spans(scores.spans_N)  # the others have what the sampler recorded, so that they cost nothing
-        sampler_N = part.sampler_logps_BT[part.mask_BT]
-        assert torch.equal(scores.logps_N[~ends_N], sampler_N[~ends_N])
-    assert {1, 2} <= set(lengths)
-    assert (rollout.ids_BT == 7).any()
+            mask = part.mask_BT[row].tolist()
+            holes = {-1} | {n for n, counts in zip(found.spans, mask, strict=False) if not counts}
+            alone = [
+                logps[len(prompt) + t - 1, found.ids[t]] for t, n in enumerate(found.teacher_spans) if n not in holes
+            ]
+            # What is left of a span with a hole costs nothing.
+            left = [part.sampler_logps_BT[row][t] for t, n in enumerate(found.spans) if n in holes and mask[t]]
+            expected, kept, lost = float(sum(alone) + sum(left)), kept + len(alone), lost + len(left)
+            assert charged_BT[row].sum().item() == pytest.approx(expected, abs=1e-4)
+    assert kept > 20
+    assert lost
+
+
+def test_with_the_students_tokenizer_a_row_has_the_plain_teachers_log_probability(
+    make_model, make_batch, sample, tiny_tokenizer
+):
+    """Of a row, not of its tokens: each is charged where later ones can no longer change it."""
+    batch = make_batch()
+    rollout = sample(make_model(1), batch._replace(shown={"teacher": batch.prompts}), SamplingLaw(), 2)
+    inner = LocalScorer(LanguageModel(make_model(2), tiny_tokenizer, "teacher"), 3)
+    plain = inner.score(rollout, Wanted())
+    found = AlignedScorer(TextSpans(tiny_tokenizer, tiny_tokenizer), 1.0, inner).score(rollout, Wanted())
+    assert found.aligned_N.all()
+    sums = [
+        torch.zeros(rollout.mask_BT.shape).masked_scatter(rollout.mask_BT, s.logps_N).sum(1) for s in (found, plain)
+    ]
+    close(*sums, atol=1e-4)
 
 
 def test_a_served_teacher_is_the_local_one(rollout, their_model, their_tokenizer, their_folder, tiny_tokenizer):
@@ -269,7 +235,7 @@ def test_a_served_teacher_is_the_local_one(rollout, their_model, their_tokenizer
         served = own_scorer(section, "", tiny_tokenizer)
         found, expected = (one.score(rollout, Wanted()) for one in (served, AlignedScorer(text, 0.5, inner)))
     close(found.logps_N, expected.logps_N, atol=1e-4)
-    assert torch.equal(found.spans_N, expected.spans_N)
+    assert torch.equal(found.aligned_N, expected.aligned_N)
 
 
 @pytest.fixture
@@ -279,7 +245,7 @@ def teacher(their_folder):
 
 def test_training_and_evaluation_compare_spans(teacher, make_model, make_module, fit, make_data, make_trainer):
     with pytest.warns(LintWarning, match=r"without the teacher's whole distributions, val/\* has no reverse_kl"):
-        module = make_module(make_model(1), teacher(prompt="{prompt}1="), "token", rollout={"max_new_tokens": 14})
+        module = make_module(make_model(1), teacher(prompt="{prompt}1="), "sequence", rollout={"max_new_tokens": 14})
     record = fit(module, 2)
     found = {name: float(value) for name, value in record.metrics[0].items()}
     (rollout, stats), *_ = module.seen
@@ -298,7 +264,7 @@ def their_text(module, ids):
 
 
 def test_the_first_rollout_is_refused_where_it_has_too_few_aligned_tokens(teacher, make_model, make_module, fit):
-    module = make_module(make_model(1), teacher(0.99), "token", rollout={"max_new_tokens": 14})
+    module = make_module(make_model(1), teacher(0.99), "sequence", rollout={"max_new_tokens": 14})
     before = {name: weight.clone() for name, weight in module.model.named_parameters()}
     with pytest.raises(UserError, match=r"teacher\.least_aligned: expected at least 0\.99 of .* in the first rollout"):
         fit(module)
@@ -309,7 +275,7 @@ def test_the_datas_own_texts_are_held_to_the_share_before_weights_load(tmp_path,
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "12+5=", "answer": "17"}\n{"prompt": "34-1=", "answer": "33"}\n')
     keys = [f"student.path={student_path}", f"data.path={rows}", "data.validation_size=1", "data.batch_size=1"]
-    keys += ["rollout.max_new_tokens=8", "estimator.name=token"]
+    keys += ["rollout.max_new_tokens=8", "estimator.name=sequence"]
     keys += [f"teacher.{key}={value}" for key, value in teacher(0.7).items()]
     expected = r"teacher\.least_aligned: expected at least 0\.7 .* found 0\.429 in the first 1 rows of the data"
     with pytest.raises(UserError, match=expected):
@@ -319,10 +285,10 @@ def test_the_datas_own_texts_are_held_to_the_share_before_weights_load(tmp_path,
 @pytest.mark.parametrize(("keys", "name", "more", "message"), [
     ({}, "full_vocab", {}, r"estimator\.name: expected one that asks this teacher for no more than token"),
     ({}, "teacher_topk", {}, r"estimator\.name: expected one that asks this teacher for no more than token"),
-    ({}, "k3_loss", {}, r"estimator\.name: expected an unbiased estimator .* found 'k3_loss'\. Set estimator\.name=to"),
-    ({}, "clipped_log_ratio", {}, r"estimator\.name: expected an unbiased estimator of the reverse KL for a teacher"),
-    ({}, "token", {"merged_stops": "auto"}, r"estimator\.merged_stops: expected null"),
-    ({}, "token", {"rollout": {"student_share": 0.5, "demonstrations": "teacher"}}, r"rollout\.demonstrations: expect"),
+    ({}, "token", {}, r"estimator\.name: expected an unbiased estimator .* found 'token'\. Set estimator\.name=sequen"),
+    ({}, "length_normalised", {}, r"estimator\.name: expected an unbiased estimator of the reverse KL of whole compl"),
+    ({}, "sequence", {"merged_stops": "auto"}, r"estimator\.merged_stops: expected null"),
+    ({}, "sequence", {"rollout": {"student_share": 0.5, "demonstrations": "teacher"}}, r"rollout\.demonstrations: "),
     ({"least_aligned": 1.5}, "token", {}, r"teacher\.least_aligned: expected a value from 0 to 1"),
     ({"kind": "student"}, "token", {}, r"teacher\.least_aligned: expected null: the student's tokenizer is its own"),
     ({"path": ""}, "token", {}, r"teacher\.path: expected a value"),

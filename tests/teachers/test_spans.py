@@ -3,14 +3,12 @@
 from itertools import accumulate
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from teachers.two_tokenizers import byte_tokenizer, in_bytes, word_tokenizer
 from tokenizers import normalizers
 
 from lit_opd.errors import UserError
-from lit_opd.functional import ends_of_spans, sum_spans
 from lit_opd.teachers import TextSpans
 
 STUDENT = byte_tokenizer([("a", "b"), ("ab", "c"), (" ", "a"), (b"\xf0", b"\x9f")], ("<|end|>", "<|turn|>", "<|own|>"))
@@ -99,14 +97,25 @@ def test_the_share_is_of_the_students_tokens():
     assert SPANS.share([]) == 0
 
 
-def test_sums_stand_at_the_last_token_and_their_gradient_reaches_all():
-    values, spans = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], requires_grad=True), torch.tensor([3, 3, -1, 5, 5])
-    sums = sum_spans(values, spans)
-    assert sums.tolist() == [0, 3, 0, 0, 24]
-    assert ends_of_spans(spans).tolist() == [False, True, False, False, True]
-    (sums * torch.tensor([1.0, 2.0, 1.0, 1.0, 5.0])).sum().backward()
-    assert values.grad.tolist() == [2, 2, 0, 5, 5]
-    assert sum_spans(values[:0], spans[:0]).tolist() == []
+@pytest.mark.parametrize(("text", "stopped", "decided"), [
+    ("9;18;", False, [2, 4, 4, 4]),  # 9 when ; is known and followed by 1, and the last at the end
+    ("9;18;", True, [2, 4, 5, 5, 5]),
+    ("9", False, [0]),
+    ("9", True, [1, 1]),
+])  # fmt: skip
+def test_a_span_is_decided_by_the_word_after_it(text, stopped, decided):
+    student = word_tokenizer(["<unk>", "<eos>", *"0123456789;"])
+    spans = TextSpans(student, word_tokenizer(["<eos>", "<unk>", ";", "9", "18"], r"\d\d|."))
+    ids = student(text)["input_ids"] + [student.eos_token_id] * stopped
+    found = spans.align(ids, stopped)
+    assert [found.decided[number] for number in sorted(set(found.spans))] == decided
+
+
+def test_without_words_everything_is_decided_at_the_end():
+    student = byte_tokenizer()
+    student.backend_tokenizer.pre_tokenizer = None
+    found = TextSpans(student, student).align(student("abc")["input_ids"])
+    assert found.decided == {0: 2, 1: 2, 2: 2}
 
 
 def test_a_tokenizer_without_texts_or_without_an_end_is_refused():
