@@ -3,8 +3,8 @@
 Where the teacher's log-probability of a span goes: to the token of the student that decides the span, which may be
 later than its last. A return from any token on then leaves out what was settled before it and nothing else, so that the
 undiscounted score-function estimators are exact for the reverse KL of whole completions. Charged at its own tokens, a
-span would cost the token that decided it nothing, and single spans would have costs where both models write texts alike.
-All estimators but those of whole completions are therefore refused.
+span would cost the token that decided it nothing, and single spans would cost something where both models write texts
+alike. All estimators but those of whole completions are therefore refused.
 """
 
 from __future__ import annotations

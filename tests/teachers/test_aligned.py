@@ -146,6 +146,25 @@ def test_the_expected_gradient_is_that_of_the_divergence_between_completions(pat
     assert float(expected.norm()) > 1e-2
 
 
+class AtTheirOwn(TextSpans):
+    """Charges every span to its last token, though what follows decides it."""
+
+    def align(self, ids, stopped=False):
+        found = super().align(ids, stopped)
+        return found._replace(decided={number: index for index, number in enumerate(found.spans)})
+
+
+def test_charged_at_its_own_tokens_a_span_costs_the_token_that_decides_it_nothing():
+    tokens, pattern = sorted({*THEIRS}), "a[bc]|."
+    for seed in range(4):
+        student, teacher = Law(len(OWN), seed), Law(len(tokens), seed + 20)
+        text = AtTheirOwn(word_tokenizer(OWN), word_tokenizer(tokens, pattern))
+        scorer = AlignedScorer(text, 0.0, LocalScorer(teacher, 3))
+        found = expected_gradient(estimators.build("sequence"), student, scorer)
+        expected = gradient(kl_of_completions(student, teacher, tokens, pattern), student)
+        assert float((found - expected).norm()) > 0.01 * float(expected.norm())
+
+
 def test_all_that_is_let_pass_was_tried():
     assert {case.values[0].spec.name for case in exact_for_spans()} == {"sequence", "leave_one_out", "hybrid"}
 
