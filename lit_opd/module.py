@@ -203,6 +203,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         watch.lap("teacher_s")
         for update in updates:
             totals = self.estimate(update)
+            self.distiller.scorers["teacher"].check_update(totals, self.global_step)
             self.step(totals, batch)
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout, self.verifier))

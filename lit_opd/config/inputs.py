@@ -76,7 +76,7 @@ class TeacherConfig(FrozenConfig):
     """The frozen model to learn from."""
 
     path: str = ""
-    """A model folder or a hub name, with the student's vocabulary. Only a local teacher needs one."""
+    """A model folder or a hub name, with the student's vocabulary. A local teacher needs one, and least_aligned."""
     temperature: float = limited(1.0, above(0))
     """Divides its logits: other than 1, the student learns another distribution than the teacher's."""
     kind: str = limited("local", one_of_or_path("local", "served", "student"))
@@ -87,6 +87,8 @@ class TeacherConfig(FrozenConfig):
     """Further keys of data with values that are the teacher's alone: system_prompt, examples."""
     extra_tokens: str = limited("refuse", one_of("refuse", "mask"))
     """Tokens behind the student's last, as newer special tokens: refuse | mask (as if it could not write them)."""
+    least_aligned: float | None = limited(None, within("from 0 to 1", lambda v: v is None or 0 <= v <= 1))
+    """Of a teacher with another tokenizer: the least share of tokens that are its own too, or null to refuse it."""
     server: Any = limited(None, within("of http://HOST:PORT, or a list of such addresses", _are_addresses))
     """Of a served teacher: its address, as http://127.0.0.1:8000, or several, each of which scores a part."""
     model: str | None = None
@@ -123,12 +125,18 @@ class TeacherConfig(FrozenConfig):
         if needed and not getattr(self, needed):
             remedy = f"Set {name}.{needed} in a config file or as {name}.{needed}=VALUE."
             raise UserError(f"{name}.{needed}", "a value", "nothing", remedy)
+        if self.least_aligned is not None and self.kind == "student":
+            expected = "null: the student's tokenizer is its own"
+            raise UserError(f"{name}.least_aligned", expected, self.least_aligned, "Drop it.")
+        if self.least_aligned is not None and not self.path:
+            expected = "a folder with the teacher's tokenizer, for teacher.least_aligned"
+            raise UserError(f"{name}.path", expected, "nothing", "Name it, or drop teacher.least_aligned.")
         for key in self.reads:
             choose(f"{name}.reads.{key}", str(key), ("system_prompt", "examples"))
         if self.kind == "student" and not self.shown and self.temperature == 1:
             expected = "a template, for a student that is its own teacher knows no more unless it reads more"
             raise UserError(f"{name}.prompt", expected, "null", f"Set it, as {name}.prompt='HINT {{prompt}}'.")
-        if self.path and self.kind in ("served", "student"):
+        if self.path and (self.kind == "student" or self.kind == "served" and self.least_aligned is None):
             expected = f"nothing for teacher.kind={self.kind}, which reads no folder"
             raise UserError(f"{name}.path", expected, self.path, f"Drop it, or {name}.kind.")
         if self.server and self.kind == "local":

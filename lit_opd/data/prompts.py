@@ -146,7 +146,8 @@ def show(
 
     Args:
         prompts: the rows that were kept.
-        shown: by the name of a scorer, values for `prompt_template`, `system_prompt` and `examples` of `data`.
+        shown: by the name of a scorer, values for `prompt_template`, `system_prompt` and `examples` of `data`, and
+            `tokenizer`, that of a scorer with another than the student's.
         config: how prompts are rendered otherwise.
         tokenizer: the student's.
 
@@ -154,18 +155,23 @@ def show(
         UserError: what `render` refuses, or nothing that could be another where prompts are lists of messages.
     """
     read = {}
-    for name, keys in shown.items():
-        if "system_prompt" not in keys and any(isinstance(row[config.prompt_column], list) for row in prompts.rows):
+    for name, given in shown.items():
+        keys, reader = {**given}, given.get("tokenizer", tokenizer)
+        keys.pop("tokenizer", None)
+        lists = any(isinstance(row[config.prompt_column], list) for row in prompts.rows)
+        if keys and "system_prompt" not in keys and lists:
             expected = "system_prompt where prompts are lists of messages"
             raise UserError(f"{name}.reads", expected, ", ".join(keys), "Give one.")
         try:
             own = replace(config, **keys)
             own.check("data")
-            texts = [render(row, own, tokenizer) for row in prompts.rows]
+            texts = [render(row, own, reader) for row in prompts.rows]
         except UserError as error:
+            if error.key.removeprefix("data.") not in keys:
+                raise
             key = error.key.replace("data.prompt_template", f"{name}.prompt").replace("data.", f"{name}.reads.")
             raise UserError(key, error.expected, error.found, error.remedy) from error
-        read[name] = encode(texts, config, tokenizer)
+        read[name] = encode(texts, config, reader)
     return replace(prompts, shown=read)
 
 

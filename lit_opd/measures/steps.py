@@ -31,14 +31,15 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
     Returns:
         `own`: how many; `kl`: of the estimator's KL; `entropy`: of minus the student's log-probability, whose mean
         estimates its entropy; `gap`: sampler minus student log-probability, in nats; `student_mass`: of the student's
-        probability of what the estimator compares, where that is a support.
+        probability of what the estimator compares, where that is a support; `aligned`: how many tokens the teacher
+        has too, where it reads others.
     """
     sums: dict[str, Tensor] = {}
     for rollout, stats in seen:
         own_N, student_N = rollout.own_mask_BT[rollout.mask_BT], stats["student_logps"]
         gap_N = stats["sampler_logps"] - student_N
         values = {"own": own_N, "kl": stats["kl"][own_N], "entropy": -student_N[own_N], "gap": gap_N[own_N]}
-        values |= {"student_mass": stats["student_mass"][own_N]} if "student_mass" in stats else {}
+        values |= {name: stats[name][own_N] for name in ("student_mass", "aligned") if name in stats}
         sums = {name: value.sum() + sums.get(name, 0) for name, value in values.items()}
     return sums
 
@@ -52,7 +53,7 @@ def not_finite(seen: Sequence[Seen]) -> list[str]:
 def step_report(
     update: Mapping[str, float], rollout: Mapping[str, float], seconds: Mapping[str, float], peak_mb: float
 ) -> dict[str, float]:
-    """Name the metrics that every step logs, which but for a support's mass are those of every estimator.
+    """Name the metrics that every step logs, which but for a support's mass and aligned tokens are those of all runs.
 
     The update has `loss`, `grad_norm` and what `token_sums` gives, the rollout what `rollout_sums` gives. All phases
     together take the seconds of the step. A mean over nothing, in a step whose completions are all demonstrations, is
@@ -65,6 +66,7 @@ def step_report(
         "train/entropy": update["entropy"] / tokens,
         "train/grad_norm": update["grad_norm"],
         **({"train/student_mass": update["student_mass"] / tokens} if "student_mass" in update else {}),
+        **({"train/aligned_frac": update["aligned"] / tokens} if "aligned" in update else {}),
         **{f"rollout/{name}": value / rows for name, value in rollout.items() if name != "rows"},
         "rollout/sampler_gap": update["gap"] / tokens,
         "perf/tokens_per_s": rollout["length"] / step_s,

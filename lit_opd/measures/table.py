@@ -80,6 +80,7 @@ MEASURES: dict[str, Measure] = {
     "train/student_mass": Measure("student's mass on the estimator's support", MASS, None, "step"),
     "train/student_mass_min": Measure("student's smallest mass on the estimator's support", MASS, None, "step"),
     "train/teacher_mass": Measure("teacher's mass on the estimator's support", MASS, None, "step"),
+    "train/aligned_frac": Measure("tokens that a teacher with another tokenizer has too", TOKENS, "higher", "step"),
     "train_position/advantage": Measure("advantage, teacher minus student", NATS, None, "step"),
     "train_position/student_nll": Measure("student's negative log-likelihood", NATS, None, "step"),
     "train_position/teacher_nll": Measure("teacher's negative log-likelihood", NATS, None, "step"),

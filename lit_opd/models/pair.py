@@ -25,7 +25,7 @@ from lit_opd.models.followed import FollowedStudent
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import load_frozen, load_student, load_tokenizer, read_model_config, refuse_quantised
 from lit_opd.models.stops import read_stop_ids
-from lit_opd.models.vocabulary import extra_of, shared_vocabulary
+from lit_opd.models.vocabulary import check_rows, extra_of, shared_vocabulary
 from lit_opd.types import Need
 
 __all__ = ["Pair"]
@@ -76,13 +76,7 @@ class Pair:
             own |= dict.fromkeys(teachers, teacher_tokenizer)
         self._frozen = {key: (model, _tokenizer_of(model, key, own.get(key))) for key, model in frozen.items()}
         rows = _vocabulary_rows(student, "student")
-        shared = (
-            shared_vocabulary(
-                tokenizer, other, rows, _vocabulary_rows(model, key), key, _tell_extra(model, tokenizer, other)
-            )
-            for key, (model, other) in self._frozen.items()
-        )
-        self.vocabulary = min(shared, default=rows)
+        self.vocabulary = _shared_by_all(tokenizer, rows, self._frozen)
         size = estimator.largest_support
         if size > self.vocabulary:
             raise UserError("estimator.kwargs.k", f"at most the vocabulary ({self.vocabulary})", size, "Lower it.")
@@ -102,7 +96,8 @@ class Pair:
         """Return the frozen `teacher` or `reference` on a device, reading its weights at the first call."""
         if key not in self._loaded:
             self._loaded[key] = _as_frozen(*self._frozen[key], key)
-            self._loaded[key].vocabulary = self.vocabulary
+            if not _has_own_tokens(self._frozen[key][0]):
+                self._loaded[key].vocabulary = self.vocabulary
         return self._loaded[key].to(device)
 
     def lend(self, key: str, device: torch.device) -> LanguageModel:
@@ -196,6 +191,11 @@ def _has_tokenizer_of(student: Any, model: Any) -> bool:
     return (model.path, model.gguf_file) == (student.path, student.gguf_file)
 
 
+def _has_own_tokens(model: Any) -> bool:
+    """Tell whether a teacher's vocabulary need not be the student's, for it is compared by spans of text."""
+    return getattr(model, "least_aligned", None) is not None
+
+
 def _tokenizer_of(model: Any, key: str, tokenizer: Any) -> Any:
     if tokenizer is not None:
         return tokenizer
@@ -208,6 +208,18 @@ def _vocabulary_rows(model: Any, key: str) -> int:
     if isinstance(model, nn.Module):
         return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     return int(read_model_config(model, key).get_text_config().vocab_size)
+
+
+def _shared_by_all(tokenizer: Any, rows: int, frozen: Mapping[str, tuple[Any, Any]]) -> int:
+    """Count the ids that the student shares with all models that are compared with it id by id."""
+    shared = [rows]
+    for key, (model, other) in frozen.items():
+        if _has_own_tokens(model):
+            check_rows(other, _vocabulary_rows(model, key), key)
+        else:
+            extra = _tell_extra(model, tokenizer, other)
+            shared.append(shared_vocabulary(tokenizer, other, rows, _vocabulary_rows(model, key), key, extra))
+    return min(shared)
 
 
 def _tell_extra(model: Any, tokenizer: Any, other: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_opd.errors import UserError
 
-__all__ = ["extra_of", "shared_vocabulary", "token_ids"]
+__all__ = ["check_rows", "extra_of", "shared_vocabulary", "token_ids"]
 
 
 def shared_vocabulary(
@@ -31,12 +31,8 @@ def shared_vocabulary(
     Raises:
         UserError: naming the first id on which the tokenizers differ, or the layer that is too short.
     """
-    for who, tokenizer, rows in (("student", student_tokenizer, student_rows), (key, other_tokenizer, other_rows)):
-        token, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
-        if last >= rows:
-            expected = f"an output layer of at least {last + 1} rows, one a token"
-            remedy = "Take added tokens out of the tokenizer (padding needs none here), or resize the model."
-            raise UserError(f"{who}.path", expected, f"{rows}, and none for {token!r} (id {last})", remedy)
+    check_rows(student_tokenizer, student_rows, "student")
+    check_rows(other_tokenizer, other_rows, key)
     student = {index: token for token, index in student_tokenizer.get_vocab().items()}
     other = {index: token for token, index in other_tokenizer.get_vocab().items()}
     shared, extra = min(student_rows, other_rows), extra_of(student_tokenizer, other_tokenizer)
@@ -46,12 +42,27 @@ def shared_vocabulary(
         if student.get(index) != other.get(index):
             found = f"id {index} is {student.get(index)!r} for the student and {other.get(index)!r} for the {key}"
             remedy = f"Choose a {key} and a student of one tokenizer family."
+            if key == "teacher":
+                remedy += " To compare spans of text, set teacher.least_aligned (tutorials/07_teachers.md)."
             if index in extra and key == "teacher":
                 remedy = f"To leave the teacher's {len(extra)} extra tokens out, set teacher.extra_tokens=mask."
             if None in (student.get(index), other.get(index)):
                 remedy += " If it was added to one of the two, take it out (padding needs none here)."
             raise UserError(f"{key}.path", "the student's tokenizer, id by id", found, remedy)
     return shared
+
+
+def check_rows(tokenizer: Any, rows: int, key: str) -> None:
+    """Compare a tokenizer with the rows of its model's output layer.
+
+    Raises:
+        UserError: a token has none.
+    """
+    token, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    if last >= rows:
+        expected = f"an output layer of at least {last + 1} rows, one a token"
+        remedy = "Take added tokens out of the tokenizer (padding needs none here), or resize the model."
+        raise UserError(f"{key}.path", expected, f"{rows}, and none for {token!r} (id {last})", remedy)
 
 
 def extra_of(student_tokenizer: Any, other_tokenizer: Any) -> dict[int, str]:

@@ -37,7 +37,7 @@ class Loss(NamedTuple):
         stats: per-position detached values [N]: `kl` (the estimator's), `student_logps`, `teacher_logps`,
             `sampler_logps`, of groups where tokens are merged; `clipped`, 1 where a limit changed a term and else 0,
             where a term has one; `student_mass` and `teacher_mass`, each model's probability on the support, where a
-            term compares one.
+            term compares one; `aligned`, 1 where the teacher has the same token, where it reads others.
         hidden_NH: the last hidden states that the loss was read from, for gradients there.
     """
 
@@ -58,6 +58,7 @@ def student_loss(
     positions = CountedPositions.of(micro)
     spread = _spread_terms(estimator, micro, positions, hidden_NH, head, weights_BT, rows)
     share = sum(term.weight for term in estimator.terms)
+    aligned_N = positions.teacher.aligned_N
 
     def chunk_loss(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
         chunk = positions.chunk(logits_cV, part)
@@ -75,6 +76,7 @@ def student_loss(
         stats = {"kl": kl / share, "student_logps": logps, **others}
         clipped = any_clipped(clips)
         activity = {} if clipped is None else {"clipped": clipped.to(kl.dtype)}
+        activity |= {} if aligned_N is None else {"aligned": aligned_N[part].to(kl.dtype)}
         return loss, stats | activity | support_masses(seen)
 
     loss, stats = position_losses(hidden_NH, head, chunk_loss, rows)

@@ -39,12 +39,13 @@ def first_look(config: Config, student: Any) -> dict[str, Finding]:
     turn = end_of_turn(student) if config.data.chat else None
     looks = {"router's loss": router_loss(model_config), "small steps": small_steps(config)}
     other: set[int] = set()
-    for key, section in local_teachers(config).items():
+    alike = {key: one for key, one in local_teachers(config).items() if one.least_aligned is None}
+    for key, section in alike.items():
         teacher, name = load_tokenizer(section, key), key.partition(".")[2]
         other |= set(read_stop_ids(section, teacher, read_model_config(section, key)))
         looks[f"chat template {name}".strip()] = chat_template(student, teacher, config.data)
     merged = config.estimator.merged_stops is not None
-    return looks | {"stop tokens": stop_tokens(student, own, other if local_teachers(config) else own, turn, merged)}
+    return looks | {"stop tokens": stop_tokens(student, own, other if alike else own, turn, merged)}
 
 
 def local_teachers(config: Config) -> dict[str, TeacherConfig]:

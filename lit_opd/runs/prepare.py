@@ -26,10 +26,12 @@ from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.runs.first_look import first_look, local_teachers
 from lit_opd.runs.lightning_trainer import check_trainer_keys
 from lit_opd.runs.verdicts import FAIL, PASS, Finding
-from lit_opd.teachers import Scorer, templates
+from lit_opd.teachers import Scorer, TextSpans, check_share, templates
 from lit_opd.types import Need
 
 __all__ = ["check_kinds", "check_optimizer", "check_row_lengths", "check_weight_files", "prepare_data"]
+
+PROBED = 64  # rows of the data that tell how two tokenizers agree
 
 
 def prepare_data(config: Config, tell: bool = True) -> PromptDataModule:
@@ -82,6 +84,8 @@ def _load(config: Config, tell: bool) -> PromptDataModule:
     )  # fmt: skip
     data.setup("fit")
     check_data(read_schedule(config.teachers_schedule, config.teachers), data)
+    if config.teacher.least_aligned is not None and not config.teachers:
+        _check_share(data, config.teacher.least_aligned)
     if config.rollout.student_share < 1 and config.rollout.demonstrations == "data":
         data.demonstrations(data.train_prompts.rows)  # all of which have one, or it says so
     return data
@@ -93,6 +97,16 @@ def check_row_lengths(data: PromptDataModule, scorer: Scorer | None) -> None:
         known = (scorer.longest, data.context_length)
         data.context_length = min(length for length in known if length is not None)
         data.setup("fit")
+
+
+def _check_share(data: PromptDataModule, least: float) -> None:
+    """Hold the data's own texts to the share of exactly aligned tokens that the run accepts."""
+    assert data.shown is not None
+    rows, columns = data.train_prompts.rows[:PROBED], (data.config.prompt_column, data.config.answer_column)
+    texts = [row[name] for row in rows for name in columns if name and isinstance(row.get(name), str)]
+    if texts:
+        share = TextSpans(data.tokenizer, data.shown["teacher"]["tokenizer"]).share(texts)
+        check_share(share, least, f"the first {len(rows)} rows of the data")
 
 
 def _wants_reference(config: Config) -> bool:
@@ -110,6 +124,9 @@ def check_kinds(config: Config, command: str, *kinds: str) -> None:
             expected = f"{kinds[0]} for {command}{others}, which reads the teacher's whole distributions"
             remedy = f"Name a model folder in {key}.path, or run validate, which measures what this teacher gives."
             raise UserError(f"{key}.kind", expected, teacher.kind, remedy)
+        if teacher.least_aligned is not None:
+            expected = f"null for {command}, which reads the teacher's whole distributions over the student's tokens"
+            raise UserError(f"{key}.least_aligned", expected, teacher.least_aligned, "Drop it.")
 
 
 def check_optimizer(config: OptimConfig) -> None:

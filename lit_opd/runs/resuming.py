@@ -22,7 +22,7 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
     # What the checkpoint holds, or what names the run: half of it would be made with the one and half with the other.
     "refused": (
         "seed", "student.path", "student.dtype", "student.gguf_file", "student.lora", "student.dropout",
-        "teacher.path", "teacher.extra_tokens",
+        "teacher.path", "teacher.extra_tokens", "teacher.least_aligned",
         "teacher.kind", "teacher.model", "teacher.prompt", "teacher.reads", "teacher.follow", "teacher.follow_rate",
         "teacher.follow_every",
         "teacher.temperature", "teacher.gguf_file", "teachers", "teachers_combined", "teachers_schedule",

@@ -16,13 +16,15 @@ from torch.distributed.tensor import DTensor
 from lit_opd.config import RolloutConfig, StudentConfig, TeacherConfig
 from lit_opd.errors import UserError
 from lit_opd.estimators import BoundEstimator
-from lit_opd.models import Pair, load_tokenizer
+from lit_opd.models import Pair, context_length, load_tokenizer
 from lit_opd.plugins import call_object
+from lit_opd.teachers.aligned import AlignedScorer, check_spans
 from lit_opd.teachers.combined import check_product
 from lit_opd.teachers.frozen import LocalScorer
 from lit_opd.teachers.routed import RoutedScorer
 from lit_opd.teachers.scorer import FULL, MERGED, SUPPORT, TOKEN, Scorer, wanted_by
 from lit_opd.teachers.served import ServedScorer
+from lit_opd.teachers.spans import TextSpans
 from lit_opd.types import Need
 
 __all__ = ["build_scorers", "check_gives", "in_process", "own_scorer", "templates"]
@@ -48,10 +50,20 @@ def own_scorer(teacher: Any, student: Any, tokenizer: Any = None, combined: str 
         return RoutedScorer({name: _one_of(name, one, student, tokenizer) for name, one in teacher.items()}, combined)
     if isinstance(teacher, Scorer):
         return teacher
-    if not isinstance(teacher, TeacherConfig) or teacher.kind in ("local", "student"):
+    aligns = isinstance(teacher, TeacherConfig) and teacher.least_aligned is not None
+    if not isinstance(teacher, TeacherConfig) or teacher.kind in ("local", "student") and not aligns:
         return None
     if tokenizer is None and not isinstance(student, nn.Module):
         tokenizer = load_tokenizer(StudentConfig(path=student) if isinstance(student, str) else student, "student")
+    if not aligns:
+        return _elsewhere(teacher, tokenizer)
+    spans = TextSpans(tokenizer, load_tokenizer(teacher, "teacher"))
+    inner = None if teacher.kind == "local" else _elsewhere(teacher, spans.teacher)
+    return AlignedScorer(spans, float(teacher.least_aligned or 0), inner)
+
+
+def _elsewhere(teacher: TeacherConfig, tokenizer: Any) -> Scorer:
+    """Make the scorer of a teacher that is no model in this process, which is handed the tokenizer it is scored in."""
     if teacher.kind == "served":
         return ServedScorer(teacher, tokenizer)
     scorer = call_object("teacher.kind", teacher.kind, teacher, tokenizer)
@@ -70,6 +82,9 @@ def _one_of(name: str, teacher: Any, student: Any, tokenizer: Any) -> Scorer | N
         if first != "teacher":
             raise
         raise UserError(f"teachers.{name}{dot}{rest}", error.expected, error.found, error.remedy) from error
+    if isinstance(scorer, AlignedScorer):
+        expected = "a teacher that reads the student's tokens, as one of several"
+        raise UserError(f"teachers.{name}", expected, "one with another tokenizer", "Make it the only teacher.")
     if scorer is not None and isinstance(teacher, TeacherConfig):
         scorer.name = f"teachers.{name}"
     return scorer
@@ -90,6 +105,8 @@ def check_gives(scorer: Scorer, estimator: BoundEstimator, rollout: RolloutConfi
         raise UserError("estimator.name", expected, found, f"Set estimator.name={NEAREST[best]}.")
     if isinstance(scorer, RoutedScorer) and scorer.combined == "product":
         check_product(estimator)
+    if isinstance(scorer, AlignedScorer):
+        check_spans(estimator)
     if merges and MERGED not in scorer.gives:
         expected = "null: this teacher does not tell the probability of every token of a group"
         remedy = "local teachers"
@@ -107,12 +124,14 @@ def in_process(teacher: Any, own: Scorer | None) -> Any:
     It is None where there is none.
     """
     if not isinstance(own, RoutedScorer):
-        return teacher if own is None else None
+        return teacher if own is None or isinstance(own, AlignedScorer) and own.inner is None else None
     return {name: one for name, one in teacher.items() if own.scorers[name] is None}
 
 
 def templates(teacher: Any) -> dict[str, Any]:
-    """List what teachers read instead of the prompt, by the name of their scorer."""
+    """List what teachers read instead of the prompt, by the name of their scorer, with a tokenizer of their own."""
+    if isinstance(teacher, TeacherConfig) and teacher.least_aligned is not None:
+        return {"teacher": {**teacher.shown, "tokenizer": load_tokenizer(teacher, "teacher")}}
     several = isinstance(teacher, Mapping)
     named = {f"teachers.{name}": one for name, one in teacher.items()} if several else {"teacher": teacher}
     return {name: one.shown for name, one in named.items() if isinstance(one, TeacherConfig) and one.shown}
@@ -124,6 +143,10 @@ def build_scorers(
     """Load the frozen models that score, unless the teacher is its `own` scorer, and name every scorer by its role."""
     if isinstance(own, RoutedScorer):
         own = own.lending(partial(_lent, pair, device, rows), rows)
+    if isinstance(own, AlignedScorer) and own.inner is None:
+        model = pair.load("teacher", device)
+        fewer = max(1, rows * pair.vocabulary // model.vocabulary)  # of a larger vocabulary, in the same memory
+        own = own.reading(LocalScorer(model, fewer), context_length(model.config.get_text_config()))
     teacher = own or LocalScorer(pair.load("teacher", device), rows)
     scorers: dict[str, Scorer] = {"teacher": teacher}
     if Need.REFERENCE in estimator.needs:

@@ -91,6 +91,10 @@ class Scorer(Protocol):
         """Go on as the scorer whose state a checkpoint holds, which is empty where it holds none."""
         return
 
+    def check_update(self, totals: Mapping[str, float], step: int) -> None:
+        """Refuse to make an update that was scored badly, as its sums over all processes tell. Most accept all."""
+        return
+
     def untempered(self) -> Scorer:
         """Give the scorer at temperature 1, which evaluations compare with."""
         return self

@@ -42,12 +42,15 @@ class Scores:
         support_ids_NK: the scorer's K most probable tokens at each position, the most probable first.
         support_logps_NK: their log-probabilities under the full softmax.
         full: distributions over the whole vocabulary.
+        aligned_N: of a scorer that reads other tokens, True where one of them spells exactly this one; else None. Its
+            `logps_N` are then right as sums over all later tokens alone.
     """
 
     logps_N: Tensor | None = None
     support_ids_NK: Tensor | None = None
     support_logps_NK: Tensor | None = None
     full: Distributions | None = None
+    aligned_N: Tensor | None = None
 
     def __getitem__(self, index: Tensor | slice) -> Scores:
         """Choose positions."""

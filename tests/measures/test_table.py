@@ -31,6 +31,7 @@ def test_everything_that_a_run_logs_has_a_row(make_model, make_module, make_trai
     assert [name for name in sorted(names) if look_up(name) is None] == []
     untold = MEASURES.keys() - names - {name.partition("/")[2].removesuffix("_q1") for name in names}
     assert untold <= {"cost/median_step_s", "cost/median_tokens_per_s", "cost/peak_memory_mb", "train/clipped_frac",
+                      "train/aligned_frac",
                       "stop/log_ratio", "verifier_error_frac", "rollout/verifier_error_frac",
                       *(name for name in MEASURES if name.startswith("train_position/"))}  # fmt: skip
 
