@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TextIO
 
 PYTHON = sys.executable
-LIBRARIES = ("torch._dynamo", "lightning.pytorch.loggers.mlflow", "matplotlib.backends.backend_agg",
+LIBRARIES = ("git", "omegaconf", "torch._dynamo", "lightning.pytorch.loggers.mlflow", "matplotlib.backends.backend_agg",
              "mlflow.store.tracking.sqlalchemy_store", "transformers.models.llama.modeling_llama")  # fmt: skip
 
 # It runs once for every program, so it imports nothing that is slow.
@@ -102,9 +102,13 @@ def start_server(folder: Path) -> int:
 
 def serve(address: str) -> None:
     """Import the libraries, then fork for every client, and return in the processes that became a program."""
+    gc.disable()
     for name in LIBRARIES:
         __import__(name)
+    gc.enable()
     gc.freeze()  # or every program that ends spends seconds on collecting what it never touched
+    if sys.dont_write_bytecode:  # or every program compiles lit_opd anew; beside the source nothing is written
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(address).with_name("compiled"))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that talk to a client
     with socket.socket(socket.AF_UNIX) as listening:
         # The file appears under its name once the server listens.

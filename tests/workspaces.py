@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
 from warm import in_turn
 
 QUICKSTART = Path(__file__).parents[1] / "conf" / "quickstart.yaml"
@@ -29,11 +30,12 @@ OVERRIDES = (
 @dataclass
 class Workspace:
     folder: Path
+    config: Path  # of the shipped pair with `OVERRIDES`: to merge these one by one takes half of what a mistake takes
     python: str  # the warm one; `start` takes the cold one, whose processes are children of the test
     own: tuple[str, ...] = ()
 
     def arguments(self, command, *extra):
-        return [command, "--config", str(QUICKSTART), *OVERRIDES, f"tracking.uri={self.uri}", *self.own, *extra]
+        return [command, "--config", str(self.config), f"tracking.uri={self.uri}", *self.own, *extra]
 
     def start(self, *words, python=sys.executable):
         command = [python, "-m", "lit_opd", *words]
@@ -91,10 +93,13 @@ def database(of_all_workers, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_workspace(tmp_path_factory, database, warm_python):
+    config = tmp_path_factory.mktemp("config") / "few_steps.yaml"
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(QUICKSTART), OmegaConf.from_dotlist([*OVERRIDES])), config)
+
     def make(name, *own):
         folder = tmp_path_factory.mktemp(name)
         shutil.copy(database, folder)
-        return Workspace(folder, str(warm_python), own)
+        return Workspace(folder, config, str(warm_python), own)
 
     return make
 

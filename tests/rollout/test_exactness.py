@@ -67,7 +67,8 @@ def written(rollout):
 
 
 def check_greedy(policy, batch, count):
-    expected = [generate(policy.causal_lm, prompt) for prompt in prompts_of(batch) for _ in range(count)]
+    texts = [generate(policy.causal_lm, prompt) for prompt in prompts_of(batch)]
+    expected = [text for text in texts for _ in range(count)]
     rollout = sample(policy, batch, GREEDY, count)
     assert written(rollout) == expected
     assert (rollout.finish_B == FinishReason.STOP).tolist() == [row[-1] in policy.stop_ids for row in expected]

@@ -24,14 +24,13 @@ def registered_cases():
             yield pytest.param(name, keywords, id="-".join([name, *(f"{k}={v}" for k, v in keywords.items())]))
 
 
-@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize(("name", "keywords"), registered_cases())
-def test_registered_estimator_holds(name, keywords, law):
+def test_registered_estimator_holds_every_law(name, keywords):
     try:
         estimator = estimators.build(name, **keywords)
     except UserError as error:
         pytest.fail(f"{error} {name!r} cannot be built from its defaults: register it with `variants`.")
-    assert LAWS[law](estimator) is None
+    assert broken_laws(estimator) == {}
 
 
 # Deliberately wrong estimators. What is right in them is the sampled reverse KL of each position, or of the sequence.

@@ -1,6 +1,7 @@
 """The pair whose teacher spells a tag in other pieces and ends with another token: found, and mended as proposed."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def words(pair, student="student", *more):
             f"student.path={pair / student}", f"teacher.path={pair / 'teacher'}", *more]  # fmt: skip
 
 
+@cache
 def found(pair, *more):
     result = audit(load_config([QUICKSTART], words(pair, *more)))
     return result.findings, result.tokens
