@@ -127,7 +127,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         # Before any weights load: it imports the user's own yardsticks, which may be misspelt.
         self.begin_evaluations(settings, self.rollout_config.max_new_tokens, support_size)
         local = in_process(teacher, self.scorer)
-        self.pair = models.Pair(student, local, self.estimator, tokenizer, teacher_tokenizer, reference)
+        self.pair = models.Pair(student, local, self.estimator, reference=reference, **tokenizers)
         self.student, self.model = self.pair.student, self.pair.student.model
         self.teacher = self.distiller = None
         self.aggregation, self.seed, self.shown = aggregation, seed, templates(teacher)
@@ -141,12 +141,11 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
     def from_config(cls, config: Config) -> DistillationModule:
         """Make the module that a configuration describes."""
         return cls(
-            config.student, None if config.teachers else config.teacher, config.estimator,
-            reference=config.reference, rollout=config.rollout, optim=config.optim, evaluation=config.evaluation,
+            config.student, None if config.teachers else config.teacher, config.estimator, reference=config.reference,
+            rollout=config.rollout, optim=config.optim, evaluation=config.evaluation, lint=config.lint,
             aggregation=config.estimator.aggregation, masked_tokens=config.estimator.masked_tokens,
-            merged_stops=config.estimator.merged_stops, seed=config.seed, lint=config.lint,
-            diagnostics=config.diagnostics, teachers=config.teachers, teachers_combined=config.teachers_combined,
-            teachers_schedule=config.teachers_schedule,
+            merged_stops=config.estimator.merged_stops, diagnostics=config.diagnostics, teachers=config.teachers,
+            teachers_combined=config.teachers_combined, teachers_schedule=config.teachers_schedule, seed=config.seed,
         )  # fmt: skip
 
     @property
@@ -156,9 +155,9 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
 
     def setup(self, stage: str) -> None:
         """Load teacher and reference, now that the device is known."""
-        precision = self.trainer.precision
-        if precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
-            raise UserError("trainer.precision", "32-true, bf16-mixed or bf16-true", precision, "Use bf16-mixed.")
+        if self.trainer.precision.startswith("16"):  # manual optimization has no gradient scaler, and fp16 needs one
+            expected = "32-true, bf16-mixed or bf16-true"
+            raise UserError("trainer.precision", expected, self.trainer.precision, "Use bf16-mixed.")
         if stage == "fit" and Need.REWARDS in self.estimator.needs and self.verifier is None:
             expected, found = f"one, for {self.estimator.spec.name!r} learns from rewards", "none"
             raise UserError("data.verifier", expected, found, "Set data.verifier=package.module:function.")
@@ -185,9 +184,9 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
     def on_train_start(self) -> None:
         """Forget the batch that Lightning counts as begun and that was never made.
 
-        After resuming from a checkpoint that an interrupted step left behind, Lightning goes on to count it as begun.
-        The next checkpoint at the end of a batch then looks like another interrupted one, and what resumes from that
-        is one batch off. A whole batch (begun and processed) must stay: Lightning completes it itself.
+        After resuming from a checkpoint of an interrupted step, Lightning goes on to count it as begun. The checkpoint
+        after the next batch then looks interrupted too, and what resumes from it is one batch off. A whole batch (begun
+        and processed) must stay, for Lightning completes it itself.
         """
         batches: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         if batches.ready > batches.processed:
@@ -231,11 +230,9 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         counts = self.total({"tokens": sum(m.sum() for m in masks), "sequences": sum(m.any(1).sum() for m in masks)})
         # Not `torch.zeros` alone: under bf16-true Lightning makes bf16 torch's default, which cannot count to 257.
         zero = upcast(torch.zeros((), device=self.device).to(self.dtype))
-        tokens, sequences = zero + counts["tokens"], zero + counts["sequences"]
-        total = zero.clone()
+        tokens, sequences, total = zero + counts["tokens"], zero + counts["sequences"], zero.clone()
         for number, micro in enumerate(update, start=1):
-            mask_BT = micro.rollout.mask_BT
-            weights_BT = self.distiller.weights(mask_BT, tokens, sequences)
+            weights_BT = self.distiller.weights(micro.rollout.mask_BT, tokens, sequences)
             with self.gradients_kept_local(number < len(update)):
                 loss = self.distiller.estimate(micro, weights_BT)
                 self.seen.append((micro.rollout, loss.stats))

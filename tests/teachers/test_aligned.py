@@ -21,7 +21,7 @@ from lit_opd.estimators.oracle import laws
 from lit_opd.functional import Head
 from lit_opd.models import LanguageModel
 from lit_opd.objective import student_loss
-from lit_opd.runs.prepare import check_local_teacher, prepare_data
+from lit_opd.runs.prepare import check_kinds, prepare_data
 from lit_opd.teachers import AlignedScorer, LocalScorer, TextSpans, Wanted, own_scorer, wanted_by
 from lit_opd.teachers.aligned import check_spans
 from lit_opd.types import FinishReason, Prompts, SamplingLaw, ScoredRollout
@@ -338,4 +338,4 @@ def test_a_row_longer_than_the_teachers_context_is_refused(rollout, their_model,
 def test_commands_that_read_whole_distributions_refuse_it(command, student_path, teacher):
     keys = [f"student.path={student_path}", *(f"teacher.{key}={value}" for key, value in teacher().items())]
     with pytest.raises(UserError, match=rf"teacher\.least_aligned: expected null for {command}"):
-        check_local_teacher(load_config([], keys), command)
+        check_kinds(load_config([], keys), command, "local")
