@@ -32,7 +32,7 @@ from lit_opd.rollout import VllmEngine
 from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder, check_export
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
-from lit_opd.runs.prepare import check_row_lengths, prepare_data
+from lit_opd.runs.prepare import check_row_lengths, name_models, prepare_data
 from lit_opd.runs.resuming import changes, check_changes
 from lit_opd.stopping import Stopped, as_raised
 
@@ -250,8 +250,7 @@ def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) 
         "family": module.estimator.spec.family,
         "seed": str(config.seed),
         "dataset_sha256": data.dataset_sha256,
-        "teacher": ", ".join(f"{name}: {one.kind}" for name, one in config.teachers.items()) or config.teacher.kind,
-        **module.pair.names(),
+        **name_models(config, module.pair),
         **tracking.git_sha(),
     }
 

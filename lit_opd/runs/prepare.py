@@ -21,7 +21,7 @@ from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
 from lit_opd.data import PromptDataModule
 from lit_opd.data.schedule import check_data, read_schedule
 from lit_opd.errors import LintWarning, UserError, gather
-from lit_opd.models import context_length, load_tokenizer, named_groups, read_model_config, token_ids
+from lit_opd.models import Pair, context_length, load_tokenizer, named_groups, read_model_config, token_ids
 from lit_opd.optim import build_optimizer, build_scheduler
 from lit_opd.runs.first_look import first_look, local_teachers
 from lit_opd.runs.lightning_trainer import check_trainer_keys
@@ -29,7 +29,9 @@ from lit_opd.runs.verdicts import FAIL, PASS, Finding
 from lit_opd.teachers import Scorer, TextSpans, check_share, templates
 from lit_opd.types import Need
 
-__all__ = ["check_kinds", "check_optimizer", "check_row_lengths", "check_weight_files", "prepare_data"]
+__all__ = [
+    "check_kinds", "check_optimizer", "check_row_lengths", "check_weight_files", "name_models", "prepare_data",
+]  # fmt: skip
 
 PROBED = 64  # rows of the data that tell how two tokenizers agree
 
@@ -127,6 +129,12 @@ def check_kinds(config: Config, command: str, *kinds: str) -> None:
         if teacher.least_aligned is not None:
             expected = f"null for {command}, which reads the teacher's whole distributions over the student's tokens"
             raise UserError(f"{key}.least_aligned", expected, teacher.least_aligned, "Drop it.")
+
+
+def name_models(config: Config, pair: Pair) -> dict[str, str]:
+    """Name the models of a run for its tags: several teachers, and one that is no folder, by their kinds."""
+    kinds = ", ".join(f"{name}: {one.kind}" for name, one in config.teachers.items()) or config.teacher.kind
+    return {"teacher": kinds} | pair.names()
 
 
 def check_optimizer(config: OptimConfig) -> None:

@@ -32,7 +32,7 @@ from lit_opd.measures.sketch import Sketch
 from lit_opd.models import LanguageModel
 from lit_opd.module import DistillationModule
 from lit_opd.runs.bench import set_up
-from lit_opd.runs.prepare import check_kinds, prepare_data
+from lit_opd.runs.prepare import check_kinds, name_models, prepare_data
 from lit_opd.types import Need, Rollout
 
 __all__ = ["measure"]
@@ -74,7 +74,7 @@ def measure(config: Config) -> Measurement:
         tokens=sum(map(len, seen[next(iter(chosen))].norms)),
         coordinates=sketch.coordinates,
         sketch=sketch.size,
-        models=module.pair.names(),
+        models=name_models(config, module.pair),
         on_policy=module.law.is_student,
     )
 

@@ -18,7 +18,7 @@ from lit_opd.errors import LintWarning, UserError
 from lit_opd.lab.measure import experiment, measure
 from lit_opd.lab.measure.choice import chosen_estimators
 from lit_opd.lab.measure.moments import UNKNOWN, compare, inner_product
-from lit_opd.lab.measure.show import print_measurement
+from lit_opd.lab.measure.show import print_measurement, record
 from lit_opd.lab.measure.units import unit_gradient
 
 SMALL = ("measure.units=12", "measure.prompts_per_unit=2", "rollout.num_completions=2", "data.train_size=60",
@@ -274,9 +274,14 @@ def numbers(measurement):
 
 
 def test_rows_of_one_of_several_teachers_are_measured_as_with_that_teacher(workspace):
-    found = numbers(measure(with_teachers(workspace, "'b'")))
+    config = with_teachers(workspace, "'b'")
+    measured = measure(config)
+    found = numbers(measured)
     assert found == numbers(measure(configured(workspace, *FEW, "teacher.temperature=0.5")))
     assert found != numbers(measure(configured(workspace, *FEW)))
+    assert measured.models["teacher"] == "a: local, b: local"
+    run = record(config, measured).rpartition("/")[2]
+    assert MlflowClient(workspace.uri).get_run(run).data.tags["teacher"] == "a: local, b: local"
 
 
 def test_a_schedule_is_measured_with_the_weights_that_training_begins_with(workspace):
