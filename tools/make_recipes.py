@@ -2,7 +2,7 @@
 
 Usage, from the root of the repository: ``python -m tools.make_recipes [--run] [--check]``. With ``--run`` every recipe
 without a record, or whose file has changed since, is trained on the tiny pair as it stands, once a seed, and recorded
-in ``conf/recipes/results.json``: about half a minute a run on one CPU core, those of README's table first. With
+in ``conf/recipes/results.json``: three quarters of a minute a run on one CPU core, those of README's table first. With
 ``--check``, as in ``tests/test_recipes.py``, nothing is written, and the exit code tells if something would change.
 """
 
@@ -90,7 +90,8 @@ def sha256(recipe: Recipe) -> str:
 def page_table(records: dict[str, Any]) -> str:
     """Write the table of all recipes."""
     shown = SHOWN if records else ()
-    header = ("system", "objective", "teacher", "source", "`python -m lit_opd`", "not reproduced", *shown)
+    names = (name.replace("_", " ").replace("kl", "KL") for name in shown)
+    header = ("system", "objective", "teacher", "source", "`python -m lit_opd`", "not reproduced", *names)
     rows = []
     for recipe in all_recipes():
         head, command = recipe.head, f"`fit --config conf/recipes/{recipe.file.name}`"
