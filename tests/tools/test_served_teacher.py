@@ -2,12 +2,15 @@ import re
 from pathlib import Path
 
 from lit_opd.teachers import ServedScorer
-from tools import served_teacher
 
-QUICKSTART = str(Path(__file__).parents[2] / "conf" / "quickstart.yaml")
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "conf" / "quickstart.yaml")
 
 
 def test_it_times_both_ways_with_every_number_of_requests(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from tools import served_teacher
+
     monkeypatch.setattr(served_teacher, "IN_FLIGHT", (2,))
     ahead = ServedScorer.ahead
     words = ["data.train_size=8", "data.validation_size=2", "data.batch_size=4", "rollout.max_new_tokens=4"]
