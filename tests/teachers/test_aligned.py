@@ -253,6 +253,11 @@ def test_a_served_teacher_is_the_local_one(rollout, their_model, their_tokenizer
         )
         served = own_scorer(section, "", tiny_tokenizer)
         found, expected = (one.score(rollout, Wanted()) for one in (served, AlignedScorer(text, 0.5, inner)))
+        kept = served.state()
+        served.load_state(kept)
+        with pytest.raises(UserError, match=r"teacher\.server: expected the weights that the run began with"):
+            served.load_state(kept | {"logps": [value + 1 for value in kept["logps"]]})
+    assert kept["gap"] is None, "the gap is one of the student's own tokens"
     close(found.logps_N, expected.logps_N, atol=1e-4)
     assert torch.equal(found.aligned_N, expected.aligned_N)
 
