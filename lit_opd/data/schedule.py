@@ -24,7 +24,9 @@ Schedule = Mapping[str, Sequence[float]]
 
 
 def read_schedule(given: Mapping[str, Any], teachers: Iterable[str]) -> Schedule:
-    """Spell the factors of every teacher, 1 of those that are not named; nothing where none is.
+    """Write out the factors of every teacher.
+
+    They are 1 for teachers that are not named. Without any name there is no schedule.
 
     Raises:
         UserError: a name that is no teacher's, or other values than two factors.

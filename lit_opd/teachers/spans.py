@@ -8,9 +8,11 @@ it: a teacher with a token `98` has a cut behind `9` only if no `8` follows. So 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
@@ -121,10 +123,10 @@ class TextSpans:
         spans, teacher_spans = _numbers(own, shared, first), _numbers(theirs, shared, first)
         unknown = {number for number, index in zip(teacher_spans, others, strict=True) if self._is_unknown(index)}
         unscored = unknown | (set(spans) - set(teacher_spans))
-        before = len(found.spans)
+        before, ends, reached = len(found.spans), _ends_of_words(self.teacher, text), _reached(own)
         for number, cut in zip(teacher_spans, theirs, strict=True):
-            if cut in shared:
-                found.decided[number] = before + _token_at(own, _decided_at(self.teacher, text, cut))
+            if cut is not None and cut in shared:
+                found.decided[number] = before + bisect_left(reached, _decided_at(ends, cut))
         found.ids.extend(others)
         found.spans.extend(-1 if number in unscored else number for number in spans)
         found.teacher_spans.extend(-1 if number in unscored else number for number in teacher_spans)
@@ -169,23 +171,26 @@ def _numbers(cuts: Sequence[int | None], shared: set[int | None], first: int) ->
     return numbers
 
 
-def _decided_at(tokenizer: Any, text: str, cut: int | None) -> int | None:
-    """Find how many characters have to be known for a cut to stay: all of the next word, and one behind it.
-
-    Words are what the tokenizer splits a text into before it merges anything. With the usual patterns one character
-    behind a word settles it, but for white space, which goes on with the word behind it. None where later text may
-    still change the cut, as it may without such words.
-    """
+def _ends_of_words(tokenizer: Any, text: str) -> list[int]:
+    """List where the words of a text end, which are what its tokenizer splits it into before it merges anything."""
     words = tokenizer.backend_tokenizer.pre_tokenizer
     found = words.pre_tokenize_str(text) if words is not None else []
-    later = [end for _, (start, end) in found if cut is not None and end >= cut and not text[start:end].isspace()]
-    return later[1] + 1 if len(later) > 1 else None
+    return [end for _, (start, end) in found if not text[start:end].isspace()]
 
 
-def _token_at(cuts: Sequence[int | None], end: int | None) -> int:
-    """Find the token that reaches a character, the one behind all where the end is None."""
-    reached = (index for index, cut in enumerate(cuts) if end is not None and cut is not None and cut >= end)
-    return next(reached, len(cuts))
+def _decided_at(ends: Sequence[int], cut: int) -> float:
+    """Find how many characters have to be known for a cut to stay: all of the next word, and one behind it.
+
+    With the usual patterns one character behind a word settles it, but for white space, which goes on with the word
+    behind it. Infinite where later text may still change the cut, as it may without words.
+    """
+    following = bisect_left(ends, cut) + 1
+    return ends[following] + 1 if following < len(ends) else math.inf
+
+
+def _reached(cuts: Sequence[int | None]) -> list[int]:
+    """Count the characters that are known after each token, those inside of a character left out."""
+    return list(accumulate((cut or 0 for cut in cuts), max))
 
 
 def _add_token(found: Aligned, index: int | None) -> None:

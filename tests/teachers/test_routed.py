@@ -275,13 +275,8 @@ class Held:
         self.now -= size
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_three_teachers_take_the_memory_of_one(
-    offload, monkeypatch, make_model, save_model, student_path, make_trainer, make_data, tiny_tokenizer
-):
-    """The largest number of their parameters at once is that of one; with offload, which keeps them, of three."""
-    one = make_model(2)
-    size = sum(p.numel() for p in one.parameters())
+def count_loaded(monkeypatch):
+    """Count the parameters of every model that is loaded from here on."""
     held, load = Held(), pair.load_frozen
 
     def counted(*arguments):
@@ -290,6 +285,17 @@ def test_three_teachers_take_the_memory_of_one(
         return loaded
 
     monkeypatch.setattr(pair, "load_frozen", counted)
+    return held
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_three_teachers_take_the_memory_of_one(
+    offload, monkeypatch, make_model, save_model, student_path, make_trainer, make_data, tiny_tokenizer
+):
+    """The largest number of their parameters at once is that of one; with offload, which keeps them, of three."""
+    one = make_model(2)
+    size = sum(p.numel() for p in one.parameters())
+    held = count_loaded(monkeypatch)
     sections = {n: {"path": save_model(make_model(i)), "offload": offload} for i, n in enumerate("xyz")}
     module = DistillationModule(student_path, None, "token", teachers=sections, rollout={"max_new_tokens": 6})
     module.pair.read()
@@ -374,14 +380,7 @@ def test_each_teacher_answers_the_held_out_prompts_that_are_its_own(
 def test_teachers_that_answer_are_in_memory_one_at_a_time(
     monkeypatch, make_model, save_model, student_path, make_trainer, make_data
 ):
-    held, load = Held(), pair.load_frozen
-
-    def counted(*arguments):
-        loaded = load(*arguments)
-        held.count(loaded.model.parameters())
-        return loaded
-
-    monkeypatch.setattr(pair, "load_frozen", counted)
+    held = count_loaded(monkeypatch)
     sections = {n: {"path": save_model(make_model(i))} for i, n in enumerate("ab")}
     module = DistillationModule(student_path, None, "token", teachers=sections, rollout={"max_new_tokens": 6})
     with module.judging_teacher():
