@@ -275,7 +275,10 @@ def test_noise_is_held_against_what_there_is_to_learn(server, model, make_batch,
         with pytest.raises(UserError, match="less noise than there is to learn, found answers about one sequence that"):
             met[0].score(rollouts["same"], Wanted())
         with pytest.warns(LintWarning, match=r"nats apart, where student and teacher are 0\.\d.*batch-invariant"):
-            met[1].score(rollouts["near"], Wanted())
+            found = met[1].score(rollouts["near"], Wanted())
+        sampled = rollouts["near"].sampler_logps_BT[rollouts["near"].mask_BT].tolist()
+        apart = [abs(own - other) for own, other in zip(sampled, found.logps_N.tolist(), strict=True)]
+        assert met[1].gap == pytest.approx(sum(apart) / len(apart), rel=1e-5)
         met[1].score(rollouts["same"], Wanted())  # later, when the student has learnt, nothing is said of it
         met[2].score(replace(rollouts["same"], law=SamplingLaw(temperature=0.5)), Wanted())
         met[2].score(rollouts["same"].rows(torch.arange(2)), Wanted())  # too few tokens to tell
