@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "lit_opd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room may import from those on lower floors, and from itself.
 FLOORS = (
-    ("errors", "streams", "types"),
-    ("config", "files", "functional", "plugins", "stopping"),
+    ("errors", "kernels", "streams", "types"),
+    ("config", "files", "functional", "paths", "plugins", "stopping"),
     ("estimators", "measures"),
     ("data", "models", "optim", "perf", "processes"),
     ("linter", "objective", "rollout", "teachers"),

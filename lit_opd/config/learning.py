@@ -8,7 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_opd.config.limits import Section, above, as_type, at_least, limited, one_of, one_of_or_path, within
+from lit_opd.config.limits import (
+    Section,
+    above,
+    as_type,
+    at_least,
+    auto_or_at_least,
+    limited,
+    one_of,
+    one_of_or_path,
+    within,
+)
 from lit_opd.errors import UserError
 
 __all__ = ["EstimatorConfig", "OptimConfig", "RolloutConfig"]
@@ -33,6 +43,8 @@ class RolloutConfig(Section):
     """Who samples: local (this process) | vllm (a server), or package.module:name or file.py:name of an engine."""
     server: str | None = None
     """The address of the vLLM server, as http://127.0.0.1:8000."""
+    capture: str = limited("auto", one_of("auto", "off"))
+    """Sample by replaying a captured graph of a token's work, where device and model allow: auto | off."""
     num_completions: int = limited(1, at_least(1))
     """Completions a prompt."""
     max_new_tokens: int = limited(64, at_least(1))
@@ -123,5 +135,7 @@ class OptimConfig(Section):
     """Optimizer steps on the completions of one batch. From the second on they are not the present student's."""
     micro_batch_tokens: int = limited(16384, at_least(1))
     """Rows x longest length of a micro-batch, in tokens."""
-    head_chunk_mib: int = limited(256, at_least(1))
-    """Memory for the logits of one chunk, in MiB."""
+    head_chunk_mib: Any = limited("auto", auto_or_at_least(1))
+    """Memory for the logits of one chunk, in MiB, or auto: 256 on a CPU, a share of what an accelerator has free."""
+    paths: str = limited("auto", one_of("auto", "plain", "fast"))
+    """Fast paths on an accelerator: auto (those that prove themselves before the first step) | plain | fast (all)."""

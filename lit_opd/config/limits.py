@@ -137,6 +137,19 @@ def at_least(minimum: float, note: str = "", null: str | None = None, most: floa
     return check
 
 
+def auto_or_at_least(minimum: int) -> Limit:
+    """Ask for the word `auto`, or for a whole number that is not smaller."""
+
+    def check(key: str, value: Any) -> None:
+        if value != "auto":
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                expected = f"auto, or a whole number of at least {minimum}"
+                raise UserError(key, expected, repr(value), f"Set {key}=auto.")
+            at_least(minimum, " (or auto)")(key, value)
+
+    return check
+
+
 def seed(key: str, value: Any) -> None:
     """Ask for a number that every library takes as a seed."""
     at_least(0, most=2**32 - 1)(key, as_type(key, value, int))

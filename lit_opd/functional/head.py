@@ -28,6 +28,9 @@ _CPU_BLOCK_BYTES = 3 * 2**20
 # Tokens of the vocabulary whose weights are cast and multiplied at once on a CPU: for all of them, the low-precision
 # copy, its layout for oneDNN's kernel and the gradient's product would each take half of the head's memory again.
 _CPU_SLAB = 4096
+# Working memory of a chunk by `auto`, in MiB: on a CPU, and the most on an accelerator, a 16th of whose free memory it
+# gets. An accelerator reads and writes the gradient of the head once a chunk, and is faster with few chunks.
+_CPU_MIB, _MOST_MIB, _SHARE = 256, 4096, 16
 
 
 @dataclass(frozen=True)
@@ -118,19 +121,30 @@ def block_rows(vocabulary: int, device: torch.device) -> int | None:
     return max(1, _CPU_BLOCK_BYTES // (4 * vocabulary)) if device.type == "cpu" else None
 
 
-def chunk_rows(vocabulary: int, budget_mib: int, device: torch.device) -> int:
-    """Tell how many positions to project at once within a working memory of `budget_mib` MiB, at least 1.
+def chunk_rows(vocabulary: int, budget_mib: int | str, device: torch.device) -> int:
+    """Tell how many positions to project at once within a working memory of `budget_mib` MiB (or `auto`), at least 1.
 
     It holds both models' logits in fp32, whose place the gradient takes, and the copies of a block of them.
 
     >>> chunk_rows(vocabulary=2**17, budget_mib=256, device=torch.device("cpu"))
     232
     """
-    budget, row_bytes = budget_mib * 2**20, 4 * vocabulary
+    budget, row_bytes = _budget(budget_mib, device) * 2**20, 4 * vocabulary
     block = block_rows(vocabulary, device)
     if block is None:
         return max(1, budget // ((2 + _COPIES) * row_bytes))
     return max(1, (budget - _COPIES * block * row_bytes) // (2 * row_bytes))
+
+
+def _budget(chosen_mib: int | str, device: torch.device) -> int:
+    """Tell the working memory of a chunk in MiB: the chosen one, or by `auto` what suits the device."""
+    if chosen_mib != "auto":
+        return int(chosen_mib)
+    if device.type != "cuda":
+        return _CPU_MIB
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_CPU_MIB, min(_MOST_MIB, (free + unused) // (_SHARE * 2**20)))
 
 
 def chunks(positions: int, rows: int) -> Iterator[slice]:

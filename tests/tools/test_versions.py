@@ -43,6 +43,10 @@ def test_the_oldest_are_the_lower_bounds(versions):
         versions.oldest([Requirement("scipy<2")])
 
 
+def test_what_torch_brings_on_some_machines_has_no_pin(versions):
+    assert versions.complaints([Requirement("triton>=3.4")], "click==8.5.1\n") == []
+
+
 def test_pins_hold_on_any_machine(versions):
     found = {"torch": "2.13.0+cpu", "nvidia-nccl-cu12": "2.1", "triton": "3.5", "cuda-bindings": "13", "click": "8.5.1"}
     assert versions.constraints(found) == versions.HEADER + "click==8.5.1\ntorch==2.13.0\n"
