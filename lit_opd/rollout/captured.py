@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lit_opd.functional.head import compute_dtype
-from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
 from lit_opd.rollout.fused import FusedDecoder
 from lit_opd.rollout.graphs import Recorder
@@ -126,7 +125,7 @@ class CapturedWriter:
     def _write(self, hidden_SH: Tensor) -> Tensor:
         head = self._head
         linear_SV = linear(hidden_SH.to(head.weight_VH.dtype), head.weight_VH, head.bias_V)
-        self.sheet.write(head.shape_logits(upcast(linear_SV)), self._law, self._parts)
+        self.sheet.write(linear_SV, head, self._law, self._parts)
         return hidden_SH
 
     def let_leave(self, going: Tensor) -> None:
@@ -144,9 +143,16 @@ class CapturedWriter:
 
 def _circumstances(policy: LanguageModel, dtype: torch.dtype) -> tuple[Any, ...]:
     """List what graphs hold on to besides the tensors that are copied in place."""
-    weights = tuple((parameter.data_ptr(), parameter.dtype) for parameter in policy.model.parameters())
-    head = policy.head
-    return dtype, weights, head.weight_VH.shape, head.scale, head.softcap, policy.stop_ids, policy.pad_id
+    head, body = policy.head, policy.body
+    norms = [module.weight for module in body.modules() if hasattr(module, "variance_epsilon")]
+    read = [head.weight_VH, head.bias_V, body.embed_tokens.weight, *norms, *policy.model.parameters()]
+    places = [(tensor.data_ptr(), tensor.dtype) for tensor in read if tensor is not None]
+    adapters = [
+        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
+        for module in body.modules()
+        if hasattr(module, "merged_adapters")
+    ]
+    return dtype, places, adapters, head.weight_VH.shape, head.scale, head.softcap, policy.stop_ids, policy.pad_id
 
 
 class CaptureProbe:

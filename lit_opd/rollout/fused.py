@@ -21,7 +21,7 @@ from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import pack
 from lit_opd.rollout.merging import plain_layer, why_not_merged
 from lit_opd.rollout.products import Products
-from lit_opd.rollout.token_parts import PLAIN, Column, Seen, TokenParts
+from lit_opd.rollout.token_parts import PLAIN, Column, Norms, Seen, TokenParts
 from lit_opd.types import PromptBatch
 
 __all__ = ["FusedDecoder", "why_not_fused"]
@@ -56,6 +56,12 @@ def _decode_products(layer: Any, products: Products) -> LayerProducts:
         return gate, up
 
     return LayerProducts(qk_v, products.of([attention.o_proj]), halves, products.of([mlp.down_proj]))
+
+
+def _norms(attention: Any) -> Norms | None:
+    if not hasattr(attention, "q_norm"):
+        return None
+    return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
 
 
 class FusedDecoder:
@@ -134,17 +140,20 @@ class FusedDecoder:
         hidden_BH = self._body.embed_tokens(ids_B)
         turn = self._cos_M1D[place_B], self._sin_M1D[place_B]
         for number, (layer, products) in enumerate(self._layers):
-            own, cache = layer.self_attn, self._caches[number][:, :rows, :, :width]
-            qk, value = products.qk_v(parts.norm(hidden_BH, layer.input_layernorm, self.dtype))
+            cache = self._caches[number][:, :rows, :, :width]
+            qk, value = products.qk_v(self._normed(hidden_BH, layer.input_layernorm, self.dtype))
             qk, value = qk.view(rows, -1, self._size), value.view(rows, -1, self._size)
-            query = parts.write(qk, value, own, turn, cache, column, parts.norm)
-            mixed = parts.attend(query, cache, seen, self._scale)
+            query = parts.rotate_and_store(qk, value, turn, cache, column, _norms(layer.self_attn))
+            mixed = parts.attend(query, cache[0], cache[1], seen, self._scale)
             hidden_BH = hidden_BH + products.out(mixed.reshape(rows, -1))
-            gate, up = products.gate_up(parts.norm(hidden_BH, layer.post_attention_layernorm, self.dtype))
+            gate, up = products.gate_up(self._normed(hidden_BH, layer.post_attention_layernorm, self.dtype))
             hidden_BH = hidden_BH + products.down(parts.gate(gate, up, layer.mlp.act_fn))
         self.column_1.add_(1)
         place_B.add_(1)
-        return parts.norm(hidden_BH, self._body.norm, hidden_BH.dtype)
+        return self._normed(hidden_BH, self._body.norm, hidden_BH.dtype)
+
+    def _normed(self, hidden_BH: Tensor, own: Any, dtype: torch.dtype) -> Tensor:
+        return self._parts.norm(hidden_BH, own.weight, own.variance_epsilon, dtype)
 
     def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`."""

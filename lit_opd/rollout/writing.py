@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from lit_opd.functional.head import Head, compute_dtype
-from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
 from lit_opd.rollout.decoders import Decoder
 from lit_opd.rollout.products import make_product
-from lit_opd.rollout.token_parts import PLAIN, TokenParts, forbid
+from lit_opd.rollout.token_parts import PLAIN, TokenParts
 from lit_opd.types import PromptBatch, SamplingLaw
 
 __all__ = ["Sheet", "Writer"]
@@ -61,12 +60,11 @@ class Sheet:
         self.row_R[:] = torch.arange(len(self.row_R), device=self.row_R.device)
         self.slots = rows
 
-    def write(self, logits_SV: Tensor, law: SamplingLaw, parts: TokenParts) -> None:
-        """Draw a token of every slot from its logits, which may be overwritten, and move on one position."""
+    def write(self, linear_SV: Tensor, head: Head, law: SamplingLaw, parts: TokenParts) -> None:
+        """Draw a token of every slot from the linear part of its logits, and move on one position."""
         row_S, t_1 = self.row_R[: self.slots], self._t_1
-        if law.min_new_tokens:
-            logits_SV = forbid(logits_SV, self._stop_ids, t_1 < law.min_new_tokens)
-        token_S, logp_S = parts.draw(logits_SV, law, self._uniforms_RT[row_S, t_1])
+        bar = (self._stop_ids, t_1 < law.min_new_tokens) if law.min_new_tokens else None
+        token_S, logp_S = parts.draw(linear_SV, head, law, self._uniforms_RT[row_S, t_1], bar)
         running_S = ~self.stopped_R[row_S]
         self.ids_RT[row_S, t_1] = torch.where(running_S, token_S, self._pad_id)
         self.logps_RT[row_S, t_1] = torch.where(running_S, logp_S.float(), 0.0)
@@ -95,7 +93,7 @@ class Writer:
     """
 
     def __init__(self, policy: LanguageModel, decoder: Decoder, law: SamplingLaw, uniforms_BT: Tensor) -> None:
-        self._policy, self._decoder, self._law, self._parts = policy, decoder, law, PLAIN
+        self._policy, self._decoder, self._law = policy, decoder, law
         rows, length = uniforms_BT.shape
         self.sheet = Sheet(rows, length, policy, uniforms_BT.device)
         self.sheet.begin(uniforms_BT)
@@ -115,7 +113,7 @@ class Writer:
 
     def _write(self, hidden_SH: Tensor) -> None:
         linear_SV = self._project(hidden_SH.to(self._head.weight_VH.dtype))
-        self.sheet.write(self._head.shape_logits(upcast(linear_SV)), self._law, self._parts)
+        self.sheet.write(linear_SV, self._head, self._law, PLAIN)
 
     def let_leave(self, going: Tensor) -> None:
         """Go on without the rows that have ended, where enough have."""

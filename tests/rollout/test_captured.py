@@ -298,17 +298,43 @@ def test_hooks_that_come_later_end_captured_steps(make_policy, make_batch):
 
 
 def test_adapters_are_merged_in_place(make_policy, make_batch):
-    policy = make_policy("Llama")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj", "down_proj"])
-    policy = LanguageModel(peft.get_peft_model(policy.model, config).double().eval(), policy.tokenizer, "student")
+    policy = with_adapters(make_policy("Llama"))
     engine, batch = engine_of(policy), make_batch()
-    for _ in range(2):
-        check(engine, policy, batch)
-        with torch.no_grad():
-            for name, parameter in policy.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.add_(torch.randn_like(parameter))
     check(engine, policy, batch)
+    known = captures(engine, policy)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    check(engine, policy, batch)
+    assert captures(engine, policy) <= known + 2  # other numbers of rows, and no graph twice
+
+
+def with_adapters(policy, **keywords):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "down_proj"], **keywords)
+    model = peft.get_peft_model(policy.model, config).to(policy.body.norm.weight.dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return LanguageModel(model, policy.tokenizer, "student")
+
+
+@pytest.mark.parametrize("saved", [None, ["input_layernorm", "lm_head"]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_adapters_come_and_go_and_the_model_stays_as_it_was(dtype, saved, make_policy, make_batch):
+    policy = with_adapters(make_policy("Llama", dtype), modules_to_save=saved)
+    batch, before = make_batch(), copy.deepcopy(policy.model.state_dict())
+    with policy.model.disable_adapter():
+        engine = engine_of(policy)
+    found = run(engine, policy, batch)
+    with policy.model.disable_adapter():
+        without = run(engine, policy, batch)
+        assert policy.model in engine._captured
+        same(run(engine_of(policy), policy, batch), without)
+    same(run(engine_of(policy), policy, batch), found)
+    assert not torch.equal(found.ids_BT[:, :6], without.ids_BT[:, :6])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
 
 
 def test_buckets_grow_by_a_third_or_a_half():
