@@ -68,6 +68,9 @@ class LocalEngine:
         stopped_B = sheet.stopped_R[:rows].clone()
         return Rollout.completed(batch, num_completions, ids_BT, mask_BT, logps_BT, stopped_B, law)
 
+    # Lightning evaluates in inference mode, which nobody outside of it may write to the tensors of.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _write_captured(
         self,
         policy: LanguageModel,
@@ -85,9 +88,7 @@ class LocalEngine:
             if not writer.fits(policy):
                 del self._captured[policy.model]
                 writer = self._captured[policy.model] = self._make_captured(policy, len(uniforms_BT))
-            with torch.autocast(
-                policy.device.type, enabled=False
-            ):  # all is cast already, and the graph holds the casts
+            with torch.autocast(policy.device.type, enabled=False):  # all is cast already
                 writer.start(policy, law, uniforms_BT)
                 _write(writer, batch, num_completions, uniforms_BT.shape[1], told)
             return writer.sheet
@@ -102,6 +103,7 @@ class LocalEngine:
     def _make_captured(self, policy: LanguageModel, rows: int) -> CapturedWriter:
         return CapturedWriter(policy, rows, self._recorder(policy.device))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def prove(self, policy: LanguageModel, rows: int, width: int, choice: str = "auto") -> Verdict:
         """Let captured steps of a model prove themselves, and take them in later rollouts if they do.

@@ -11,10 +11,11 @@ import torch
 from rollout.llamas import MODELS, eager_to_stop, same
 from rollout.tape import Listening, Refused, TapeRecorder
 
+from lit_opd.config import RolloutConfig
 from lit_opd.errors import UserError
 from lit_opd.functional import law_logps
 from lit_opd.models import LanguageModel
-from lit_opd.rollout import LocalEngine, captured, uniforms
+from lit_opd.rollout import LocalEngine, build_engine, captured, uniforms
 from lit_opd.rollout.captured import width_bucket
 from lit_opd.types import SamplingLaw
 
@@ -147,6 +148,28 @@ def test_rollouts_of_other_sizes_and_laws_and_temperatures_share_one_writer(make
     ):  # fmt: skip
         batch = make_batch(texts) if texts else make_batch()
         check(engine, model, batch, count, length, law)
+
+
+def test_an_evaluation_in_inference_mode_leaves_tensors_that_training_can_write(make_policy, make_batch):
+    """Lightning evaluates so, and what grows there would be closed to the next training step."""
+    policy, batch = eager_to_stop(make_policy("Llama")), make_batch()
+    engine = engine_of(policy, rows=4, width=16)
+    with torch.inference_mode():
+        check(engine, policy, batch)
+    check(engine, policy, batch)
+
+
+def test_the_configuration_turns_capture_off():
+    assert build_engine(RolloutConfig(capture="off"))._capture == "off"
+
+
+def test_what_an_earlier_rollout_broke_reaches_no_later_one(make_policy, make_batch):
+    policy, batch = make_policy("Llama"), make_batch()
+    engine = engine_of(policy)
+    run(engine, policy, batch)
+    for cache in engine._captured[policy.model]._decoder._caches:
+        cache.fill_(torch.nan)
+    check(engine, policy, batch)
 
 
 def test_rows_leave_in_few_sizes(make_policy, make_batch, monkeypatch):
