@@ -37,6 +37,12 @@ def interpret_kernels():
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_unconfigure():
+    """Free what was frozen: Triton's bindings count what is left when the process ends, and print it."""
+    gc.unfreeze()
+    gc.collect()
+
+
 def choose_examples():
     """Draw the same examples for property tests every time, or with `HYPOTHESIS_PROFILE=search` others each time.
 
