@@ -6,8 +6,9 @@ the layers of `llama` call `attend` directly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models.packing import Layout, as_bias, gather_rows
 
-__all__ = ["attend", "packed_layers", "unsupported"]
+__all__ = ["Attend", "attend", "packed_layers", "unsupported"]
+
+Attend = Callable[[Tensor, Tensor, Tensor, Layout, float, int | None, float], Tensor]
+"""A way to compute attention, with the arguments of `attend`."""
 
 NAME = "lit_opd_packed"
 # Bytes of attention weights under which plain products beat PyTorch's fused kernel on a CPU: its backward pass is slow.
@@ -134,6 +138,7 @@ def _attention(
     attention_mask: None,
     *,
     layout: Layout,
+    attend: Attend = attend,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -165,10 +170,36 @@ def unsupported(body: Any) -> str | None:
 
 @contextmanager
 def packed_layers(body: Any) -> Iterator[None]:
-    """Make the body's layers attend by `attend`, and take `layout=`, while the context is open."""
+    """Make the body's layers attend by `attend`, and take `layout=` and `attend=`, while the context is open.
+
+    Layers that gradient checkpointing computes again attend so then, too, when the context has long been closed.
+    """
+    marked = [part for part in body.modules() if getattr(part, "gradient_checkpointing", False)]
+    name = "_gradient_checkpointing_func"  # absent from a layer until `set_dropout` gives it one
+    recomputing = {part: getattr(part, name) for part in marked if hasattr(part, name)}
+    for part, function in recomputing.items():
+        part._gradient_checkpointing_func = partial(_packed_both_times, body, function)
+    try:
+        with _packed_attention(body):
+            yield
+    finally:
+        for part, function in recomputing.items():
+            part._gradient_checkpointing_func = function
+
+
+@contextmanager
+def _packed_attention(body: Any) -> Iterator[None]:
     own = body.config._attn_implementation
     body.config._attn_implementation = NAME
     try:
         yield
     finally:
         body.config._attn_implementation = own
+
+
+def _packed_both_times(body: Any, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any) -> Any:
+    def run(*args: Any) -> Any:
+        with _packed_attention(body):
+            return layer(*args)
+
+    return checkpoint(run, *args)
