@@ -51,14 +51,15 @@ def pieces_of(layout: Layout, window: int | None = None) -> tuple[Piece, ...]:
     for all segments that follow it, so that a long prompt is not repeated for its completions. With a window each
     segment has the last keys that lead to it gathered before its own.
     """
-    if window not in layout.pieces:
+    key = "pieces", window
+    if key not in layout.kept:
         segments = sorted(layout.segments, key=lambda segment: int(segment.path[segment.start]))
         device = layout.ids_N.device
         filler = np.arange(layout.count, len(layout.ids_N))  # sees itself: what no call writes may be NaN
         segments += [Segment(filler, 0)] if len(filler) else []
         made = _whole(segments, device) if window is None else _windowed(segments, window, device)
-        layout.pieces[window] = made
-    return layout.pieces[window]
+        layout.kept[key] = made
+    return layout.kept[key]
 
 
 def _whole(segments: list[Segment], device: torch.device) -> tuple[Piece, ...]:

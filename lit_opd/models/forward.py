@@ -108,7 +108,7 @@ class PackedForward:
     def packed(self, model: LanguageModel, layout: Layout) -> Tensor:
         """Compute hidden states [N, H] of the tokens of a layout."""
         body = model.body
-        with model.precision(), packed_layers(body):
+        with model.precision(), packed_layers(body, layout):
             inputs = {"input_ids": layout.ids_N[None], "position_ids": layout.positions_N[None]}
             return body(**inputs, layout=layout, attend=self.attend, use_cache=False).last_hidden_state[0]
 

@@ -58,7 +58,7 @@ class Layout:
         place_N: where each token stands in `queries_SL`, flattened.
         segments: the segments on the host.
         count: how many tokens are no filler.
-        pieces: for each window, what `flash_pieces` made of the segments, kept for all that read the layout.
+        kept: what `flash_pieces` and `packed_mixers` made of the segments, for all passes that read the layout.
     """
 
     ids_N: Tensor
@@ -69,7 +69,7 @@ class Layout:
     place_N: Tensor
     segments: tuple[Segment, ...] = field(repr=False)
     count: int
-    pieces: dict[int | None, Any] = field(default_factory=dict, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
