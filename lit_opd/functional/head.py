@@ -177,6 +177,10 @@ class HiddenDistributions:
         """Choose positions."""
         return HiddenDistributions(self.hidden_NH[index], self.head, self.rows)
 
+    def project(self, part: slice) -> Tensor:
+        """Make the projection [c, V] of a slice of positions as the product gives it, before the head shapes it."""
+        return _project(self.hidden_NH[part], self.head)
+
     def logits(self, part: slice) -> Tensor:
         """Make logits [c, V] in fp32 (float64 stays), from memory where a slice lies within one projection."""
         start = part.start // self.rows * self.rows

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["DIVERGENCES", "Shape", "read_rows", "sum_divergence", "write_gradient"]
+__all__ = ["DIVERGENCES", "Pair", "Shape", "read_rows", "sum_divergence", "write_gradient"]
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 # Tokens of a row that a program holds at once, 16 a thread; a power of two.
@@ -37,38 +37,41 @@ class Shape(NamedTuple):
     cool: float = 1.0
 
 
-def read_rows(
-    student_cV: Tensor, student: Shape, teacher_cV: Tensor | None, teacher: Shape, entropies: bool = False
-) -> Tensor:
+class Pair(NamedTuple):
+    """Rows of the student's projection and the teacher's, None where there is none, and the shapes of both."""
+
+    student_cV: Tensor
+    student: Shape
+    teacher_cV: Tensor | None
+    teacher: Shape
+
+
+def read_rows(pair: Pair, entropies: bool = False) -> Tensor:
     """Read every row once, by a softmax whose maximum grows on the way.
 
     Returns:
         [6, c] fp32: log-normaliser of student and of teacher, reverse and forward KL, entropy of student and of teacher
         (nats). Without a teacher its rows and the KLs, and without `entropies` these, mean nothing.
     """
-    found_6c = torch.zeros(6, len(student_cV), dtype=torch.float32, device=student_cV.device)
-    _launch(_read, len(student_cV), student_cV, student, teacher_cV, teacher, found_6c, ENTROPIES=entropies)
+    rows = len(pair.student_cV)
+    found_6c = torch.zeros(6, rows, dtype=torch.float32, device=pair.student_cV.device)
+    _launch(_read, rows, pair, found_6c, ENTROPIES=entropies)
     return found_6c
 
 
-def sum_divergence(
-    student_cV: Tensor, student: Shape, teacher_cV: Tensor, teacher: Shape, normalisers_2c: Tensor, weight: float
-) -> Tensor:
+def sum_divergence(pair: Pair, normalisers_2c: Tensor, weight: float) -> Tensor:
     """Sum the JSD of every row, whose mixture is known only after both normalisers.
 
     Returns:
         [2, c] fp32: the divergence, and the mean over the student's tokens of its derivative by their probability.
     """
-    found_2c = torch.zeros(2, len(student_cV), dtype=torch.float32, device=student_cV.device)
-    _launch(_sum, len(student_cV), student_cV, student, teacher_cV, teacher, normalisers_2c, found_2c, weight)
+    found_2c = torch.zeros_like(normalisers_2c)
+    _launch(_sum, len(pair.student_cV), pair, normalisers_2c, found_2c, weight)
     return found_2c
 
 
 def write_gradient(
-    student_cV: Tensor,
-    student: Shape,
-    teacher_cV: Tensor | None,
-    teacher: Shape,
+    pair: Pair,
     normalisers_2c: Tensor,
     chosen: tuple[Tensor, Tensor],
     divergence: tuple[str, float, Tensor, Tensor] | None,
@@ -76,34 +79,29 @@ def write_gradient(
     """Write the gradient by the student's projection into its place.
 
     Args:
-        student_cV: raw projection, overwritten.
-        student: its shape.
-        teacher_cV: raw projection, None where no divergence is differentiated.
-        teacher: its shape.
+        pair: the rows, of which the student's are overwritten.
         normalisers_2c: log-normalisers of both.
         chosen: ids [c, K] of tokens, and the derivative [c, K] of the loss by their log-probabilities. An id may stand
             in a row several times.
-        divergence: its name, its weight, the mean of `sum_divergence` (for a KL its value) and the derivative of the
-            loss by it, [c] both.
+        divergence: one of `DIVERGENCES`, its weight, the mean of `sum_divergence` (for a KL its value) and the
+            derivative of the loss by it, [c] both.
     """
     ids_cK, by_logps_cK = chosen
     name, weight, *by_row = divergence or ("", 0.0)
     mean_c, by_divergence_c = by_row or (normalisers_2c[0], normalisers_2c[0])
-    blocks = triton.cdiv(student_cV.shape[1], _BLOCK)
+    rows, vocabulary = pair.student_cV.shape
+    blocks = triton.cdiv(vocabulary, _BLOCK)
+    pair = pair if divergence is not None else pair._replace(teacher_cV=None)
     rest = (normalisers_2c, ids_cK.contiguous(), by_logps_cK.contiguous(), by_logps_cK.sum(1), ids_cK.shape[1])
-    _launch(
-        _write, len(student_cV) * blocks, student_cV, student, teacher_cV, teacher, *rest, mean_c, by_divergence_c,
-        weight, blocks, DIVERGENCE=name,
-    )  # fmt: skip
+    _launch(_write, rows * blocks, pair, *rest, mean_c, by_divergence_c, weight, blocks, DIVERGENCE=name)
 
 
-def _launch(
-    kernel: Any, programs: int, student_cV: Tensor, student: Shape, teacher_cV: Tensor | None, teacher: Shape,
-    *rest: Any, **constants: Any,
-) -> None:  # fmt: skip
+def _launch(kernel: Any, programs: int, pair: Pair, *rest: Any, **constants: Any) -> None:
     if not programs:
         return
+    student_cV, student, teacher_cV, teacher = pair
     other_cV = student_cV if teacher_cV is None else teacher_cV
+    assert student_cV.shape == other_cV.shape
     assert student_cV.stride(1) == other_cV.stride(1) == 1
     kernel[(programs,)](
         student_cV, other_cV, *student_cV.shape, student_cV.stride(0), other_cV.stride(0), *student, *teacher, *rest,
