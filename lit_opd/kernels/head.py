@@ -92,8 +92,10 @@ def write_gradient(
     rows, vocabulary = pair.student_cV.shape
     blocks = triton.cdiv(vocabulary, _BLOCK)
     pair = pair if divergence is not None else pair._replace(teacher_cV=None)
-    rest = (normalisers_2c, ids_cK.contiguous(), by_logps_cK.contiguous(), by_logps_cK.sum(1), ids_cK.shape[1])
-    _launch(_write, rows * blocks, pair, *rest, mean_c, by_divergence_c, weight, blocks, DIVERGENCE=name)
+    chosen_each = (ids_cK.contiguous(), by_logps_cK.contiguous(), by_logps_cK.sum(1), ids_cK.shape[1])
+    # The derivative of a plain sum is one number, expanded.
+    by_each = (mean_c.contiguous(), by_divergence_c.contiguous())
+    _launch(_write, rows * blocks, pair, normalisers_2c, *chosen_each, *by_each, weight, blocks, DIVERGENCE=name)
 
 
 def _launch(kernel: Any, programs: int, pair: Pair, *rest: Any, **constants: Any) -> None:
@@ -127,7 +129,8 @@ def _times(total, shrink):
     return tl.where(shrink > 0, total * shrink, 0.0)
 
 
-@triton.jit
+# What differs from chunk to chunk is not specialised on, or another last chunk would be compiled for in mid-run.
+@triton.jit(do_not_specialize=["rows", "found"])
 def _read(
     student, teacher, rows, vocabulary, student_stride, teacher_stride,
     scale, softcap, cool, teacher_scale, teacher_softcap, teacher_cool, found,
@@ -176,7 +179,7 @@ def _read(
             tl.store(found + 5 * rows, normaliser_t - mean_t / sum_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "normalisers", "found"])
 def _sum(
     student, teacher, rows, vocabulary, student_stride, teacher_stride,
     scale, softcap, cool, teacher_scale, teacher_softcap, teacher_cool,
@@ -202,7 +205,7 @@ def _sum(
     tl.store(found + rows + number, from_s / weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "normalisers", "ids", "by_logps", "by_all", "k", "mean", "by_divergence"])
 def _write(
     student, teacher, rows, vocabulary, student_stride, teacher_stride,
     scale, softcap, cool, teacher_scale, teacher_softcap, teacher_cool,

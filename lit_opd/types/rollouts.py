@@ -194,6 +194,10 @@ class Rollout:
         """True where another than the student wrote a counted token. An accelerator makes the host wait, once."""
         return bool((self.mask_BT & ~self.student_wrote_BT).any())
 
+    def count(self) -> None:
+        """Find out now what of it an accelerator makes the host wait for."""
+        _ = self.counted_N, self.has_demonstrations
+
     def counted(self, values_BT: Tensor) -> Tensor:
         """Choose the values of the counted tokens, [N]."""
         return values_BT.take(self.counted_N)
