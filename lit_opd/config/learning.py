@@ -137,5 +137,7 @@ class OptimConfig(Section):
     """Rows x longest length of a micro-batch, in tokens."""
     head_chunk_mib: Any = limited("auto", auto_or_at_least(1))
     """Memory for the logits of one chunk, in MiB, or auto: 256 on a CPU, a share of what an accelerator has free."""
+    tf32: bool = False
+    """Let an accelerator multiply float32 values in TF32, which keeps 10 of their 23 bits: true | false."""
     paths: str = limited("auto", one_of("auto", "plain", "fast"))
     """Fast paths on an accelerator: auto (those that prove themselves before the first step) | plain | fast (all)."""
