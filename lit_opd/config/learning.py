@@ -118,7 +118,7 @@ class OptimConfig(Section):
     """The optimizer's step."""
 
     name: str = "AdamW"
-    """Any optimizer of torch.optim, or package.module:name or file.py:name of one."""
+    """Any of torch.optim, AdamW8bit (bitsandbytes), StochasticAdamW (weights in bf16), or a path of one."""
     lr: float = limited(1e-5, above(0))
     """The learning rate after warm-up."""
     kwargs: dict[str, Any] = field(default_factory=dict)
