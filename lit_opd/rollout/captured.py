@@ -20,7 +20,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.rollout.fused import FusedDecoder
 from lit_opd.rollout.graphs import Recorder
 from lit_opd.rollout.products import overwrite
-from lit_opd.rollout.token_parts import PLAIN, TokenParts
+from lit_opd.rollout.token_parts import TokenParts
 from lit_opd.rollout.writing import Sheet
 from lit_opd.types import PromptBatch, Prompts, SamplingLaw
 
@@ -55,18 +55,31 @@ class CapturedWriter:
         policy: the model, whose `why_not_fused` is None.
         rows: how many rows it will mostly write.
         recorder: captures.
-        parts: what computes a token.
     """
 
-    def __init__(self, policy: LanguageModel, rows: int, recorder: Recorder, parts: TokenParts = PLAIN) -> None:
-        self._parts, self._recorder = parts, recorder
-        self._decoder = FusedDecoder(policy, rows, lasting=True, parts=self._parts)
+    def __init__(self, policy: LanguageModel, rows: int, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._decoder = FusedDecoder(policy, rows, lasting=True)
         self._head = policy.head.detach().to(self._decoder.dtype)
         self._known = _circumstances(policy, self._decoder.dtype)
         self._graphs: dict[Any, tuple[Callable[[], None], Tensor]] = {}
         self._law = SamplingLaw()
         self.sheet = Sheet(0, 0, policy, policy.device)
         self.look_every, self.captures = _LOOK_EVERY, 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+        return self._decoder.dtype
+
+    @property
+    def parts(self) -> TokenParts:
+        """The functions that compute a token. Each choice of them has graphs of its own."""
+        return self._decoder.parts
+
+    @parts.setter
+    def parts(self, parts: TokenParts) -> None:
+        self._decoder.parts = parts
 
     def fits(self, policy: LanguageModel) -> bool:
         """Tell whether the model is still as it was captured: its weights in their places, its precision, its ends."""
@@ -109,7 +122,7 @@ class CapturedWriter:
             hidden_SH = self._decoder.run(self.sheet.token_R[:slots], width, self._decoder.column_1)
             return self._write(hidden_SH)
 
-        key = slots, width, self._law, self._head.temperature
+        key = slots, width, self._law, self._head.temperature, self.parts
         if not captured:
             hidden_SH = run()
         elif key in self._graphs:
@@ -125,7 +138,7 @@ class CapturedWriter:
     def _write(self, hidden_SH: Tensor) -> Tensor:
         head = self._head
         linear_SV = linear(hidden_SH.to(head.weight_VH.dtype), head.weight_VH, head.bias_V)
-        self.sheet.write(linear_SV, head, self._law, self._parts)
+        self.sheet.write(linear_SV, head, self._law, self.parts)
         return hidden_SH
 
     def let_leave(self, going: Tensor) -> None:
@@ -156,7 +169,7 @@ def _circumstances(policy: LanguageModel, dtype: torch.dtype) -> tuple[Any, ...]
 
 
 class CaptureProbe:
-    """A few tokens of one prompt, written by captured steps and by the same steps uncaptured.
+    """A few tokens of one prompt, written by captured steps or the same steps uncaptured, by one or by other parts.
 
     The tokens that are read are given, so that rounding cannot send one of the two another way.
 
@@ -174,16 +187,10 @@ class CaptureProbe:
         self._batch = PromptBatch(Prompts(ids_BP, torch.ones_like(ids_BP, dtype=torch.bool)), [{}], 0, [0])
         self._tokens_TR = torch.arange(_PROBED * rows, device=device).view(_PROBED, rows) % policy.vocabulary
 
-    def plain(self) -> list[Tensor]:
-        """Write uncaptured."""
-        return self._run(captured=False)
-
-    def captured(self) -> list[Tensor]:
-        """Write captured."""
-        return self._run(captured=True)
-
-    def _run(self, captured: bool) -> list[Tensor]:
+    def run(self, captured: bool, parts: TokenParts) -> list[Tensor]:
+        """Write, and return the hidden states of every token and their log-probabilities."""
         writer, rows = self._writer, self._rows
+        writer.parts = parts
         # Numbers of 0 draw the first token of the vocabulary whatever the rounding.
         uniforms_RT = torch.zeros(rows, _PROBED + 1, dtype=torch.float64, device=self._tokens_TR.device)
         writer.start(self._policy, SamplingLaw(), uniforms_RT)

@@ -38,8 +38,8 @@ def narrow(monkeypatch):
 
 
 def engine_of(policy, rows=20, width=32, **keywords):
-    engine = LocalEngine(recorder=TapeRecorder, **keywords)
-    verdict = engine.prove(policy, rows, width, choice="fast")
+    engine = LocalEngine(recorder=TapeRecorder, kernels=False, **keywords)
+    (verdict,) = engine.prove(policy, rows, width, choice="fast")
     assert verdict.taken
     return engine
 
@@ -247,7 +247,7 @@ def broken(make_policy):
     policy = eager_to_stop(make_policy("Llama"))
     Broken.left = 100
     engine = LocalEngine(recorder=Broken)
-    assert engine.prove(policy, 20, 32, choice="fast").taken
+    assert engine.prove(policy, 20, 32, choice="fast")[0].taken
     Broken.left = 4
     return engine, policy
 
@@ -275,7 +275,7 @@ def test_a_capture_that_is_refused_is_no_verdict_for_it(make_policy, monkeypatch
     policy = make_policy("Llama")
     engine = LocalEngine(recorder=Broken)
     Broken.left = 0
-    verdict = engine.prove(policy, 4, 32)
+    (verdict,) = engine.prove(policy, 4, 32)
     assert str(verdict) == "captured decoding: the plain path (RuntimeError: an illegal memory access)"
     assert policy.model not in engine._captured
 
@@ -287,7 +287,7 @@ def test_a_graph_that_computes_otherwise_is_left(make_policy):
         def capture(self, run):
             return lambda: None, super().capture(run)[1]
 
-    verdict = LocalEngine(recorder=Stale).prove(make_policy("Llama"), 4, 32)
+    (verdict,) = LocalEngine(recorder=Stale, kernels=False).prove(make_policy("Llama"), 4, 32)
     assert not verdict.taken
     assert "off by" in verdict.reason
 
@@ -308,7 +308,7 @@ def test_what_cannot_be_captured_keeps_the_plain_loop(keywords, change, reason, 
     policy = make_policy("Llama")
     change(policy)
     engine = LocalEngine(**keywords)
-    verdict = engine.prove(policy, 4, 32)
+    (verdict,) = engine.prove(policy, 4, 32)
     assert not verdict.taken
     assert verdict.reason == reason
     assert not caplog.records
