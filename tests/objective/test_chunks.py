@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from references import made, rollout_from
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_opd import estimators
 from lit_opd.estimators import registry
@@ -220,3 +221,50 @@ def test_under_autocast_gradients_are_those_of_the_plain_path_up_to_rounding(nam
     for name, value in expected.items():
         bound = 2**-7 if name in ("hidden", "weight", "bias") else 1e-5
         assert (found[name] - value).norm() <= bound * value.norm(), name
+
+
+class Waits(TorchDispatchMode):
+    """Collects what makes the host wait for an accelerator: results whose size or value it must know."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        masks = (
+            name.startswith("index")
+            and any(x.dtype == torch.bool for x in args[1] if x is not None and not isinstance(x, int))
+            if len(args) > 1 and isinstance(args[1], list | tuple)
+            else False
+        )
+        if masks or name.split(".")[0].startswith(self.NAMES):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_makes_a_host_wait_is_noticed():
+    values, mask = torch.arange(3.0), torch.tensor([True, False, True])
+    for wait in (lambda: values[mask], lambda: bool(mask.any()), lambda: float(values[0]), mask.nonzero,
+                 lambda: values.masked_select(mask)):  # fmt: skip
+        with Waits() as noticed:
+            wait()
+        assert noticed.seen
+    with Waits() as noticed:
+        values[torch.tensor([0, 2])].sum()
+    assert not noticed.seen
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_accelerator_makes_the_host_wait_nowhere(fused):
+    """But when a rollout is counted, which happens once, before the first forward pass."""
+    for name in FUSED if not fused else ("full_vocab", "sequence", "teacher_topk"):
+        estimator = estimators.build(name, **estimators.get(name).small)
+        demonstrated = not estimator.needs & {"rewards", "groups"}
+        hidden_NH, head, micro, weights_BT = scene(estimator, torch.float32, demonstrated=demonstrated)
+        micro.rollout.count()
+        with Waits() as noticed:
+            head_loss(hidden_NH, head, micro, estimator, weights_BT, 4, fused).value.backward()
+        assert not noticed.seen, name
