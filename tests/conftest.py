@@ -30,11 +30,17 @@ def pytest_collection_finish():
 
 
 def interpret_kernels():
-    """Run kernels on a CPU where there is no accelerator: triton reads it when it is imported, which torch may do."""
+    """Run Triton kernels on the CPU where there is nothing else. Triton reads this when it is imported."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_unconfigure():
+    """Free what was frozen: Triton's bindings count what is left when the process ends, and print it."""
+    gc.unfreeze()
+    gc.collect()
 
 
 def choose_examples():
