@@ -14,9 +14,7 @@ from torch import Tensor
 from lit_opd.functional.head import Head
 from lit_opd.functional.precision import upcast
 
-__all__ = ["DIVERGENCES", "Rows", "fused_rows"]
-
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+__all__ = ["Rows", "fused_rows"]
 
 # Memory of both models' logits of a chunk, at most: more rows than that make the products hardly faster. A whole number
 # of tiles of a product is taken of it.
@@ -84,18 +82,22 @@ class Rows:
         """Compute the entropy of student and teacher at each position, nats [2, c]."""
         return self._kernels.read_rows(self._pair, entropies=True)[4:]
 
-    def divergence(self, name: str, teacher_weight: float = 0.5) -> Tensor:
-        """Compute one of `DIVERGENCES` at each position, nats [c], a leaf that the loss is differentiated by.
+    def divergence(self, name: str, weight: float = 0.0) -> Tensor:
+        """Compute a divergence at each position, nats [c], a leaf that the loss is differentiated by.
 
-        `teacher_weight` is that of `divergences.jsd`, strictly between 0 and 1.
+        Args:
+            name: one of `kernels.head.DIVERGENCES`.
+            weight: the `teacher_weight`, `skew` or `forward_weight` of `divergences`, strictly between 0 and 1.
         """
         if self._divergence is None:
-            value_c = mean_c = self.kl if name == "reverse_kl" else self.forward_kl
-            if name == "jsd":
-                value_c, mean_c = self._kernels.sum_divergence(self._pair, self._read_6c[:2], teacher_weight)
+            known = {"reverse_kl": self.kl, "forward_kl": self.forward_kl}
+            known["mixed_kl"] = weight * self.forward_kl + (1 - weight) * self.kl
+            value_c, mean_c = known.get(name), self.kl
+            if value_c is None:
+                value_c, mean_c = self._kernels.sum_divergence(self._pair, self._read_6c[:2], name, weight)
             leaf_c = value_c.clone().requires_grad_(torch.is_grad_enabled())
-            self._divergence = (name, teacher_weight, mean_c, leaf_c)
-        assert self._divergence[:2] == (name, teacher_weight), "one for all terms: a kernel differentiates no second"
+            self._divergence = (name, weight, mean_c, leaf_c)
+        assert self._divergence[:2] == (name, weight), "one for all terms: a kernel differentiates no second"
         return self._divergence[3]
 
     def differentiate(self, loss: Tensor) -> None:

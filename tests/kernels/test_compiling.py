@@ -18,7 +18,7 @@ def test_the_head():
     spilt = compiled(
         "head",
         _read=[head("bf16", "bf16", False, ENTROPIES=False)],
-        _sum=[head("bf16", "bf16", False)],
+        _sum=[head("bf16", "bf16", False, DIVERGENCE="skew_reverse_kl")],
         _write=[head("bf16", "bf16", False, DIVERGENCE="reverse_kl"), head("fp32", "bf16", True, DIVERGENCE="jsd")],
     )
     assert spilt == [0] * 4
