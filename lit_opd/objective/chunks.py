@@ -100,9 +100,9 @@ def _by_kernels(
         pair = (teacher.project(part), teacher.head) if isinstance(teacher, HiddenDistributions) else None
         rows = Rows(projected_cV, head, pair)
         loss, stats = chunk_loss(FusedChunk.of(positions, rows, part))
+        yield part, loss.detach(), stats  # before the gradient takes the place of what values may be views of
         if learns:
             rows.differentiate(loss)
-        yield part, loss.detach(), stats
 
     return differentiate
 

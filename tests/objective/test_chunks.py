@@ -1,6 +1,7 @@
 """The fused head against the plain one in float64: the loss, every value that is logged, and both gradients."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +139,8 @@ def test_a_formula_over_the_vocabulary_without_a_kernel_takes_the_plain_path(nam
 def test_every_estimator_is_fused_or_says_why_not():
     said = {name: why_plain(estimators.build(name)) for name in registry.names() if name != "mix" and ":" not in name}
     assert {name for name, reason in said.items() if reason} == PLAIN
+    told = (Path(__file__).parents[2] / "docs/speed.md").read_text()
+    assert all(f"`{name}`" in told for name in PLAIN)
     both = {"full_vocab": 1.0, "todi": 1.0}
     assert why_plain(estimators.build("mix", terms=both)).startswith("todi sees")
     two = [{"name": "full_vocab", "weight": 1.0, "kwargs": {"divergence": name}} for name in ("jsd", "forward_kl")]
