@@ -108,11 +108,12 @@ def _launch(kernel: Any, programs: int, pair: Pair, *rest: Any, **constants: Any
     other_cV = student_cV if teacher_cV is None else teacher_cV
     assert student_cV.shape == other_cV.shape
     assert student_cV.stride(1) == other_cV.stride(1) == 1
-    kernel[(programs,)](
-        student_cV, other_cV, *student_cV.shape, student_cV.stride(0), other_cV.stride(0), *student, *teacher, *rest,
-        STUDENT_CAPPED=bool(student.softcap), TEACHER_CAPPED=bool(teacher.softcap), TEACHER=teacher_cV is not None,
-        BLOCK=_BLOCK, num_warps=_WARPS, **constants,
-    )  # fmt: skip
+    numbers = (*student_cV.shape, student_cV.stride(0), other_cV.stride(0), *student, *teacher, *rest)
+    with torch.cuda.device_of(student_cV):  # triton launches on the current device, whatever it is given
+        kernel[(programs,)](
+            student_cV, other_cV, *numbers, STUDENT_CAPPED=bool(student.softcap), TEACHER_CAPPED=bool(teacher.softcap),
+            TEACHER=teacher_cV is not None, BLOCK=_BLOCK, num_warps=_WARPS, **constants,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -3,6 +3,8 @@
 import pytest
 from compiling import compiled
 
+pytest.importorskip("triton", reason="it needs triton")
+
 FLOATS = ("scale", "softcap", "cool", "teacher_scale", "teacher_softcap", "teacher_cool", "weight")
 POINTERS = ("found", "normalisers", "by_logps", "by_all", "mean", "by_divergence")
 TYPES = dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(POINTERS, "*fp32") | {"ids": "*i64"}

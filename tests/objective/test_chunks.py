@@ -11,13 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_opd import estimators
 from lit_opd.estimators import registry
 from lit_opd.functional import Head, HiddenDistributions
-from lit_opd.kernels import head as kernels
 from lit_opd.objective import CountedPositions
 from lit_opd.objective import chunks as chunks_module
 from lit_opd.objective.chunks import why_plain
 from lit_opd.objective.loss import head_loss
 from lit_opd.teachers import wanted_by
 from lit_opd.types import Estimate, SamplingLaw, ScoredRollout, Scores, TokenBatch
+
+kernels = pytest.importorskip("lit_opd.kernels.head", reason="it needs triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: numpy computes masked lanes too
 
