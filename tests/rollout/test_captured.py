@@ -17,6 +17,7 @@ from lit_opd.functional import law_logps
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, build_engine, captured, uniforms
 from lit_opd.rollout.captured import width_bucket
+from lit_opd.rollout.fused import FusedDecoder
 from lit_opd.types import SamplingLaw
 
 PLAIN = SamplingLaw()
@@ -278,6 +279,28 @@ def test_a_capture_that_is_refused_is_no_verdict_for_it(make_policy, monkeypatch
     verdict = engine.prove(policy, 4, 32)
     assert str(verdict) == "captured decoding: the plain path (RuntimeError: an illegal memory access)"
     assert policy.model not in engine._captured
+
+
+def test_memory_that_is_not_there_is_no_verdict_for_it(make_policy, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FusedDecoder, "reserve", fail)
+    monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda policy: None)
+    verdict = LocalEngine(recorder=TapeRecorder).prove(make_policy("Llama"), 4, 32)
+    assert verdict.reason == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_a_probe_reserves_what_rollouts_need_and_captures_it(make_policy, make_batch):
+    """The probe's graphs are those of a rollout's last columns, and no memory grows."""
+    policy = make_policy("Llama")
+    engine = engine_of(policy, rows=20, width=30)
+    writer = engine._captured[policy.model]
+    room, known = writer._decoder.room, set(writer._graphs)
+    assert room == (20, 32)
+    run(engine, policy, make_batch(), length=24)
+    assert writer._decoder.room == room
+    assert known <= set(writer._graphs)
 
 
 def test_a_graph_that_computes_otherwise_is_left(make_policy):
