@@ -116,7 +116,9 @@ def test_under_autocast_weights_are_cast_in_place(make_policy, make_batch):
     policy, batch = make_policy("Llama", torch.float32), make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         engine = engine_of(policy)
+        proven = engine._captured[policy.model]
         run(engine, policy, batch)
+        assert engine._captured[policy.model] is proven, "it was proven in another precision"
         with torch.no_grad():
             for parameter in policy.model.parameters():
                 parameter.mul_(1.1)
@@ -294,7 +296,7 @@ def test_memory_that_is_not_there_is_no_verdict_for_it(make_policy, monkeypatch)
 def test_a_probe_reserves_what_rollouts_need_and_captures_it(make_policy, make_batch):
     """The probe's graphs are those of a rollout's last columns, and no memory grows."""
     policy = make_policy("Llama")
-    engine = engine_of(policy, rows=20, width=38)
+    engine = engine_of(policy, rows=20, width=40)
     writer = engine._captured[policy.model]
     known = dict(writer._graphs)
     run(engine, policy, make_batch(), length=32)
