@@ -95,21 +95,34 @@ class CapturedWriter:
         self._head = replace(head, weight_VH=own.weight_VH, bias_V=own.bias_V)
         self._law = law
         rows, length = uniforms_BT.shape
-        if rows > self.sheet.room[0] or length > self.sheet.room[1]:
-            self._graphs.clear()
-            room = max(rows, self.sheet.room[0]), max(length, self.sheet.room[1])
-            self.sheet = Sheet(*room, policy, policy.device)
+        self._make_sheet(policy, rows, length)
         self.sheet.begin(uniforms_BT)
         self._length = length
+
+    def reserve(self, policy: LanguageModel, rows: int, width: int) -> None:
+        """Make room for rollouts of so many rows and columns, prompt and completion. Wider ones are captured anew."""
+        self._make_sheet(policy, rows, width)
+        unit = _NARROWEST // 2
+        self._make_cache(rows, -(-width // unit) * unit)
 
     def begin(self, batch: PromptBatch, num_completions: int) -> None:
         """Read the prompts, and write the first token of every row."""
         rows, columns = len(batch.prompts.ids_BP) * num_completions, batch.prompts.ids_BP.shape[1] + self._length
-        room = self._decoder.room
-        self._decoder.reserve(rows, width_bucket(columns))
-        if self._decoder.room != room:
-            self._graphs.clear()
+        # Beyond what was reserved by more than is needed: a cache that grew a little every time is captured as often.
+        self._make_cache(rows, columns if columns <= self._decoder.room[1] else width_bucket(columns))
         self._write(self._decoder.prefill(batch, num_completions, self._length))
+
+    def _make_sheet(self, policy: LanguageModel, rows: int, length: int) -> None:
+        room = max(rows, self.sheet.room[0]), max(length, self.sheet.room[1])
+        if room != self.sheet.room:
+            self._graphs.clear()
+            self.sheet = Sheet(*room, policy, policy.device)
+
+    def _make_cache(self, rows: int, columns: int) -> None:
+        most_rows, widest = self._decoder.room
+        if rows > most_rows or columns > widest:
+            self._graphs.clear()
+            self._decoder.reserve(rows, columns)
 
     def advance(self, captured: bool = True) -> Tensor:
         """Write one more token of every row that is left, and return the hidden states [S, H] that it was drawn from.
@@ -181,8 +194,8 @@ class CaptureProbe:
     """
 
     def __init__(self, policy: LanguageModel, writer: CapturedWriter, rows: int, width: int) -> None:
-        self._policy, self._writer, self._rows = policy, writer, rows
-        device, length = policy.device, max(width - _PROBED, 1)
+        self._policy, self._writer, self._rows, self._width = policy, writer, rows, width
+        device, length = policy.device, max(width - _PROBED - 1, 1)
         ids_BP = torch.arange(length, device=device)[None] % policy.vocabulary
         self._batch = PromptBatch(Prompts(ids_BP, torch.ones_like(ids_BP, dtype=torch.bool)), [{}], 0, [0])
         self._tokens_TR = torch.arange(_PROBED * rows, device=device).view(_PROBED, rows) % policy.vocabulary
@@ -193,6 +206,7 @@ class CaptureProbe:
         writer.parts = parts
         # Numbers of 0 draw the first token of the vocabulary whatever the rounding.
         uniforms_RT = torch.zeros(rows, _PROBED + 1, dtype=torch.float64, device=self._tokens_TR.device)
+        writer.reserve(self._policy, rows, self._width)
         writer.start(self._policy, SamplingLaw(), uniforms_RT)
         writer.begin(self._batch, rows)
         hidden = []
