@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_opd.models.packing import Array, Layout, Segment, on_device
@@ -67,7 +68,8 @@ def pieces_of(layout: Layout, window: int | None = None) -> tuple[Piece, ...]:
 
 
 def _whole(segments: list[Segment], device: torch.device) -> tuple[Piece, ...]:
-    branches = np.unique([int(s.path[s.start - 1]) for s in segments if s.start])
+    branches = np.zeros(1 + max(int(s.path[-1]) for s in segments), dtype=bool)  # by the number of a token
+    branches[[int(s.path[s.start - 1]) for s in segments if s.start]] = True
     # How much of its path each segment shares: all that leads to it, or that up to a branch shortly before.
     whole, shorter = ([_shared(segment, branches, near) for segment in segments] for near in (0, _NEAR))
     shared = min(whole, shorter, key=lambda lengths: _gathered(segments, lengths))
@@ -85,10 +87,10 @@ def _whole(segments: list[Segment], device: torch.device) -> tuple[Piece, ...]:
     return *pieces, _piece(below, above, device, causal=False)
 
 
-def _shared(segment: Segment, branches: Array, near: int) -> int:
+def _shared(segment: Segment, branches: NDArray[np.bool_], near: int) -> int:
     """Find the first branch on the way to a segment that is at most `near` tokens before it; return its length."""
     first = max(0, segment.start - 1 - near)
-    found = np.flatnonzero(np.isin(segment.path[first : segment.start], branches))
+    found = np.flatnonzero(branches[segment.path[first : segment.start]])
     return first + int(found[0]) + 1 if len(found) else 0
 
 
