@@ -275,7 +275,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         """Keep what training changes: frozen weights are where they came from, the random state is not."""
         frozen = {f"model.{name}" for name in models.frozen_names(self.model)}
         checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n not in frozen}
-        checkpoint["torch_rng_state"] = torch.get_rng_state()
+        checkpoint |= models.random_state(self.device)
         checkpoint["hyper_parameters"], checkpoint["taught_by"] = self.given, self.taught_by
         checkpoint["scorer"] = {} if self.scorer is None else self.scorer.state()
         if self.pair.followed is not None:
@@ -287,7 +287,7 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         if self.scorer is not None:
             self.scorer.load_state(checkpoint.get("scorer", {}))
         checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
-        torch.set_rng_state(checkpoint["torch_rng_state"])
+        models.restore_random_state(checkpoint)
         if self.pair.followed is not None:
             self.pair.followed.load_state(checkpoint["teacher"])
         play_schedule(self.configure_optimizers(), checkpoint)

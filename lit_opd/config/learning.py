@@ -118,7 +118,7 @@ class OptimConfig(Section):
     """The optimizer's step."""
 
     name: str = "AdamW"
-    """Any optimizer of torch.optim, or package.module:name or file.py:name of one."""
+    """Any of torch.optim, AdamW8bit (bitsandbytes), StochasticAdamW (weights in bf16), or a path of one."""
     lr: float = limited(1e-5, above(0))
     """The learning rate after warm-up."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -137,5 +137,7 @@ class OptimConfig(Section):
     """Rows x longest length of a micro-batch, in tokens."""
     head_chunk_mib: Any = limited("auto", auto_or_at_least(1))
     """Memory for the logits of one chunk, in MiB, or auto: 256 on a CPU, a share of what an accelerator has free."""
+    tf32: bool = False
+    """Let an accelerator multiply float32 values in TF32, which keeps 10 of their 23 bits: true | false."""
     paths: str = limited("auto", one_of("auto", "plain", "fast"))
     """Fast paths on an accelerator: auto (those that prove themselves before the first step) | plain | fast (all)."""

@@ -91,7 +91,8 @@ class LogRatioHistogram(Metric):
         edges = torch.from_numpy(self.edges()).to(values.device)
         bins = torch.bucketize(values, edges, right=True)
         self.counts = self.counts + torch.bincount(bins, minlength=BINS + 2)
-        self.totals = self.totals + torch.bincount(bins, values.abs(), minlength=BINS + 2)
+        # Not `bincount` with weights, which CUDA refuses under trainer.deterministic.
+        self.totals = self.totals + values.new_zeros(BINS + 2).index_add(0, bins, values.abs())
         if len(values):
             self.least = torch.minimum(self.least, values.min())
             self.largest = torch.maximum(self.largest, values.max())

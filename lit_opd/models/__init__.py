@@ -11,6 +11,7 @@ from lit_opd.models.loading import frozen_names, load_frozen, load_student, load
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
 from lit_opd.models.merged_stops import merged_groups, named_groups
 from lit_opd.models.pair import Pair, Reference, Student, Teacher
+from lit_opd.models.randomness import random_state, restore_random_state
 from lit_opd.models.stops import end_of_turn, read_stop_ids
 from lit_opd.models.vocabulary import shared_vocabulary, token_ids
 
@@ -34,8 +35,10 @@ __all__ = [
     "merged_groups",
     "named_groups",
     "context_length",
+    "random_state",
     "read_model_config",
     "read_stop_ids",
+    "restore_random_state",
     "shared_vocabulary",
     "taught_by",
     "to_saved",

@@ -5,13 +5,14 @@ The experiments of `lab` call it: `measure` and `audit` take the step apart that
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lit_opd.config import Config
 from lit_opd.data import PromptDataModule
 from lit_opd.module import DistillationModule
+from lit_opd.runs.arithmetic import settled
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer
 
 __all__ = ["set_up"]
@@ -30,4 +31,10 @@ def set_up(
     trainer.precision_plugin.convert_module(module)
     module.to(trainer.strategy.root_device)
     module.distiller = module.assemble(data.verifier)
-    return module, trainer.precision_plugin.forward_context
+
+    @contextmanager
+    def precision() -> Iterator[None]:
+        with settled(config), trainer.precision_plugin.forward_context():
+            yield
+
+    return module, precision

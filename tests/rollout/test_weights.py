@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_model
 from torch import nn
 
 from lit_opd.config import OptimConfig
-from lit_opd.optim import UNUSABLE, build_optimizer
+from lit_opd.optim import build_optimizer
+from lit_opd.optim.building import UNUSABLE
 from lit_opd.rollout.weights import WeightSync, weights_label
 
 OPTIMIZERS = [

@@ -100,6 +100,7 @@ def test_a_routers_loss_that_is_left_out_is_told():
         (["optim.lr=1e-6", "student.dtype=bfloat16", "student.lora={r: 2}"], "pass"),
         (["optim.lr=1e-6", "trainer.precision=bf16-true", "student.lora={r: 2}"], "warn"),
         (["optim.lr=1e-5", "student.dtype=float16"], "pass"),
+        (["optim.lr=1e-6", "student.dtype=bfloat16", "optim.name=StochasticAdamW"], "pass"),
     ],
 )
 def test_steps_that_rounding_swallows_are_told(words, verdict):

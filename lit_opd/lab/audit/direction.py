@@ -32,7 +32,10 @@ _STUCK = 0.9  # share of weights
 # Keywords that an estimator shares with the divergence that it aims at, with their defaults.
 _KEYWORDS = {"jsd": ("teacher_weight", 0.5), "skew_reverse_kl": ("skew", 0.1), "skew_forward_kl": ("skew", 0.1)}
 
-_ROUNDED = "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), or raise optim.lr."
+_ROUNDED = (
+    "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), set "
+    "optim.name=StochasticAdamW, or raise optim.lr."
+)
 _UPHILL = (
     "The gradient points uphill: look for a wrong sign in the estimator, or in estimator.kwargs. Check it: "
     "python -m lit_opd check NAME."

@@ -95,7 +95,8 @@ def test_a_step_below_the_rounding_of_the_weights_is_told_from_one_that_is_too_l
     assert found.numbers["held"] > 0.99
     assert "of the weights are the same after it, for the step is below the rounding of bfloat16" in found.found
     assert found.fix == (
-        "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), or raise optim.lr."
+        "Keep the weights in float32 (student.dtype=float32, trainer.precision=bf16-mixed), set "
+        "optim.name=StochasticAdamW, or raise optim.lr."
     )
 
 

@@ -29,7 +29,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         student, teacher, "full_vocab", estimator_kwargs={"divergence": "reverse_kl"},
         tokenizer=make_tokenizer(sizes.vocabulary), seed=0,
         rollout={"num_completions": sizes.completions, "min_new_tokens": sizes.new, "max_new_tokens": sizes.new},
-        optim={"lr": 1e-5, "paths": job["paths"], "micro_batch_tokens": 2**20, "kwargs": {"weight_decay": 0.0}},
+        optim={"lr": 1e-5, "paths": job["paths"], "kwargs": {"weight_decay": 0.0}},
     )  # fmt: skip
     rows = [{"prompt": text} for text in make_prompts(sizes, sizes.prompts * job["steps"])]
     data = PromptDataModule(train_rows=rows, batch_size=sizes.prompts, tokenizer=module.tokenizer, seed=0)

@@ -1,10 +1,8 @@
-"""Build optimizers and schedulers by name, any of torch's, or by path.
-
-`DistillationModule` calls it, and `runs.prepare` to rehearse a step.
-"""
+"""Build optimizers and schedulers by name: any of torch's, those with a short name here, or by path."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from lit_opd.config import OptimConfig
 from lit_opd.errors import RunError, UserError, suggest
+from lit_opd.optim.rounding import StochasticAdamW, warn_of_lost_steps
 from lit_opd.plugins import import_object
 
 __all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler", "play_schedule"]
@@ -24,6 +23,12 @@ __all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler", "play_sch
 UNUSABLE = {"LBFGS", "SparseAdam", "Optimizer", "ReduceLROnPlateau", "LRScheduler"}
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
+
+# Optimizers of others' and of this package that a name without a path means.
+SHORT_NAMES = {
+    "StochasticAdamW": f"{StochasticAdamW.__module__}:StochasticAdamW",
+    **{name: f"bitsandbytes.optim:{name}" for name in ("AdamW8bit", "PagedAdamW8bit", "Lion8bit", "PagedLion8bit")},
+}
 
 
 class NonFiniteStepError(RunError):
@@ -48,15 +53,22 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Opt
     Raises:
         UserError: no such optimizer, or it refuses the keywords.
     """
-    cls = _member("optim.name", torch.optim, config.name, Optimizer)
+    name = SHORT_NAMES.get(config.name, config.name)
+    if name.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
+        remedy = 'Run: pip install "lit_opd[quantization]"'
+        raise UserError("optim.name", f"bitsandbytes, which has {config.name}", "no such package", remedy)
+    cls = _member("optim.name", torch.optim, name, Optimizer, SHORT_NAMES)
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise UserError("student", "trainable parameters", "none", "Unfreeze some, or set student.lora.")
     try:
-        return cls(trainable, lr=config.lr, **_fused(cls, trainable, config.kwargs), **config.kwargs)
+        optimizer = cls(trainable, lr=config.lr, **_fused(cls, trainable, config.kwargs), **config.kwargs)
     except (TypeError, ValueError) as error:
-        expected = f"keywords of {config.name if ':' in config.name else f'torch.optim.{config.name}'}"
+        expected = f"keywords of {name if ':' in name else f'torch.optim.{name}'}"
         raise UserError("optim.kwargs", expected, str(error), "Correct them.") from error
+    if cls is not StochasticAdamW and any(p.element_size() == 2 for p in trainable):
+        warn_of_lost_steps(optimizer, config.warmup_steps)
+    return optimizer
 
 
 def _fused(cls: Any, trainable: list[Parameter], chosen: Mapping[str, Any]) -> dict[str, bool]:
@@ -117,7 +129,7 @@ def play_schedule(made: Any, checkpoint: dict[str, Any]) -> None:
             group |= own | {"params": group["params"]}
 
 
-def _member(key: str, home: Any, name: str, base: type) -> Any:
+def _member(key: str, home: Any, name: str, base: type, others: Iterable[str] = ()) -> Any:
     if ":" in name:
         found = import_object(key, name)
         if not (isinstance(found, type) and issubclass(found, base)):
@@ -126,5 +138,5 @@ def _member(key: str, home: Any, name: str, base: type) -> Any:
     classes = {n for n, v in vars(home).items() if isinstance(v, type) and issubclass(v, base) and n[0] != "_"}
     known = classes - UNUSABLE
     if name not in known:
-        raise UserError(key, f"a class of {home.__name__}", repr(name), suggest(name, known))
+        raise UserError(key, f"a class of {home.__name__}", repr(name), suggest(name, known | {*others}))
     return getattr(home, name)
