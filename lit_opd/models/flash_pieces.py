@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_opd.models.packing import Array, Layout, Segment, on_device
 
 __all__ = ["Piece", "pieces_of"]
+
+# Tokens between two branches that are so few that each segment may have them gathered for itself.
+_NEAR = 256
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,9 @@ def pieces_of(layout: Layout, window: int | None = None) -> tuple[Piece, ...]:
 
     Without a window each token sees its own segment up to itself, and all of what leads to the segment. The first needs
     no gathering, for tokens are numbered segment by segment. For the second, the keys of a beginning are gathered once
-    for all segments that follow it, so that a long prompt is not repeated for its completions. With a window each
-    segment has the last keys that lead to it gathered before its own.
+    for all segments that follow it, so that a long prompt is not repeated for its completions. Where completions branch
+    off one after the other, each a few tokens later, they share the keys up to the first branch, and each has the few
+    tokens after it gathered before its own. With a window each segment has the last keys that lead to it there.
     """
     key = "pieces", window
     if key not in layout.kept:
@@ -63,16 +68,38 @@ def pieces_of(layout: Layout, window: int | None = None) -> tuple[Piece, ...]:
 
 
 def _whole(segments: list[Segment], device: torch.device) -> tuple[Piece, ...]:
-    own = _piece([s.path[s.start :] for s in segments], None, device, causal=True)
-    followers: dict[int, list[Segment]] = {}  # the segments that follow a token, by its number
-    for segment in segments:
-        if segment.start:
-            followers.setdefault(int(segment.path[segment.start - 1]), []).append(segment)
-    if not followers:
-        return (own,)
-    below = [np.concatenate([s.path[s.start :] for s in group]) for group in followers.values()]
-    above = [group[0].path[: group[0].start] for group in followers.values()]
-    return own, _piece(below, above, device, causal=False)
+    branches = np.zeros(1 + max(int(s.path[-1]) for s in segments), dtype=bool)  # by the number of a token
+    branches[[int(s.path[s.start - 1]) for s in segments if s.start]] = True
+    # How much of its path each segment shares: all that leads to it, or that up to a branch shortly before.
+    whole, shorter = ([_shared(segment, branches, near) for segment in segments] for near in (0, _NEAR))
+    shared = min(whole, shorter, key=lambda lengths: _gathered(segments, lengths))
+    own = [s.path[s.start :] for s in segments]
+    rest = None if shared == whole else [s.path[length:] for s, length in zip(segments, shared, strict=True)]
+    pieces = (_piece(own, rest, device, causal=True),)
+    groups: dict[int, list[int]] = {}  # the numbers of the segments that share keys, by the last of these
+    for number, length in enumerate(shared):
+        if length:
+            groups.setdefault(int(segments[number].path[length - 1]), []).append(number)
+    if not groups:
+        return pieces
+    below = [np.concatenate([own[number] for number in group]) for group in groups.values()]
+    above = [segments[group[0]].path[: shared[group[0]]] for group in groups.values()]
+    return *pieces, _piece(below, above, device, causal=False)
+
+
+def _shared(segment: Segment, branches: NDArray[np.bool_], near: int) -> int:
+    """Find the first branch on the way to a segment that is at most `near` tokens before it; return its length."""
+    first = max(0, segment.start - 1 - near)
+    found = np.flatnonzero(branches[segment.path[first : segment.start]])
+    return first + int(found[0]) + 1 if len(found) else 0
+
+
+def _gathered(segments: list[Segment], shared: list[int]) -> int:
+    """Count the keys that are gathered: once for all that share them, and all of the rest where a segment has one."""
+    ends = {int(s.path[length - 1]): length for s, length in zip(segments, shared, strict=True) if length}
+    rest = [len(s.path) - length for s, length in zip(segments, shared, strict=True)]
+    whole = all(s.start == length for s, length in zip(segments, shared, strict=True))
+    return sum(ends.values()) + (0 if whole else sum(rest))
 
 
 def _windowed(segments: list[Segment], window: int, device: torch.device) -> tuple[Piece, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_opd.errors import UserError
 from lit_opd.functional import Head, compute_dtype, upcast
+from lit_opd.models.layer_parts import PLAIN, Parts
 from lit_opd.models.llama import has_hooks, is_tied, llama_hidden, tied_embedding, unlike_llama
 from lit_opd.models.packed_attention import Attend, attend, packed_layers, unsupported
 from lit_opd.models.packing import Layout, gather_rows, layout_of, pack
@@ -113,8 +114,17 @@ class PackedForward:
             return body(**inputs, layout=layout, attend=self.attend, use_cache=False).last_hidden_state[0]
 
 
+@dataclass
 class LlamaForward(PackedForward):
-    """A body built like Llama's, run over packed rows by this package's own layers."""
+    """A body built like Llama's, run over packed rows by this package's own layers.
+
+    Attributes:
+        reason: why the body runs this way.
+        attend: the way to compute attention.
+        parts: what its layers do outside of products and attention.
+    """
+
+    parts: Parts = PLAIN
 
     def hidden(self, model: LanguageModel, rollout: Rollout) -> tuple[Tensor, Head]:
         """See `Forward.hidden`."""
@@ -130,7 +140,7 @@ class LlamaForward(PackedForward):
         """Compute hidden states [N, H] of the tokens of a layout, which may be embedded already."""
         with model.precision():
             dtype = compute_dtype(model.output_layer.weight[:0])
-            return llama_hidden(model.body, layout, dtype, embedded_NH, self.attend)
+            return llama_hidden(model.body, layout, dtype, embedded_NH, self.attend, self.parts)
 
 
 def circumstances(body: Any) -> Hashable:

@@ -1,8 +1,8 @@
 """Run the layers of Llama, and of models built like it, over a packed layout.
 
-The mathematics is that of the Hugging Face body. Norm, gated activation and attention use less memory here, for they
-keep only their inputs and compute the rest again in the backward pass. `LlamaForward` trains and scores with these
-layers, `FusedDecoder` samples with them.
+The mathematics is that of the Hugging Face body. Norm, gated activation (`layer_parts`) and attention use less memory
+here, for they keep only their inputs and compute the rest again in the backward pass. `LlamaForward` trains and scores
+with these layers, `FusedDecoder` samples with them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from lit_opd.functional.precision import upcast
+from lit_opd.models.layer_parts import PLAIN, Parts, Turn, rms_norm
 from lit_opd.models.packed_attention import Attend, attend
 from lit_opd.models.packing import Layout
+
+__all__ = [
+    "LayerProducts", "Turn", "has_hooks", "is_tied", "llama_hidden", "rms_norm", "rotation", "run_layer",
+    "tied_embedding", "unlike_llama",
+]  # fmt: skip
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -31,7 +36,6 @@ _ROTATIONS = {"default", "linear", "llama3", "yarn"}
 # rounding to bf16 would hide a factor on a residual, or a layer without rotation.
 _PROVEN = {"llama", "mistral", "qwen2", "qwen3"}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-Turn = tuple[Tensor, Tensor]
 
 
 def unlike_llama(body: Any) -> str | None:
@@ -165,7 +169,12 @@ class _TiedEmbedding(torch.autograd.Function):
 
 
 def llama_hidden(
-    body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Tensor | None = None, attend: Attend = attend
+    body: Any,
+    layout: Layout,
+    dtype: torch.dtype,
+    embedded_NH: Tensor | None = None,
+    attend: Attend = attend,
+    parts: Parts = PLAIN,
 ) -> Tensor:
     """Compute hidden states [N, H] of the tokens of a layout.
 
@@ -175,10 +184,10 @@ def llama_hidden(
     hidden_NH = body.embed_tokens(layout.ids_N) if embedded_NH is None else embedded_NH
     turn = rotation(body, layout.positions_N, hidden_NH)
     for layer in body.layers:
-        run = partial(_run_packed, layer, LayerProducts.of(layer), layout, turn, dtype, attend)
+        run = partial(_run_packed, layer, LayerProducts.of(layer), layout, turn, dtype, attend, parts)
         twice = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
         hidden_NH = checkpoint(run, hidden_NH, use_reentrant=False) if twice else run(hidden_NH)
-    return rms_norm(hidden_NH, body.norm, hidden_NH.dtype)
+    return parts.norm(hidden_NH, body.norm, hidden_NH.dtype)
 
 
 def _run_packed(
@@ -188,6 +197,7 @@ def _run_packed(
     turn: Turn,
     dtype: torch.dtype,
     attend: Attend,
+    parts: Parts,
     hidden_NH: Tensor,
 ) -> Tensor:
     own = layer.self_attn
@@ -196,7 +206,7 @@ def _run_packed(
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(query, key, value, layout, own.scaling, None, dropped)
 
-    return run_layer(layer, products, hidden_NH, turn, attention, dtype)
+    return run_layer(layer, products, hidden_NH, turn, attention, dtype, parts)
 
 
 def rotation(body: Any, positions_N: Tensor, like: Tensor) -> Turn:
@@ -207,7 +217,13 @@ def rotation(body: Any, positions_N: Tensor, like: Tensor) -> Turn:
 
 
 def run_layer(
-    layer: Any, products: LayerProducts, hidden_NH: Tensor, turn: Turn, attention: Attention, dtype: torch.dtype
+    layer: Any,
+    products: LayerProducts,
+    hidden_NH: Tensor,
+    turn: Turn,
+    attention: Attention,
+    dtype: torch.dtype,
+    parts: Parts = PLAIN,
 ) -> Tensor:
     """Run one layer on the residual stream and return the new stream [N, H].
 
@@ -218,70 +234,12 @@ def run_layer(
         turn: from `rotation`.
         attention: maps queries [N, heads, D], keys and values [N, groups, D] to [N, heads, D].
         dtype: of the matrix products.
+        parts: what the layer does outside of its products, by default in plain torch.
     """
     own, rows = layer.self_attn, len(hidden_NH)
-    qk, value = products.qk_v(rms_norm(hidden_NH, layer.input_layernorm, dtype))
+    qk, value = products.qk_v(parts.norm(hidden_NH, layer.input_layernorm, dtype))
     qk, value = qk.view(rows, -1, own.head_dim), value.reshape(rows, -1, own.head_dim)
-    groups = value.shape[1]
-    heads = qk.shape[1] - groups
-    if hasattr(own, "q_norm"):
-        parts = rms_norm(qk[:, :heads], own.q_norm, dtype), rms_norm(qk[:, heads:], own.k_norm, dtype)
-        qk = torch.cat(parts, dim=1)
-    cos, sin = turn
-    wide = qk.to(cos.dtype)
-    qk = torch.addcmul(wide * cos, wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin).to(dtype)
-    mixed = attention(qk[:, :heads], qk[:, heads:], value)
-    hidden_NH = hidden_NH + products.out(mixed.reshape(rows, -1))
-    gate, up = products.gate_up(rms_norm(hidden_NH, layer.post_attention_layernorm, dtype))
-    plain_silu = type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-    inner = _GatedSilu.apply(gate, up) if plain_silu and gate.requires_grad else layer.mlp.act_fn(gate) * up
-    return hidden_NH + products.down(inner)
-
-
-def rms_norm(x: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
-    """Apply a norm with `weight` and `variance_epsilon`, in fp32 (float64 stays), and return the result in `dtype`."""
-    if torch.is_grad_enabled():
-        return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon, dtype)
-    return _normed(x, norm.weight, norm.variance_epsilon, dtype)[0]
-
-
-def _normed(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    wide = upcast(x)
-    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + epsilon)
-    return (weight * (wide * scale).to(x.dtype)).to(dtype), scale
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-        normed, scale = _normed(x, weight, epsilon, dtype)
-        ctx.save_for_backward(x, weight, scale)
-        return normed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        normed, wide = upcast(x) * scale, upcast(upstream)
-        to_weight = None
-        if ctx.needs_input_grad[1]:
-            to_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        inner = wide * weight
-        inner -= normed * (inner * normed).mean(-1, keepdim=True)
-        return inner.mul_(scale).to(x.dtype), to_weight, None, None
-
-
-class _GatedSilu(torch.autograd.Function):
-    """The product silu(gate) x up, which keeps nothing but gate and up for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate) * up
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        to_gate = torch.ops.aten.silu_backward(upstream * up, gate)
-        return to_gate, upstream.mul(silu(gate))
+    query, key = parts.turned(qk, qk.shape[1] - value.shape[1], own, turn, dtype)
+    hidden_NH = hidden_NH + products.out(attention(query, key, value).reshape(rows, -1))
+    gate, up = products.gate_up(parts.norm(hidden_NH, layer.post_attention_layernorm, dtype))
+    return hidden_NH + products.down(parts.activated(gate, up, layer.mlp))

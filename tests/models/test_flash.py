@@ -1,5 +1,7 @@
 """Flash attention over a packed layout, its kernel emulated, against attention by masks in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from flash_on_cpu import emulated
@@ -73,6 +75,7 @@ any_rows = st.lists(st.builds(lambda first, rest: first + rest, beginnings, shor
 @settings(max_examples=30, deadline=None)
 @given(any_rows, st.sampled_from([None, 1, 3, 21]))
 @example([[0] * 20 + [1], [0] * 20 + [2, 1], [0] * 20 + [2, 2], [0] * 20 + [3]], None)
+@example([[0] * 20 + [1] * number + [2, number] for number in range(6)], None)
 def test_any_tree(rows, window):
     assert_same(rows, window)
 
@@ -102,6 +105,25 @@ def test_keys_of_a_prompt_are_gathered_once_for_all_its_completions():
     assert shared.ends_q.tolist() == [0, 40]
 
 
+def test_completions_that_branch_off_one_after_the_other_share_the_prompt():
+    """Gathered up to each branch, the prompt would be read five times."""
+    rows = [[7] * 1000 + [1] * number + [2, number] for number in range(6)]
+    layout, _ = pack(rows, CPU)
+    own, shared = pieces_of(layout)
+    assert shared.ends_k.tolist() == [0, 1000]
+    assert len(own.keys_K) < 1100
+    assert_same(rows)
+
+
+def test_a_short_prompt_is_gathered_for_each_branch_for_that_is_less_than_all_keys():
+    rows = [[7] * 20 + [1] * number + [2] * 30 for number in range(4)]
+    layout, _ = pack(rows, CPU)
+    own, shared = pieces_of(layout)
+    assert own.keys_K is None
+    assert sorted(shared.ends_k.diff().tolist()) == [20, 21, 22]
+    assert_same(rows)
+
+
 def test_a_window_gathers_no_more_than_it_sees():
     layout, _ = pack([[7] * 100 + [row] * 5 for row in range(8)], CPU)
     (piece,) = pieces_of(layout, window=4)
@@ -110,8 +132,6 @@ def test_a_window_gathers_no_more_than_it_sees():
 
 
 def test_pieces_are_made_once_for_all_that_read_a_layout():
-    from dataclasses import replace
-
     layout, _ = pack(TREES["one row"], CPU)
     assert pieces_of(replace(layout)) is pieces_of(layout)
 

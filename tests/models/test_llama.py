@@ -15,7 +15,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from lit_opd.models import LanguageModel
+from lit_opd.models import LanguageModel, layer_parts
 from lit_opd.models import llama as under_test
 from lit_opd.models.dropout import compute_layers_twice, set_dropout
 from lit_opd.models.forward import LlamaForward, PackedForward, PaddedForward
@@ -165,10 +165,10 @@ def test_a_frozen_norm_has_no_gradient_and_passes_that_of_its_input():
 
 def test_the_gated_activation_passes_gradcheck_and_is_that_of_hugging_face():
     gate, up = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
-    assert torch.autograd.gradcheck(under_test._GatedSilu.apply, (gate.requires_grad_(), up.requires_grad_()))
+    assert torch.autograd.gradcheck(layer_parts._GatedSilu.apply, (gate.requires_grad_(), up.requires_grad_()))
     layer, x = make("Llama").model.layers[0], torch.randn(4, 16, dtype=DOUBLE)
     products = LayerProducts.of(layer)
-    close(products.down(under_test._GatedSilu.apply(*products.gate_up(x))), layer.mlp(x), 1e-12)
+    close(products.down(layer_parts._GatedSilu.apply(*products.gate_up(x))), layer.mlp(x), 1e-12)
 
 
 @pytest.mark.parametrize("bias", [True, False])
