@@ -15,7 +15,8 @@ from torch import Tensor
 from lit_opd.estimators import BoundEstimator
 from lit_opd.functional import Groups, token_weights
 from lit_opd.models import LanguageModel
-from lit_opd.objective import Loss, student_loss
+from lit_opd.objective import Loss, prove_head, student_loss
+from lit_opd.paths import Verdict
 from lit_opd.perf import phase
 from lit_opd.rollout import RolloutSource, Verifier, check_batch, judge, micro_batches
 from lit_opd.teachers import Scorer, Wanted, wanted_by
@@ -39,6 +40,7 @@ class Distiller:
         masked_ids: tokens whose positions are not counted.
         merged: groups of tokens that the loss counts as one symbol.
         verifier: judges completions; None where nothing does.
+        fused_head: kernels differentiate the head, as they may where `prove_head` says so.
     """
 
     student: LanguageModel
@@ -51,6 +53,7 @@ class Distiller:
     masked_ids: Sequence[int] = ()
     merged: Groups = ()
     verifier: Verifier | None = None
+    fused_head: bool = False
 
     def with_estimator(self, estimator: BoundEstimator) -> Distiller:
         """Make the same distiller with another estimator."""
@@ -98,6 +101,8 @@ class Distiller:
             rollout, rows = rollout.uncount(rollout.mask_BT), torch.tensor([0])
         parts = micro_batches(rollout, rows, self.micro_batch_tokens, self.whole_prompts)
         scored = [ScoredRollout(rollout.rows(part), {}, progress, self.merged) for part in parts]
+        for micro in scored:
+            micro.rollout.count()  # while the host waits anyway: here, not between a forward pass and its backward pass
         for name, wanted in self.asks.items():
             scorer = self.scorers[name]
             with scorer.present():
@@ -115,4 +120,9 @@ class Distiller:
     def estimate(self, micro: ScoredRollout, weights_BT: Tensor) -> Loss:
         """Sum the estimator's losses over a micro-batch, to be differentiated."""
         with self.student.present():
-            return student_loss(self.student, micro, self.estimator, weights_BT, self.head_rows)
+            return student_loss(self.student, micro, self.estimator, weights_BT, self.head_rows, self.fused_head)
+
+    def prove_head(self, micro: ScoredRollout, choice: str) -> Verdict:
+        """Find out on a scored micro-batch whether kernels may differentiate the head."""
+        with self.student.present():
+            return prove_head(self.student, micro, self.estimator, self.head_rows, choice)

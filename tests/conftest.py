@@ -10,6 +10,7 @@ def pytest_configure(config):
     if worker is None and config.getoption("numprocesses", 0):
         return
     gc.disable()
+    interpret_kernels()
     config.pluginmanager.import_plugin("shared_fixtures")
     choose_examples()
     if worker:
@@ -26,6 +27,20 @@ def pytest_collection_finish():
     """Collect garbage of the tests alone: libraries and tests are a million objects that stay, a second each time."""
     gc.freeze()
     gc.enable()
+
+
+def interpret_kernels():
+    """Run Triton kernels on the CPU where there is nothing else. Triton reads this when it is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_unconfigure():
+    """Free what was frozen: Triton's bindings count what is left when the process ends, and print it."""
+    gc.unfreeze()
+    gc.collect()
 
 
 def choose_examples():

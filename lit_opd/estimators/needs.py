@@ -19,7 +19,7 @@ from lit_opd.functional.divergences import entropy, reverse_kl
 from lit_opd.functional.support import choose_support
 from lit_opd.types import Need, TokenBatch
 
-__all__ = ["FILLERS", "Filler", "Seen", "fill", "fillings", "needs_of", "read_needs", "write_needs"]
+__all__ = ["FILLERS", "Filler", "Seen", "check_fits", "fill", "fillings", "needs_of", "read_needs", "write_needs"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,7 @@ class Filler(NamedTuple):
 def _support(seen: Seen) -> Mapping[str, Tensor]:
     assert seen.student_logps_V is not None
     student_logps_V = seen.student_logps_V
-    vocabulary = student_logps_V.shape[-1]
-    if seen.k > vocabulary:
-        raise ValueError(f"a support of {seen.k} tokens does not fit into a vocabulary of {vocabulary}")
+    check_fits(seen.k, student_logps_V.shape[-1])
     if seen.scored_support is None:
         student, teacher = seen.both_logps()
         ids, mask = choose_support(student.detach(), teacher, seen.k, seen.support)
@@ -131,6 +129,12 @@ def fillings(needs: Iterable[Need], seen: Seen) -> dict[str, Tensor]:
     """Compute the fields of a `TokenBatch` and the values that `fill` sets, from the same arguments."""
     found = {name: value for need in needs for name, value in FILLERS[need].values(seen).items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def check_fits(k: int, vocabulary: int) -> None:
+    """Refuse a support that is larger than the vocabulary, with a ValueError."""
+    if k > vocabulary:
+        raise ValueError(f"a support of {k} tokens does not fit into a vocabulary of {vocabulary}")
 
 
 def needs_of(needs: Iterable[Need], *per: str) -> frozenset[Need]:

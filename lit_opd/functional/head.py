@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lit_opd.functional.head_gradients import HeadGradients, with_gradients
 from lit_opd.functional.precision import log_softmax, upcast
 
 Stats = dict[str, Tensor]
 ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Stats]]
+Piece = tuple[slice, Tensor, Stats]
+Differentiate = Callable[[Tensor, slice, bool], Iterator[Piece]]
 
 # Live fp32 copies of a block of logits at the peak: the two models' logits, log-probabilities, gradient, temporaries.
 _COPIES = 8
@@ -175,6 +177,10 @@ class HiddenDistributions:
         """Choose positions."""
         return HiddenDistributions(self.hidden_NH[index], self.head, self.rows)
 
+    def project(self, part: slice) -> Tensor:
+        """Make the projection [c, V] of a slice of positions as the product gives it, before the head shapes it."""
+        return _project(self.hidden_NH[part], self.head)
+
     def logits(self, part: slice) -> Tensor:
         """Make logits [c, V] in fp32 (float64 stays), from memory where a slice lies within one projection."""
         start = part.start // self.rows * self.rows
@@ -193,7 +199,6 @@ class HiddenDistributions:
         return log_softmax(self.logits(part))
 
 
-@torch.profiler.record_function("head")
 def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int) -> tuple[Tensor, Stats]:
     """Sum a loss over positions, and form its gradient a chunk at a time.
 
@@ -220,80 +225,66 @@ def position_losses(hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: 
     (4.0, tensor([1., 3.]), tensor([[1., 0.],
             [1., 0.]]))
     """
+    return run_head(hidden_NH, head, _by_autograd(head, chunk_loss), rows)
+
+
+@torch.profiler.record_function("head")
+def run_head(hidden_NH: Tensor, head: Head, differentiate: Differentiate, rows: int) -> tuple[Tensor, Stats]:
+    """Sum a loss over positions as `position_losses`, differentiated in another way.
+
+    Args:
+        hidden_NH: [N, H] student hidden states of the counted positions.
+        head: the student's head.
+        differentiate: is given a projection [c, V] without the head's scale, cap and temperature, the slice of
+            positions it belongs to, and whether a gradient is wanted, which it then writes in the projection's place.
+            It yields pieces: some of the positions, their summed loss, and a dictionary of their values.
+        rows: positions a chunk.
+    """
     dtype = compute_dtype(hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False):
-        total, gradients, stats = _run_chunks(hidden_NH, head, chunk_loss, rows, dtype)
+        total, gradients, stats = _run_chunks(hidden_NH, head, differentiate, rows, dtype)
     if torch.is_grad_enabled():
-        total = _WithGradients.apply(total, gradients, hidden_NH, head.weight_VH, head.bias_V)
+        total = with_gradients(total, gradients, (hidden_NH, head.weight_VH, head.bias_V))
     return total, stats
 
 
-def _run_chunks(
-    hidden_NH: Tensor, head: Head, chunk_loss: ChunkLoss, rows: int, dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor | None], Stats]:
-    hidden, fixed = hidden_NH.detach().to(dtype), head.detach()
-    if len(list(_slabs(len(fixed.weight_VH), hidden.device))) == 1:
-        fixed = fixed.to(dtype)  # cast once, not at every chunk
-    sources = (hidden_NH, head.weight_VH, head.bias_V)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in sources]
-    # Gradients are summed over chunks in fp32, for a sum in bf16 rounds away most of what each small chunk adds.
-    widths = (hidden_NH.dtype, *(None if x is None else upcast(x[:0]).dtype for x in sources[1:]))
-    gradients = [
-        torch.zeros_like(x, dtype=width) if w and x is not None else None
-        for x, w, width in zip(sources, wanted, widths, strict=True)
-    ]
-    block = min(rows, block_rows(len(fixed.weight_VH), hidden.device) or rows)
-    total = torch.zeros((), dtype=upcast(hidden[:0]).dtype, device=hidden.device)
-    collected: Stats = {}
-    # One empty chunk where nothing is counted, so that the per-position values exist with length zero.
-    for part in list(chunks(len(hidden), rows)) or [slice(0, 0)]:
-        logits_cV = _project(hidden[part], fixed)
-        for inner in list(chunks(len(logits_cV), block)) or [slice(0, 0)]:
-            projected = upcast(logits_cV[inner]).requires_grad_(any(wanted))
+def _by_autograd(head: Head, chunk_loss: ChunkLoss) -> Differentiate:
+    """Differentiate a loss of fp32 logits, a block of positions at a time."""
+
+    def differentiate(projected_cV: Tensor, part: slice, learns: bool) -> Iterator[Piece]:
+        positions, vocabulary = projected_cV.shape
+        block = block_rows(vocabulary, projected_cV.device) or max(1, positions)
+        # One empty block where nothing is counted, so that the per-position values exist with length zero.
+        for inner in list(chunks(positions, block)) or [slice(0, 0)]:
+            projected = upcast(projected_cV[inner]).requires_grad_(learns)
             place = slice(part.start + inner.start, part.start + inner.stop)
             loss, stats = chunk_loss(head.shape_logits(projected), place)
-            total += loss.detach()
+            if learns:
+                projected_cV[inner] = torch.autograd.grad(loss, projected)[0] if loss.requires_grad else 0.0
+            yield place, loss.detach(), stats
+
+    return differentiate
+
+
+def _run_chunks(
+    hidden_NH: Tensor, head: Head, differentiate: Differentiate, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor | None], Stats]:
+    hidden, fixed = hidden_NH.detach().to(dtype), head.detach()
+    slabs = list(_slabs(len(fixed.weight_VH), hidden.device))
+    if len(slabs) == 1:
+        fixed = fixed.to(dtype)  # cast once, not at every chunk
+    gradients = HeadGradients((hidden_NH, head.weight_VH, head.bias_V))
+    total = torch.zeros((), dtype=upcast(hidden[:0]).dtype, device=hidden.device)
+    collected: Stats = {}
+    for part in list(chunks(len(hidden), rows)) or [slice(0, 0)]:
+        logits_cV = _project(hidden[part], fixed)
+        for place, loss, stats in differentiate(logits_cV, part, gradients.wanted):
+            total += loss
             for name, value in stats.items():
                 # Copied into one tensor, for small tensors kept from every block would fragment memory.
                 if name not in collected:
                     collected[name] = value.new_empty(len(hidden), *value.shape[1:])
                 collected[name][place] = value.detach()
-            if any(wanted):
-                logits_cV[inner] = torch.autograd.grad(loss, projected)[0] if loss.requires_grad else 0.0
-        if any(wanted):
-            _accumulate(gradients, logits_cV, hidden[part], fixed.weight_VH, part)
-    narrow = [g if g is None or x is None else g.to(x.dtype) for g, x in zip(gradients, sources, strict=True)]
-    return total, narrow, collected
-
-
-def _accumulate(
-    gradients: list[Tensor | None], grad_cV: Tensor, hidden_cH: Tensor, weight: Tensor, part: slice
-) -> None:
-    grad_hidden, grad_weight, grad_bias = gradients
-    to_hidden_cH = upcast(hidden_cH[:0]).new_zeros(hidden_cH.shape)
-    for slab in _slabs(len(weight), weight.device):
-        if grad_hidden is not None:
-            to_hidden_cH += grad_cV[:, slab] @ weight[slab].to(grad_cV.dtype)
-        if grad_weight is not None and grad_weight.dtype == grad_cV.dtype:  # makes no product as large as the slab
-            grad_weight[slab].addmm_(grad_cV[:, slab].T, hidden_cH)
-        elif grad_weight is not None:
-            grad_weight[slab] += grad_cV[:, slab].T @ hidden_cH
-    if grad_hidden is not None:
-        grad_hidden[part] = to_hidden_cH.to(grad_hidden.dtype)
-    if grad_bias is not None:
-        grad_bias += grad_cV.sum(0)
-
-
-class _WithGradients(torch.autograd.Function):
-    """A scalar whose gradients are known before the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *sources: Tensor | None) -> Tensor:
-        ctx.gradients = gradients
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.gradients]
-        ctx.gradients = None
-        return None, None, *scaled
+        if gradients.wanted:
+            gradients.add(logits_cV, hidden[part], fixed.weight_VH, part, slabs)
+    return total, gradients.narrowed(), collected

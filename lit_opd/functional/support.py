@@ -22,6 +22,8 @@ Where S is the whole vocabulary all four are the full divergence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,8 +31,8 @@ from lit_opd.functional.divergences import forward_kl, jsd, renormalise, reverse
 from lit_opd.functional.precision import upcast
 from lit_opd.functional.ranges import one_of
 
-__all__ = ["MASSES", "SUPPORTS", "SUPPORT_DIVERGENCES", "choose_support", "outside_logp", "support_divergence",
-           "support_mass"]  # fmt: skip
+__all__ = ["MASSES", "SUPPORTS", "SUPPORT_DIVERGENCES", "choose_support", "join_supports", "outside_logp",
+           "support_divergence", "support_mass"]  # fmt: skip
 
 SUPPORTS = ("teacher", "student", "union", "intersection")
 MASSES = ("truncate", "renormalise", "tail", "generalised")
@@ -48,14 +50,18 @@ def choose_support(student_logps: Tensor, teacher_logps: Tensor, k: int, source:
     (tensor([2, 0]), tensor([True, True]))
     """
     one_of(SUPPORTS).check("support", source)
-    if source == "student":
-        ids = student_logps.topk(k, dim=-1).indices
+    return join_supports(
+        lambda: student_logps.topk(k, dim=-1).indices, lambda: teacher_logps.topk(k, dim=-1).indices, source
+    )
+
+
+def join_supports(student: Callable[[], Tensor], teacher: Callable[[], Tensor], source: str) -> tuple[Tensor, Tensor]:
+    """Join the K most probable tokens of both models, [..., K] each, where both are asked for, as `choose_support`."""
+    if source in ("student", "teacher"):
+        ids = student() if source == "student" else teacher()
         return ids, torch.ones_like(ids, dtype=torch.bool)
-    ids = teacher_logps.topk(k, dim=-1).indices
+    ids, others = teacher(), student()
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    if source == "teacher":
-        return ids, everywhere
-    others = student_logps.topk(k, dim=-1).indices
     shared = ids[..., :, None] == others[..., None, :]
     if source == "intersection":
         return ids, shared.any(-1)

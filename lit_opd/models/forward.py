@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_opd.errors import UserError
 from lit_opd.functional import Head, compute_dtype, upcast
 from lit_opd.models.llama import has_hooks, is_tied, llama_hidden, tied_embedding, unlike_llama
-from lit_opd.models.packed_attention import packed_layers, unsupported
+from lit_opd.models.packed_attention import Attend, attend, packed_layers, unsupported
 from lit_opd.models.packing import Layout, gather_rows, layout_of, pack
 from lit_opd.types import Rollout
 
@@ -84,9 +84,15 @@ class PaddedForward:
 
 @dataclass
 class PackedForward:
-    """A Hugging Face body over packed rows, its attention replaced by one that knows their layout."""
+    """A Hugging Face body over packed rows, its attention replaced by one that knows their layout.
+
+    Attributes:
+        reason: why the body runs this way.
+        attend: the way to compute attention.
+    """
 
     reason: str
+    attend: Attend = attend
 
     def hidden(self, model: LanguageModel, rollout: Rollout) -> tuple[Tensor, Head]:
         """See `Forward.hidden`."""
@@ -102,9 +108,9 @@ class PackedForward:
     def packed(self, model: LanguageModel, layout: Layout) -> Tensor:
         """Compute hidden states [N, H] of the tokens of a layout."""
         body = model.body
-        with model.precision(), packed_layers(body):
-            inputs = {"input_ids": layout.ids_N[None], "position_ids": layout.positions_N[None], "layout": layout}
-            return body(**inputs, use_cache=False).last_hidden_state[0]
+        with model.precision(), packed_layers(body, layout):
+            inputs = {"input_ids": layout.ids_N[None], "position_ids": layout.positions_N[None]}
+            return body(**inputs, layout=layout, attend=self.attend, use_cache=False).last_hidden_state[0]
 
 
 class LlamaForward(PackedForward):
@@ -124,7 +130,7 @@ class LlamaForward(PackedForward):
         """Compute hidden states [N, H] of the tokens of a layout, which may be embedded already."""
         with model.precision():
             dtype = compute_dtype(model.output_layer.weight[:0])
-            return llama_hidden(model.body, layout, dtype, embedded_NH)
+            return llama_hidden(model.body, layout, dtype, embedded_NH, self.attend)
 
 
 def circumstances(body: Any) -> Hashable:
@@ -139,11 +145,8 @@ def choose_forward(model: LanguageModel) -> Forward:
         UserError: the body reads a row otherwise when other rows stand beside it.
     """
     body = model.body
-    # Checkpointed layers run again in the backward pass, when `packed_layers` has put their own attention back.
-    if _recomputes(body):
-        return _padded(model, "its layers run again in the backward pass (gradient checkpointing)")
     llama = LlamaForward("it is built like Llama")
-    unlike = unlike_llama(body) or disagreement(model, llama)
+    unlike = unlike_llama(body) or _recomputes_elsewhere(body) or disagreement(model, llama)
     if unlike is None:
         return llama
     packed = PackedForward(unlike)
@@ -194,5 +197,11 @@ def distance(found: Tensor, expected: Tensor, exact: bool) -> float | None:
     return None if off < (1e-3 if exact else 0.25) else off
 
 
-def _recomputes(body: Any) -> bool:
-    return any(getattr(part, "gradient_checkpointing", False) for part in body.modules())
+def _recomputes(part: Any) -> bool:
+    return any(getattr(inner, "gradient_checkpointing", False) for inner in part.modules())
+
+
+def _recomputes_elsewhere(body: Any) -> str | None:
+    """Say that a body built like Llama checkpoints in a way that `llama_hidden` would not, None where it does not."""
+    own = _recomputes(body) and not any(map(_recomputes, body.layers))
+    return "its layers are computed again by code of its own" if own else None

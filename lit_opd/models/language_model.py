@@ -20,7 +20,7 @@ from lit_opd.errors import UserError
 from lit_opd.functional import Head, head_logits
 from lit_opd.functional.precision import upcast
 from lit_opd.models.context import check_length, steady_length
-from lit_opd.models.forward import FAILURES, Forward, PaddedForward, choose_forward, circumstances
+from lit_opd.models.forward import FAILURES, Forward, choose_forward, circumstances
 from lit_opd.models.stops import end_of_turn, named_ends
 from lit_opd.types import Rollout
 
@@ -261,8 +261,7 @@ class LanguageModel:
             head to use with them. Where weights are tied that is not `head`, so that both gradients add up in place.
         """
         check_length(self, rollout.prompts.ids_BP.shape[1] + rollout.ids_BT.shape[1])
-        forward = self.forward if rollout.mask_BT.any() else PaddedForward("nothing is counted")
-        return forward.hidden(self, rollout)
+        return self.forward.hidden(self, rollout)
 
     @torch.no_grad()
     def check_head(self) -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
+from torch.utils.checkpoint import checkpoint
 
 from lit_opd.functional.precision import upcast
-from lit_opd.models.packed_attention import attend
+from lit_opd.models.packed_attention import Attend, attend
 from lit_opd.models.packing import Layout
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -162,22 +164,39 @@ class _TiedEmbedding(torch.autograd.Function):
         return None, to_weight_VH.index_add_(0, ids_N, to_hidden_NH.to(to_weight_VH.dtype)), None
 
 
-def llama_hidden(body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Tensor | None = None) -> Tensor:
+def llama_hidden(
+    body: Any, layout: Layout, dtype: torch.dtype, embedded_NH: Tensor | None = None, attend: Attend = attend
+) -> Tensor:
     """Compute hidden states [N, H] of the tokens of a layout.
 
-    The body is one whose `unlike_llama` is None. Matrix products run in `dtype`. Embeddings may be given.
+    The body is one whose `unlike_llama` is None. Matrix products run in `dtype`. Embeddings may be given. Layers that
+    are marked for gradient checkpointing keep their input alone and are computed again in the backward pass.
     """
     hidden_NH = body.embed_tokens(layout.ids_N) if embedded_NH is None else embedded_NH
     turn = rotation(body, layout.positions_N, hidden_NH)
     for layer in body.layers:
-        own = layer.self_attn
-        dropped = own.attention_dropout if own.training else 0.0
-
-        def attention(query: Tensor, key: Tensor, value: Tensor, own: Any = own, dropped: float = dropped) -> Tensor:
-            return attend(query, key, value, layout, own.scaling, dropped=dropped)
-
-        hidden_NH = run_layer(layer, LayerProducts.of(layer), hidden_NH, turn, attention, dtype)
+        run = partial(_run_packed, layer, LayerProducts.of(layer), layout, turn, dtype, attend)
+        twice = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+        hidden_NH = checkpoint(run, hidden_NH, use_reentrant=False) if twice else run(hidden_NH)
     return rms_norm(hidden_NH, body.norm, hidden_NH.dtype)
+
+
+def _run_packed(
+    layer: Any,
+    products: LayerProducts,
+    layout: Layout,
+    turn: Turn,
+    dtype: torch.dtype,
+    attend: Attend,
+    hidden_NH: Tensor,
+) -> Tensor:
+    own = layer.self_attn
+    dropped = own.attention_dropout if own.training else 0.0
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, layout, own.scaling, None, dropped)
+
+    return run_layer(layer, products, hidden_NH, turn, attention, dtype)
 
 
 def rotation(body: Any, positions_N: Tensor, like: Tensor) -> Turn:

@@ -6,8 +6,9 @@ the layers of `llama` call `attend` directly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout, scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
+from lit_opd.models.packed_mixers import by_rows, mixers
 from lit_opd.models.packing import Layout, as_bias, gather_rows
 
-__all__ = ["attend", "packed_layers", "unsupported"]
+__all__ = ["Attend", "attend", "packed_layers", "unsupported"]
+
+Attend = Callable[[Tensor, Tensor, Tensor, Layout, float, int | None, float], Tensor]
+"""A way to compute attention, with the arguments of `attend`."""
 
 NAME = "lit_opd_packed"
 # Bytes of attention weights under which plain products beat PyTorch's fused kernel on a CPU: its backward pass is slow.
@@ -134,6 +138,7 @@ def _attention(
     attention_mask: None,
     *,
     layout: Layout,
+    attend: Attend = attend,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -149,26 +154,60 @@ def _attention(
     return attend(query, key, value, layout, scale, sliding_window, dropout)[None], None
 
 
+# No mask is registered by this name, so that transformers makes none: to make one, it would read positions from the
+# device, and wait for it.
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 def unsupported(body: Any) -> str | None:
     """Say why a body's attention cannot be replaced, None where its configuration speaks of no reason."""
-    if not getattr(body, "_supports_attention_backend", False):
+    linear = bool(mixers(body))
+    # The flag of the hybrids is off, although they call the attention that their configuration names.
+    if not (getattr(body, "_supports_attention_backend", False) or linear):
         return "its attention cannot be replaced"
+    known = _KNOWN_LAYERS | {"linear_attention"} if linear else _KNOWN_LAYERS
     layers = set(getattr(body.config, "layer_types", None) or ())
-    if layers - _KNOWN_LAYERS:
-        return f"it has layers of type {', '.join(sorted(layers - _KNOWN_LAYERS))}"
+    if layers - known:
+        return f"it has layers of type {', '.join(sorted(layers - known))}"
     return None
 
 
 @contextmanager
-def packed_layers(body: Any) -> Iterator[None]:
-    """Make the body's layers attend by `attend`, and take `layout=`, while the context is open."""
+def packed_layers(body: Any, layout: Layout) -> Iterator[None]:
+    """Make the body's layers take `layout=` and `attend=`, and attend by these, while the context is open.
+
+    Layers that gradient checkpointing computes again attend so then, too, when the context has long been closed.
+    """
+    marked = [part for part in body.modules() if getattr(part, "gradient_checkpointing", False)]
+    name = "_gradient_checkpointing_func"  # absent from a layer until `set_dropout` gives it one
+    recomputing = {part: getattr(part, name) for part in marked if hasattr(part, name)}
+    for part, function in recomputing.items():
+        part._gradient_checkpointing_func = partial(_packed_both_times, body, layout, function)
+    try:
+        with _packed_attention(body, layout):
+            yield
+    finally:
+        for part, function in recomputing.items():
+            part._gradient_checkpointing_func = function
+
+
+@contextmanager
+def _packed_attention(body: Any, layout: Layout) -> Iterator[None]:
     own = body.config._attn_implementation
     body.config._attn_implementation = NAME
     try:
-        yield
+        with by_rows(mixers(body), layout):
+            yield
     finally:
         body.config._attn_implementation = own
+
+
+def _packed_both_times(
+    body: Any, layout: Layout, checkpoint: Callable[..., Any], layer: Callable[..., Any], *args: Any
+) -> Any:
+    def run(*args: Any) -> Any:
+        first = body.config._attn_implementation == NAME
+        with nullcontext() if first else _packed_attention(body, layout):
+            return layer(*args)
+
+    return checkpoint(run, *args)

@@ -8,23 +8,39 @@ read rollouts this way, `FusedDecoder` reads prompts.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_opd.functional.precision import upcast
 from lit_opd.types import Rollout
 
-__all__ = ["Layout", "as_bias", "gather_rows", "layout_of", "pack"]
+__all__ = ["Array", "Layout", "Segment", "as_bias", "gather_rows", "layout_of", "on_device", "pack"]
+
+Array = NDArray[np.int64]
 
 # The fewest tokens that make a shared beginning a segment of its own: segments are padded to one length.
 _WORTH_SPLITTING = 16
+
+
+class Segment(NamedTuple):
+    """A chain of tokens, on the host.
+
+    Attributes:
+        path: the tokens that lead to its end, from the first of the sequence, and its own.
+        start: how many tokens lead to its first. Its own tokens have consecutive numbers.
+    """
+
+    path: Array
+    start: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,9 @@ class Layout:
         keys_SM: the tokens that lead to the end of each segment, from the first of the sequence; 0 where there is none.
         last_seen_SL: the last of its segment's keys that each query may look at, counted from 0.
         place_N: where each token stands in `queries_SL`, flattened.
+        segments: the segments on the host.
+        count: how many tokens are no filler.
+        kept: what `flash_pieces` and `packed_mixers` made of the segments, for all passes that read the layout.
     """
 
     ids_N: Tensor
@@ -48,6 +67,9 @@ class Layout:
     keys_SM: Tensor
     last_seen_SL: Tensor
     place_N: Tensor
+    segments: tuple[Segment, ...] = field(repr=False)
+    count: int
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -82,34 +104,44 @@ def pack(sequences: Sequence[list[int]], device: torch.device) -> tuple[Layout, 
     Returns:
         The layout, and for each row the indices of its tokens in the layout.
     """
-    paths: list[list[int]] = [[] for _ in sequences]
-    ids: list[int] = []
-    owner: list[int] = []
+    layout, paths = _pack([np.array(sequence, dtype=np.int64) for sequence in sequences], device)
+    return layout, [path.tolist() for path in paths]
+
+
+def _pack(sequences: list[Array], device: torch.device) -> tuple[Layout, list[Array]]:
+    paths = [sequence[:0] for sequence in sequences]
     own_start, branch = [0] * len(sequences), [0] * len(sequences)
-    previous: int | None = None
-    # In lexicographic order, no earlier row shares a longer beginning with a row than the one before it.
-    for row in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+    # In lexicographic order, no earlier row shares a longer beginning with a row than the one before it. The bytes of
+    # big-endian numbers that are not negative have the order of the numbers.
+    order = sorted(range(len(sequences)), key=lambda row: sequences[row].astype(">i8").tobytes())
+    first_own: list[int] = []  # the number of the first token of its own, for each row in that order
+    ids: list[Array] = []
+    count = 0
+    for row, previous in zip(order, [None, *order], strict=False):
         sequence = sequences[row]
         shared = 0 if previous is None else _shared(sequences[previous], sequence)
+        beginning = sequence[:0]
         if previous is not None and shared:
-            paths[row] = paths[previous][:shared]
-            parent = owner[paths[row][-1]]
+            beginning = paths[previous][:shared]
+            parent = order[bisect_right(first_own, beginning[-1]) - 1]
             branch[parent] = max(branch[parent], shared)
         own_start[row] = shared
-        paths[row] += range(len(ids), len(ids) + len(sequence) - shared)
-        ids += sequence[shared:]
-        owner += [row] * (len(sequence) - shared)
-        previous = row
+        first_own.append(count)
+        ids.append(sequence[shared:])
+        paths[row] = np.concatenate([beginning, np.arange(count, count + len(ids[-1]))])
+        count += len(ids[-1])
     segments = [
-        (paths[row][:stop], start)
+        Segment(paths[row][:stop], start)
         for row, path in enumerate(paths)
         for start, stop in _split(own_start[row], branch[row], len(path))
     ]
-    return _layout(ids, segments, device), paths
+    return _layout(np.concatenate(ids), tuple(segments), device), paths
 
 
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+def _shared(a: Array, b: Array) -> int:
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
 
 
 def _split(start: int, branch: int, stop: int) -> list[tuple[int, int]]:
@@ -119,24 +151,22 @@ def _split(start: int, branch: int, stop: int) -> list[tuple[int, int]]:
     return [(start, branch), (branch, stop)] if start + _WORTH_SPLITTING <= branch < stop else [(start, stop)]
 
 
-def _layout(ids: list[int], segments: list[tuple[list[int], int]], device: torch.device) -> Layout:
+def _layout(ids: Array, segments: tuple[Segment, ...], device: torch.device) -> Layout:
     longest_query = _rounded(max(len(path) - start for path, start in segments), 8)
     longest_key = _rounded(max(len(path) for path, _ in segments), 8)
-    queries = [path[start:] + [0] * (longest_query - len(path) + start) for path, start in segments]
-    keys = [path + [0] * (longest_key - len(path)) for path, _ in segments]
-    positions, places = [0] * len(ids), [0] * len(ids)
+    queries = np.zeros((len(segments), longest_query), dtype=np.int64)
+    keys = np.zeros((len(segments), longest_key), dtype=np.int64)
+    last_seen = np.zeros_like(queries)
+    tokens, positions, places = np.zeros((3, _rounded(len(ids), 64)), dtype=np.int64)
+    tokens[: len(ids)] = ids
     for number, (path, start) in enumerate(segments):
-        for place, token in enumerate(path[start:]):
-            positions[token], places[token] = start + place, number * longest_query + place
-    starts, stops = ([[pair] for pair in column] for column in zip(*((s, len(p)) for p, s in segments), strict=True))
-    last_seen_SL = torch.tensor(starts) + torch.arange(longest_query)
-    exists_SL = last_seen_SL < torch.tensor(stops)
-    last_seen_SL = torch.where(exists_SL, last_seen_SL, 0)
-    filler = [0] * (_rounded(len(ids), 64) - len(ids))
-    ids, positions, places = ids + filler, positions + filler, places + filler
-    lists = (torch.tensor(values, device=device) for values in (ids, positions, queries, keys, places))
-    ids_N, positions_N, queries_SL, keys_SM, place_N = lists
-    return Layout(ids_N, positions_N, queries_SL, keys_SM, last_seen_SL.to(device), place_N)
+        own, length = path[start:], len(path) - start
+        queries[number, :length], keys[number, : len(path)] = own, path
+        last_seen[number, :length] = positions[own] = np.arange(start, len(path))
+        places[own] = number * longest_query + np.arange(length)
+    made = on_device([tokens, positions, queries, keys, last_seen, places], device)
+    ids_N, positions_N, queries_SL, keys_SM, last_seen_SL, place_N = made
+    return Layout(ids_N, positions_N, queries_SL, keys_SM, last_seen_SL, place_N, segments, len(ids))
 
 
 def _rounded(length: int, unit: int) -> int:
@@ -145,6 +175,16 @@ def _rounded(length: int, unit: int) -> int:
     Lengths that never repeat fragment the allocator's memory: freed blocks fit no later tensor.
     """
     return length if length < 8 * unit else -(-length // unit) * unit
+
+
+def on_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """Bring arrays of int64 to a device, to a CUDA device in one copy that the host does not wait for."""
+    if device.type != "cuda":
+        return [torch.from_numpy(array).to(device) for array in arrays]
+    # A copy out of memory that is not pinned waits until the device has done all that was asked of it before.
+    joined = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).pin_memory()
+    parts = joined.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def layout_of(rollout: Rollout) -> tuple[Layout, Tensor]:
@@ -161,24 +201,29 @@ def layout_of(rollout: Rollout) -> tuple[Layout, Tensor]:
 
 
 def _pack_rollout(rollout: Rollout) -> tuple[Layout, Tensor]:
-    prompts = _rows(*rollout.prompts)
-    completions = _rows(rollout.ids_BT, rollout.real_BT)
-    # Tokens after the last one that predicts a counted token are left out. A row that counts none keeps its prompt.
-    counted = [[t for t, yes in enumerate(row) if yes] for row in rollout.mask_BT.tolist()]
-    sequences = [
-        (prompt + completion)[: len(prompt) + (places[-1] if places else 0)] or prompt
-        for prompt, completion, places in zip(prompts, completions, counted, strict=True)
-    ]
-    layout, paths = pack(sequences, rollout.mask_BT.device)
-    predictors = [
-        path[len(prompt) + t - 1] for path, prompt, places in zip(paths, prompts, counted, strict=True) for t in places
-    ]
-    return layout, torch.tensor(predictors, dtype=torch.long, device=rollout.mask_BT.device)
+    sequences, predictors = [], []
+    rows = list(zip(*_on_host(*rollout.prompts, rollout.ids_BT, rollout.real_BT, rollout.mask_BT), strict=True))
+    for prompt_ids, prompt_mask, completion_ids, real, counted in rows:
+        prompt, completion = _within(prompt_ids, prompt_mask), _within(completion_ids, real)
+        # Tokens after the last one that predicts a counted token are left out. A row that counts none keeps its prompt.
+        before = len(prompt) + np.flatnonzero(counted) - 1
+        sequences.append(np.concatenate([prompt, completion])[: before[-1] + 1 if len(before) else len(prompt)])
+        predictors.append(before)
+    layout, paths = _pack(sequences, rollout.mask_BT.device)
+    chosen = [path[before] for path, before in zip(paths, predictors, strict=True)]
+    return layout, on_device([np.concatenate(chosen)], rollout.mask_BT.device)[0]
 
 
-def _rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    lengths, starts = mask.sum(1).tolist(), mask.long().argmax(1).tolist()
-    return [row[s : s + n] for row, s, n in zip(ids.tolist(), starts, lengths, strict=True)]
+def _on_host(*tensors: Tensor) -> list[Array]:
+    """Copy tensors [B, ...] to the host as int64, all at once, for each copy waits for the device."""
+    joined = torch.cat([tensor.long() for tensor in tensors], dim=1).cpu().numpy()
+    return np.split(joined, np.cumsum([tensor.shape[1] for tensor in tensors])[:-1], axis=1)
+
+
+def _within(ids: Array, mask: Array) -> Array:
+    """Select the tokens of a mask that is True at neighbours only."""
+    start = int(mask.argmax())
+    return ids[start : start + int(mask.sum())]
 
 
 class _GatherRows(torch.autograd.Function):

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
+from lit_opd.estimators.asking import ask
 from lit_opd.estimators.needs import Seen, fill, fillings, needs_of
 from lit_opd.functional import Groups, merge_ids, merge_logps
-from lit_opd.types import Need, ScoredRollout, Scores, TokenBatch
+from lit_opd.types import Estimate, Need, ScoredRollout, Scores, TokenBatch
 
-__all__ = ["Chunk", "CountedPositions"]
+__all__ = ["Chunk", "CountedPositions", "as_policy"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,12 @@ class CountedPositions:
     @classmethod
     def of(cls, micro: ScoredRollout) -> CountedPositions:
         """Flatten the counted positions of a micro-batch."""
-        rollout, mask_BT = micro.rollout, micro.rollout.mask_BT
-        wrote_N = rollout.student_wrote_BT[mask_BT]
+        rollout = micro.rollout
         return cls(
-            rollout.ids_BT[mask_BT], rollout.sampler_logps_BT[mask_BT], micro.scores["teacher"],
+            rollout.counted(rollout.ids_BT), rollout.counted(rollout.sampler_logps_BT), micro.scores["teacher"],
             reference_logps_N=micro.scores["reference"].logps_N if "reference" in micro.scores else None,
             progress=micro.progress,
-            student_wrote_N=None if wrote_N.all() else wrote_N,
+            student_wrote_N=rollout.counted(rollout.student_wrote_BT) if rollout.has_demonstrations else None,
             merged=micro.merged,
         )  # fmt: skip
 
@@ -60,16 +60,17 @@ class CountedPositions:
         student_cV = torch.log_softmax(logits_cV, dim=-1)
         teacher_cV = None if self.teacher.full is None else merge_logps(self.teacher.full.logps(part), self.merged)
         reference_c = None if self.reference_logps_N is None else self.reference_logps_N[part]
-        sampled = self._sampled(student_cV, teacher_cV, merge_ids(self.ids_N[part], self.merged), part)
+        ids_c, known_N = merge_ids(self.ids_N[part], self.merged), self.teacher.logps_N
+        teacher_c = _at(teacher_cV, ids_c) if known_N is None else known_N[part]
+        sampled = self.sampled(_at(student_cV, ids_c), teacher_c, ids_c, part)
         if self.merged:
             sampled = self._with_groups_sampled(sampled, student_logits_cV.detach(), logits_cV.detach(), part)
         return Chunk(sampled, student_cV, teacher_cV, self.teacher, part, reference_c)
 
-    def _sampled(self, student_cV: Tensor, teacher_cV: Tensor | None, ids_c: Tensor, part: slice) -> TokenBatch:
-        known_N = self.teacher.logps_N
-        teacher_c = _at(teacher_cV, ids_c) if known_N is None else known_N[part]
+    def sampled(self, student_c: Tensor, teacher_c: Tensor, ids_c: Tensor, part: slice) -> TokenBatch:
+        """Hold what concerns the sampled tokens of the positions `part`, given both models' log-probabilities."""
         return TokenBatch(
-            student_logps_BT=_at(student_cV, ids_c),
+            student_logps_BT=student_c,
             teacher_logps_BT=teacher_c,
             sampler_logps_BT=self.sampler_logps_N[part],
             mask_BT=torch.ones_like(ids_c, dtype=torch.bool),
@@ -113,17 +114,14 @@ class Chunk:
     reference_logps_c: Tensor | None = None
 
     def tokens(self, estimator: BoundEstimator) -> TokenBatch:
-        """Fill the fields that an estimator asks for, and leave the rest None.
-
-        An estimator that is right only on the student's own tokens finds the models equal at those of demonstrations:
-        its loss there, which counts zero times, is finite however improbable they are to the student.
-        """
+        """Fill the fields that an estimator asks for, and leave the rest None."""
         seen = replace(self._seen(), k=estimator.support_size, support=estimator.support)
-        batch = fill(self.sampled, estimator.spec.needs, seen)
-        if batch.student_wrote_BT is not None and estimator.spec.on_policy:
-            seen_c = torch.where(batch.student_wrote_BT, batch.student_logps_BT, batch.teacher_logps_BT)
-            batch = replace(batch, student_logps_BT=seen_c)
-        return batch
+        return as_policy(fill(self.sampled, estimator.spec.needs, seen), estimator)
+
+    def estimate(self, estimator: BoundEstimator) -> tuple[TokenBatch, Estimate]:
+        """Ask an estimator about these positions, and tell what it saw."""
+        tokens = self.tokens(estimator)
+        return tokens, ask(estimator, tokens)
 
     def summaries(self, needs: Iterable[Need]) -> dict[str, Tensor]:
         """Compute what is asked for and has one value a position, detached."""
@@ -133,6 +131,17 @@ class Chunk:
         ids_NK, logps_NK = self.scores.support_ids_NK, self.scores.support_logps_NK
         scored = None if ids_NK is None or logps_NK is None else (ids_NK[self.part], logps_NK[self.part])
         return Seen(self.student_cV, self.teacher_cV, scored, reference_logps=self.reference_logps_c)
+
+
+def as_policy(batch: TokenBatch, estimator: BoundEstimator) -> TokenBatch:
+    """Show an estimator that is right only on the student's own tokens equal models at those of demonstrations.
+
+    Its loss there, which counts zero times, is then finite however improbable they are to the student.
+    """
+    if batch.student_wrote_BT is None or not estimator.spec.on_policy:
+        return batch
+    seen_c = torch.where(batch.student_wrote_BT, batch.student_logps_BT, batch.teacher_logps_BT)
+    return replace(batch, student_logps_BT=seen_c)
 
 
 def _at(logps_cV: Tensor | None, ids_c: Tensor) -> Tensor:

@@ -20,13 +20,14 @@ from lit_opd.estimators import BoundEstimator, Term, any_clipped
 from lit_opd.estimators.asking import ask, ask_factors
 from lit_opd.estimators.needs import Seen, fill, needs_of
 from lit_opd.estimators.topk import support_logps
-from lit_opd.functional import Head, merge_ids, position_losses, support_mass
+from lit_opd.functional import Head, merge_ids, support_mass
 from lit_opd.functional.head import Stats
 from lit_opd.models import LanguageModel
+from lit_opd.objective.chunks import AnyChunk, SumChunks, chunk_sums
 from lit_opd.objective.counted import CountedPositions
 from lit_opd.types import ScoredRollout, TokenBatch
 
-__all__ = ["Loss", "sequence_tokens", "student_loss", "support_masses"]
+__all__ = ["Loss", "head_loss", "sequence_tokens", "student_loss", "support_masses"]
 
 
 class Loss(NamedTuple):
@@ -47,27 +48,37 @@ class Loss(NamedTuple):
 
 
 def student_loss(
-    student: LanguageModel, micro: ScoredRollout, estimator: BoundEstimator, weights_BT: Tensor, rows: int
-) -> Loss:
+    student: LanguageModel, micro: ScoredRollout, estimator: BoundEstimator, weights_BT: Tensor, rows: int,
+    fused: bool = False,
+) -> Loss:  # fmt: skip
     """Sum the estimator's per-token losses over a micro-batch, each times its weight of `functional.token_weights`.
 
-    Only counted positions reach the head, `rows` of them at once.
+    Only counted positions reach the head, `rows` of them at once, or as many more as fit there where the head is
+    `fused`: then kernels of `lit_opd.kernels` differentiate its rows, where `fused.why_plain` has nothing against it.
     """
-    hidden_NH, head = student.hidden(micro.rollout)
-    weights_N = weights_BT[micro.rollout.mask_BT]
+    return head_loss(*student.hidden(micro.rollout), micro, estimator, weights_BT, rows, fused)
+
+
+def head_loss(
+    hidden_NH: Tensor, head: Head, micro: ScoredRollout, estimator: BoundEstimator, weights_BT: Tensor, rows: int,
+    fused: bool = False,
+) -> Loss:  # fmt: skip
+    """Sum the losses as `student_loss`, from the hidden states [N, H] of the counted positions."""
+    weights_N = micro.rollout.counted(weights_BT)
     positions = CountedPositions.of(micro)
-    spread = _spread_terms(estimator, micro, positions, hidden_NH, head, weights_BT, rows)
+    sum_chunks = chunk_sums(hidden_NH, head, positions, estimator, rows, fused)
+    spread = _spread_terms(estimator, micro, positions, sum_chunks, weights_BT)
     share = sum(term.weight for term in estimator.terms)
     aligned_N = positions.teacher.aligned_N
 
-    def chunk_loss(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-        chunk = positions.chunk(logits_cV, part)
+    def chunk_loss(chunk: AnyChunk) -> tuple[Tensor, Stats]:
+        part = chunk.part
         logps, kl = chunk.sampled.student_logps_BT, spread.kl_N[part]
         loss = (spread.coefficients_N[part] * (logps - logps.detach())).sum()
         seen, clips = [], [None if spread.clipped_N is None else spread.clipped_N[part]]
         for term, factor_N in spread.local:
-            tokens = chunk.tokens(term.estimator)
-            estimate = ask(term.estimator, tokens).weighted(factor_N[part])
+            tokens, estimate = chunk.estimate(term.estimator)
+            estimate = estimate.weighted(factor_N[part])
             loss = loss + term.weight * (weights_N[part] * estimate.loss_BT).sum()
             kl = kl + term.weight * estimate.kl_BT
             seen.append(tokens)
@@ -79,7 +90,7 @@ def student_loss(
         activity |= {} if aligned_N is None else {"aligned": aligned_N[part].to(kl.dtype)}
         return loss, stats | activity | support_masses(seen)
 
-    loss, stats = position_losses(hidden_NH, head, chunk_loss, rows)
+    loss, stats = sum_chunks(chunk_loss)
     return Loss(loss + spread.value, stats, hidden_NH)
 
 
@@ -121,19 +132,17 @@ def _spread_terms(
     estimator: BoundEstimator,
     micro: ScoredRollout,
     positions: CountedPositions,
-    hidden_NH: Tensor,
-    head: Head,
+    sum_chunks: SumChunks,
     weights_BT: Tensor,
-    rows: int,
 ) -> _Spread:
-    mask_BT, zeros_N = micro.rollout.mask_BT, torch.zeros_like(positions.sampler_logps_N)
+    counted, zeros_N = micro.rollout.counted, torch.zeros_like(positions.sampler_logps_N)
     # What learns from the student's samples must not take demonstrations for some.
     own_mask_BT = micro.rollout.own_mask_BT
-    own_N, ones_N = own_mask_BT[mask_BT].to(zeros_N.dtype), torch.ones_like(zeros_N)
+    own_N, ones_N = counted(own_mask_BT).to(zeros_N.dtype), torch.ones_like(zeros_N)
     if all(term.is_local and term.weighting is None for term in estimator.terms):
         local = [(term, own_N if term.estimator.spec.on_policy else ones_N) for term in estimator.terms]
         return _Spread(zeros_N.sum(), zeros_N, zeros_N, None, local)
-    tokens = sequence_tokens(estimator, micro, positions, hidden_NH, head, rows)
+    tokens = _sequence_tokens(estimator, micro, positions, sum_chunks)
     local, clips = [], []
     with torch.enable_grad():
         kl_BT = torch.zeros_like(tokens.student_logps_BT)
@@ -141,17 +150,16 @@ def _spread_terms(
         for term in estimator.terms:
             seen = replace(tokens, mask_BT=own_mask_BT) if term.estimator.spec.on_policy else tokens
             if term.is_local:
-                local.append((term, torch.where(seen.mask_BT, ask_factors(term, seen), 0.0)[mask_BT]))
+                local.append((term, counted(torch.where(seen.mask_BT, ask_factors(term, seen), 0.0))))
                 continue
             estimate = ask(term.estimator, seen).weighted(ask_factors(term, seen))
             counted_BT = torch.where(seen.mask_BT, estimate.loss_BT, 0.0)
             value, kl_BT = value + term.weight * (weights_BT * counted_BT).sum(), kl_BT + term.weight * estimate.kl_BT
-            clips.append(None if estimate.clipped_BT is None else (estimate.clipped_BT & seen.mask_BT)[mask_BT])
+            clips.append(None if estimate.clipped_BT is None else counted(estimate.clipped_BT & seen.mask_BT))
     (coefficients_BT,) = torch.autograd.grad(value, tokens.student_logps_BT)
-    return _Spread(value.detach(), coefficients_BT[mask_BT], kl_BT[mask_BT].detach(), any_clipped(clips), local)
+    return _Spread(value.detach(), counted(coefficients_BT), counted(kl_BT).detach(), any_clipped(clips), local)
 
 
-@torch.no_grad()
 def sequence_tokens(
     estimator: BoundEstimator,
     micro: ScoredRollout,
@@ -161,23 +169,28 @@ def sequence_tokens(
     rows: int,
 ) -> TokenBatch:
     """Fill what estimators that see sequences are given: a leaf of student log-probabilities, and what they need."""
+    return _sequence_tokens(estimator, micro, positions, chunk_sums(hidden_NH, head, positions, estimator, rows, False))
+
+
+@torch.no_grad()
+def _sequence_tokens(
+    estimator: BoundEstimator, micro: ScoredRollout, positions: CountedPositions, sum_chunks: SumChunks
+) -> TokenBatch:
     rollout, needs = micro.rollout, estimator.needs
 
-    def read(logits_cV: Tensor, part: slice) -> tuple[Tensor, Stats]:
-        chunk = positions.chunk(logits_cV, part)
+    def read(chunk: AnyChunk) -> tuple[Tensor, Stats]:
         seen = chunk.sampled
         sampled = {name: getattr(seen, f"{name}_logps_BT") for name in ("student", "teacher", "sampler")}
-        return logits_cV.new_zeros(()), sampled | chunk.summaries(needs)
+        return seen.student_logps_BT.new_zeros(()), sampled | chunk.summaries(needs)
 
     def spread(values_N: Tensor) -> Tensor:
-        blank_BT = values_N.new_zeros(rollout.mask_BT.shape)
-        return blank_BT.masked_scatter(rollout.mask_BT, values_N)
+        return rollout.spread(values_N, values_N.new_zeros(rollout.mask_BT.shape))
 
-    _, stats = position_losses(hidden_NH, head, read, rows)
+    _, stats = sum_chunks(read)
     tokens = TokenBatch(
         student_logps_BT=spread(stats.pop("student")).requires_grad_(),
         teacher_logps_BT=spread(stats.pop("teacher")),
-        sampler_logps_BT=rollout.sampler_logps_BT.masked_scatter(rollout.mask_BT, stats.pop("sampler")),
+        sampler_logps_BT=rollout.spread(stats.pop("sampler"), rollout.sampler_logps_BT),
         mask_BT=rollout.mask_BT,
         completion_ids_BT=merge_ids(rollout.ids_BT, micro.merged),
         student_wrote_BT=None if positions.student_wrote_N is None else rollout.student_wrote_BT,

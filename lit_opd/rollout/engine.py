@@ -54,7 +54,7 @@ def build_engine(config: RolloutConfig, given: RolloutEngine | None = None) -> R
     if given is not None:
         return _checked(given, "one")
     if config.engine == "local":
-        return LocalEngine()
+        return LocalEngine(config.capture)
     if config.engine == "vllm":
         return VllmEngine(config.server or "")
     return _checked(call_object("rollout.engine", config.engine, config), f"{config.engine} to make one")

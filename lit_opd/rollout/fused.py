@@ -3,7 +3,8 @@
 For one token a row, a general implementation spends most of its time outside matrix products: casting weights, growing
 its cache, making masks, starting many small operations. Here weights are cast once a rollout, projections that share an
 input are one product, the cache has its final size from the beginning, and the prompts' shared beginnings are computed
-once. `LocalEngine` uses it where the model's structure allows.
+once. Shapes can be static, so that a token's work is captured once and replayed. `LocalEngine` uses it where the
+model's structure allows.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor
 
 from lit_opd.functional.head import compute_dtype
 from lit_opd.models import LanguageModel
-from lit_opd.models.llama import LayerProducts, has_hooks, rms_norm, rotation, run_layer, unlike_llama
+from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import pack
-from lit_opd.rollout.products import Product, make_product
+from lit_opd.rollout.merging import plain_layer, why_not_merged
+from lit_opd.rollout.products import Products
+from lit_opd.rollout.token_parts import PLAIN, Column, Norms, Seen, TokenParts
 from lit_opd.types import PromptBatch
 
 __all__ = ["FusedDecoder", "why_not_fused"]
@@ -30,62 +32,67 @@ def why_not_fused(policy: LanguageModel) -> str | None:
     reason = unlike_llama(policy.body)
     if reason:
         return reason
-    layers = [part for layer in policy.body.layers for part in (*layer.self_attn.children(), *layer.mlp.children())]
-    # The class itself, for some adapters and quantised layers are subclasses of it.
-    projections = [p for p in layers if isinstance(getattr(p, "weight", None), Tensor) and p.weight.dim() > 1]
-    if has_hooks(projections):
-        return "it has hooks"
-    if any(type(part) is not nn.Linear for part in projections) or len(projections) != 7 * len(policy.body.layers):
+    parts = [part for layer in policy.body.layers for part in (*layer.self_attn.children(), *layer.mlp.children())]
+    projections = [p for p in parts if isinstance(getattr(p, "weight", None), Tensor) and p.weight.dim() > 1]
+    reason = next(filter(None, map(why_not_merged, projections)), None)
+    if reason is None and len(projections) != 7 * len(policy.body.layers):
         return "its projections are not plain linear layers"
-    return None
+    return reason
 
 
-def _decode_products(layer: Any, dtype: torch.dtype, rows: int) -> LayerProducts:
-    """Make the products of a layer in the dtype of decoding, joining those that share an input."""
+def _decode_products(layer: Any, products: Products) -> LayerProducts:
+    """Make the products of a layer, joining those that share an input."""
     attention, mlp = layer.self_attn, layer.mlp
-    qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, rows)
-    sizes = [attention.q_proj.out_features + attention.k_proj.out_features, attention.v_proj.out_features]
-    gate_up = _joined([mlp.gate_proj, mlp.up_proj], dtype, rows)
+    query, key, value = (plain_layer(x).out_features for x in (attention.q_proj, attention.k_proj, attention.v_proj))
+    qkv = products.of([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up = products.of([mlp.gate_proj, mlp.up_proj])
 
     def qk_v(x: Tensor) -> tuple[Tensor, Tensor]:
-        qk, value = qkv(x).split(sizes, dim=-1)
-        return qk, value
+        qk, v = qkv(x).split([query + key, value], dim=-1)
+        return qk, v
 
     def halves(x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = gate_up(x).chunk(2, dim=-1)
         return gate, up
 
-    return LayerProducts(qk_v, _joined([attention.o_proj], dtype, rows), halves, _joined([mlp.down_proj], dtype, rows))
+    return LayerProducts(qk_v, products.of([attention.o_proj]), halves, products.of([mlp.down_proj]))
 
 
-def _joined(parts: list[nn.Linear], dtype: torch.dtype, rows: int) -> Product:
-    weight = parts[0].weight.to(dtype) if len(parts) == 1 else torch.cat([p.weight.to(dtype) for p in parts])
-    bias = None if parts[0].bias is None else torch.cat([p.bias.to(dtype) for p in parts])
-    return make_product(weight, bias, rows)
+def _norms(attention: Any) -> Norms | None:
+    if not hasattr(attention, "q_norm"):
+        return None
+    return attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
 
 
 class FusedDecoder:
     """A `Decoder` for models whose `why_not_fused` is None.
 
     Prompts end at the same column of the cache, so that all rows write the same column. Columns before the beginning of
-    a shorter prompt are masked.
+    a shorter prompt are masked, and so are those that nothing was written to.
 
     Args:
         policy: the model; its weights are copied now, in the dtype of the products.
         rows: how many rows it will mostly decode.
+        lasting: keep all tensors where they are from one rollout to the next, and let none of them shrink.
+        parts: what computes a token.
     """
 
-    def __init__(self, policy: LanguageModel, rows: int) -> None:
+    def __init__(self, policy: LanguageModel, rows: int, lasting: bool = False, parts: TokenParts = PLAIN) -> None:
         body, config = policy.body, policy.body.config
-        self._body = body
+        self._body, self._lasting, self._parts = body, lasting, parts
         self.dtype = compute_dtype(body.embed_tokens.weight[:0])
-        self._layers = [(layer, _decode_products(layer, self.dtype, rows)) for layer in body.layers]
+        self._products = Products(self.dtype, rows, lasting)
+        self._layers = [(layer, _decode_products(layer, self._products)) for layer in body.layers]
         attention = body.layers[0].self_attn
         self._size, self._scale = attention.head_dim, attention.scaling
         self._groups = config.num_key_value_heads
+        self.column, self.room = 0, (0, 0)
         self._caches: list[Tensor] = []
-        self._bias_BL = self._place_B = self._cos_L1D = self._sin_L1D = torch.empty(0)
-        self._column = 0
+        self._bias_RM = self._place_R = self._first_R = self.column_1 = torch.empty(0)
+
+    def refresh(self) -> None:
+        """Copy the model's present weights in place."""
+        self._products.refresh()
 
     @torch.no_grad()
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
@@ -94,58 +101,96 @@ class FusedDecoder:
         layout, paths = pack(rows, batch.prompts.ids_BP.device)
         width = max(map(len, paths))
         columns_BP = torch.tensor([[0] * (width - len(path)) + path for path in paths], device=layout.ids_N.device)
-        self._place_B = torch.tensor([len(path) for path in paths], device=layout.ids_N.device)
-        self._reserve(num_completions * len(rows), width, length)
-        self._bias_BL.view(len(rows), num_completions, -1)[:, :, :width].masked_fill_(
-            (torch.arange(width, device=columns_BP.device) < width - self._place_B[:, None])[:, None], -torch.inf
-        )
+        lengths_B = torch.tensor([len(path) for path in paths], device=layout.ids_N.device)
+        self.reserve(num_completions * len(rows), width + length)
+        self._begin(lengths_B.repeat_interleave(num_completions), width)
         hidden_NH = self._body.embed_tokens(layout.ids_N)
-        turn = self._cos_L1D[layout.positions_N], self._sin_L1D[layout.positions_N]
+        turn = self._cos_M1D[layout.positions_N], self._sin_M1D[layout.positions_N]
         for number, (layer, products) in enumerate(self._layers):
 
             def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
-                for kept, new in zip(cache, (key, value), strict=True):
-                    kept[:, :, :width] = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
+                for kept, new in zip(cache[:, : num_completions * len(rows), :, :width], (key, value), strict=True):
+                    kept[:] = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
                 return attend(query, key, value, layout, self._scale)
 
             hidden_NH = run_layer(layer, products, hidden_NH, turn, attention, self.dtype)
-        self._place_B = self._place_B.repeat_interleave(num_completions)
         last_BH = hidden_NH[columns_BP[:, -1]]
         return rms_norm(last_BH, self._body.norm, last_BH.dtype).repeat_interleave(num_completions, dim=0)
 
-    @torch.no_grad()
     def step(self, ids_B: Tensor) -> Tensor:
         """See `Decoder.step`."""
+        hidden_BH = self.run(ids_B, self.column + 1, self.column)
+        self.column += 1
+        return hidden_BH
+
+    @torch.no_grad()
+    def run(self, ids_B: Tensor, width: int, column: Column) -> Tensor:
+        """Append one token to every row at a column, looking at the first `width` columns, and move on on the device.
+
+        Nothing here depends on data but what is on the device, and `self.column` stays.
+        """
+        rows, parts = len(ids_B), self._parts
+        bias_BM = self._bias_RM[:rows, :width]
+        if isinstance(column, int):
+            bias_BM[:, column] = 0.0
+        else:
+            bias_BM.index_fill_(1, column, 0.0)
+        place_B = self._place_R[:rows]
+        seen = Seen(self._first_R[:rows], column, bias_BM)
         hidden_BH = self._body.embed_tokens(ids_B)
-        turn = self._cos_L1D[self._place_B], self._sin_L1D[self._place_B]
-        column = self._column
-        bias_B11L = self._bias_BL[:, None, None, : column + 1]
+        turn = self._cos_M1D[place_B], self._sin_M1D[place_B]
         for number, (layer, products) in enumerate(self._layers):
+            cache = self._caches[number][:, :rows, :, :width]
+            qk, value = products.qk_v(self._normed(hidden_BH, layer.input_layernorm, self.dtype))
+            qk, value = qk.view(rows, -1, self._size), value.view(rows, -1, self._size)
+            query = parts.rotate_and_store(qk, value, turn, cache, column, _norms(layer.self_attn))
+            mixed = parts.attend(query, cache[0], cache[1], seen, self._scale)
+            hidden_BH = hidden_BH + products.out(mixed.reshape(rows, -1))
+            gate, up = products.gate_up(self._normed(hidden_BH, layer.post_attention_layernorm, self.dtype))
+            hidden_BH = hidden_BH + products.down(parts.gate(gate, up, layer.mlp.act_fn))
+        self.column_1.add_(1)
+        place_B.add_(1)
+        return self._normed(hidden_BH, self._body.norm, hidden_BH.dtype)
 
-            def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
-                cache[0][:, :, column], cache[1][:, :, column] = key, value
-                # A group's queries take the place of positions, so that the kernel reads its keys once for them all.
-                grouped = query.view(len(query), self._groups, -1, self._size)
-                keys, values = cache[0][:, :, : column + 1], cache[1][:, :, : column + 1]
-                return scaled_dot_product_attention(grouped, keys, values, bias_B11L, scale=self._scale)
-
-            hidden_BH = run_layer(layer, products, hidden_BH, turn, attention, self.dtype)
-        self._column += 1
-        self._place_B = self._place_B + 1
-        return rms_norm(hidden_BH, self._body.norm, hidden_BH.dtype)
+    def _normed(self, hidden_BH: Tensor, own: Any, dtype: torch.dtype) -> Tensor:
+        return self._parts.norm(hidden_BH, own.weight, own.variance_epsilon, dtype)
 
     def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`."""
-        self._caches = [cache[:, index] for cache in self._caches]
-        self._bias_BL, self._place_B = self._bias_BL[index], self._place_B[index]
+        held = [*(cache.transpose(0, 1) for cache in self._caches), self._bias_RM, self._place_R, self._first_R]
+        if self._lasting:
+            for tensor in held:
+                tensor[: len(index)] = tensor[index]
+        else:
+            *caches, self._bias_RM, self._place_R, self._first_R = (tensor[index] for tensor in held)
+            self._caches = [cache.transpose(0, 1) for cache in caches]
         return True
 
-    def _reserve(self, rows: int, width: int, length: int) -> None:
+    def reserve(self, rows: int, width: int) -> None:
+        """Make room for so many rows and columns: exactly so many, or if lasting, at least."""
+        if self._lasting:
+            wanted = max(rows, self.room[0]), max(width, self.room[1])
+            if wanted == self.room:
+                return
+            rows, width = wanted
         weight = self._body.embed_tokens.weight
-        shape = (2, rows, self._groups, width + length, self._size)
-        # Zeros, for uninitialised memory may hold NaN, and 0 x NaN in a masked column is NaN.
+        self._caches = []  # freed before the larger ones are made
+        shape = (2, rows, self._groups, width, self._size)
         self._caches = [torch.zeros(shape, dtype=self.dtype, device=weight.device) for _ in self._layers]
-        self._bias_BL = torch.zeros(rows, width + length, dtype=self.dtype, device=weight.device)
-        positions_L = torch.arange(width + length, device=weight.device)
-        self._cos_L1D, self._sin_L1D = rotation(self._body, positions_L, weight[:1])
-        self._column = width
+        self._bias_RM = torch.zeros(rows, width, dtype=self.dtype, device=weight.device)
+        self._place_R, self._first_R = torch.zeros(2, rows, dtype=torch.long, device=weight.device)
+        self.column_1 = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self._cos_M1D, self._sin_M1D = rotation(self._body, torch.arange(width, device=weight.device), weight[:1])
+        self.room = rows, width
+
+    def _begin(self, lengths_B: Tensor, width: int) -> None:
+        """Forget what earlier rollouts wrote, and let rows look at their prompts, which end before column `width`."""
+        rows = len(lengths_B)
+        for cache in self._caches if self._lasting else ():
+            cache.zero_()  # a NaN of an earlier rollout would be one in a masked column, too: 0 x NaN is NaN
+        self._place_R[:rows], self._first_R[:rows] = lengths_B, width - lengths_B
+        columns_M = torch.arange(self.room[1], device=lengths_B.device)
+        seen_BM = (columns_M < width) & (columns_M >= width - lengths_B[:, None])
+        self._bias_RM[:rows] = torch.zeros_like(self._bias_RM[:rows]).masked_fill_(~seen_BM, -torch.inf)
+        self.column = width
+        self.column_1.fill_(width)

@@ -12,45 +12,122 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lit_opd.functional import sample_tokens
-from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models import LanguageModel
 from lit_opd.models.context import check_length
 from lit_opd.models.forward import distance
+from lit_opd.paths import Verdict, prove
+from lit_opd.rollout.captured import CapturedWriter, CaptureProbe
 from lit_opd.rollout.decoders import CacheDecoder, Decoder, probe, reads_together
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
-from lit_opd.rollout.products import make_product
+from lit_opd.rollout.graphs import CudaRecorder, Recorder
+from lit_opd.rollout.writing import Sheet, Writer
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
 __all__ = ["LocalEngine"]
 
 _log = logging.getLogger(__name__)
 
-# The share of rows that must have finished before they leave the batch: moving the cache costs about as much as a step.
-_FINISHED_SHARE = 0.25
-# Steps between looks at finished rows on an accelerator, where each look waits for all work in its queue.
-_ASK_EVERY = 16
+_CAPTURED = "captured decoding"
+# Both run the same kernels on the same shapes, and differ where a library chooses otherwise while it is captured.
+_BOUND = 1e-2
 
 
 class LocalEngine:
-    """The engine that samples in this process."""
+    """The engine that samples in this process.
 
-    def __init__(self) -> None:
+    Args:
+        capture: `auto` lets models that `prove` accepts replay captured steps, `off` lets none.
+        recorder: the class that captures.
+    """
+
+    def __init__(self, capture: str = "auto", recorder: type[Recorder] = CudaRecorder) -> None:
+        self._capture, self._recorder = capture, recorder
         self._disagreements: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
         self._together: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._captured: WeakKeyDictionary[nn.Module, CapturedWriter] = WeakKeyDictionary()
 
     @torch.no_grad()
     def sample(
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
     ) -> Rollout:
         """Complete every prompt, as `RolloutEngine.sample` says, reading each once for all its completions."""
-        check_length(policy, batch.prompts.ids_BP.shape[1] + uniforms_BT.shape[1])
+        rows, length = uniforms_BT.shape
+        check_length(policy, batch.prompts.ids_BP.shape[1] + length)
+        told: set[int] = set()
         # Without dropout, for the recorded log-probabilities are those of the whole model.
         with policy.evaluating(), policy.precision(cache_casts=True):
-            decoder = self.decoder(policy, len(uniforms_BT))
-            ids_BT, logps_BT, mask_BT, stopped_B = _decode(policy, decoder, batch, law, num_completions, uniforms_BT)
+            sheet = self._write_captured(policy, batch, law, num_completions, uniforms_BT, told)
+            if sheet is None:
+                writer = Writer(policy, self.decoder(policy, rows), law, uniforms_BT)
+                _write(writer, batch, num_completions, length, told)
+                sheet = writer.sheet
+        steps = int(sheet.mask_RT.sum(1).amax())
+        # Copies, for captured steps write the same sheet in the next rollout.
+        ids_BT, mask_BT, logps_BT = (x[:rows, :steps].clone() for x in (sheet.ids_RT, sheet.mask_RT, sheet.logps_RT))
+        stopped_B = sheet.stopped_R[:rows].clone()
         return Rollout.completed(batch, num_completions, ids_BT, mask_BT, logps_BT, stopped_B, law)
+
+    # Lightning evaluates in inference mode, which nobody outside of it may write to the tensors of.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _write_captured(
+        self,
+        policy: LanguageModel,
+        batch: PromptBatch,
+        law: SamplingLaw,
+        num_completions: int,
+        uniforms_BT: Tensor,
+        told: set[int],
+    ) -> Sheet | None:
+        """Write a rollout by captured steps, None where the model has none or they fail before anybody saw a row."""
+        if policy.model not in self._captured or self._why_not_fused(policy):
+            return None
+        try:
+            writer = self._captured[policy.model]
+            if not writer.fits(policy):
+                del self._captured[policy.model]
+                writer = self._captured[policy.model] = self._make_captured(policy, len(uniforms_BT))
+            with torch.autocast(policy.device.type, enabled=False):  # all is cast already
+                writer.start(policy, law, uniforms_BT)
+                _write(writer, batch, num_completions, uniforms_BT.shape[1], told)
+            return writer.sheet
+        except Exception as error:  # of a capture or a replay, which fail in classes of their own
+            if told:
+                raise
+            self._captured.pop(policy.model, None)
+            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            _log.warning("The %s is sampled without captured steps from here on: %s.", policy.key, why)
+            return None
+
+    def _make_captured(self, policy: LanguageModel, rows: int) -> CapturedWriter:
+        return CapturedWriter(policy, rows, self._recorder(policy.device))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def prove(self, policy: LanguageModel, rows: int, width: int, choice: str = "auto") -> Verdict:
+        """Let captured steps of a model prove themselves, and take them in later rollouts if they do.
+
+        Args:
+            policy: the model, which is not sampled captured before.
+            rows: the most rows of a rollout.
+            width: the most columns, of prompt and completion.
+            choice: see `lit_opd.paths.prove`.
+        """
+        device = policy.device
+        unfit = "rollout.capture=off" if self._capture == "off" else self._recorder.why_not(device)
+        self._captured.pop(policy.model, None)
+        with policy.evaluating(), policy.precision():
+            unfit = unfit or self._why_not_fused(policy)
+            if unfit or choice == "plain":
+                return prove(_CAPTURED, list, list, 0.0, device, choice, unfit)
+            writer = self._make_captured(policy, rows)
+            runs = CaptureProbe(policy, writer, rows, width)
+            with torch.autocast(device.type, enabled=False):
+                verdict = prove(_CAPTURED, runs.plain, runs.captured, _BOUND, device, choice)
+        if verdict.taken:
+            self._captured[policy.model] = writer
+        return verdict
 
     def decoder(self, policy: LanguageModel, rows: int) -> Decoder:
         """Make the fastest decoder of `rows` rows that the model allows.
@@ -58,18 +135,19 @@ class LocalEngine:
         Raises:
             UserError: no decoder continues this model's rows exactly.
         """
-        reason = why_not_fused(policy)
-        if reason is None:
-            if policy.model not in self._disagreements:
-                self._disagreements[policy.model] = reason = _disagreement(policy)
-                if reason:
-                    _log.warning("The %s decodes without the fused path: %s.", policy.key, reason)
-            reason = self._disagreements[policy.model]
-        if reason is None:
+        if self._why_not_fused(policy) is None:
             return FusedDecoder(policy, rows)
         if policy.model not in self._together:
             self._together[policy.model] = reads_together(policy)
         return CacheDecoder(policy, self._together[policy.model])
+
+    def _why_not_fused(self, policy: LanguageModel) -> str | None:
+        reason = why_not_fused(policy)
+        if reason is None and policy.model not in self._disagreements:
+            self._disagreements[policy.model] = reason = _disagreement(policy)
+            if reason:
+                _log.warning("The %s decodes without the fused path: %s.", policy.key, reason)
+        return reason or self._disagreements[policy.model]
 
 
 def _disagreement(policy: LanguageModel) -> str | None:
@@ -84,59 +162,27 @@ def _disagreement(policy: LanguageModel) -> str | None:
     return None if off is None else f"its hidden states would be off by {off:.2g}"
 
 
-def _decode(
-    policy: LanguageModel,
-    decoder: Decoder,
-    batch: PromptBatch,
-    law: SamplingLaw,
-    num_completions: int,
-    uniforms_BT: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample token ids, log-probabilities and mask [B, T], and say which rows met a stop token [B]."""
-    (rows, length), device = uniforms_BT.shape, uniforms_BT.device
-    stop_ids = torch.tensor(policy.stop_ids, dtype=torch.long, device=device)
-    ids_BT = torch.full((rows, length), policy.pad_id, device=device)
-    # With its dtype, for Lightning's bf16-true makes bf16 torch's default.
-    logps_BT = torch.zeros((rows, length), dtype=torch.float32, device=device)
-    mask_BT = torch.zeros((rows, length), dtype=torch.bool, device=device)
-    stopped_B = torch.zeros(rows, dtype=torch.bool, device=device)
-    active_A = torch.arange(rows, device=device)
-    hidden_AH = decoder.prefill(batch, num_completions, length)
-    head = policy.head.to(compute_dtype(hidden_AH))  # cast once, not at every token
-    project = make_product(head.weight_VH, head.bias_V, rows)
-    told: set[int] = set()
-    for t in range(length):
-        forbidden = stop_ids if t < law.min_new_tokens else None
-        token_A, logps_A = sample_tokens(
-            head.shape_logits(upcast(project(hidden_AH.to(head.weight_VH.dtype)))),
-            law,
-            uniforms_BT[active_A, t],
-            forbidden,
-        )
-        running_A = ~stopped_B[active_A]
-        ids_BT[active_A, t] = torch.where(running_A, token_A, policy.pad_id)
-        logps_BT[active_A, t] = torch.where(running_A, logps_A.float(), 0.0)
-        mask_BT[active_A, t] = running_A
-        stopped_B[active_A] |= torch.isin(token_A, stop_ids)
-        if t + 1 == length:
-            break
-        if device.type == "cpu" or t % _ASK_EVERY == 0:
-            _tell(batch, num_completions, told, stopped_B, ids_BT, mask_BT)
-            going = torch.nonzero(~stopped_B[active_A]).flatten()
+def _write(
+    writer: Writer | CapturedWriter, batch: PromptBatch, num_completions: int, length: int, told: set[int]
+) -> None:
+    """Write all rows of a rollout to their ends, and tell of each that ends before the others."""
+    sheet = writer.sheet
+    writer.begin(batch, num_completions)
+    for t in range(length - 1):
+        if t % writer.look_every == 0:
+            _tell(batch, num_completions, told, sheet.stopped_R, sheet)
+            going = sheet.going()
             if not len(going):
                 break
-            if len(going) <= len(active_A) * (1 - _FINISHED_SHARE) and decoder.keep(going):
-                active_A, token_A = active_A[going], token_A[going]
-        hidden_AH = decoder.step(token_A)
-    _tell(batch, num_completions, told, mask_BT[:, 0], ids_BT, mask_BT)
-    steps = int(mask_BT.sum(1).amax())
-    return ids_BT[:, :steps], logps_BT[:, :steps], mask_BT[:, :steps], stopped_B
+            writer.let_leave(going)
+        writer.advance()
+    _tell(batch, num_completions, told, sheet.mask_RT[:, 0], sheet)
 
 
-def _tell(batch: PromptBatch, count: int, told: set[int], ended_B: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> None:
+def _tell(batch: PromptBatch, count: int, told: set[int], ended_R: Tensor, sheet: Sheet) -> None:
     """Tell whoever waits for single completions of each row that has ended, once."""
     if batch.ended is None:
         return
-    for row in set(torch.nonzero(ended_B).flatten().tolist()) - told:
+    for row in set(torch.nonzero(ended_R).flatten().tolist()) - told:
         told.add(row)
-        batch.ended(batch, row // count, ids_BT[row][mask_BT[row]].tolist())
+        batch.ended(batch, row // count, sheet.ids_RT[row][sheet.mask_RT[row]].tolist())

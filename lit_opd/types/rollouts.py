@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -179,6 +180,31 @@ class Rollout:
     def own_mask_BT(self) -> Tensor:
         """True at counted tokens that the student sampled."""
         return self.mask_BT & self.student_wrote_BT
+
+    @cached_property
+    def counted_N(self) -> Tensor:
+        """Places of the counted tokens among all B x T, in order.
+
+        An accelerator makes the host wait for their number: once, for a mask that chooses them waits every time.
+        """
+        return self.mask_BT.flatten().nonzero().flatten()
+
+    @cached_property
+    def has_demonstrations(self) -> bool:
+        """True where another than the student wrote a counted token. An accelerator makes the host wait, once."""
+        return bool((self.mask_BT & ~self.student_wrote_BT).any())
+
+    def count(self) -> None:
+        """Find out now what of it an accelerator makes the host wait for."""
+        _ = self.counted_N, self.has_demonstrations
+
+    def counted(self, values_BT: Tensor) -> Tensor:
+        """Choose the values of the counted tokens, [N]."""
+        return values_BT.take(self.counted_N)
+
+    def spread(self, values_N: Tensor, elsewhere_BT: Tensor) -> Tensor:
+        """Put values of the counted tokens into their places, [B, T], with what is given `elsewhere`."""
+        return elsewhere_BT.flatten().index_copy(0, self.counted_N, values_N).view_as(elsewhere_BT)
 
     def uncount(self, positions_BT: Tensor) -> Rollout:
         """Leave the chosen positions out of the count."""

@@ -9,7 +9,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.models.forward import PaddedForward
 from lit_opd.types import SamplingLaw
 
-PADDED = {"gemma2", "gpt_oss", "bloom", "falcon", *RECURRENT}
+PADDED = {"gemma2", "gpt_oss", "bloom", "falcon", *RECURRENT} - {"qwen3_next", "qwen3_5_text"}
 
 
 def make_rollout():

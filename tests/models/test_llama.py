@@ -17,8 +17,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lit_opd.models import LanguageModel
 from lit_opd.models import llama as under_test
-from lit_opd.models.forward import LlamaForward, PaddedForward
+from lit_opd.models.dropout import compute_layers_twice, set_dropout
+from lit_opd.models.forward import LlamaForward, PackedForward, PaddedForward
 from lit_opd.models.llama import LayerProducts, llama_hidden, rms_norm, unlike_llama
+from lit_opd.models.packed_attention import NAME
 from lit_opd.models.packing import pack
 from lit_opd.types import SamplingLaw
 
@@ -264,12 +266,7 @@ def make_rollout(holes=True):
 
 
 def test_a_lora_student_trains_its_adapters_through_packed_rows():
-    model = peft.get_peft_model(make("Llama"), peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
-    model = model.to(DOUBLE)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at first, which would hide lora_A
-                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    model = lora(make("Llama"))
     policy = LanguageModel(model, Duck, "student")
     assert not isinstance(policy.forward, PaddedForward)
     assert isinstance(policy.forward, LlamaForward)
@@ -348,35 +345,117 @@ def test_llama_says_nothing(caplog):
     assert not caplog.records
 
 
-def spy_on_paths(policy, monkeypatch):
-    taken = []
-    for path in (LlamaForward, PaddedForward):
-        own = path.hidden
-        monkeypatch.setattr(path, "hidden", lambda *args, own=own, path=path: taken.append(path) or own(*args))
-    return taken
+def lora(model):
+    """The model with adapters, whose second halves are zero at first, which would hide the first."""
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    return wrapped.to(DOUBLE)
 
 
-def test_gradient_checkpointing_takes_the_padded_path(monkeypatch):
-    model = make("Llama").train()
-    policy, rollout = LanguageModel(model, Duck, "student"), make_rollout()
-    assert not isinstance(policy.forward, PaddedForward)
-    taken = spy_on_paths(policy, monkeypatch)
-    packed = policy.hidden(rollout)[0]
+def enable(model):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    recomputed = policy.hidden(rollout)[0]
-    assert taken == [LlamaForward, PaddedForward]
-    close(packed, recomputed, 1e-9)
-    for one, two in zip(gradients(model.model, [packed]), gradients(model.model, [recomputed]), strict=True):
-        close(one, two, 1e-9 * max(1, two.abs().max().item()))
 
 
-def test_a_rollout_without_a_counted_token_is_not_packed(monkeypatch):
+def mark(model):
+    compute_layers_twice(model)
+    set_dropout(model, keep=False)
+
+
+def kept_bytes(make):
+    """Bytes that the backward pass of what is made keeps, each block of memory once, without parameters."""
+    sizes = {}
+
+    def keep(x):
+        if not isinstance(x, torch.nn.Parameter):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        made = make()
+    return made, sum(sizes.values())
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("way", [enable, mark])
+@pytest.mark.parametrize(("name", "config", "path"), [("Llama", {}, LlamaForward), ("Qwen3", {}, LlamaForward),
+                                                      ("Mistral", {"sliding_window": 4}, PackedForward)])  # fmt: skip
+def test_layers_computed_twice_run_packed_have_the_same_gradients_and_keep_less(name, config, path, way, adapted):
+    model = make(name, num_hidden_layers=4, **config)
+    model = (lora(model) if adapted else model).train()
+    policy, rollout = LanguageModel(model, Duck, "student"), make_rollout()
+    once, bytes_once = kept_bytes(lambda: policy.hidden(rollout)[0])
+    calls = []
+    for layer in policy.body.layers:
+        own = layer.mlp.down_proj.forward
+        layer.mlp.down_proj.forward = lambda x, own=own: calls.append(1) or own(x)
+    way(model)
+    functions = [layer._gradient_checkpointing_func for layer in policy.body.layers]
+    assert type(policy.forward) is path
+    calls.clear()
+    twice, bytes_twice = kept_bytes(lambda: policy.hidden(rollout)[0])
+    assert len(calls) == 4
+    close(twice, once, 1e-10)
+    assert bytes_twice < 0.5 * bytes_once
+    for one, two in zip(*(gradients(policy.body, [x]) for x in (once, twice)), strict=True):
+        assert one.any()
+        close(one, two, 1e-10 * max(1, two.abs().max().item()))
+    assert len(calls) == 8
+    assert policy.body.config._attn_implementation != NAME, "the body has its own attention back"
+    assert [layer._gradient_checkpointing_func for layer in policy.body.layers] == functions
+
+
+def test_layers_computed_twice_drop_the_same_both_times_where_dropout_is_kept():
+    """Against differences, for the mean over many draws would need many."""
+    model = make("Llama", attention_dropout=0.5)
+    compute_layers_twice(model)
+    set_dropout(model, keep=True)
+    layout, _ = pack(ROWS, torch.device("cpu"))
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+
+    def total(step=0.0):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            weight.add_(step * direction)
+        found = llama_hidden(model.model, layout, DOUBLE).square().sum()
+        with torch.no_grad():
+            weight.sub_(step * direction)
+        return found
+
+    analytic = (torch.autograd.grad(total(), weight)[0] * direction).sum()
+    with torch.no_grad():
+        numeric = (total(1e-6) - total(-1e-6)) / 2e-6
+    torch.testing.assert_close(analytic, numeric, rtol=1e-5, atol=0)
+
+
+def test_layers_are_computed_once_where_they_are_not_in_training():
+    model = make("Llama")
+    enable(model)
+    policy = LanguageModel(model.eval(), Duck, "student")
+    _, kept_marked = kept_bytes(lambda: policy.hidden(make_rollout())[0])
+    model.gradient_checkpointing_disable()
+    _, kept = kept_bytes(lambda: policy.hidden(make_rollout())[0])
+    assert kept_marked == kept
+
+
+def test_a_body_that_computes_layers_again_by_code_of_its_own_keeps_it():
+    model = make("Llama").train()
+    model.model.gradient_checkpointing = True
+    model.model._gradient_checkpointing_func = None
+    policy = LanguageModel(model, Duck, "student")
+    assert type(policy.forward) is PackedForward
+    assert policy.forward.reason == "its layers are computed again by code of its own"
+    close(policy.hidden(make_rollout())[0], padded(policy, make_rollout()), 1e-6)
+
+
+def test_a_rollout_without_a_counted_token_has_no_hidden_states_and_zero_gradients():
     policy, rollout = LanguageModel(make("Llama"), Duck, "student"), make_rollout()
-    taken = spy_on_paths(policy, monkeypatch)
     found, _ = policy.hidden(rollout.uncount(torch.ones_like(rollout.mask_BT)))
     assert found.shape == (0, 16)
-    assert found.requires_grad
-    assert taken == [PaddedForward]
+    weights = list(policy.body.parameters())
+    assert not any(gradient.any() for gradient in torch.autograd.grad(found.sum(), weights))
 
 
 @pytest.mark.parametrize("name", ["Llama", "Qwen3"])

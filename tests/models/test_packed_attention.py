@@ -182,8 +182,9 @@ def test_windows_of_a_hugging_face_body_are_seen(tiny_tokenizer, make_batch, sam
 def test_a_body_gets_its_own_attention_back(make_model):
     body = make_model(0).model
     own = body.config._attn_implementation
+    layout, _ = pack([[1, 2]], torch.device("cpu"))
     inside = []
-    with contextlib.suppress(RuntimeError), packed_layers(body):
+    with contextlib.suppress(RuntimeError), packed_layers(body, layout):
         inside.append(body.config._attn_implementation)
         raise RuntimeError
     assert inside == [routes.NAME]

@@ -6,51 +6,13 @@ import logging
 import peft
 import pytest
 import torch
-import transformers
-import wide_norm
-from transformers.models.granite.modeling_granite import GraniteRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from rollout.llamas import MODELS, eager_to_stop, same
 
 from lit_opd.models import LanguageModel
-from lit_opd.rollout import LocalEngine, local, uniforms
+from lit_opd.rollout import LocalEngine, uniforms, writing
 from lit_opd.rollout.decoders import CacheDecoder
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
 from lit_opd.types import SamplingLaw
-
-SIZES = {"vocab_size": 17, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
-         "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.5}  # fmt: skip
-MODELS = {
-    "Llama": ("Llama", {}),
-    "Llama with biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
-    "Llama with another activation": ("Llama", {"hidden_act": "gelu"}),
-    "Qwen2": ("Qwen2", {}),
-    "Qwen3": ("Qwen3", {"head_dim": 8}),
-    "Mistral": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
-}
-
-
-@pytest.fixture(autouse=True)
-def norms_that_keep_float64(monkeypatch):
-    for norm in (Qwen2RMSNorm, Qwen3RMSNorm, MistralRMSNorm, GraniteRMSNorm):
-        monkeypatch.setattr(norm, "forward", wide_norm._forward)
-
-
-@pytest.fixture
-def make_policy(tiny_tokenizer):
-    def make(name, dtype=torch.float64, **config):
-        torch.manual_seed(0)
-        made = getattr(transformers, f"{name}Config")(**(SIZES | config))
-        model = getattr(transformers, f"{name}ForCausalLM")(made).eval()
-        with torch.no_grad():  # biases and norms begin at zero and one, which would hide mistakes
-            for parameter in model.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-        return LanguageModel(model.to(dtype), tiny_tokenizer, "student")
-
-    return make
 
 
 @torch.no_grad()
@@ -129,9 +91,9 @@ def test_the_engine_decodes_what_is_like_llama_by_the_fused_path(case, make_poli
     assert decoder_of(make_policy(name, **config)) is FusedDecoder
 
 
-def with_adapter(policy):
-    model = peft.get_peft_model(policy.model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["up_proj"]))
-    return LanguageModel(model, policy.tokenizer, "student")
+def with_dora(policy):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["up_proj"], use_dora=True)
+    return LanguageModel(peft.get_peft_model(policy.model, config), policy.tokenizer, "student")
 
 
 def with_hook(policy):
@@ -155,7 +117,7 @@ def quantised(policy):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (with_adapter, "its projections are not plain linear layers"),
+        (with_dora, "its adapters are more than a product of two matrices"),
         (quantised, "its projections are not plain linear layers"),
         (with_hook, "it has hooks"),
         (with_hook_on_a_layer, "it has hooks"),
@@ -211,31 +173,18 @@ def run(engine, policy, batch, completions=4, length=12, law=PLAIN):
     return engine.sample(policy, batch, law, completions, uniforms((0, 0), batch.draws, completions, length))
 
 
-def same(one, two, atol=1e-6):
-    assert torch.equal(one.ids_BT, two.ids_BT)
-    assert torch.equal(one.real_BT, two.real_BT)
-    assert torch.equal(one.finish_B, two.finish_B)
-    torch.testing.assert_close(one.sampler_logps_BT, two.sampler_logps_BT, rtol=0, atol=atol)
-
-
-def eager_to_stop(policy):
-    """Several stop tokens: most rows end early, at different steps."""
-    policy.model.generation_config.eos_token_id = [2, 5, 9, 11]
-    return policy
-
-
 @pytest.mark.parametrize("other", [None, CacheDecoder], ids=["fused", "cache"])
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.6])
 def test_rows_that_ended_leave_and_the_others_write_what_they_would_have(
     other, share, make_policy, make_batch, monkeypatch
 ):
     policy, batch = eager_to_stop(make_policy("Llama")), make_batch()
-    monkeypatch.setattr(local, "_FINISHED_SHARE", 1.1)
+    monkeypatch.setattr(writing, "_FINISHED_SHARE", 1.1)
     everyone = Spying(other)
     expected = run(everyone, policy, batch)
     assert not everyone.kept
     assert set(everyone.stepped) == {20}
-    monkeypatch.setattr(local, "_FINISHED_SHARE", share)
+    monkeypatch.setattr(writing, "_FINISHED_SHARE", share)
     engine = Spying(other)
     same(run(engine, policy, batch), expected)
     lengths = expected.real_BT.sum(1)
@@ -294,7 +243,7 @@ class OnAccelerator(torch.Tensor):
 def test_an_accelerator_is_asked_rarely_and_the_rollout_is_the_same(make_policy, make_batch, monkeypatch):
     policy, batch = eager_to_stop(make_policy("Llama")), make_batch()
     expected = run(Spying(), policy, batch)
-    monkeypatch.setattr(local, "_ASK_EVERY", 3)
+    monkeypatch.setattr(writing, "_ASK_EVERY", 3)
     engine, numbers = Spying(), uniforms((0, 0), batch.draws, 4, 12)
     same(engine.sample(policy, batch, PLAIN, 4, numbers.as_subclass(OnAccelerator)), expected)
     left = [t for t in range(1, len(engine.stepped)) if engine.stepped[t] < engine.stepped[t - 1]]

@@ -29,6 +29,7 @@ from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw, ScoredRoll
 from tools.benchmark.processes import answer, peak_mb, reset_peak, resident_mb
 
 MIB_OF_MB = 1e6 / 2**20
+CPU = torch.device("cpu")
 
 
 class Inputs(NamedTuple):
@@ -40,12 +41,12 @@ class Inputs(NamedTuple):
     teacher_weight_VG: Tensor
 
 
-def make_inputs(positions: int, vocabulary: int, width: int, teacher_width: int) -> Inputs:
+def make_inputs(positions: int, vocabulary: int, width: int, teacher_width: int, device: torch.device = CPU) -> Inputs:
     """Hidden states and heads that give logits of standard deviation about 2; the teacher's are in bf16."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, columns: int, std: float, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, columns, dtype=dtype).normal_(0.0, std, generator=generator)
+        return torch.empty(rows, columns, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
     return Inputs(
         normal(positions, width, 1.0, torch.float32).requires_grad_(),
@@ -81,14 +82,16 @@ def ours(inputs: Inputs) -> Tensor:
         base_model=GivenStates(inputs.hidden_NH), config=SimpleNamespace(), get_output_embeddings=lambda: output_layer
     )
     student = GivenStudent(model, None, "student")
-    ids_BT, counted_BT = torch.zeros(1, positions, dtype=torch.long), torch.ones(1, positions, dtype=torch.bool)
+    device = inputs.hidden_NH.device
+    ids_BT = torch.zeros(1, positions, dtype=torch.long, device=device)
+    counted_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     batch = PromptBatch(Prompts(ids_BT[:, :1], counted_BT[:, :1]), rows=[{}], batch=0, places=[0])
-    ended, logps_BT = torch.tensor([False]), torch.zeros(1, positions)
+    ended, logps_BT = torch.tensor([False], device=device), torch.zeros(1, positions, device=device)
     rollout = Rollout.completed(batch, 1, ids_BT, counted_BT, logps_BT, ended, SamplingLaw())
-    rows = chunk_rows(vocabulary, OptimConfig().head_chunk_mib, ids_BT.device)
+    rows = chunk_rows(vocabulary, OptimConfig().head_chunk_mib, device)
     scores = Scores(full=HiddenDistributions(inputs.teacher_hidden_NG, Head(inputs.teacher_weight_VG), rows))
     estimator = estimators.build("full_vocab", divergence="reverse_kl")
-    weights_BT = torch.full((1, positions), 1 / positions)
+    weights_BT = torch.full((1, positions), 1 / positions, device=device)
     return student_loss(student, ScoredRollout(rollout, {"teacher": scores}), estimator, weights_BT, rows).value
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_opd import DistillationModule, PromptDataModule
 from lit_opd.config import StudentConfig, TeacherConfig
-from lit_opd.objective import loss
+from lit_opd.objective import chunks
 from lit_opd.types import PromptBatch
 from tools.benchmark.phases import Phases
 from tools.benchmark.processes import answer, peak_mb, resident_mb
@@ -25,7 +25,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     imports_mb, recorder = resident_mb(), Recorder(job["batches"])
     module, data = build(job)
-    recorder.phases.wrap(loss, "position_losses", "head_s")
+    recorder.phases.wrap(chunks, "position_losses", "head_s")
     recorder.phases.wrap_optimizer()
     trainer = L.Trainer(
         accelerator="cpu", precision="bf16-mixed", max_steps=job["steps"], callbacks=[recorder], logger=False,

@@ -42,7 +42,9 @@ class Options:
         steps: of a run; of W3, timed runs of a case.
         rounds: runs of every side.
         out: folder of the results.
-        quick: only the smallest sizes.
+        quick: only the smallest sizes; of gpu, few repetitions.
+        tiny: of gpu, sizes that a CPU can do.
+        paths: of gpu, `optim.paths` of ours.
     """
 
     what: str
@@ -50,6 +52,8 @@ class Options:
     rounds: int
     out: Path
     quick: bool = False
+    tiny: bool = False
+    paths: str = "auto"
 
     def write(self, results: dict[str, Any], text: str) -> None:
         """Write the results as JSON and the text that goes with them as Markdown, and print it."""
