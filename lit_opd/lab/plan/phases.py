@@ -8,28 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
-import yaml
 
 from lit_opd import estimators
-from lit_opd.config import Config, OptimConfig, TeacherConfig
+from lit_opd.config import Config, TeacherConfig
+from lit_opd.functional.fused_head import fused_rows
 from lit_opd.lab.plan.activations import FLASH, MASKED, Pass, kept, passing
 from lit_opd.lab.plan.devices import Device
+from lit_opd.lab.plan.optimizers import state_bytes
 from lit_opd.lab.plan.sizes import BYTES, ModelSizes, sizes_of
-from lit_opd.optim import build_optimizer
-from lit_opd.teachers.scorer import wanted_by
+from lit_opd.objective.chunks import why_plain
+from lit_opd.rollout.captured import width_bucket
+from lit_opd.teachers.scorer import Wanted, wanted_by
 from lit_opd.types import Need
 
-__all__ = ["Plan", "make_plan", "state_bytes"]
+__all__ = ["Plan", "make_plan"]
 
 # bitsandbytes keeps a scale in float32 for each 64 numbers in 4 bits, and for each row of a matrix in 8 bits.
 _QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 # Working memory of the head by `auto`, in MiB, as `functional.head` has it: on a CPU, the most elsewhere, and the share
-# of what is free there.
-_CPU_MIB, _MOST_MIB, _SHARE = 256, 4096, 16
+# of what is free there; and the copies of logits in float32 that it holds.
+_CPU_MIB, _MOST_MIB, _SHARE, _COPIES = 256, 4096, 16, 10
 _MIB = 2**20
 Parts = dict[str, float]
 
@@ -99,27 +101,6 @@ def _local(config: Config) -> dict[str, TeacherConfig]:
     return local
 
 
-def state_bytes(config: OptimConfig, dtype: torch.dtype) -> float:
-    """Measure the bytes that an optimizer keeps of a weight, by a step on two small tensors."""
-    return _state_bytes(config.name, yaml.safe_dump(config.kwargs), dtype)
-
-
-@lru_cache
-def _state_bytes(name: str, kwargs: str, dtype: torch.dtype) -> float:
-    # After so long a warm-up no step says what rounding loses.
-    config = OptimConfig(name=name, kwargs=yaml.safe_load(kwargs), warmup_steps=2**31 - 1)
-    held = [_state_of(config, dtype, rows) for rows in (64, 128)]
-    return (held[1] - held[0]) / (64 * 128)
-
-
-def _state_of(config: OptimConfig, dtype: torch.dtype, rows: int) -> int:
-    weight = torch.nn.Parameter(torch.ones(rows, 128, dtype=dtype))
-    weight.grad = torch.ones_like(weight)
-    optimizer = build_optimizer(config, [weight])
-    optimizer.step()
-    return sum(value.nbytes for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor))
-
-
 class _Planner:
     def __init__(self, config: Config, device: Device, sizes: Mapping[str, ModelSizes]) -> None:
         self.config, self.device, self.sizes = config, device, sizes
@@ -177,7 +158,7 @@ class _Planner:
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.trained]
         parts["optimizer's state"] = state_bytes(self.config.optim, dtype) * self.student.trainable
         if self.captured:
-            parts |= self.decoder(self.rows)
+            parts |= self.decoder("student", self.rows)
         return parts
 
     def weights_of(self, key: str) -> float:
@@ -187,32 +168,47 @@ class _Planner:
         small = _QUANTISED.get(section.quantization, own)
         return small * sizes.projections + own * (sizes.weights - sizes.projections)
 
-    def decoder(self, rows: int) -> Parts:
+    def decoder(self, key: str, rows: int) -> Parts:
         """Count what sampling keeps for rows: weights as it multiplies by them, keys and values."""
         if self.config.rollout.engine != "local":
             return {}
-        sizes, compute, width = self.student, self.compute, self.prompt + self.length
+        own, (rows_out, length_out) = key == "student", self.held_out
+        sizes, captured = self.sizes[key], self.captured and own
+        compute = self.compute if own else BYTES[self.frozen[key].dtype]
+        longest, copied = self.length, own and compute != self.weight
+        if captured:  # one cache serves rollouts and evaluations, and keeps the largest size it had
+            rows, longest = max(rows, rows_out), max(longest, length_out)
+        width = self.prompt + longest
         joined = sizes.layers * (sizes.hidden * (sizes.mixed + 2 * sizes.keys) + 2 * sizes.hidden * sizes.inner)
-        copied = self.captured or compute != self.weight
-        copy = compute * (sizes.projections + sizes.head if copied else joined)
-        cache = 2 * sizes.layers * rows * width * sizes.keys * compute
+        copy = compute * (sizes.projections + sizes.head if captured or copied else joined)
+        cache = 2 * sizes.layers * rows * (width_bucket(width) if captured else width) * sizes.keys * compute
         return {"decoder's copy of the weights": copy, "decode cache": cache}
+
+    @property
+    def held_out(self) -> tuple[int, int]:
+        """Rows of an evaluation's batch, and the longest of their completions."""
+        own = self.config.evaluation
+        return own.batch_size * own.num_completions, own.max_new_tokens or self.length
 
     # The phases
 
     def sampling(self, completions: int, rows: int) -> Parts:
         """Read the prompts, then decode."""
-        held = self.stays | self.decoder(rows)
+        held = self.stays | self.decoder("student", rows)
         logits = rows * self.student.vocabulary * (self.compute + 3 * 4)
         prompts = replace(self.work(rows // completions), length=1, completions=1)
         return held | {"a step's logits, or prompts": max(logits, passing(self.student, prompts))}
 
+    @property
+    def wanted(self) -> Wanted:
+        """What the estimator asks of the teacher."""
+        return wanted_by(estimators.build_from(self.config.estimator))
+
     def scores(self) -> float:
         """Count the bytes of a rollout's scores, which live until the student has read them."""
-        wanted = wanted_by(estimators.build_from(self.config.estimator))
         tokens = self.rows * self.length
-        if not wanted.full:
-            return tokens * (4 + 12 * wanted.support)
+        if not self.wanted.full:
+            return tokens * (4 + 12 * self.wanted.support)
         return tokens * max((self.sizes[k].hidden * BYTES[one.dtype] for k, one in self.frozen.items()), default=0)
 
     def scoring(self) -> Parts:
@@ -222,7 +218,8 @@ class _Planner:
             own = BYTES[section.dtype]
             back = {"weights brought back": self.weights_of(key)} if section.offload else {}
             layer = passing(self.sizes[key], self.work(self.micro_rows, own, own, key))
-            found.append(self.stays | back | {"scores": self.scores(), "a layer at work": layer})
+            most = max(layer, 0 if self.wanted.full else self.chunk())
+            found.append(self.stays | back | {"scores": self.scores(), "a layer at work, or a chunk": most})
         return max(found, key=lambda parts: sum(parts.values()))
 
     def training(self) -> Parts:
@@ -242,14 +239,13 @@ class _Planner:
         sizes = self.student
         learns = sizes.trainable == sizes.weights
         cast = self.compute * sizes.head if self.compute != self.weight else 0
-        product = self.compute * sizes.head if learns and self.compute != 4 and self.device.accelerated else 0
         gradient = max(4, self.weight) * sizes.head if learns else 0
         states = work.counted * sizes.hidden * (2 * work.residual + (work.compute if cast else 0))
-        return {"head's weight and gradient": cast + product + gradient, "head's inputs": states,
-                "a chunk of the head": self.chunk()}  # fmt: skip
+        return {"head's weight and gradient": cast + gradient, "head's inputs": states,
+                "a chunk of the head": self.trained_chunk()}  # fmt: skip
 
     def chunk(self) -> float:
-        """Tell the working memory of the head."""
+        """Tell the working memory of the plain head."""
         chosen = self.config.optim.head_chunk_mib
         if chosen != "auto":
             return int(chosen) * _MIB
@@ -258,21 +254,32 @@ class _Planner:
         loaded = self.stays["student's weights"] + self.stays["teacher's weights"]
         return max(_CPU_MIB, min(_MOST_MIB, (self.device.usable - loaded) // (_SHARE * _MIB))) * _MIB
 
+    def trained_chunk(self) -> float:
+        """Tell the working memory of the head in training, which is that of both models' logits where it is fused."""
+        own, plain = self.config.estimator, self.chunk()
+        several = self.config.teachers or own.merged_stops is not None
+        if not self.fast or several or why_plain(estimators.build_from(own)) is not None:
+            return plain
+        logits = 4 * self.student.vocabulary
+        return logits * fused_rows(max(1, int(plain / (_COPIES * logits))), self.student.vocabulary)
+
     def stepping(self) -> Parts:
         """Move the weights."""
         return self.stays | {"gradients": self.trained * self.student.trainable}
 
     def evaluating(self) -> Parts:
         """Sample and read held-out prompts, all of a batch at once."""
-        own, sizes = self.config.evaluation, self.student
-        rows, length = own.batch_size * own.num_completions, own.max_new_tokens or self.length
+        own, sizes, (rows, length) = self.config.evaluation, self.student, self.held_out
         work = replace(self.work(rows), length=length, completions=own.num_completions)
         states = work.counted * (sizes.hidden * work.residual + max(
             (self.sizes[k].hidden * BYTES[one.dtype] for k, one in self.frozen.items()), default=0))  # fmt: skip
         read = self.stays | {"scores": states, "a layer at work": passing(sizes, work), "a chunk": self.chunk()}
-        written = self.stays | self.decoder(max(rows, self.rows) if self.captured else rows)
-        written |= {"a step's logits": rows * sizes.vocabulary * (self.compute + 3 * 4)}
-        return max(read, written, key=lambda parts: sum(parts.values()))
+        logits = {"a step's logits, or prompts": rows * sizes.vocabulary * (self.compute + 3 * 4)}
+        found = [read, self.stays | self.decoder("student", rows) | logits]
+        for key in [key for key in self.frozen if own.teacher and key != "reference"]:
+            mine = {f"{part}, the teacher's": size for part, size in self.decoder(key, rows).items()}
+            found.append(self.stays | mine | logits)
+        return max(found, key=lambda parts: sum(parts.values()))
 
     def notes(self) -> list[str]:
         """Say what was assumed."""

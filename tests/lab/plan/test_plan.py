@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config
 from lit_opd.cli import main
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig, load_config
 from lit_opd.lab.plan import advise, find_device, make_plan
-from lit_opd.lab.plan.phases import model_sizes, state_bytes
+from lit_opd.lab.plan.optimizers import state_bytes
+from lit_opd.lab.plan.phases import model_sizes
 from lit_opd.lab.plan.sizes import sizes_of
 from lit_opd.models import load_frozen, load_student
 from lit_opd.optim import build_optimizer
@@ -173,7 +174,7 @@ def test_the_largest_that_fits_fits_and_no_more_does(device, g1):
 @pytest.mark.parametrize(
     ("device", "words", "first"),
     [
-        ("rtx-4090-24gb", [], "optim.micro_batch_tokens=5"),
+        ("rtx-4090-24gb", [], "optim.micro_batch_tokens=6144"),
         ("rtx-4090-24gb", ["evaluation.batch_size=512", "optim.micro_batch_tokens=4096"], "evaluation.batch_size=8"),
         ("rtx-4090-24gb", ["optim.head_chunk_mib=9000", "optim.micro_batch_tokens=4096"], "optim.head_chunk_mib=256"),
         ("l4-24gb", ["student.path=1.7b", "optim.micro_batch_tokens=384"], "student.lora="),
@@ -216,7 +217,7 @@ def test_the_command_names_the_key_of_what_does_not_fit(run):
     code, out, err = run("--device", "rtx-4090-24gb")
     assert code == 2
     assert err.startswith("error: optim.micro_batch_tokens: expected at most 22.31 GB on rtx-4090-24gb, found 3")
-    assert " GB in the phase student, of which 20.57 GB activations. Set optim.micro_batch_tokens=5" in err
+    assert " GB in the phase student, of which 20.57 GB activations. Set optim.micro_batch_tokens=6144." in err
     assert err.count("\n") == 1
     assert out.rstrip().endswith("which does not fit")
 
