@@ -82,6 +82,9 @@ def kept(sizes: ModelSizes, work: Pass, recomputed: bool, adapter: int = 4) -> i
     """
     layer, stream = _of_layer(sizes, work, adapter), work.tokens * sizes.hidden * work.residual
     ends = stream + work.tokens * (_FP32 + 2 * work.residual * sizes.head_dim) + _INDEX * work.counted
+    if work.attention != FLASH:  # the mask as truth values and as numbers, once for all layers
+        segments, queries, seen = work.segments
+        ends += (1 + work.compute) * segments * queries * seen
     if recomputed:
         return sizes.layers * stream + layer + ends
     # Autocast casts the frozen weight beside an adapter at every pass, and keeps the copy for the input's gradient.

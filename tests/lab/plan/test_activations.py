@@ -87,7 +87,7 @@ def test_what_a_forward_pass_keeps(kind, lora, completions, dtype, autocast, att
     rollout = rollout_of(completions)
     student.hidden(rollout)  # the way to run is chosen once
     found = saved_bytes(student, rollout, autocast)
-    assert kept(sizes, work, recomputed=False) == pytest.approx(found, rel=0.02)
+    assert kept(sizes, work, recomputed=False) == pytest.approx(found, rel=0.1)
 
 
 def test_layers_that_are_computed_twice_keep_their_inputs(folder):
