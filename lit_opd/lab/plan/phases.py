@@ -175,7 +175,7 @@ class _Planner:
         own, (rows_out, length_out) = key == "student", self.held_out
         sizes, captured = self.sizes[key], self.captured and own
         compute = self.compute if own else BYTES[self.frozen[key].dtype]
-        longest, copied = self.length, own and compute != self.weight
+        longest, copied = self.length, own and (compute != self.weight or sizes.rank > 0)
         if captured:  # one cache serves rollouts and evaluations, and keeps the largest size it had
             rows, longest = max(rows, rows_out), max(longest, length_out)
         width = self.prompt + longest

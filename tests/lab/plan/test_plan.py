@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config
 
 from lit_opd.cli import main
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig, load_config
+from lit_opd.errors import UserError
 from lit_opd.lab.plan import advise, find_device, make_plan
 from lit_opd.lab.plan.optimizers import state_bytes
 from lit_opd.lab.plan.phases import model_sizes
@@ -93,6 +94,8 @@ def test_a_students_weights(dtype, lora, wide):
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizers_state(name, kwargs, dtype):
+    if "8bit" in name:
+        pytest.importorskip("bitsandbytes", minversion="0.50")  # the first with CPUs
     weights = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((300, 200), (7, 64 * 64), (500,))]
     config = OptimConfig(name=name, kwargs=kwargs, warmup_steps=9)
     optimizer = build_optimizer(config, weights)
@@ -105,6 +108,12 @@ def test_an_optimizers_state(name, kwargs, dtype):
     maps = codes * 4 * 256 * 2
     expected = state_bytes(config, dtype) * sum(w.numel() for w in weights)
     assert expected == pytest.approx(found - maps, rel=0.1, abs=64)
+
+
+def test_an_optimizer_that_makes_no_step_here():
+    config = OptimConfig(name="torch.optim:LBFGS")
+    with pytest.raises(UserError, match="optim.name: expected torch.optim:LBFGS to make a step here, found TypeError"):
+        state_bytes(config, torch.float32)
 
 
 # What was measured on a GPU
