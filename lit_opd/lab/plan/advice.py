@@ -12,9 +12,9 @@ from lit_opd.lab.plan.devices import Device
 from lit_opd.lab.plan.phases import Plan, make_plan
 from lit_opd.lab.plan.sizes import ModelSizes, sizes_of
 
-__all__ = ["Advice", "advise"]
+__all__ = ["MOST_PROMPTS", "Advice", "advise"]
 
-_MOST_ROWS = 2**16
+MOST_PROMPTS = 2**16
 _LORA = {"r": 16, "target_modules": "all-linear"}
 
 
@@ -43,7 +43,7 @@ def advise(config: Config, device: Device, sizes: Mapping[str, ModelSizes], plan
 
     row = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     micro = _largest(lambda rows: fits(_with(config, "optim", micro_batch_tokens=rows * row)), plan.rows)
-    prompts = _largest(lambda size: fits(_with(config, "data", batch_size=size)), _MOST_ROWS)
+    prompts = _largest(lambda size: fits(_with(config, "data", batch_size=size)), MOST_PROMPTS)
     limits = None if micro is None else micro * row, prompts
     return Advice(*limits) if plan.fits else Advice(*limits, *_changes(config, device, sizes, limits[0]))
 

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lit_opd.lab.plan.advice import Advice
+from lit_opd.lab.plan.advice import MOST_PROMPTS, Advice
 from lit_opd.lab.plan.phases import Plan
 
 __all__ = ["as_json", "gigabytes", "print_plan"]
@@ -64,4 +64,4 @@ def _cell(number: float) -> str:
 
 
 def _said(number: int | None) -> str:
-    return "none" if number is None else str(number)
+    return "none" if number is None else f"{number} or more" if number == MOST_PROMPTS else str(number)
