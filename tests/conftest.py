@@ -2,6 +2,12 @@
 
 import gc
 import os
+from pathlib import Path
+
+# Run kernels on a CPU where there is no accelerator. Triton reads this when it is imported, which a folder's own
+# conftest.py may do before anything here is called.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config):
@@ -10,7 +16,6 @@ def pytest_configure(config):
     if worker is None and config.getoption("numprocesses", 0):
         return
     gc.disable()
-    interpret_kernels()
     config.pluginmanager.import_plugin("shared_fixtures")
     choose_examples()
     if worker:
@@ -27,14 +32,6 @@ def pytest_collection_finish():
     """Collect garbage of the tests alone: libraries and tests are a million objects that stay, a second each time."""
     gc.freeze()
     gc.enable()
-
-
-def interpret_kernels():
-    """Run Triton kernels on the CPU where there is nothing else. Triton reads this when it is imported."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_unconfigure():

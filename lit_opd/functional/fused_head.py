@@ -14,12 +14,11 @@ from torch import Tensor
 from lit_opd.functional.head import Head
 from lit_opd.functional.precision import upcast
 
-__all__ = ["DIVERGENCES", "Rows", "fused_rows"]
+__all__ = ["Rows", "fused_rows"]
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-
-# Memory of both models' logits of a chunk, at most: more rows than that make the products no faster.
-_MOST_BYTES = 2**30
+# Memory of both models' logits of a chunk, at most: more rows than that make the products hardly faster. A whole number
+# of tiles of a product is taken of it.
+_MOST_BYTES, _TILE = 640 * 2**20, 128
 # Rows whose logits are raised to fp32 to find the most probable tokens.
 _SORTED = 64
 
@@ -30,12 +29,13 @@ def fused_rows(rows: int, vocabulary: int) -> int:
     Within the memory in which the plain path takes `rows` positions, which are ten copies in four bytes, fit ten times
     as many positions of two models in two bytes.
 
-    >>> fused_rows(rows=700, vocabulary=2**17)
-    2048
-    >>> fused_rows(rows=3, vocabulary=2**17)
+    >>> fused_rows(rows=700, vocabulary=151_936)
+    1024
+    >>> fused_rows(rows=3, vocabulary=151_936)
     30
     """
-    return max(1, min(10 * rows, max(rows, _MOST_BYTES // (4 * vocabulary))))
+    fit = min(10 * rows, max(rows, _MOST_BYTES // (4 * vocabulary)))
+    return fit if fit < _TILE else fit // _TILE * _TILE
 
 
 class Rows:
@@ -82,18 +82,22 @@ class Rows:
         """Compute the entropy of student and teacher at each position, nats [2, c]."""
         return self._kernels.read_rows(self._pair, entropies=True)[4:]
 
-    def divergence(self, name: str, teacher_weight: float = 0.5) -> Tensor:
-        """Compute one of `DIVERGENCES` at each position, nats [c], a leaf that the loss is differentiated by.
+    def divergence(self, name: str, weight: float = 0.0) -> Tensor:
+        """Compute a divergence at each position, nats [c], a leaf that the loss is differentiated by.
 
-        `teacher_weight` is that of `divergences.jsd`, strictly between 0 and 1.
+        Args:
+            name: one of `kernels.head.DIVERGENCES`.
+            weight: the `teacher_weight`, `skew` or `forward_weight` of `divergences`, strictly between 0 and 1.
         """
         if self._divergence is None:
-            value_c = mean_c = self.kl if name == "reverse_kl" else self.forward_kl
-            if name == "jsd":
-                value_c, mean_c = self._kernels.sum_divergence(self._pair, self._read_6c[:2], teacher_weight)
+            known = {"reverse_kl": self.kl, "forward_kl": self.forward_kl}
+            known["mixed_kl"] = weight * self.forward_kl + (1 - weight) * self.kl
+            value_c, mean_c = known.get(name), self.kl
+            if value_c is None:
+                value_c, mean_c = self._kernels.sum_divergence(self._pair, self._read_6c[:2], name, weight)
             leaf_c = value_c.clone().requires_grad_(torch.is_grad_enabled())
-            self._divergence = (name, teacher_weight, mean_c, leaf_c)
-        assert self._divergence[:2] == (name, teacher_weight), "one for all terms: a kernel differentiates no second"
+            self._divergence = (name, weight, mean_c, leaf_c)
+        assert self._divergence[:2] == (name, weight), "one for all terms: a kernel differentiates no second"
         return self._divergence[3]
 
     def differentiate(self, loss: Tensor) -> None:

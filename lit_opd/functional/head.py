@@ -259,9 +259,9 @@ def _by_autograd(head: Head, chunk_loss: ChunkLoss) -> Differentiate:
             projected = upcast(projected_cV[inner]).requires_grad_(learns)
             place = slice(part.start + inner.start, part.start + inner.stop)
             loss, stats = chunk_loss(head.shape_logits(projected), place)
+            yield place, loss.detach(), stats  # before the gradient takes the place of what values may be views of
             if learns:
                 projected_cV[inner] = torch.autograd.grad(loss, projected)[0] if loss.requires_grad else 0.0
-            yield place, loss.detach(), stats
 
     return differentiate
 

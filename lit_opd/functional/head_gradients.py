@@ -18,7 +18,6 @@ __all__ = ["HeadGradients", "with_gradients"]
 
 # Rows of a product that is added to a sum of another dtype, where no kernel does both at once.
 _ROWS = 2**14
-_add_wide = torch.ops.aten.addmm.dtype_out
 
 
 class HeadGradients:
@@ -69,7 +68,7 @@ class HeadGradients:
 def add_product(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
     """Add a matrix product to a sum in place, where the device can without rounding it to the factors' dtype before."""
     if sum_MN.dtype == torch.float32 and adds_wide(left_MK.device, left_MK.dtype):
-        _add_wide(sum_MN, left_MK, right_KN, torch.float32, out=sum_MN)
+        _add_wide(sum_MN, left_MK, right_KN)
         return
     for start in range(0, len(sum_MN), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -86,10 +85,15 @@ def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     small = torch.zeros(16, 16, device=device, dtype=dtype)
     try:
-        _add_wide(small.float(), small, small, torch.float32, out=small.float())
-    except RuntimeError:
+        _add_wide(small.float(), small, small)
+    except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def _add_wide(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    # Not `torch.addmm`, which failed where `out` and `out_dtype` were given together (pytorch issue 154086).
+    torch.ops.aten.addmm.dtype_out(sum_MN, left_MK, right_KN, torch.float32, out=sum_MN)
 
 
 class _WithGradients(torch.autograd.Function):

@@ -38,7 +38,7 @@ def sample_tokens(
     >>> ids, logps.exp()
     (tensor([1]), tensor([1.]))
     """
-    if law.temperature == 0 or _truncates(law):
+    if law.temperature == 0 or law.truncates:
         logps_BV = law_logps(logits_BV, law, forbidden_ids)
         ids_B = draw(logps_BV, uniforms_B)
         return ids_B, logps_BV.gather(-1, ids_B[:, None]).squeeze(1)
@@ -49,10 +49,6 @@ def sample_tokens(
     ids_B, total_B = _invert(weights_BV, uniforms_B)
     chosen_B = (logits.gather(-1, ids_B[:, None]) - highest_B1).squeeze(1)
     return ids_B, chosen_B - total_B.log().to(chosen_B.dtype)
-
-
-def _truncates(law: SamplingLaw) -> bool:
-    return law.top_k > 0 or law.top_p < 1 or law.min_p > 0
 
 
 def _allowed(logits_BV: Tensor, forbidden_ids: Tensor | None) -> Tensor:
@@ -74,7 +70,7 @@ def law_logps(logits_BV: Tensor, law: SamplingLaw, forbidden_ids: Tensor | None 
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
     logps = torch.log_softmax(logits / law.temperature, dim=-1)
-    if not _truncates(law):
+    if not law.truncates:
         return logps
     if 0 < law.top_k < logps.shape[-1]:
         smallest_kept = logps.topk(law.top_k, dim=-1).values[:, -1:]

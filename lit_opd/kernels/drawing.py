@@ -17,15 +17,16 @@ _BLOCK = 2048
 
 
 def draw_tokens(
-    logits_BV: Tensor, uniforms_B: Tensor, factor: float = 1.0, softcap: float | None = None
+    logits_BV: Tensor, uniforms_B: Tensor, factor: float = 1.0, softcap: float | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting its cumulative distribution, and say how probable it was.
 
     Args:
         logits_BV: unnormalised, in any dtype, read as fp32; -inf at tokens that may not be drawn.
         uniforms_B: float64 numbers in [0, 1).
-        factor: on the logits, after the soft-cap: 1 / temperature.
-        softcap: logits become softcap x tanh(logits / softcap) first; None for no change.
+        factor: on the logits, at the very end: 1 / temperature.
+        softcap: logits become softcap x tanh(logits / softcap) before that; None for no change.
+        scale: on the logits, at the very beginning.
 
     Returns:
         Token ids [B], int64, and their log-probabilities [B], nats in fp32.
@@ -35,7 +36,7 @@ def draw_tokens(
     peaks = logits_BV.new_empty(2, rows, blocks, dtype=torch.float32)
     ids = torch.empty(rows, dtype=torch.int64, device=logits_BV.device)
     logps = torch.empty(rows, dtype=torch.float32, device=logits_BV.device)
-    shape = (vocabulary, logits_BV.stride(0), factor, softcap or 1.0)
+    shape = (vocabulary, logits_BV.stride(0), float(scale), float(factor), softcap or 1.0)
     _block_sums[(rows, blocks)](logits_BV, *peaks, *shape, CAPS=softcap is not None, BLOCK=_BLOCK)
     _invert[(rows,)](
         logits_BV, *peaks, uniforms_B, ids, logps, blocks, *shape, CAPS=softcap is not None, BLOCK=_BLOCK,
@@ -45,8 +46,8 @@ def draw_tokens(
 
 
 @triton.jit
-def _read(logits, token, vocabulary, factor, softcap, CAPS: tl.constexpr):
-    found = tl.load(logits + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32)
+def _read(logits, token, vocabulary, scale, factor, softcap, CAPS: tl.constexpr):
+    found = tl.load(logits + token, mask=token < vocabulary, other=float("-inf")).to(tl.float32) * scale
     if CAPS:
         # tanh(x) = 2 sigmoid(2 x) - 1, which stays finite for large x. A token at -inf may not be drawn, and stays so.
         capped = softcap * (2.0 / (1.0 + tl.exp(-2.0 * found / softcap)) - 1.0)
@@ -56,11 +57,11 @@ def _read(logits, token, vocabulary, factor, softcap, CAPS: tl.constexpr):
 
 @triton.jit
 def _block_sums(
-    logits, peak, total, vocabulary, logits_row, factor, softcap, CAPS: tl.constexpr, BLOCK: tl.constexpr
+    logits, peak, total, vocabulary, logits_row, scale, factor, softcap, CAPS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
-    found = _read(logits + row * logits_row, token, vocabulary, factor, softcap, CAPS)
+    found = _read(logits + row * logits_row, token, vocabulary, scale, factor, softcap, CAPS)
     highest = tl.max(found, 0)
     # A block whose tokens may all not be drawn has weight 0, and not exp(-inf + inf).
     shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -77,7 +78,7 @@ def _first_above(sums, target, place, last):
 
 @triton.jit
 def _invert(
-    logits, peak, total, uniforms, ids, logps, blocks, vocabulary, logits_row, factor, softcap,
+    logits, peak, total, uniforms, ids, logps, blocks, vocabulary, logits_row, scale, factor, softcap,
     CAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     row, number = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
@@ -92,7 +93,7 @@ def _invert(
     chosen = _first_above(upto, target, number, tl.max(tl.where(weights > 0, number, 0), 0))
     before = tl.sum(tl.where(number < chosen, weights, 0.0), 0)
     place = tl.arange(0, BLOCK)
-    found = _read(logits + row * logits_row, chosen * BLOCK + place, vocabulary, factor, softcap, CAPS)
+    found = _read(logits + row * logits_row, chosen * BLOCK + place, vocabulary, scale, factor, softcap, CAPS)
     inner = tl.exp(found - highest).to(tl.float64)
     last = tl.max(tl.where(inner > 0, place, 0), 0)
     own = _first_above(tl.cumsum(inner, 0), target - before, place, last)

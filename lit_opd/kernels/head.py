@@ -18,7 +18,8 @@ from torch import Tensor
 
 __all__ = ["DIVERGENCES", "Pair", "Shape", "read_rows", "sum_divergence", "write_gradient"]
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+# The first three follow from one reading, the others from a second one.
+DIVERGENCES = ("reverse_kl", "forward_kl", "mixed_kl", "jsd", "tvd", "skew_reverse_kl", "skew_forward_kl")
 # Tokens of a row that a program holds at once, 16 a thread; a power of two.
 _BLOCK, _WARPS = 4096, 8
 
@@ -59,14 +60,16 @@ def read_rows(pair: Pair, entropies: bool = False) -> Tensor:
     return found_6c
 
 
-def sum_divergence(pair: Pair, normalisers_2c: Tensor, weight: float) -> Tensor:
-    """Sum the JSD of every row, whose mixture is known only after both normalisers.
+def sum_divergence(pair: Pair, normalisers_2c: Tensor, name: str, weight: float) -> Tensor:
+    """Sum a divergence of every row that needs both normalisers first.
+
+    `weight` is the `teacher_weight` or the `skew` of `functional.divergences`.
 
     Returns:
         [2, c] fp32: the divergence, and the mean over the student's tokens of its derivative by their probability.
     """
     found_2c = torch.zeros_like(normalisers_2c)
-    _launch(_sum, len(pair.student_cV), pair, normalisers_2c, found_2c, weight)
+    _launch(_sum, len(pair.student_cV), pair, normalisers_2c, found_2c, weight, DIVERGENCE=name)
     return found_2c
 
 
@@ -83,8 +86,8 @@ def write_gradient(
         normalisers_2c: log-normalisers of both.
         chosen: ids [c, K] of tokens, and the derivative [c, K] of the loss by their log-probabilities. An id may stand
             in a row several times.
-        divergence: one of `DIVERGENCES`, its weight, the mean of `sum_divergence` (for a KL its value) and the
-            derivative of the loss by it, [c] both.
+        divergence: one of `DIVERGENCES`, its weight (of a mixed KL that of the forward KL), the mean of
+            `sum_divergence` (for the first three the reverse KL) and the derivative of the loss by it, [c] both.
     """
     ids_cK, by_logps_cK = chosen
     name, weight, *by_row = divergence or ("", 0.0)
@@ -105,11 +108,12 @@ def _launch(kernel: Any, programs: int, pair: Pair, *rest: Any, **constants: Any
     other_cV = student_cV if teacher_cV is None else teacher_cV
     assert student_cV.shape == other_cV.shape
     assert student_cV.stride(1) == other_cV.stride(1) == 1
-    kernel[(programs,)](
-        student_cV, other_cV, *student_cV.shape, student_cV.stride(0), other_cV.stride(0), *student, *teacher, *rest,
-        STUDENT_CAPPED=bool(student.softcap), TEACHER_CAPPED=bool(teacher.softcap), TEACHER=teacher_cV is not None,
-        BLOCK=_BLOCK, num_warps=_WARPS, **constants,
-    )  # fmt: skip
+    numbers = (*student_cV.shape, student_cV.stride(0), other_cV.stride(0), *student, *teacher, *rest)
+    with torch.cuda.device_of(student_cV):  # triton launches on the current device, whatever it is given
+        kernel[(programs,)](
+            student_cV, other_cV, *numbers, STUDENT_CAPPED=bool(student.softcap), TEACHER_CAPPED=bool(teacher.softcap),
+            TEACHER=teacher_cV is not None, BLOCK=_BLOCK, num_warps=_WARPS, **constants,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -127,6 +131,31 @@ def _logits(row, at, inside, scale, softcap, cool, CAPPED: tl.constexpr):
 def _times(total, shrink):
     """Shrink a running sum to a larger maximum; one that is infinite beside it counts nothing any more."""
     return tl.where(shrink > 0, total * shrink, 0.0)
+
+
+@triton.jit
+def _compare(s, t, weight, DIVERGENCE: tl.constexpr):
+    """Compute what each token adds to a divergence, and its derivative by the student's probability times that."""
+    p, q = tl.exp(s), tl.exp(t)
+    if DIVERGENCE == "tvd":
+        gap = p - q
+        added = 0.5 * tl.abs(gap)
+        slope = tl.where(gap > 0, 0.5, tl.where(gap < 0, -0.5, 0.0)) * p
+    else:
+        own = weight if DIVERGENCE == "skew_reverse_kl" else 1.0 - weight
+        mixture = own * p + (1.0 - own) * q
+        from_p = tl.where(p > 0, p * (s - tl.log(mixture)), 0.0)
+        from_q = tl.where(q > 0, q * (t - tl.log(mixture)), 0.0)
+        if DIVERGENCE == "jsd":
+            added = from_p / weight + from_q / (1.0 - weight)
+            slope = from_p / weight
+        elif DIVERGENCE == "skew_reverse_kl":
+            added = from_p
+            slope = from_p - tl.where(p > 0, own * p * (p / mixture), 0.0)
+        else:
+            added = from_q
+            slope = tl.where(p > 0, -own * p * (q / mixture), 0.0)
+    return added, slope
 
 
 # What differs from chunk to chunk is not specialised on, or another last chunk would be compiled for in mid-run.
@@ -184,25 +213,24 @@ def _sum(
     student, teacher, rows, vocabulary, student_stride, teacher_stride,
     scale, softcap, cool, teacher_scale, teacher_softcap, teacher_cool,
     normalisers, found, weight,
-    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, TEACHER: tl.constexpr, BLOCK: tl.constexpr,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
     student += number * student_stride
     teacher += number * teacher_stride
     normaliser_s, normaliser_t = tl.load(normalisers + number), tl.load(normalisers + rows + number)
-    from_s, from_t = 0.0, 0.0
+    value, mean = 0.0, 0.0
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < vocabulary
-        s = _logits(student, at, inside, scale, softcap, cool, STUDENT_CAPPED) - normaliser_s
+        s = _logits(student, at, inside, scale, softcap, cool, STUDENT_CAPPED)
         t = _logits(teacher, at, inside, teacher_scale, teacher_softcap, teacher_cool, TEACHER_CAPPED)
-        t -= normaliser_t
-        p, q = tl.exp(s), tl.exp(t)
-        mixture = tl.log(weight * q + (1.0 - weight) * p)
-        from_s += tl.sum(tl.where(p > 0, p * (s - mixture), 0.0), 0)
-        from_t += tl.sum(tl.where(q > 0, q * (t - mixture), 0.0), 0)
-    tl.store(found + number, from_s / weight + from_t / (1.0 - weight))
-    tl.store(found + rows + number, from_s / weight)
+        added, slope = _compare(s - normaliser_s, t - normaliser_t, weight, DIVERGENCE)
+        value += tl.sum(added, 0)
+        mean += tl.sum(slope, 0)
+    tl.store(found + number, value)
+    tl.store(found + rows + number, mean)
 
 
 @triton.jit(do_not_specialize=["rows", "normalisers", "ids", "by_logps", "by_all", "k", "mean", "by_divergence"])
@@ -230,9 +258,12 @@ def _write(
             by_logit = tl.where(p > 0, p * (s - t - centre), 0.0)
         elif DIVERGENCE == "forward_kl":
             by_logit = p - tl.exp(t)
+        elif DIVERGENCE == "mixed_kl":
+            reverse = tl.where(p > 0, p * (s - t - centre), 0.0)
+            by_logit = weight * (p - tl.exp(t)) + (1.0 - weight) * reverse
         else:
-            mixture = tl.log(weight * tl.exp(t) + (1.0 - weight) * p)
-            by_logit = tl.where(p > 0, p * ((s - mixture) / weight - centre), 0.0)
+            _, by_probability = _compare(s, t, weight, DIVERGENCE)
+            by_logit = by_probability - p * centre
         slope += tl.load(by_divergence + number) * by_logit
     for i in range(0, k):
         token = tl.load(ids + number * k + i)

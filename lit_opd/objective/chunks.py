@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
 from lit_opd.estimators.asking import ask
-from lit_opd.estimators.full import full_vocab
+from lit_opd.estimators.full import distillm, full_vocab, mixed_kl_estimator, total_variation
 from lit_opd.estimators.needs import check_fits, needs_of
 from lit_opd.functional import Head, HiddenDistributions, compute_dtype, position_losses
-from lit_opd.functional.fused_head import DIVERGENCES, Rows, fused_rows
+from lit_opd.functional.fused_head import Rows, fused_rows
 from lit_opd.functional.head import Piece, Stats, run_head
 from lit_opd.functional.support import join_supports
 from lit_opd.objective.counted import Chunk, CountedPositions, as_policy
@@ -67,12 +67,28 @@ def why_plain(
 
 def _divergence(estimator: BoundEstimator) -> tuple[str, float] | None:
     """Name the divergence of an estimator over the whole vocabulary and its weight, None without a kernel."""
-    if estimator.spec.fn is not full_vocab:
+    keywords = estimator.keywords
+    if estimator.spec.fn is full_vocab or estimator.spec.fn is distillm:
+        name = keywords["divergence"]
+        weight = keywords["teacher_weight"] if name == "jsd" else keywords["skew"] if "skew" in name else 0
+    elif estimator.spec.fn is total_variation:
+        name, weight = "tvd", 0
+    elif estimator.spec.fn is mixed_kl_estimator:
+        name, weight = "mixed_kl", keywords["forward_weight"]
+    else:
         return None
-    name, weight = estimator.keywords["divergence"], float(estimator.keywords["teacher_weight"])
-    if name == "jsd" and weight in (0, 1):
-        name = "reverse_kl" if weight else "forward_kl"
-    return (name, weight if name == "jsd" else 0.0) if name in DIVERGENCES else None
+    return _ENDS.get((name, weight), name), float(weight)
+
+
+# At the ends of its weight a divergence is a KL, which a kernel that mixes would not find.
+_ENDS = {
+    ("jsd", 0): "forward_kl",
+    ("jsd", 1): "reverse_kl",
+    ("skew_reverse_kl", 0): "reverse_kl",
+    ("skew_forward_kl", 0): "forward_kl",
+    ("mixed_kl", 0): "reverse_kl",
+    ("mixed_kl", 1): "forward_kl",
+}
 
 
 def _by_kernels(
@@ -84,9 +100,9 @@ def _by_kernels(
         pair = (teacher.project(part), teacher.head) if isinstance(teacher, HiddenDistributions) else None
         rows = Rows(projected_cV, head, pair)
         loss, stats = chunk_loss(FusedChunk.of(positions, rows, part))
+        yield part, loss.detach(), stats  # before the gradient takes the place of what values may be views of
         if learns:
             rows.differentiate(loss)
-        yield part, loss.detach(), stats
 
     return differentiate
 

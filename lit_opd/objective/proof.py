@@ -19,9 +19,9 @@ from lit_opd.types import ScoredRollout
 __all__ = ["NAME", "prove_head"]
 
 NAME = "fused head"
-# Both paths round the gradient by the logits to 16 bits at the same place, and their sums in fp32 differ by 1e-5. That
-# moves one number in some hundred to its neighbour, 2^-8 away, in all 2e-4 of the norm: an eighth of half a unit.
-# In fp32 nothing is rounded there.
+# Both paths round the gradient by the logits to 16 bits at the same place. What they round differs by 1e-5, as sums in
+# fp32 do, so that one number in 500 goes to the other neighbour, 2^-8 to 2^-7 away: 2e-4 of the norm. The bound is ten
+# times that. In fp32 nothing is rounded there, and the bound is ten times 1e-5.
 _ROUNDED, _EXACT = 2**-9, 1e-4
 
 

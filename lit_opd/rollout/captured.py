@@ -20,7 +20,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.rollout.fused import FusedDecoder
 from lit_opd.rollout.graphs import Recorder
 from lit_opd.rollout.products import overwrite
-from lit_opd.rollout.token_parts import PLAIN, TokenParts
+from lit_opd.rollout.token_parts import TokenParts
 from lit_opd.rollout.writing import Sheet
 from lit_opd.types import PromptBatch, Prompts, SamplingLaw
 
@@ -55,18 +55,31 @@ class CapturedWriter:
         policy: the model, whose `why_not_fused` is None.
         rows: how many rows it will mostly write.
         recorder: captures.
-        parts: what computes a token.
     """
 
-    def __init__(self, policy: LanguageModel, rows: int, recorder: Recorder, parts: TokenParts = PLAIN) -> None:
-        self._parts, self._recorder = parts, recorder
-        self._decoder = FusedDecoder(policy, rows, lasting=True, parts=self._parts)
+    def __init__(self, policy: LanguageModel, rows: int, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._decoder = FusedDecoder(policy, rows, lasting=True)
         self._head = policy.head.detach().to(self._decoder.dtype)
         self._known = _circumstances(policy, self._decoder.dtype)
         self._graphs: dict[Any, tuple[Callable[[], None], Tensor]] = {}
         self._law = SamplingLaw()
         self.sheet = Sheet(0, 0, policy, policy.device)
         self.look_every, self.captures = _LOOK_EVERY, 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+        return self._decoder.dtype
+
+    @property
+    def parts(self) -> TokenParts:
+        """The functions that compute a token. Each choice of them has graphs of its own."""
+        return self._decoder.parts
+
+    @parts.setter
+    def parts(self, parts: TokenParts) -> None:
+        self._decoder.parts = parts
 
     def fits(self, policy: LanguageModel) -> bool:
         """Tell whether the model is still as it was captured: its weights in their places, its precision, its ends."""
@@ -82,21 +95,34 @@ class CapturedWriter:
         self._head = replace(head, weight_VH=own.weight_VH, bias_V=own.bias_V)
         self._law = law
         rows, length = uniforms_BT.shape
-        if rows > self.sheet.room[0] or length > self.sheet.room[1]:
-            self._graphs.clear()
-            room = max(rows, self.sheet.room[0]), max(length, self.sheet.room[1])
-            self.sheet = Sheet(*room, policy, policy.device)
+        self._make_sheet(policy, rows, length)
         self.sheet.begin(uniforms_BT)
         self._length = length
+
+    def reserve(self, policy: LanguageModel, rows: int, width: int) -> None:
+        """Make room for rollouts of so many rows and columns, prompt and completion. Wider ones are captured anew."""
+        self._make_sheet(policy, rows, width)
+        unit = _NARROWEST // 2
+        self._make_cache(rows, -(-width // unit) * unit)
 
     def begin(self, batch: PromptBatch, num_completions: int) -> None:
         """Read the prompts, and write the first token of every row."""
         rows, columns = len(batch.prompts.ids_BP) * num_completions, batch.prompts.ids_BP.shape[1] + self._length
-        room = self._decoder.room
-        self._decoder.reserve(rows, width_bucket(columns))
-        if self._decoder.room != room:
-            self._graphs.clear()
+        # Beyond what was reserved by more than is needed: a cache that grew a little every time is captured as often.
+        self._make_cache(rows, columns if columns <= self._decoder.room[1] else width_bucket(columns))
         self._write(self._decoder.prefill(batch, num_completions, self._length))
+
+    def _make_sheet(self, policy: LanguageModel, rows: int, length: int) -> None:
+        room = max(rows, self.sheet.room[0]), max(length, self.sheet.room[1])
+        if room != self.sheet.room:
+            self._graphs.clear()
+            self.sheet = Sheet(*room, policy, policy.device)
+
+    def _make_cache(self, rows: int, columns: int) -> None:
+        most_rows, widest = self._decoder.room
+        if rows > most_rows or columns > widest:
+            self._graphs.clear()
+            self._decoder.reserve(rows, columns)
 
     def advance(self, captured: bool = True) -> Tensor:
         """Write one more token of every row that is left, and return the hidden states [S, H] that it was drawn from.
@@ -109,7 +135,7 @@ class CapturedWriter:
             hidden_SH = self._decoder.run(self.sheet.token_R[:slots], width, self._decoder.column_1)
             return self._write(hidden_SH)
 
-        key = slots, width, self._law, self._head.temperature
+        key = slots, width, self._law, self._head.temperature, self.parts
         if not captured:
             hidden_SH = run()
         elif key in self._graphs:
@@ -125,7 +151,7 @@ class CapturedWriter:
     def _write(self, hidden_SH: Tensor) -> Tensor:
         head = self._head
         linear_SV = linear(hidden_SH.to(head.weight_VH.dtype), head.weight_VH, head.bias_V)
-        self.sheet.write(linear_SV, head, self._law, self._parts)
+        self.sheet.write(linear_SV, head, self._law, self.parts)
         return hidden_SH
 
     def let_leave(self, going: Tensor) -> None:
@@ -156,7 +182,7 @@ def _circumstances(policy: LanguageModel, dtype: torch.dtype) -> tuple[Any, ...]
 
 
 class CaptureProbe:
-    """A few tokens of one prompt, written by captured steps and by the same steps uncaptured.
+    """A few tokens of one prompt, written by captured steps or the same steps uncaptured, by one or by other parts.
 
     The tokens that are read are given, so that rounding cannot send one of the two another way.
 
@@ -168,24 +194,19 @@ class CaptureProbe:
     """
 
     def __init__(self, policy: LanguageModel, writer: CapturedWriter, rows: int, width: int) -> None:
-        self._policy, self._writer, self._rows = policy, writer, rows
-        device, length = policy.device, max(width - _PROBED, 1)
+        self._policy, self._writer, self._rows, self._width = policy, writer, rows, width
+        device, length = policy.device, max(width - _PROBED - 1, 1)
         ids_BP = torch.arange(length, device=device)[None] % policy.vocabulary
         self._batch = PromptBatch(Prompts(ids_BP, torch.ones_like(ids_BP, dtype=torch.bool)), [{}], 0, [0])
         self._tokens_TR = torch.arange(_PROBED * rows, device=device).view(_PROBED, rows) % policy.vocabulary
 
-    def plain(self) -> list[Tensor]:
-        """Write uncaptured."""
-        return self._run(captured=False)
-
-    def captured(self) -> list[Tensor]:
-        """Write captured."""
-        return self._run(captured=True)
-
-    def _run(self, captured: bool) -> list[Tensor]:
+    def run(self, captured: bool, parts: TokenParts) -> list[Tensor]:
+        """Write, and return the hidden states of every token and their log-probabilities."""
         writer, rows = self._writer, self._rows
+        writer.parts = parts
         # Numbers of 0 draw the first token of the vocabulary whatever the rounding.
         uniforms_RT = torch.zeros(rows, _PROBED + 1, dtype=torch.float64, device=self._tokens_TR.device)
+        writer.reserve(self._policy, rows, self._width)
         writer.start(self._policy, SamplingLaw(), uniforms_RT)
         writer.begin(self._batch, rows)
         hidden = []

@@ -79,7 +79,7 @@ class FusedDecoder:
 
     def __init__(self, policy: LanguageModel, rows: int, lasting: bool = False, parts: TokenParts = PLAIN) -> None:
         body, config = policy.body, policy.body.config
-        self._body, self._lasting, self._parts = body, lasting, parts
+        self._body, self._lasting, self.parts = body, lasting, parts
         self.dtype = compute_dtype(body.embed_tokens.weight[:0])
         self._products = Products(self.dtype, rows, lasting)
         self._layers = [(layer, _decode_products(layer, self._products)) for layer in body.layers]
@@ -129,7 +129,7 @@ class FusedDecoder:
 
         Nothing here depends on data but what is on the device, and `self.column` stays.
         """
-        rows, parts = len(ids_B), self._parts
+        rows, parts = len(ids_B), self.parts
         bias_BM = self._bias_RM[:rows, :width]
         if isinstance(column, int):
             bias_BM[:, column] = 0.0
@@ -153,7 +153,7 @@ class FusedDecoder:
         return self._normed(hidden_BH, self._body.norm, hidden_BH.dtype)
 
     def _normed(self, hidden_BH: Tensor, own: Any, dtype: torch.dtype) -> Tensor:
-        return self._parts.norm(hidden_BH, own.weight, own.variance_epsilon, dtype)
+        return self.parts.norm(hidden_BH, own.weight, own.variance_epsilon, dtype)
 
     def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`."""

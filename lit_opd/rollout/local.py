@@ -7,12 +7,14 @@ that the model allows.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lit_opd.functional.precision import upcast
+from lit_opd.kernels import why_not
 from lit_opd.models import LanguageModel
 from lit_opd.models.context import check_length
 from lit_opd.models.forward import distance
@@ -21,6 +23,8 @@ from lit_opd.rollout.captured import CapturedWriter, CaptureProbe
 from lit_opd.rollout.decoders import CacheDecoder, Decoder, probe, reads_together
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
 from lit_opd.rollout.graphs import CudaRecorder, Recorder
+from lit_opd.rollout.kernel_parts import by_kernels, why_not_kernels
+from lit_opd.rollout.token_parts import PLAIN
 from lit_opd.rollout.writing import Sheet, Writer
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
 
@@ -28,9 +32,11 @@ __all__ = ["LocalEngine"]
 
 _log = logging.getLogger(__name__)
 
-_CAPTURED = "captured decoding"
+_CAPTURED, _KERNELS = "captured decoding", "kernels of decoding"
 # Both run the same kernels on the same shapes, and differ where a library chooses otherwise while it is captured.
 _BOUND = 1e-2
+# Kernels round to 16 bits at other places, which many layers amplify. A wrong column is off by about the norm itself.
+_ROUNDED = 5e-2
 
 
 class LocalEngine:
@@ -39,10 +45,11 @@ class LocalEngine:
     Args:
         capture: `auto` lets models that `prove` accepts replay captured steps, `off` lets none.
         recorder: the class that captures.
+        kernels: captured steps may use kernels.
     """
 
-    def __init__(self, capture: str = "auto", recorder: type[Recorder] = CudaRecorder) -> None:
-        self._capture, self._recorder = capture, recorder
+    def __init__(self, capture: str = "auto", recorder: type[Recorder] = CudaRecorder, kernels: bool = True) -> None:
+        self._capture, self._recorder, self._kernels = capture, recorder, kernels
         self._disagreements: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
         self._together: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._captured: WeakKeyDictionary[nn.Module, CapturedWriter] = WeakKeyDictionary()
@@ -86,8 +93,9 @@ class LocalEngine:
         try:
             writer = self._captured[policy.model]
             if not writer.fits(policy):
-                del self._captured[policy.model]
+                parts = self._captured.pop(policy.model).parts
                 writer = self._captured[policy.model] = self._make_captured(policy, len(uniforms_BT))
+                writer.parts = parts
             with torch.autocast(policy.device.type, enabled=False):  # all is cast already
                 writer.start(policy, law, uniforms_BT)
                 _write(writer, batch, num_completions, uniforms_BT.shape[1], told)
@@ -105,8 +113,8 @@ class LocalEngine:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def prove(self, policy: LanguageModel, rows: int, width: int, choice: str = "auto") -> Verdict:
-        """Let captured steps of a model prove themselves, and take them in later rollouts if they do.
+    def prove(self, policy: LanguageModel, rows: int, width: int, choice: str = "auto") -> list[Verdict]:
+        """Let captured steps of a model, and kernels in them, prove themselves, and take them in later rollouts.
 
         Args:
             policy: the model, which is not sampled captured before.
@@ -115,19 +123,19 @@ class LocalEngine:
             choice: see `lit_opd.paths.prove`.
         """
         device = policy.device
-        unfit = "rollout.capture=off" if self._capture == "off" else self._recorder.why_not(device)
         self._captured.pop(policy.model, None)
+        if self._capture == "off":
+            return [Verdict(_CAPTURED, False, "rollout.capture=off")]
         with policy.evaluating(), policy.precision():
-            unfit = unfit or self._why_not_fused(policy)
+            unfit = self._recorder.why_not(device) or self._why_not_fused(policy)
             if unfit or choice == "plain":
-                return prove(_CAPTURED, list, list, 0.0, device, choice, unfit)
-            writer = self._make_captured(policy, rows)
-            runs = CaptureProbe(policy, writer, rows, width)
+                return [prove(_CAPTURED, list, list, 0.0, device, choice, unfit)]
+            writer = self._make_captured(policy, rows)  # in the precision of the run
             with torch.autocast(device.type, enabled=False):
-                verdict = prove(_CAPTURED, runs.plain, runs.captured, _BOUND, device, choice)
-        if verdict.taken:
+                verdicts = _judge(CaptureProbe(policy, writer, rows, width), writer, device, choice, self._kernels)
+        if verdicts[0].taken:
             self._captured[policy.model] = writer
-        return verdict
+        return verdicts
 
     def decoder(self, policy: LanguageModel, rows: int) -> Decoder:
         """Make the fastest decoder of `rows` rows that the model allows.
@@ -148,6 +156,20 @@ class LocalEngine:
             if reason:
                 _log.warning("The %s decodes without the fused path: %s.", policy.key, reason)
         return reason or self._disagreements[policy.model]
+
+
+def _judge(
+    probe: CaptureProbe, writer: CapturedWriter, device: torch.device, choice: str, kernels: bool
+) -> list[Verdict]:
+    """Compare captured steps with the same uncaptured, then kernels in them with plain parts, and choose parts."""
+    captured = partial(probe.run, True, PLAIN)
+    verdicts = [prove(_CAPTURED, partial(probe.run, False, PLAIN), captured, _BOUND, device, choice)]
+    if verdicts[0].taken and kernels:
+        unfit = why_not(device) or why_not_kernels(writer.dtype)
+        by_kernel = partial(probe.run, True, by_kernels()) if unfit is None else captured
+        verdicts.append(prove(_KERNELS, captured, by_kernel, _ROUNDED, device, choice, unfit))
+    writer.parts = by_kernels() if verdicts[-1].taken and len(verdicts) > 1 else PLAIN
+    return verdicts
 
 
 def _disagreement(policy: LanguageModel) -> str | None:

@@ -98,10 +98,13 @@ def draw(linear_BV: Tensor, head: Head, law: SamplingLaw, uniforms_B: Tensor, ba
     """Draw tokens as `sample_tokens` does, from the linear part of the logits, which may be overwritten."""
     logits_BV = head.shape_logits(upcast(linear_BV))
     if bar is not None:
-        ids_F, early_1 = bar
-        barred_BF = logits_BV.index_select(1, ids_F).masked_fill(early_1, -torch.inf)
-        logits_BV = logits_BV.index_copy_(1, ids_F, barred_BF)
+        forbid(logits_BV, *bar)
     return sample_tokens(logits_BV, law, uniforms_B)
+
+
+def forbid(logits_BV: Tensor, ids_F: Tensor, early_1: Tensor) -> None:
+    """Put minus infinity at some tokens, in place, where a condition on the device holds."""
+    logits_BV.index_copy_(1, ids_F, logits_BV.index_select(1, ids_F).masked_fill(early_1, -torch.inf))
 
 
 @dataclass(frozen=True)

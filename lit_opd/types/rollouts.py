@@ -104,6 +104,11 @@ class SamplingLaw:
     min_new_tokens: int = 0
 
     @property
+    def truncates(self) -> bool:
+        """True where tokens are cut off by their probability or their rank."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def is_student(self) -> bool:
         """True where the sampler is the student's own distribution: temperature 1 and nothing cut off."""
         return self == SamplingLaw()

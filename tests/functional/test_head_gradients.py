@@ -19,12 +19,11 @@ def wide(monkeypatch):
     """The kernel of a CUDA device: it refuses what cuBLAS refuses, and adds in fp32."""
     calls = []
 
-    def add(total, left, right, dtype, out):
-        assert dtype == out.dtype == torch.float32
+    def add(total, left, right):
+        assert total.dtype == torch.float32
         assert left.dtype == right.dtype == torch.bfloat16
-        assert out.data_ptr() == total.data_ptr()
-        calls.append(out.shape)
-        return out.copy_(total + left.float() @ right.float())
+        calls.append(total.shape)
+        total += left.float() @ right.float()
 
     monkeypatch.setattr(head_gradients, "_add_wide", add)
     monkeypatch.setattr(head_gradients, "adds_wide", lambda device, dtype: dtype == torch.bfloat16)
@@ -68,3 +67,10 @@ def test_both_gradients_of_a_head_are_added_at_once_where_that_is_possible(wide)
 def test_a_cpu_adds_by_parts():
     assert not adds_wide(torch.device("cpu"), torch.bfloat16)
     assert not adds_wide(torch.device("cpu"), torch.float32)
+
+
+def test_the_kernel_has_the_signature_that_it_is_called_with():
+    """Without CUDA it is refused for its device, and for nothing else."""
+    total, left, right = factors(torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        head_gradients._add_wide(total, left, right)

@@ -62,7 +62,7 @@ def run(engine, policy, law=LAWS["plain"], seed=0, length=LENGTH):
 
 def engine_of(policy):
     engine = LocalEngine()
-    assert engine.prove(policy, ROWS, PROMPT + LENGTH, choice="fast").taken
+    assert all(verdict.taken for verdict in engine.prove(policy, ROWS, PROMPT + LENGTH, choice="fast"))
     return engine
 
 
@@ -118,7 +118,7 @@ def test_a_replayed_step_asks_the_device_nothing(law, make_policy):
 def test_bf16_under_autocast_proves_itself_and_is_faster(make_policy):
     policy = make_policy()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        verdict = LocalEngine().prove(policy, ROWS, PROMPT + LENGTH)
+        verdict = LocalEngine().prove(policy, ROWS, PROMPT + LENGTH)[0]
     assert verdict.taken, verdict
     assert verdict.fast_s < verdict.plain_s
     assert verdict.off < 1e-3

@@ -18,11 +18,11 @@ def test_the_same_tokens_and_log_probabilities_as_the_plain_draw():
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_soft_cap():
+def test_scale_soft_cap_and_temperature():
     torch.manual_seed(0)
     logits, uniforms = 40 * torch.randn(4, 300), torch.rand(4, dtype=torch.float64)
-    ids, logps = draw_tokens(logits, uniforms, softcap=5.0)
-    expected_ids, expected = sample_tokens(5 * (logits / 5).tanh(), SamplingLaw(), uniforms)
+    ids, logps = draw_tokens(logits, uniforms, factor=2.0, softcap=5.0, scale=0.25)
+    expected_ids, expected = sample_tokens(2 * 5 * (logits / 4 / 5).tanh(), SamplingLaw(), uniforms)
     assert ids.tolist() == expected_ids.tolist()
     torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-5)
 

@@ -1,7 +1,7 @@
 """A stand-in on a CPU for CUDA graphs: a tape of operations, each of which is repeated on the tensors it had.
 
-As with a graph, Python does not run again at a replay, numbers are those of the capture, a tensor that was replaced
-since is read where it was, and a capture changes nothing.
+As with a graph, Python does not run again at a replay, numbers are those of the capture, and a tensor that was replaced
+since is read where it was.
 """
 
 import torch
@@ -26,7 +26,7 @@ class Listening(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.before, self.made = [], {}, set()
+        self.operations = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, str(func)
@@ -36,26 +36,11 @@ class Listening(TorchDispatchMode):
         number = "lift_fresh" in name and args[0].dim() == 0  # which a kernel takes as an argument
         if masks or not number and any(f".{host}" in f".{name.removeprefix('aten.')}" for host in HOST):
             raise Refused(name)
-        if func._schema.is_mutable:
-            for tensor in inputs:
-                if storage(tensor) not in self.made:
-                    self.before.setdefault(storage(tensor), (tensor, whole(tensor).clone()))
         found = func(*args, **kwargs)
         outputs = [x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)]
         read = {storage(x) for x in inputs}
-        fresh = [x for x in outputs if storage(x) not in read]
-        self.made |= {storage(x) for x in fresh}
         self.operations.append((func, args, kwargs, outputs, [storage(x) not in read for x in outputs]))
         return found
-
-    def undo(self):
-        for tensor, old in self.before.values():
-            whole(tensor).copy_(old)
-
-
-def whole(tensor):
-    """All of a tensor's memory, in one dimension."""
-    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
 
 
 class TapeRecorder:
@@ -69,12 +54,13 @@ class TapeRecorder:
         return None
 
     def warm_up(self, run):
-        return run()
+        """Listens already: a capture, which does nothing, may stand at a column that its graph will never write."""
+        with Listening() as self.tape:
+            self.made = run()
+        return self.made
 
     def capture(self, run):
-        with Listening() as tape:
-            made = run()
-        tape.undo()
+        tape, made = self.tape, self.made
 
         def replay():
             for func, args, kwargs, outputs, fresh in tape.operations:

@@ -17,6 +17,7 @@ from lit_opd.functional import law_logps
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import LocalEngine, build_engine, captured, uniforms
 from lit_opd.rollout.captured import width_bucket
+from lit_opd.rollout.fused import FusedDecoder
 from lit_opd.types import SamplingLaw
 
 PLAIN = SamplingLaw()
@@ -38,8 +39,8 @@ def narrow(monkeypatch):
 
 
 def engine_of(policy, rows=20, width=32, **keywords):
-    engine = LocalEngine(recorder=TapeRecorder, **keywords)
-    verdict = engine.prove(policy, rows, width, choice="fast")
+    engine = LocalEngine(recorder=TapeRecorder, kernels=False, **keywords)
+    (verdict,) = engine.prove(policy, rows, width, choice="fast")
     assert verdict.taken
     return engine
 
@@ -115,7 +116,9 @@ def test_under_autocast_weights_are_cast_in_place(make_policy, make_batch):
     policy, batch = make_policy("Llama", torch.float32), make_batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         engine = engine_of(policy)
+        proven = engine._captured[policy.model]
         run(engine, policy, batch)
+        assert engine._captured[policy.model] is proven, "it was proven in another precision"
         with torch.no_grad():
             for parameter in policy.model.parameters():
                 parameter.mul_(1.1)
@@ -247,7 +250,7 @@ def broken(make_policy):
     policy = eager_to_stop(make_policy("Llama"))
     Broken.left = 100
     engine = LocalEngine(recorder=Broken)
-    assert engine.prove(policy, 20, 32, choice="fast").taken
+    assert engine.prove(policy, 20, 32, choice="fast")[0].taken
     Broken.left = 4
     return engine, policy
 
@@ -275,9 +278,31 @@ def test_a_capture_that_is_refused_is_no_verdict_for_it(make_policy, monkeypatch
     policy = make_policy("Llama")
     engine = LocalEngine(recorder=Broken)
     Broken.left = 0
-    verdict = engine.prove(policy, 4, 32)
+    (verdict,) = engine.prove(policy, 4, 32)
     assert str(verdict) == "captured decoding: the plain path (RuntimeError: an illegal memory access)"
     assert policy.model not in engine._captured
+
+
+def test_memory_that_is_not_there_is_no_verdict_for_it(make_policy, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FusedDecoder, "reserve", fail)
+    monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda policy: None)
+    verdict = LocalEngine(recorder=TapeRecorder).prove(make_policy("Llama"), 4, 32)
+    assert verdict.reason == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_a_probe_reserves_what_rollouts_need_and_captures_it(make_policy, make_batch):
+    """The probe's graphs are those of a rollout's last columns, and no memory grows."""
+    policy = make_policy("Llama")
+    engine = engine_of(policy, rows=20, width=40)
+    writer = engine._captured[policy.model]
+    known = dict(writer._graphs)
+    run(engine, policy, make_batch(), length=32)
+    assert writer._decoder.room == (20, 40)
+    assert known
+    assert all(writer._graphs[key] is graph for key, graph in known.items())
 
 
 def test_a_graph_that_computes_otherwise_is_left(make_policy):
@@ -287,7 +312,7 @@ def test_a_graph_that_computes_otherwise_is_left(make_policy):
         def capture(self, run):
             return lambda: None, super().capture(run)[1]
 
-    verdict = LocalEngine(recorder=Stale).prove(make_policy("Llama"), 4, 32)
+    (verdict,) = LocalEngine(recorder=Stale, kernels=False).prove(make_policy("Llama"), 4, 32)
     assert not verdict.taken
     assert "off by" in verdict.reason
 
@@ -308,7 +333,7 @@ def test_what_cannot_be_captured_keeps_the_plain_loop(keywords, change, reason, 
     policy = make_policy("Llama")
     change(policy)
     engine = LocalEngine(**keywords)
-    verdict = engine.prove(policy, 4, 32)
+    (verdict,) = engine.prove(policy, 4, 32)
     assert not verdict.taken
     assert verdict.reason == reason
     assert not caplog.records
