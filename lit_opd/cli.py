@@ -92,8 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         "--from-runs", metavar="ID", nargs="+", default=[], help="compare runs that MLflow has, and make none"
     )
     compare.set_defaults(run=_compare)
+    plan = _command(commands, "plan", "planning.plan", "what a run needs of a device's memory, before weights load")
+    plan.add_argument("--device", metavar="NAME", help="as h100-80gb, default: this machine's accelerator or memory")
     audit = _command(commands, "audit", "experiments.audit", "look for what would spoil a long run, before it")
-    for experiment, what in ((measure, "the numbers"), (compare, "the report's numbers"), (audit, "every finding")):
+    written = {measure: "the numbers", compare: "the report's numbers", audit: "every finding", plan: "the bytes"}
+    for experiment, what in written.items():
         experiment.add_argument("--json", **file, dest="json_file", help=f"write {what} there too")
     what = "hold an estimator to the laws and say whose gradient it has"
     told = "the laws it holds and the gradient it has, exactly"

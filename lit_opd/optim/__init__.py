@@ -3,7 +3,20 @@
 `DistillationModule` builds them, `runs.prepare` rehearses a step with them.
 """
 
-from lit_opd.optim.building import NonFiniteStepError, build_optimizer, build_scheduler, play_schedule
+from lit_opd.optim.building import (
+    NonFiniteStepError,
+    build_optimizer,
+    build_scheduler,
+    play_schedule,
+    rehearsal_device,
+)
 from lit_opd.optim.rounding import StochasticAdamW
 
-__all__ = ["NonFiniteStepError", "StochasticAdamW", "build_optimizer", "build_scheduler", "play_schedule"]
+__all__ = [
+    "NonFiniteStepError",
+    "StochasticAdamW",
+    "build_optimizer",
+    "build_scheduler",
+    "play_schedule",
+    "rehearsal_device",
+]

@@ -71,6 +71,13 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Opt
     return optimizer
 
 
+def rehearsal_device(config: OptimConfig) -> torch.device:
+    """Choose where to try out an optimizer: bitsandbytes' make no step on a CPU before version 0.50."""
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    eight_bits = SHORT_NAMES.get(config.name, config.name).startswith("bitsandbytes")
+    return here if eight_bits and here is not None else torch.device("cpu")
+
+
 def _fused(cls: Any, trainable: list[Parameter], chosen: Mapping[str, Any]) -> dict[str, bool]:
     """Ask for one kernel for all of a parameter's update, where the optimizer has one and the user did not choose."""
     known = "fused" in inspect.signature(cls.__init__).parameters

@@ -22,7 +22,7 @@ from lit_opd.data import PromptDataModule
 from lit_opd.data.schedule import check_data, read_schedule
 from lit_opd.errors import LintWarning, UserError, gather
 from lit_opd.models import Pair, context_length, load_tokenizer, named_groups, read_model_config, token_ids
-from lit_opd.optim import build_optimizer, build_scheduler
+from lit_opd.optim import build_optimizer, build_scheduler, rehearsal_device
 from lit_opd.runs.first_look import first_look, local_teachers
 from lit_opd.runs.lightning_trainer import check_trainer_keys
 from lit_opd.runs.verdicts import FAIL, PASS, Finding
@@ -139,9 +139,9 @@ def name_models(config: Config, pair: Pair) -> dict[str, str]:
 
 def check_optimizer(config: OptimConfig) -> None:
     """Rehearse a step of optimizer and scheduler on one made-up parameter, and refuse those that cannot make it."""
-    parameter = torch.nn.Parameter(torch.zeros(1, 1))
-    parameter.grad = torch.zeros(1, 1)
     try:
+        parameter = torch.nn.Parameter(torch.zeros(1, 1, device=rehearsal_device(config)))
+        parameter.grad = torch.zeros_like(parameter)
         optimizer = build_optimizer(config, [parameter])
         scheduler = build_scheduler(replace(config, warmup_steps=0), optimizer)  # the one after warm-up makes the step
         optimizer.step()

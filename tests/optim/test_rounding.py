@@ -8,7 +8,7 @@ import torch
 
 from lit_opd.config import OptimConfig
 from lit_opd.errors import LintWarning, UserError
-from lit_opd.optim import StochasticAdamW, build_optimizer
+from lit_opd.optim import StochasticAdamW, build_optimizer, rehearsal_device
 from lit_opd.optim.rounding import round_stochastically
 
 BF16 = torch.bfloat16
@@ -120,7 +120,7 @@ def test_weights_without_a_gradient_are_no_lost_steps():
 
 
 def test_an_optimizer_in_8_bits_by_name():
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes", minversion="0.50")  # the first with CPUs
     weight = torch.nn.Parameter(torch.randn(128, 64))
     optimizer = build_optimizer(OptimConfig(name="AdamW8bit", lr=1e-3), [weight])
     assert type(optimizer) is bitsandbytes.optim.AdamW8bit
@@ -135,6 +135,16 @@ def test_an_optimizer_in_8_bits_without_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'optim\.name: expected bitsandbytes, which has AdamW8bit.*quantization\]"'):
         build_optimizer(OptimConfig(name="AdamW8bit"), [torch.nn.Parameter(torch.ones(1))])
+
+
+def test_an_optimizer_in_8_bits_is_tried_out_on_the_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert rehearsal_device(OptimConfig(name="AdamW8bit")).type == "meta"
+    assert rehearsal_device(OptimConfig(name="bitsandbytes.optim:Lion8bit")).type == "meta"
+    assert rehearsal_device(OptimConfig(name="AdamW")).type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert rehearsal_device(OptimConfig(name="AdamW8bit")).type == "cpu"
 
 
 def test_a_misspelt_short_name_is_told():
