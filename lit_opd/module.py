@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from lit_opd.measures.ledger import teacher_report, teacher_sums
 from lit_opd.measures.steps import Seen, not_finite, step_report, token_sums
 from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler, play_schedule
 from lit_opd.perf import Stopwatch, peak_memory_mb, phase
+from lit_opd.proving import ProvenModule
 from lit_opd.rollout import (
     RolloutEngine,
     Verifier,
@@ -49,7 +51,7 @@ from lit_opd.types import Need, PromptBatch, ScoredRollout
 __all__ = ["DistillationModule", "NonFiniteStepError"]
 
 
-class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[misc]
+class DistillationModule(models.Restorable, ProvenModule, EvaluatedModule):  # type: ignore[misc]
     """On-policy distillation of a student from a frozen teacher.
 
     One `training_step` is one rollout batch: sampled once, scored once, then `optim.updates_per_rollout` optimizer
@@ -198,16 +200,19 @@ class DistillationModule(models.Restorable, EvaluatedModule):  # type: ignore[mi
         rollout = self.distiller.sample(scheduled(batch, self.schedule, self.progress))
         self.prove(rollout)
         watch.lap("rollout_s")
-        updates = [self.distiller.score(rollout, rows, self.progress) for rows in self.split(batch)]
+        parts = self.split(batch)
+        updates = self.with_way_back(lambda: [self.distiller.score(rollout, rows, self.progress) for rows in parts])
+        self.prove_head(updates)
         watch.lap("teacher_s")
         for update in updates:
-            totals = self.estimate(update)
+            totals = self.with_way_back(partial(self.estimate, update))
             self.distiller.scorers["teacher"].check_update(totals, self.global_step)
             self.step(totals, batch)
         watch.lap("student_s")
         sums = self.total(rollout_sums(rollout, self.verifier))
         report = step_report(totals, sums, watch.seconds, peak_memory_mb(self.device))
-        self.log_dict(self.at_step(report | teacher_report(totals, self.teachers)), batch_size=1)
+        report |= teacher_report(totals, self.teachers) | {"perf/paths": float(len(self.taken))}
+        self.log_dict(self.at_step(report), batch_size=1)
 
     def split(self, batch: PromptBatch) -> list[Tensor]:
         """Divide the rows of the rollout among the optimizer updates."""

@@ -15,7 +15,7 @@ FLOORS = (
     ("estimators", "measures"),
     ("data", "models", "optim", "perf", "processes"),
     ("linter", "objective", "rollout", "teachers"),
-    ("distiller", "evaluation"),
+    ("distiller", "evaluation", "proving"),
     ("module", "tracking"),
     ("callbacks",),
     ("runs",),

@@ -115,6 +115,7 @@ MEASURES: dict[str, Measure] = {
     "perf/step_s": Measure("time of a step", "seconds", "lower", "step"),
     "perf/tokens_per_s": Measure("completion tokens a second", "tokens/s", "higher", "step", "tokens/s"),
     "perf/peak_memory_mb": Measure("peak memory", "MB", "lower", "step"),
+    "perf/paths": Measure("fast paths taken", "paths", None, "step"),
     "cost/tokens": Measure("completion tokens sampled for training", "tokens", "lower", "step"),
     "cost/seconds": Measure("time in training steps", "seconds", "lower", "step"),
     "cost/median_step_s": Measure("median time of a step", "seconds", "lower", "step"),

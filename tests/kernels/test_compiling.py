@@ -24,3 +24,31 @@ def test_the_head():
         _write=[head("bf16", "bf16", False, DIVERGENCE="reverse_kl"), head("fp32", "bf16", True, DIVERGENCE="jsd")],
     )
     assert spilt == [0] * 4
+
+
+@pytest.mark.slow
+def test_decoding():
+    names = "query", "key", "value", "mixed", "cache", "qk", "gate", "up", "inner", "x", "normed"
+    bf16 = dict.fromkeys(names, "*bf16")
+    fp32 = dict.fromkeys(("partial", "peak", "total", "cos", "sin", "q_norm", "k_norm", "weight"), "*fp32")
+    types = bf16 | fp32 | {"first": "*i64", "column": "*i64", "scale": "fp32", "epsilon": "fp32"}
+    size = {"SIZE": 128, "WIDE": 128}
+    attention = compiled(
+        "decode_attention",
+        _attend=[({"SHARES": 2, "PADDED": 16, "BLOCK": 64} | size, types)],
+        _merge=[({"PARTS": 2} | size, types)],
+    )
+    layer = compiled(
+        "decode_layer",
+        _rms_norm=[({"WIDE": 1024}, types)],
+        _gated_silu=[({"BLOCK": 1024}, types)],
+        _rotate_and_store=[({"HEADS": 16, "GROUPS": 8, "NORMS": norms} | size, types) for norms in (True, False)],
+    )
+    numbers = dict.fromkeys(("scale", "factor", "softcap"), "fp32") | {"uniforms": "*fp64", "ids": "*i64"}
+    numbers |= {"logits": "*bf16", "peak": "*fp32", "total": "*fp32", "logps": "*fp32"}
+    drawing = compiled(
+        "drawing",
+        _block_sums=[({"CAPS": True, "BLOCK": 2048}, numbers)],
+        _invert=[({"CAPS": False, "BLOCK": 2048, "BLOCKS": 128}, numbers)],
+    )
+    assert attention + layer + drawing == [0] * 8

@@ -1,0 +1,131 @@
+"""Prove the fast paths of a run before its first step, and take the plain ones where a fast path fails later.
+
+The parts that have a fast path prove it themselves: the engine its captured steps, models their attention and their
+layers, the distiller its head. The module is a `ProvenModule`, which asks them on the shapes of the first batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import lightning as L
+import torch
+
+from lit_opd.config import OptimConfig, RolloutConfig
+from lit_opd.errors import RunError, UserError
+from lit_opd.models import LanguageModel, probe_rows, prove_attention, prove_parts, run_plainly
+from lit_opd.paths import KEY, Verdict
+from lit_opd.rollout import RolloutEngine
+from lit_opd.teachers import LocalScorer
+from lit_opd.types import PromptBatch, ScoredRollout
+
+__all__ = ["ProvenModule"]
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ProvenModule(L.LightningModule):
+    """A Lightning module whose fast paths prove themselves.
+
+    Attributes:
+        student: the model that learns.
+        distiller: the parts of a step.
+        engine: samples completions. One without a method `prove` has no fast path here.
+        optim_config, rollout_config: sections of the configuration.
+        verdicts: what came of the proofs, by their names.
+    """
+
+    student: LanguageModel
+    distiller: Any
+    engine: RolloutEngine
+    optim_config: OptimConfig
+    rollout_config: RolloutConfig
+
+    @property
+    def taken(self) -> list[str]:
+        """Names of the fast paths that this run takes."""
+        return [name for name, verdict in self.verdicts.items() if verdict.taken]
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """What came of the proofs so far, by their names."""
+        return self.__dict__.setdefault("_verdicts", {})
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Prove before the first step."""
+        self.prove_models(batch)
+
+    def on_validation_batch_start(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Prove before the first evaluation."""
+        self.prove_models(batch)
+
+    on_test_batch_start = on_validation_batch_start
+
+    # Lightning evaluates in inference mode, where no gradient could be compared.
+    @torch.inference_mode(False)
+    def prove_models(self, batch: PromptBatch) -> None:
+        """Prove sampling, attention and layers on the shapes of a batch, once."""
+        if self.verdicts or self._is_plain:
+            return
+        choice, rollout = self.optim_config.paths, self.rollout_config
+        prompt, completions, length = batch.prompts.ids_BP.shape[1], rollout.num_completions, rollout.max_new_tokens
+        with self.trainer.precision_plugin.forward_context():
+            if hasattr(self.engine, "prove"):
+                rows = len(batch.rows) * completions
+                self._keep(self.engine.prove(self.student, rows, prompt + length, choice))
+            for model in self._models():
+                tokens = self.optim_config.micro_batch_tokens
+                rows_of_ids = probe_rows(model.vocabulary, prompt, length, completions, tokens)
+                found = prove_attention(model, rows_of_ids, choice), prove_parts(model, tokens, choice)
+                self._keep([replace(verdict, name=f"{verdict.name} of the {model.key}") for verdict in found])
+
+    def prove_head(self, updates: Sequence[Sequence[ScoredRollout]]) -> None:
+        """Prove the fused head on scored completions, once."""
+        name = "fused head"
+        if name not in self.verdicts and not self._is_plain:
+            verdict = self.distiller.prove_head(updates[0][0], self.optim_config.paths)
+            self.distiller = replace(self.distiller, fused_head=verdict.taken)
+            self._keep([verdict])
+
+    def with_way_back(self, run: Callable[[], T]) -> T:
+        """Run a part of a step that has changed nothing yet, again by the plain paths where a fast one fails.
+
+        Several processes end instead: one of them alone would wait for the others.
+        """
+        try:
+            return run()
+        except (UserError, RunError):
+            raise
+        except Exception as error:  # compilers and kernels fail in classes of their own
+            if not self.taken or self.optim_config.paths == "fast" or self.trainer.world_size > 1:
+                raise
+            told = next(iter(str(error).splitlines()), "")[:200]
+            _log.warning("%s: %s. Goes on by the plain paths: %s.", type(error).__name__, told, ", ".join(self.taken))
+            for model in self._models():
+                run_plainly(model)
+            self.distiller = replace(self.distiller, fused_head=False)
+            for name in self.taken:
+                self.verdicts[name] = replace(self.verdicts[name], taken=False, reason=f"failed: {told}")
+            self.student.model.zero_grad()
+            return run()
+
+    @property
+    def _is_plain(self) -> bool:
+        """True where no path is to be tried: it is not wanted, or this is a CPU, where nobody asked for it."""
+        choice = self.optim_config.paths
+        return choice == "plain" or (choice == "auto" and self.device.type == "cpu")
+
+    def _models(self) -> list[LanguageModel]:
+        """List the models of this process that read whole rows: of several teachers one at a time is here, so none."""
+        scorers = self.distiller.scorers.values()
+        return [self.student, *(scorer.model for scorer in scorers if isinstance(scorer, LocalScorer))]
+
+    def _keep(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self.verdicts[verdict.name] = verdict
+            level = logging.INFO if verdict.taken else logging.WARNING
+            _log.log(level, "%s. See %s.", verdict, KEY)

@@ -1,0 +1,107 @@
+"""A run proves its fast paths before the first step, records them, and comes back to the plain ones where one fails."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from shared_fixtures import PROMPTS
+
+from lit_opd import proving
+from lit_opd.errors import UserError
+from lit_opd.models.packed_attention import attend
+from lit_opd.paths import Verdict
+from lit_opd.proving import ProvenModule
+from lit_opd.rollout import LocalEngine
+
+ROUNDING = "0.1 ms against 1 ms, off by 0"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """As on an accelerator, where every path is taken: what the parts are asked to prove."""
+    asked = []
+
+    def sampling(self, policy, rows, width, choice):
+        asked.append(("sampling", policy.key, rows, width, choice))
+        return [Verdict("captured decoding", True, ROUNDING)]
+
+    def attention(model, rows, choice):
+        asked.append(("attention", model.key, max(map(len, rows)), choice))
+        return Verdict("flash attention", True, ROUNDING)
+
+    def layers(model, tokens, choice):
+        return Verdict("fused layers", False, "2 ms against 1 ms, off by 0")
+
+    monkeypatch.setattr(ProvenModule, "_is_plain", False)
+    monkeypatch.setattr(LocalEngine, "prove", sampling)
+    monkeypatch.setattr(proving, "prove_attention", attention)
+    monkeypatch.setattr(proving, "prove_parts", layers)
+    return asked
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+def test_a_run_proves_once_on_its_own_shapes_and_says_what_is_left(asked, make_module, fit, student, teacher, caplog):
+    caplog.set_level(logging.INFO, "lit_opd")
+    module = make_module(copy.deepcopy(student), teacher, rollout={"num_completions": 3, "max_new_tokens": 5})
+    record = fit(module, steps=2)
+    longest = max(map(len, PROMPTS)) + 1  # with the token that begins a text
+    assert asked[0][:2] == ("sampling", "student")
+    assert asked[0][3] == longest + 5
+    assert [entry[:2] for entry in asked[1:]] == [("attention", "student"), ("attention", "teacher")]
+    assert asked[1][2] == longest + 5
+    taken = ["captured decoding", "flash attention of the student", "flash attention of the teacher"]
+    assert module.taken == taken
+    assert "fused layers of the student: the plain path (2 ms against 1 ms" in caplog.text
+    assert not module.verdicts["fused head"].taken  # whose own proof says that this is a CPU
+    assert record.metrics[-1]["perf/paths"] == len(taken)
+
+
+@pytest.mark.parametrize("where", ["score", "estimate"])
+def test_a_path_that_fails_later_is_left_and_the_step_is_made_again(
+    where, asked, make_module, fit, student, teacher, monkeypatch, caplog
+):
+    expected = make_module(copy.deepcopy(student), teacher)
+    fit(expected, steps=2)
+    module = make_module(copy.deepcopy(student), teacher)
+
+    def fails(*args, **keywords):
+        raise RuntimeError("CUDA error: misaligned address\nmore")
+
+    def break_attention(self, batch, batch_idx):
+        self.prove_models(batch)
+        model = self.student if where == "estimate" else self.distiller.scorers["teacher"].model
+        if self.global_step == 1 and self.taken:
+            model.forward.attend = fails
+
+    monkeypatch.setattr(ProvenModule, "on_train_batch_start", break_attention)
+    fit(module, steps=2)
+    assert torch.equal(weights(module), weights(expected))
+    assert module.taken == []
+    assert module.student.forward.attend is attend
+    assert "RuntimeError: CUDA error: misaligned address. Goes on by the plain paths: captured decoding," in caplog.text
+
+
+def test_paths_that_were_asked_for_have_no_way_back(asked, make_module, fit, student, teacher, monkeypatch):
+    def fails(*args, **keywords):
+        raise RuntimeError("no kernel image")
+
+    module = make_module(copy.deepcopy(student), teacher, optim={"paths": "fast"})
+    monkeypatch.setattr(module, "estimate", fails)
+    monkeypatch.setattr(module, "prove_head", lambda updates: None)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        fit(module, steps=1)
+
+
+def test_on_a_cpu_nothing_is_tried_unless_it_was_asked_for(make_module, fit, student, teacher, caplog):
+    module = make_module(copy.deepcopy(student), teacher)
+    record = fit(module, steps=1)
+    assert module.verdicts == {}
+    assert record.metrics[-1]["perf/paths"] == 0
+    assert "path" not in caplog.text
+    module = make_module(copy.deepcopy(student), teacher, optim={"paths": "fast"})
+    with pytest.raises(UserError, match="optim.paths: expected captured decoding.*no CUDA graphs on cpu"):
+        fit(module, steps=1)
