@@ -137,7 +137,7 @@ class DistillationModule(models.Restorable, ProvenModule, EvaluatedModule):  # t
         self.merged = models.merged_groups(counted.merged_stops, self.pair, self.masked_ids, self.teachers)
         if self.pair.followed is not None:
             self.pair.followed.check_updates(self.optim_config.updates_per_rollout)
-        self.seen: list[Seen] = []
+        self.seen, self.verdicts = list[Seen](), {}
 
     @classmethod
     def from_config(cls, config: Config) -> DistillationModule:

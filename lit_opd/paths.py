@@ -86,6 +86,8 @@ def prove(
         return _left(name, f"off by {off:.2g}, where rounding explains {bound:g}", choice, off=off)
     if choice == "fast":
         return Verdict(name, True, f"{KEY}=fast, off by {off:.2g}", off)
+    if torch.are_deterministic_algorithms_enabled():  # a resumed run must choose the same, whatever the seconds
+        return Verdict(name, True, f"off by {off:.2g}, and not timed under deterministic algorithms", off)
     fast_s, plain_s = _seconds(fast, plain, device)
     told = f"{1e3 * fast_s:.3g} ms against {1e3 * plain_s:.3g} ms, off by {off:.2g}"
     return Verdict(name, fast_s <= plain_s, told, off, fast_s, plain_s)

@@ -36,7 +36,7 @@ class ProvenModule(L.LightningModule):
         distiller: the parts of a step.
         engine: samples completions. One without a method `prove` has no fast path here.
         optim_config, rollout_config: sections of the configuration.
-        verdicts: what came of the proofs, by their names.
+        verdicts: what came of the proofs so far, by their names.
     """
 
     student: LanguageModel
@@ -44,16 +44,12 @@ class ProvenModule(L.LightningModule):
     engine: RolloutEngine
     optim_config: OptimConfig
     rollout_config: RolloutConfig
+    verdicts: dict[str, Verdict]
 
     @property
     def taken(self) -> list[str]:
         """Names of the fast paths that this run takes."""
         return [name for name, verdict in self.verdicts.items() if verdict.taken]
-
-    @property
-    def verdicts(self) -> dict[str, Verdict]:
-        """What came of the proofs so far, by their names."""
-        return self.__dict__.setdefault("_verdicts", {})
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Prove before the first step."""

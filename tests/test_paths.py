@@ -72,6 +72,15 @@ def test_fast_does_not_ask_for_the_time():
     assert judge(slow, choice="fast").taken
 
 
+def test_under_deterministic_algorithms_seconds_do_not_decide():
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert judge(slow).taken
+        assert not judge(other_gradient).taken
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_plain_and_what_cannot_run_here_are_not_tried():
     assert judge(broken, choice="plain").reason == "optim.paths=plain"
     assert judge(broken, unfit="it needs CUDA").reason == "it needs CUDA"

@@ -40,6 +40,16 @@ def asked(monkeypatch):
     return asked
 
 
+@pytest.fixture
+def student(make_model):
+    return make_model(1)
+
+
+@pytest.fixture
+def teacher(make_model):
+    return make_model(2, hidden_size=24)
+
+
 def weights(module):
     return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
@@ -48,7 +58,7 @@ def test_a_run_proves_once_on_its_own_shapes_and_says_what_is_left(asked, make_m
     caplog.set_level(logging.INFO, "lit_opd")
     module = make_module(copy.deepcopy(student), teacher, rollout={"num_completions": 3, "max_new_tokens": 5})
     record = fit(module, steps=2)
-    longest = max(map(len, PROMPTS)) + 1  # with the token that begins a text
+    longest = max(map(len, PROMPTS))
     assert asked[0][:2] == ("sampling", "student")
     assert asked[0][3] == longest + 5
     assert [entry[:2] for entry in asked[1:]] == [("attention", "student"), ("attention", "teacher")]

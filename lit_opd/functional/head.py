@@ -33,6 +33,8 @@ _CPU_SLAB = 4096
 # Working memory of a chunk by `auto`, in MiB: on a CPU, and the most on an accelerator, a 16th of whose free memory it
 # gets. An accelerator reads and writes the gradient of the head once a chunk, and is faster with few chunks.
 _CPU_MIB, _MOST_MIB, _SHARE = 256, 4096, 16
+# The same under deterministic algorithms.
+_FIXED_MIB = 1024
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def _budget(chosen_mib: int | str, device: torch.device) -> int:
         return int(chosen_mib)
     if device.type != "cuda":
         return _CPU_MIB
+    if torch.are_deterministic_algorithms_enabled():  # free memory may differ when a run is resumed
+        return _FIXED_MIB
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(_CPU_MIB, min(_MOST_MIB, (free + unused) // (_SHARE * 2**20)))

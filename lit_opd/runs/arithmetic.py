@@ -65,11 +65,6 @@ def tell(config: Config, trainer: L.Trainer) -> None:
         "On %s: student %s, trainer.precision %s; products of float32 in %s%s.",
         device, config.student.dtype, trainer.precision, float32, frozen and f"; {frozen}",
     )  # fmt: skip
-    chosen = {"optim.paths": config.optim.paths, "optim.head_chunk_mib": config.optim.head_chunk_mib}
-    moving = [f"{key}=auto" for key, value in chosen.items() if value == "auto"]
-    if config.trainer.get("deterministic") and moving:
-        told = f"{' and '.join(moving)} may choose otherwise when the run is resumed, by seconds and by free memory"
-        _log.warning("trainer.deterministic: %s, and sums are rounded otherwise then. Set a value.", told)
 
 
 State = tuple[str, bool, dict[str, str]]

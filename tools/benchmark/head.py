@@ -74,7 +74,7 @@ class GivenStudent(LanguageModel):
     forward = PaddedForward("its hidden states are given")  # type: ignore[assignment]
 
 
-def ours(inputs: Inputs) -> Tensor:
+def ours(inputs: Inputs, fused: bool = False) -> Tensor:
     """The objective of a step over one completion of N tokens, by a student whose body gives these hidden states."""
     positions, (vocabulary, _) = len(inputs.hidden_NH), inputs.weight_VH.shape
     output_layer = SimpleNamespace(weight=inputs.weight_VH)
@@ -92,7 +92,8 @@ def ours(inputs: Inputs) -> Tensor:
     scores = Scores(full=HiddenDistributions(inputs.teacher_hidden_NG, Head(inputs.teacher_weight_VG), rows))
     estimator = estimators.build("full_vocab", divergence="reverse_kl")
     weights_BT = torch.full((1, positions), 1 / positions, device=device)
-    return student_loss(student, ScoredRollout(rollout, {"teacher": scores}), estimator, weights_BT, rows).value
+    micro = ScoredRollout(rollout, {"teacher": scores})
+    return student_loss(student, micro, estimator, weights_BT, rows, fused).value
 
 
 def trl(inputs: Inputs) -> Tensor:

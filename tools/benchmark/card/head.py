@@ -33,7 +33,9 @@ def liger(inputs: Inputs) -> Tensor:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Time every pair of widths by every implementation that is installed."""
     sizes, device = sizes_of(job), device_of(job)
-    computes: dict[str, Callable[[Inputs], Tensor]] = {"ours": partial(head.ours, paths=job["paths"])}
+    fused = device.type == "cuda" and job["paths"] != "plain"
+    computes: dict[str, Callable[[Inputs], Tensor]] = {"ours": partial(head.ours, fused=fused)}
+    computes |= {"ours, plain": head.ours} if fused else {}
     computes |= {"dense": head.dense} if job["tiny"] or not job["quick"] else {}
     computes |= {"trl": head.trl} if importlib.util.find_spec("trl") and device.type == "cuda" else {}
     computes |= {"liger": liger} if importlib.util.find_spec("liger_kernel") and device.type == "cuda" else {}

@@ -12,8 +12,9 @@ import torch
 
 from lit_opd import estimators
 from lit_opd.functional import chunk_rows, token_weights
-from lit_opd.models import LanguageModel
-from lit_opd.objective import student_loss
+from lit_opd.models import LanguageModel, prove_attention, prove_parts
+from lit_opd.objective import prove_head, student_loss
+from lit_opd.paths import Verdict
 from lit_opd.teachers import LocalScorer, wanted_by
 from lit_opd.types import Rollout, ScoredRollout
 from tools.benchmark.card.sizes import (
@@ -55,14 +56,21 @@ def ours(sizes: Sizes, device: torch.device, rollout: Rollout, checkpointed: boo
     teacher = LanguageModel(
         make_model(sizes.teacher, sizes.vocabulary, device, torch.bfloat16, seed=1), tokenizer, "teacher", True
     ).freeze()
-    rows = chunk_rows(sizes.vocabulary, "auto", device)
+    rows, verdicts = chunk_rows(sizes.vocabulary, "auto", device), list[Verdict]()
     scorer, wanted = LocalScorer(teacher, rows), wanted_by(estimator)
+    ids = torch.cat([rollout.prompts.ids_BP, rollout.ids_BT], dim=1).tolist()
+    with torch.autocast(device.type, torch.bfloat16):
+        for reader in (student, teacher):
+            verdicts += [prove_attention(reader, ids, paths), prove_parts(reader, len(ids) * len(ids[0]), paths)]
 
     def score() -> Any:
         with torch.autocast(device.type, torch.bfloat16):
             return scorer.score(rollout, wanted)
 
     scores = score()
+    with torch.autocast(device.type, torch.bfloat16):
+        verdicts.append(prove_head(student, ScoredRollout(rollout, {"teacher": scores}), estimator, rows, paths))
+    fused = verdicts[-1].taken
     tokens, sequences = rollout.mask_BT.sum(), torch.tensor(float(len(rollout)), device=device)
     weights_BT = token_weights(rollout.mask_BT, "token_mean", tokens, sequences)
 
@@ -70,13 +78,14 @@ def ours(sizes: Sizes, device: torch.device, rollout: Rollout, checkpointed: boo
         model.zero_grad()
         with torch.autocast(device.type, torch.bfloat16):
             micro = ScoredRollout(rollout, {"teacher": scores})
-            student_loss(student, micro, estimator, weights_BT, rows).value.backward()
+            student_loss(student, micro, estimator, weights_BT, rows, fused).value.backward()
 
     learn()
     return {
         "teacher_s": seconds(score, device, tries=3, warm_up=1),
         "student_s": seconds(learn, device, tries=3, warm_up=1),
         "student_gib": peak_gib(learn, device),
+        "paths": [str(verdict) for verdict in verdicts],
     }
 
 

@@ -40,7 +40,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     trainer.fit(module, data)
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return {"steps": recorder.steps, "peak_gb": peak, "paths": [str(verdict) for verdict in module.paths]}
+    return {"steps": recorder.steps, "peak_gb": peak, "paths": [str(verdict) for verdict in module.verdicts.values()]}
 
 
 class Recorder(Callback):
