@@ -257,7 +257,7 @@ class DistillationModule(models.Restorable, ProvenModule, EvaluatedModule):  # t
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trainable, self.optim_config.clip_norm or torch.inf)
         totals["grad_norm"] = float(norm)
-        if not (norm.isfinite() and math.isfinite(totals["loss"])):
+        if not (math.isfinite(totals["grad_norm"]) and math.isfinite(totals["loss"])):
             optimizer.zero_grad()
             prompt = self.tokenizer.decode(batch.prompts.ids_BP[0][batch.prompts.mask_BP[0]])
             found = totals["loss"], totals["grad_norm"], self.global_step, batch.batch, prompt

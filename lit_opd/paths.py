@@ -77,10 +77,10 @@ def prove(
     if unfit is not None:
         return _left(name, unfit, choice)
     try:
-        found = fast()
+        pairs = list(zip(fast(), plain(), strict=True))
     except Exception as error:  # a kernel's compiler, its launch and its memory fail in classes of their own
-        return _left(name, f"{type(error).__name__}: {_first_line(error)}", choice)
-    distances = [_distance(*pair) for pair in zip(found, plain(), strict=True)]
+        return _left(name, f"on a probe, {type(error).__name__}: {_first_line(error)}", choice)
+    distances = [_distance(*pair) for pair in pairs]
     off = max(distances, key=lambda distance: math.inf if math.isnan(distance) else distance)
     if not off <= bound:
         return _left(name, f"off by {off:.2g}, where rounding explains {bound:g}", choice, off=off)

@@ -51,7 +51,7 @@ def test_what_computes_the_same_in_less_time_is_taken_and_says_its_numbers():
 
 
 FAULTS = {"slower": (slow, "ms against"), "off": (other_gradient, "off by 0.1"), "nan": (nan, "off by nan"),
-          "fails": (broken, "RuntimeError: no kernel image")}  # fmt: skip
+          "fails": (broken, "on a probe, RuntimeError: no kernel image")}  # fmt: skip
 
 
 @pytest.mark.parametrize(("fast", "reason"), FAULTS.values(), ids=FAULTS)
@@ -66,6 +66,11 @@ def test_what_differs_fails_or_is_slower_is_left(fast, reason):
 def test_fast_has_no_way_back(fast):
     with pytest.raises(UserError, match="optim.paths.*doubling.*Set optim.paths=auto"):
         judge(fast, choice="fast")
+
+
+def test_a_plain_path_that_cannot_run_the_probe_ends_no_run():
+    verdict = prove("doubling", broken, same, 1e-3, CPU)
+    assert str(verdict) == "doubling: the plain path (on a probe, RuntimeError: no kernel image)"
 
 
 def test_fast_does_not_ask_for_the_time():

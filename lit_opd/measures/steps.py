@@ -36,11 +36,12 @@ def token_sums(seen: Sequence[Seen]) -> dict[str, Tensor]:
     """
     sums: dict[str, Tensor] = {}
     for rollout, stats in seen:
-        own_N, student_N = rollout.own_mask_BT[rollout.mask_BT], stats["student_logps"]
-        gap_N = stats["sampler_logps"] - student_N
-        values = {"own": own_N, "kl": stats["kl"][own_N], "entropy": -student_N[own_N], "gap": gap_N[own_N]}
-        values |= {name: stats[name][own_N] for name in ("student_mass", "aligned") if name in stats}
-        sums = {name: value.sum() + sums.get(name, 0) for name, value in values.items()}
+        own_N, student_N = rollout.counted(rollout.own_mask_BT), stats["student_logps"]
+        values = {"kl": stats["kl"], "entropy": -student_N, "gap": stats["sampler_logps"] - student_N}
+        values |= {name: stats[name] for name in ("student_mass", "aligned") if name in stats}
+        if rollout.has_demonstrations:  # else all are the student's, and choosing them would wait for the device
+            values = {name: value[own_N] for name, value in values.items()}
+        sums = {name: value.sum() + sums.get(name, 0) for name, value in ({"own": own_N} | values).items()}
     return sums
 
 

@@ -60,7 +60,7 @@ class _Turned(torch.autograd.Function):
 
         rows, cos, sin = (x.contiguous() for x in (qk, *turn))
         out, scale_NA = turned(rows, heads, (cos, sin), weights, epsilon)
-        ctx.save_for_backward(rows if weights else rows[:0], scale_NA, cos, sin, *weights)
+        ctx.save_for_backward(rows if weights else rows.new_empty(0), scale_NA, cos, sin, *weights)
         ctx.heads = heads
         return out[:, :heads], out[:, heads:]
 

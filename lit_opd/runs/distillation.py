@@ -216,7 +216,8 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
     found = module.evaluation.per_prompt
     hashes = [data.validation_hashes[number] for number in found.numbers]
     write_file(folder.prompts, json.dumps({"prompts": hashes, "sums": found.sums, "weights": found.weights}))
-    write_file(folder.summary, json.dumps(_as_json(outcome), indent=2))
+    summary = _as_json(outcome) | {"paths": [str(verdict) for verdict in module.verdicts.values()]}
+    write_file(folder.summary, json.dumps(summary, indent=2))
     tracking.log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
     tracking.log_medians(outcome.logger, outcome.perf, outcome.steps)
     tracking.log_student(outcome.logger, folder.student, outcome.steps, data)

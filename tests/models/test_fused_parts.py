@@ -166,7 +166,7 @@ def test_wrong_kernels_are_left(monkeypatch):
     model = make()
     monkeypatch.setattr(fused_parts, "_Turned", fused_parts._Norm)
     verdict = prove_parts(model, 5)
-    assert verdict.reason.startswith("TypeError")
+    assert verdict.reason.startswith("on a probe, TypeError")
     monkeypatch.undo()
 
     def backwards(qk, heads, own, turn, dtype):
