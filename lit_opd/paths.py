@@ -37,6 +37,7 @@ class Verdict:
         off: largest relative distance of a tensor of the fast path from that of the plain one; None if not compared.
         fast_s: seconds of the fast path on the probe; None if not timed.
         plain_s: seconds of the plain path.
+        failed: one of the two could not run the probe.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Verdict:
     off: float | None = None
     fast_s: float | None = None
     plain_s: float | None = None
+    failed: bool = False
 
     def __str__(self) -> str:
         """Say it in one line."""
@@ -79,7 +81,7 @@ def prove(
     try:
         pairs = list(zip(fast(), plain(), strict=True))
     except Exception as error:  # a kernel's compiler, its launch and its memory fail in classes of their own
-        return _left(name, f"on a probe, {type(error).__name__}: {_first_line(error)}", choice)
+        return _left(name, f"on a probe, {type(error).__name__}: {_first_line(error)}", choice, failed=True)
     distances = [_distance(*pair) for pair in pairs]
     off = max(distances, key=lambda distance: math.inf if math.isnan(distance) else distance)
     if not off <= bound:
@@ -93,10 +95,10 @@ def prove(
     return Verdict(name, fast_s <= plain_s, told, off, fast_s, plain_s)
 
 
-def _left(name: str, reason: str, choice: str, off: float | None = None) -> Verdict:
+def _left(name: str, reason: str, choice: str, off: float | None = None, failed: bool = False) -> Verdict:
     if choice == "fast":
         raise UserError(KEY, f"{name} to compute what the plain path does", reason, f"Set {KEY}=auto.")
-    return Verdict(name, False, reason, off)
+    return Verdict(name, False, reason, off, failed=failed)
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
