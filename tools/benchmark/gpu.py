@@ -87,7 +87,7 @@ def to_text(results: dict[str, Any]) -> str:
         "## G1: an optimizer step\n", report.table(results["g1"], ["side", "round"], STEP_COLUMNS),
         "Fast paths of ours:\n", *(f"- {path}" for path in paths),
         "\n## Decoding\n", report.table(rows_of(results["decode"]), ["rows"], DECODE_COLUMNS),
-        "## G2: long completions\n", report.table(long, ["rows", "tokens", "checkpointed"], LONG_COLUMNS),
+        "## G2: long completions\n", report.table(long, ["model", "rows", "tokens", "checkpointed"], LONG_COLUMNS),
         "## G3: the head alone\n", report.table(head, ["widths", "side"], HEAD_COLUMNS),
         "## Correctness\n", *correctness(results["checks"]),
     ])  # fmt: skip
@@ -95,7 +95,7 @@ def to_text(results: dict[str, Any]) -> str:
 
 def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a case, or the one that tells why there are none."""
-    blank = dict.fromkeys(("rows", "tokens", "checkpointed", "widths", "side"), "all")
+    blank = dict.fromkeys(("model", "rows", "tokens", "checkpointed", "widths", "side"), "all")
     return found["rows"] if "rows" in found else [blank | found]
 
 

@@ -1,11 +1,13 @@
 """G2: long completions. The student's forward pass, loss and backward pass, and the teacher's scores.
 
 Beside them stands what a body of transformers takes with causal attention of torch, forward and backward, plus the
-products of the two heads: no implementation can do with less work than that, apart from better kernels.
+products of the two heads: no implementation can do with less work than that, apart from better kernels. A student with
+linear attention in three of four layers has a row of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from lit_opd.types import Rollout, ScoredRollout
 from tools.benchmark.card.sizes import (
     Sizes,
     device_of,
+    make_hybrid,
     make_model,
     make_rollout,
     make_tokenizer,
@@ -30,25 +33,35 @@ from tools.benchmark.card.sizes import (
 )
 from tools.benchmark.processes import answer
 
+Make = Callable[..., Any]
+
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Measure every number of rows and tokens, with gradient checkpointing and without."""
     sizes, device = sizes_of(job), device_of(job)
+    sides = sizes.long[:1] if job["quick"] else sizes.long
+    cases = [("dense", *side, checkpointed) for side in sides for checkpointed in (False, True)]
+    cases += [] if job["quick"] else [("hybrid", *sizes.long[-1], True)]
     found = []
-    for rows, tokens in sizes.long[:1] if job["quick"] else sizes.long:
-        for checkpointed in (False, True):
-            row = {"rows": rows, "tokens": tokens, "checkpointed": checkpointed}
-            found.append(
-                row | ours(sizes, device, make_rollout(sizes, rows, tokens, device), checkpointed, job["paths"])
-            )
-            found[-1] |= theirs(sizes, device, rows, tokens, checkpointed)
+    for kind, rows, tokens, checkpointed in cases:
+        make = make_hybrid if kind == "hybrid" else make_model
+        rollout = make_rollout(sizes, rows, tokens, device)
+        row = {"model": kind, "rows": rows, "tokens": tokens, "checkpointed": checkpointed}
+        try:
+            row |= ours(sizes, device, rollout, checkpointed, job["paths"], make)
+            row |= theirs(sizes, device, rows, tokens, checkpointed, make)
+        except (ImportError, torch.OutOfMemoryError) as error:
+            row["failed"] = str(error).splitlines()[0]
+        found.append(row)
     return {"rows": found}
 
 
-def ours(sizes: Sizes, device: torch.device, rollout: Rollout, checkpointed: bool, paths: str) -> dict[str, Any]:
+def ours(
+    sizes: Sizes, device: torch.device, rollout: Rollout, checkpointed: bool, paths: str, make: Make
+) -> dict[str, Any]:
     """Time the teacher's scores and the student's part of a step."""
     tokenizer, estimator = make_tokenizer(sizes.vocabulary), estimators.build("full_vocab", divergence="reverse_kl")
-    model = make_model(sizes.student, sizes.vocabulary, device, torch.float32)
+    model = make(sizes.student, sizes.vocabulary, device, torch.float32)
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -89,9 +102,11 @@ def ours(sizes: Sizes, device: torch.device, rollout: Rollout, checkpointed: boo
     }
 
 
-def theirs(sizes: Sizes, device: torch.device, rows: int, tokens: int, checkpointed: bool) -> dict[str, Any]:
+def theirs(
+    sizes: Sizes, device: torch.device, rows: int, tokens: int, checkpointed: bool, make: Make
+) -> dict[str, Any]:
     """Time the body of transformers, forward and backward, and the products of both heads."""
-    model = make_model(sizes.student, sizes.vocabulary, device, torch.float32)
+    model = make(sizes.student, sizes.vocabulary, device, torch.float32)
     model.config._attn_implementation = "sdpa"
     if checkpointed:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

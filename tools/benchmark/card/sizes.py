@@ -98,6 +98,21 @@ def make_model(shape: Shape, vocabulary: int, device: torch.device, dtype: torch
         return Qwen3ForCausalLM._from_config(config, dtype=dtype).eval()
 
 
+def make_hybrid(shape: Shape, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """Make a model in the manner of Qwen3.5, of whose layers three in four have linear attention."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig  # not of every transformers that is allowed
+
+    torch.manual_seed(0)
+    linear = {"linear_num_value_heads": shape.num_attention_heads, "linear_num_key_heads": shape.num_key_value_heads,
+              "linear_key_head_dim": shape.head_dim, "linear_value_head_dim": shape.head_dim}  # fmt: skip
+    config = Qwen3_5TextConfig(
+        vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=32768, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, **asdict(shape) | {"num_hidden_layers": -(-shape.num_hidden_layers // 4) * 4}, **linear,
+    )  # fmt: skip
+    with torch.device(device):
+        return Qwen3_5ForCausalLM._from_config(config, dtype=dtype).eval()
+
+
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """Make a tokenizer of so many words, w0 to the last."""
     words = {f"w{number}": number for number in range(vocabulary)}
