@@ -103,8 +103,11 @@ def start_server(folder: Path) -> int:
 def serve(address: str) -> None:
     """Import the libraries, then fork for every client, and return in the processes that became a program."""
     gc.disable()
+    # torch would import it, and its bindings print what is left of them when a program ends without collecting it.
+    sys.modules["triton"] = None  # type: ignore[assignment]
     for name in LIBRARIES:
         __import__(name)
+    del sys.modules["triton"]
     gc.enable()
     gc.freeze()  # or every program that ends spends seconds on collecting what it never touched
     if sys.dont_write_bytecode:  # or every program compiles lit_opd anew; beside the source nothing is written

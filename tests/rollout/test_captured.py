@@ -249,7 +249,7 @@ class Broken(TapeRecorder):
 def broken(make_policy):
     policy = eager_to_stop(make_policy("Llama"))
     Broken.left = 100
-    engine = LocalEngine(recorder=Broken)
+    engine = LocalEngine(recorder=Broken, kernels=False)
     assert engine.prove(policy, 20, 32, choice="fast")[0].taken
     Broken.left = 4
     return engine, policy
@@ -273,13 +273,12 @@ def test_a_replay_that_fails_after_a_completion_was_handed_out_ends_the_run(brok
     assert told
 
 
-def test_a_capture_that_is_refused_is_no_verdict_for_it(make_policy, monkeypatch):
-    monkeypatch.setattr(captured, "forbid", lambda logits, *_: logits[logits[:, 0] > -torch.inf], raising=False)
+def test_a_capture_that_is_refused_is_no_verdict_for_it(make_policy):
     policy = make_policy("Llama")
     engine = LocalEngine(recorder=Broken)
     Broken.left = 0
     (verdict,) = engine.prove(policy, 4, 32)
-    assert str(verdict) == "captured decoding: the plain path (RuntimeError: an illegal memory access)"
+    assert str(verdict) == "captured decoding: the plain path (on a probe, RuntimeError: an illegal memory access)"
     assert policy.model not in engine._captured
 
 
@@ -289,8 +288,8 @@ def test_memory_that_is_not_there_is_no_verdict_for_it(make_policy, monkeypatch)
 
     monkeypatch.setattr(FusedDecoder, "reserve", fail)
     monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda policy: None)
-    verdict = LocalEngine(recorder=TapeRecorder).prove(make_policy("Llama"), 4, 32)
-    assert verdict.reason == "OutOfMemoryError: CUDA out of memory"
+    (verdict,) = LocalEngine(recorder=TapeRecorder).prove(make_policy("Llama"), 4, 32)
+    assert verdict.reason == "on a probe, OutOfMemoryError: CUDA out of memory"
 
 
 def test_a_probe_reserves_what_rollouts_need_and_captures_it(make_policy, make_batch):
@@ -320,7 +319,6 @@ def test_a_graph_that_computes_otherwise_is_left(make_policy):
 @pytest.mark.parametrize(
     ("keywords", "change", "reason"),
     [
-        ({"capture": "off", "recorder": TapeRecorder}, lambda policy: policy, "rollout.capture=off"),
         ({}, lambda policy: policy, "there are no CUDA graphs on cpu"),
         (
             {"recorder": TapeRecorder},
@@ -340,6 +338,13 @@ def test_what_cannot_be_captured_keeps_the_plain_loop(keywords, change, reason, 
     with pytest.raises(UserError, match=reason):
         engine.prove(policy, 4, 32, choice="fast")
     run(engine, policy, make_batch(), length=2)
+
+
+def test_what_is_switched_off_is_left_even_where_fast_paths_are_asked_for(make_policy):
+    policy, engine = make_policy("Llama"), LocalEngine(capture="off", recorder=TapeRecorder)
+    for choice in ("auto", "fast"):
+        (verdict,) = engine.prove(policy, 4, 32, choice=choice)
+        assert str(verdict) == "captured decoding: the plain path (rollout.capture=off)"
 
 
 def test_hooks_that_come_later_end_captured_steps(make_policy, make_batch):
