@@ -83,15 +83,15 @@ def micro_batches(rollout: Rollout, index: Tensor, budget: int, whole_prompts: b
 
 
 def _by_length(rollout: Rollout, index: Tensor, budget: int, whole_prompts: bool) -> list[Tensor]:
-    prompts_B, completions_B = rollout.prompts.mask_BP.sum(1).cpu(), rollout.real_BT.sum(1).cpu()
-    lengths_B = prompts_B + completions_B
+    prompts, completions = rollout.prompts.mask_BP.sum(1).tolist(), rollout.real_BT.sum(1).tolist()
+    unit_of = rollout.prompt_index_B.tolist() if whole_prompts else range(len(rollout))
     units: dict[int, list[int]] = {}
     for row in index.tolist():
-        units.setdefault(int(rollout.prompt_index_B[row]) if whole_prompts else row, []).append(row)
+        units.setdefault(unit_of[row], []).append(row)
     groups: list[list[int]] = []
-    for unit in sorted(units.values(), key=lambda rows: int(lengths_B[rows].max())):
+    for unit in sorted(units.values(), key=lambda rows: max(prompts[row] + completions[row] for row in rows)):
         rows = [*groups[-1], *unit] if groups else unit
-        width = int(prompts_B[rows].max() + completions_B[rows].max())
+        width = max(prompts[row] for row in rows) + max(completions[row] for row in rows)
         if groups and width * len(rows) <= budget:
             groups[-1] = rows
         else:

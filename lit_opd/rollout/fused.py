@@ -9,6 +9,7 @@ model's structure allows.
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class FusedDecoder:
     @torch.no_grad()
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """See `Decoder.prefill`."""
-        rows = [ids[mask].tolist() for ids, mask in zip(*batch.prompts, strict=True)]
+        rows = [list(compress(*row)) for row in zip(*(held.tolist() for held in batch.prompts), strict=True)]
         layout, paths = pack(rows, batch.prompts.ids_BP.device)
         width = max(map(len, paths))
         columns_BP = torch.tensor([[0] * (width - len(path)) + path for path in paths], device=layout.ids_N.device)
