@@ -17,7 +17,7 @@ __all__ = ["DEVICES", "Device", "find_device"]
 # Memory in GB of 10^9 bytes and bandwidth in GB/s, as the vendors' data sheets state them. What CUDA reports differs by
 # up to 6 per cent, to either side: an H100 of 80 GB has 85.0 x 10^9 bytes, an L40S with error correction 47.7 x 10^9.
 DEVICES = {
-    "b200-180gb": (180, 7700),  # NVIDIA DGX B200 data sheet: 1,440 GB and 64 TB/s of eight
+    "b200-180gb": (180, 8000),  # NVIDIA DGX B200 data sheet: 1,440 GB and 64 TB/s of eight
     "h200-141gb": (141, 4800),  # NVIDIA H200 Tensor Core GPU data sheet
     "h100-80gb": (80, 3350),  # NVIDIA H100 Tensor Core GPU data sheet, SXM
     "h100-pcie-80gb": (80, 2000),  # the same, PCIe
