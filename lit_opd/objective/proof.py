@@ -46,7 +46,8 @@ def prove_head(
         return prove(NAME, list, list, 0.0, device, choice, unfit="kernels do not run on cpu")
     part = _first(micro, fused_rows(rows, student.vocabulary))
     with torch.no_grad():
-        hidden_NH, head = student.hidden(part.rollout)
+        hidden_NH, _ = student.hidden(part.rollout)
+    head = student.head  # not that of the pass, which has no gradient where weights are tied
     hidden_NH = hidden_NH.flip(0).requires_grad_()
     sources = [x for x in (hidden_NH, head.weight_VH, head.bias_V) if x is not None and x.requires_grad]
     mask_BT = part.rollout.mask_BT

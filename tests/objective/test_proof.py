@@ -39,6 +39,21 @@ def test_it_is_taken_where_it_computes_the_same(name, pair):
     assert all(parameter.grad is None for parameter in pair[0].model.parameters())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_hidden_states_and_of_the_head_are_compared(tied, pair, make_model, tiny_tokenizer, monkeypatch):
+    compared = []
+
+    def prove(name, plain, fast, *rest):
+        compared.extend(tuple(tensor.shape) for tensor in plain())
+
+    monkeypatch.setattr(proof_module, "prove", prove)
+    student = LanguageModel(make_model(1, tie_word_embeddings=tied), tiny_tokenizer, "student")
+    judge((student, *pair[1:]))
+    vocabulary, width = student.head.weight_VH.shape
+    assert compared[-1] == (vocabulary, width)
+    assert compared[-2][1:] == (width,)
+
+
 def test_models_that_agree_are_no_reason_to_leave_it(pair):
     """At the start of a self-distillation gradients are zero up to rounding, of which two paths have two kinds."""
     student, _, rollout = pair
