@@ -37,6 +37,7 @@ class ProvenModule(L.LightningModule):
         engine: samples completions. One without a method `prove` has no fast path here.
         optim_config, rollout_config: sections of the configuration.
         verdicts: what came of the proofs so far, by their names.
+        sampling: names of the engine's, which comes back to its plain loop by itself.
     """
 
     student: LanguageModel
@@ -45,6 +46,7 @@ class ProvenModule(L.LightningModule):
     optim_config: OptimConfig
     rollout_config: RolloutConfig
     verdicts: dict[str, Verdict]
+    sampling: frozenset[str] = frozenset()
 
     @property
     def taken(self) -> list[str]:
@@ -72,11 +74,13 @@ class ProvenModule(L.LightningModule):
         with self.trainer.precision_plugin.forward_context():
             if hasattr(self.engine, "prove"):
                 rows = len(batch.rows) * completions
-                self._keep(self.engine.prove(self.student, rows, prompt + length, choice))
+                found = self.engine.prove(self.student, rows, prompt + length, choice)
+                self.sampling = frozenset(verdict.name for verdict in found)
+                self._keep(found)
             for model in self._models():
                 tokens = self.optim_config.micro_batch_tokens
                 rows_of_ids = probe_rows(model.vocabulary, prompt, length, completions, tokens)
-                found = prove_attention(model, rows_of_ids, choice), prove_parts(model, tokens, choice)
+                found = [prove_attention(model, rows_of_ids, choice), prove_parts(model, tokens, choice)]
                 self._keep([replace(verdict, name=f"{verdict.name} of the {model.key}") for verdict in found])
 
     def prove_head(self, updates: Sequence[Sequence[ScoredRollout]]) -> None:
@@ -97,14 +101,15 @@ class ProvenModule(L.LightningModule):
         except (UserError, RunError):
             raise
         except Exception as error:  # compilers and kernels fail in classes of their own
-            if not self.taken or self.optim_config.paths == "fast" or self.trainer.world_size > 1:
+            fast = [name for name in self.taken if name not in self.sampling]
+            if not fast or self.optim_config.paths == "fast" or self.trainer.world_size > 1:
                 raise
             told = next(iter(str(error).splitlines()), "")[:200]
-            _log.warning("%s: %s. Goes on by the plain paths: %s.", type(error).__name__, told, ", ".join(self.taken))
+            _log.warning("%s: %s. Goes on without %s.", type(error).__name__, told, ", ".join(fast))
             for model in self._models():
                 run_plainly(model)
             self.distiller = replace(self.distiller, fused_head=False)
-            for name in self.taken:
+            for name in fast:
                 self.verdicts[name] = replace(self.verdicts[name], taken=False, reason=f"failed: {told}")
             self.student.model.zero_grad()
             return run()
