@@ -22,7 +22,10 @@ __all__ = ["RolloutEngine", "build_engine"]
 
 
 class RolloutEngine(Protocol):
-    """A sampler of completions that says under which law it sampled."""
+    """A sampler of completions that says under which law it sampled.
+
+    One that also has a method `prove`, as `LocalEngine.prove`, is asked for its fast paths before the first rollout.
+    """
 
     def sample(
         self, policy: LanguageModel, batch: PromptBatch, law: SamplingLaw, num_completions: int, uniforms_BT: Tensor
