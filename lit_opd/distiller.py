@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
+from lit_opd.fast_paths import Verdict
 from lit_opd.functional import Groups, token_weights
 from lit_opd.models import LanguageModel
 from lit_opd.objective import Loss, prove_head, student_loss
-from lit_opd.paths import Verdict
 from lit_opd.perf import phase
 from lit_opd.rollout import RolloutSource, Verifier, check_batch, judge, micro_batches
 from lit_opd.teachers import Scorer, Wanted, wanted_by

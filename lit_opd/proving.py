@@ -16,8 +16,8 @@ import torch
 
 from lit_opd.config import OptimConfig, RolloutConfig
 from lit_opd.errors import RunError, UserError
+from lit_opd.fast_paths import KEY, Verdict
 from lit_opd.models import LanguageModel, probe_rows, prove_attention, prove_parts, run_plainly
-from lit_opd.paths import KEY, Verdict
 from lit_opd.rollout import RolloutEngine
 from lit_opd.teachers import LocalScorer
 from lit_opd.types import PromptBatch, ScoredRollout

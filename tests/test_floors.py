@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room may import from those on lower floors, and from itself.
 FLOORS = (
     ("errors", "kernels", "streams", "types"),
-    ("config", "files", "functional", "paths", "plugins", "stopping"),
+    ("config", "fast_paths", "files", "functional", "plugins", "stopping"),
     ("estimators", "measures"),
     ("data", "models", "optim", "perf", "processes"),
     ("linter", "objective", "rollout", "teachers"),

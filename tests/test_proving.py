@@ -9,8 +9,8 @@ from shared_fixtures import PROMPTS
 
 from lit_opd import proving
 from lit_opd.errors import UserError
+from lit_opd.fast_paths import Verdict
 from lit_opd.models.packed_attention import attend
-from lit_opd.paths import Verdict
 from lit_opd.proving import ProvenModule
 from lit_opd.rollout import LocalEngine
 

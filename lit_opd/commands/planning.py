@@ -14,7 +14,7 @@ from lit_opd.errors import UserError
 from lit_opd.files import write_file
 from lit_opd.lab.plan import Advice, Plan, advise, as_json, find_device, make_plan, print_plan
 from lit_opd.lab.plan.phases import model_sizes
-from lit_opd.lab.plan.show import gigabytes
+from lit_opd.lab.plan.plan_page import gigabytes
 from lit_opd.runs.lightning_trainer import check_trainer_keys
 
 __all__ = ["plan"]

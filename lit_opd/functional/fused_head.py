@@ -48,7 +48,7 @@ class Rows:
     """
 
     def __init__(self, student_cV: Tensor, head: Head, teacher: tuple[Tensor, Head] | None = None) -> None:
-        from lit_opd.kernels import head as kernels
+        from lit_opd.kernels import head_rows as kernels
 
         self._kernels, self._head = kernels, head
         self.student_cV, self.teacher = student_cV, teacher
@@ -86,7 +86,7 @@ class Rows:
         """Compute a divergence at each position, nats [c], a leaf that the loss is differentiated by.
 
         Args:
-            name: one of `kernels.head.DIVERGENCES`.
+            name: one of `kernels.head_rows.DIVERGENCES`.
             weight: the `teacher_weight`, `skew` or `forward_weight` of `divergences`, strictly between 0 and 1.
         """
         if self._divergence is None:

@@ -1,7 +1,7 @@
 """Kernels in Triton for what torch would do in many passes, each beside a plain function that computes the same.
 
 No other room may be imported here. The rooms that compute (`functional`, `models`, `rollout`) call a kernel where its
-proof was passed (`lit_opd.paths`).
+proof was passed (`lit_opd.fast_paths`).
 """
 
 from __future__ import annotations

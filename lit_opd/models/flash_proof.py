@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lit_opd.fast_paths import Verdict, prove
 from lit_opd.models.flash import DTYPES, attend_flash
 from lit_opd.models.forward import PackedForward
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.packed_attention import Attend, attend
 from lit_opd.models.packing import Layout, pack
-from lit_opd.paths import Verdict, prove
 
 __all__ = ["probe_rows", "prove_attention"]
 

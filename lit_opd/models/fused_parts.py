@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_opd.fast_paths import Verdict, prove
 from lit_opd.functional.head import compute_dtype
 from lit_opd.kernels import why_not
 from lit_opd.models.forward import LlamaForward, PackedForward
@@ -20,7 +21,6 @@ from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.layer_parts import PLAIN, Parts, Turn, is_silu
 from lit_opd.models.llama import LayerProducts, rotation, run_layer
 from lit_opd.models.packed_attention import attend
-from lit_opd.paths import Verdict, prove
 
 __all__ = ["FUSED", "prove_parts"]
 
@@ -117,7 +117,7 @@ def prove_parts(model: LanguageModel, tokens: int, choice: str = "auto") -> Verd
     Args:
         model: which runs packed, or not by these layers at all.
         tokens: how many, those of a micro-batch.
-        choice: as in `lit_opd.paths.prove`.
+        choice: as in `lit_opd.fast_paths.prove`.
 
     Raises:
         UserError: the choice is `fast`, and the kernels are unfit, fail or differ.

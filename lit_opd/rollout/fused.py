@@ -20,7 +20,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import pack
-from lit_opd.rollout.merging import plain_layer, why_not_merged
+from lit_opd.rollout.lora_weights import plain_layer, why_not_merged
 from lit_opd.rollout.products import Products
 from lit_opd.rollout.token_parts import PLAIN, Column, Norms, Seen, TokenParts
 from lit_opd.types import PromptBatch

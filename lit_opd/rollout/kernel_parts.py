@@ -61,7 +61,7 @@ def _gate(gate_BI: Tensor, up_BI: Tensor, activation: Callable[[Tensor], Tensor]
 def _draw(
     linear_BV: Tensor, head: Head, law: SamplingLaw, uniforms_B: Tensor, bar: Bar | None
 ) -> tuple[Tensor, Tensor]:
-    from lit_opd.kernels.drawing import draw_tokens
+    from lit_opd.kernels.token_draw import draw_tokens
 
     if law.temperature == 0 or law.truncates:
         return token_parts.draw(linear_BV, head, law, uniforms_B, bar)

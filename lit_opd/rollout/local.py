@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lit_opd.fast_paths import Verdict, prove
 from lit_opd.functional.precision import upcast
 from lit_opd.kernels import why_not
 from lit_opd.models import LanguageModel
 from lit_opd.models.context import check_length
 from lit_opd.models.forward import distance
-from lit_opd.paths import Verdict, prove
 from lit_opd.rollout.captured import CapturedWriter, CaptureProbe
 from lit_opd.rollout.decoders import CacheDecoder, Decoder, probe, reads_together
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
@@ -120,7 +120,7 @@ class LocalEngine:
             policy: the model, which is not sampled captured before.
             rows: the most rows of a rollout.
             width: the most columns, of prompt and completion.
-            choice: see `lit_opd.paths.prove`.
+            choice: see `lit_opd.fast_paths.prove`.
         """
         device = policy.device
         self._captured.pop(policy.model, None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lit_opd.rollout.merging import adapters_beside, merged_weight, plain_layer
+from lit_opd.rollout.lora_weights import adapters_beside, merged_weight, plain_layer
 
 __all__ = ["Product", "Products", "make_product", "overwrite"]
 

@@ -12,8 +12,8 @@ from typing import Any
 from lit_opd.config import Config
 from lit_opd.data import PromptDataModule
 from lit_opd.module import DistillationModule
-from lit_opd.runs.arithmetic import settled
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer
+from lit_opd.runs.torch_settings import settled
 
 __all__ = ["set_up"]
 

@@ -29,7 +29,7 @@ from lit_opd.models import export_student
 from lit_opd.module import DistillationModule
 from lit_opd.plugins import calling_parts
 from lit_opd.rollout import VllmEngine
-from lit_opd.runs import arithmetic
+from lit_opd.runs import torch_settings
 from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder, check_export
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
@@ -74,7 +74,7 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
         KeyboardInterrupt: Ctrl-C; a checkpoint has been saved, if training had begun.
     """
     as_type("config", config, Config)
-    with arithmetic.settled(config):
+    with torch_settings.settled(config):
         return _train(config, resume, profile)
 
 
@@ -90,7 +90,7 @@ def _train(config: Config, resume: str | None, profile: bool) -> Outcome:
     if ended is not None:
         return ended
     check_shares(trainer, data)
-    arithmetic.tell(config, trainer)
+    torch_settings.tell(config, trainer)
     module = DistillationModule.from_config(config)
     check_row_lengths(data, module.scorer)
     if checkpoint is not None:
@@ -231,7 +231,7 @@ def evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
     The stage is `validate` or `test`. Whatever cannot work is a `UserError`.
     """
     as_type("config", config, Config)
-    with arithmetic.settled(config):
+    with torch_settings.settled(config):
         return _evaluate(config, checkpoint, stage)
 
 
@@ -240,7 +240,7 @@ def _evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
         read_checkpoint("--checkpoint", Path(checkpoint))
     trainer, data = gather(partial(build_evaluation_trainer, config), partial(prepare, config))
     check_shares(trainer, data)
-    arithmetic.tell(config, trainer)
+    torch_settings.tell(config, trainer)
     module = DistillationModule.from_config(config)
     check_row_lengths(data, module.scorer)
     if checkpoint is not None:

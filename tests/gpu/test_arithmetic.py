@@ -9,8 +9,8 @@ from lit_opd.config import Config, OptimConfig, load_config
 from lit_opd.models import random_state, restore_random_state
 from lit_opd.optim import StochasticAdamW
 from lit_opd.runs import bench
-from lit_opd.runs.arithmetic import settled
 from lit_opd.runs.prepare import prepare_data
+from lit_opd.runs.torch_settings import settled
 
 pytestmark = [
     pytest.mark.gpu,

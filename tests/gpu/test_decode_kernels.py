@@ -30,7 +30,7 @@ def test_attention_of_rows_of_every_length():
 
 
 def test_a_draw_over_a_whole_vocabulary_in_bf16():
-    from lit_opd.kernels.drawing import draw_tokens
+    from lit_opd.kernels.token_draw import draw_tokens
 
     torch.manual_seed(0)
     logits = (3 * torch.randn(ROWS, 151936, device="cuda")).bfloat16()
@@ -47,7 +47,7 @@ def test_a_kernel_can_be_captured(name):
     """No kernel waits for the device or allocates by what it reads."""
     from lit_opd.kernels.decode_attention import decode_attention
     from lit_opd.kernels.decode_layer import rms_norm
-    from lit_opd.kernels.drawing import draw_tokens
+    from lit_opd.kernels.token_draw import draw_tokens
 
     cache = torch.randn(2, 4, GROUPS, COLUMNS, SIZE, device="cuda").bfloat16()
     query, hidden = (torch.randn(4, *shape, device="cuda").bfloat16() for shape in ((HEADS, SIZE), (1024,)))

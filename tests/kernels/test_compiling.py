@@ -18,7 +18,7 @@ def head(student, teacher, capped, **constants):
 @pytest.mark.slow
 def test_the_head():
     spilt = compiled(
-        "head",
+        "head_rows",
         _read=[head("bf16", "bf16", False, ENTROPIES=False)],
         _sum=[head("bf16", "bf16", False, DIVERGENCE="skew_reverse_kl")],
         _write=[head("bf16", "bf16", False, DIVERGENCE="reverse_kl"), head("fp32", "bf16", True, DIVERGENCE="jsd")],
@@ -47,7 +47,7 @@ def test_decoding():
     numbers = dict.fromkeys(("scale", "factor", "softcap"), "fp32") | {"uniforms": "*fp64", "ids": "*i64"}
     numbers |= {"logits": "*bf16", "peak": "*fp32", "total": "*fp32", "logps": "*fp32"}
     drawing = compiled(
-        "drawing",
+        "token_draw",
         _block_sums=[({"CAPS": True, "BLOCK": 2048}, numbers)],
         _invert=[({"CAPS": False, "BLOCK": 2048, "BLOCKS": 128}, numbers)],
     )

@@ -18,7 +18,7 @@ from lit_opd.objective.loss import head_loss
 from lit_opd.teachers import wanted_by
 from lit_opd.types import Estimate, SamplingLaw, ScoredRollout, Scores, TokenBatch
 
-kernels = pytest.importorskip("lit_opd.kernels.head", reason="it needs triton")
+kernels = pytest.importorskip("lit_opd.kernels.head_rows", reason="it needs triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: numpy computes masked lanes too
 

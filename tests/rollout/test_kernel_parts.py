@@ -5,7 +5,7 @@ import torch
 from rollout.llamas import same
 
 from lit_opd.errors import UserError
-from lit_opd.paths import Verdict
+from lit_opd.fast_paths import Verdict
 from lit_opd.rollout import LocalEngine, captured, uniforms
 from lit_opd.types import SamplingLaw
 
@@ -68,7 +68,7 @@ def test_kernels_write_what_the_plain_loop_writes(model, law, make_policy, make_
 
 def test_kernels_are_left_where_they_are_unfit_and_captured_steps_stay(make_policy, monkeypatch):
     policy = make_policy("Llama")  # in float64
-    monkeypatch.setattr("lit_opd.paths._seconds", lambda fast, plain, device: (1.0, 1.0))
+    monkeypatch.setattr("lit_opd.fast_paths._seconds", lambda fast, plain, device: (1.0, 1.0))
     verdicts = LocalEngine(recorder=Repeater).prove(policy, 2, 12)
     assert verdicts[0].taken
     assert verdicts[1] == Verdict("kernels of decoding", False, "kernels compute in float32")

@@ -20,7 +20,7 @@ from lit_opd.lab.audit.direction import sign_test
 from lit_opd.lab.audit.endings import stop_tokens, teacher_at_ends
 from lit_opd.lab.audit.equal_models import null_test
 from lit_opd.lab.audit.evidence import Evidence, gather
-from lit_opd.lab.audit.fast_paths import fast_paths
+from lit_opd.lab.audit.paths_here import fast_paths
 from lit_opd.lab.audit.prefixes import student_prefixes
 from lit_opd.lab.audit.quantization import quantised_teacher
 from lit_opd.lab.audit.ranking import TokenRow, log_ratios, rank_tokens

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from lit_opd import estimators
+from lit_opd.fast_paths import Verdict
 from lit_opd.functional import chunk_rows, token_weights
 from lit_opd.models import LanguageModel, prove_attention, prove_parts
 from lit_opd.objective import prove_head, student_loss
-from lit_opd.paths import Verdict
 from lit_opd.teachers import LocalScorer, wanted_by
 from lit_opd.types import Rollout, ScoredRollout
 from tools.benchmark.card.sizes import (

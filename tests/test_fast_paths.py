@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_opd.errors import UserError
-from lit_opd.paths import prove
+from lit_opd.fast_paths import prove
 
 CPU = torch.device("cpu")
 ONES = torch.ones(4)

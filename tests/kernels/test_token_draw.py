@@ -6,7 +6,7 @@ import torch
 from lit_opd.functional import sample_tokens
 from lit_opd.types import SamplingLaw
 
-draw_tokens = pytest.importorskip("lit_opd.kernels.drawing", reason="it needs triton").draw_tokens
+draw_tokens = pytest.importorskip("lit_opd.kernels.token_draw", reason="it needs triton").draw_tokens
 
 
 def test_the_same_tokens_and_log_probabilities_as_the_plain_draw():

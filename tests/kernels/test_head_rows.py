@@ -17,7 +17,7 @@ from lit_opd.functional import (
     tvd,
 )
 
-kernels = pytest.importorskip("lit_opd.kernels.head", reason="it needs triton")
+kernels = pytest.importorskip("lit_opd.kernels.head_rows", reason="it needs triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: numpy computes masked lanes too
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_opd.config import Config, OptimConfig, StudentConfig, TeacherConfig
-from lit_opd.runs import arithmetic, distillation
+from lit_opd.runs import distillation, torch_settings
 
 
 def of(tf32=False):
@@ -26,7 +26,7 @@ def choices():
 @pytest.fixture
 def own_choices():
     """Put back what a test chooses for the process."""
-    with arithmetic.settled(of()):
+    with torch_settings.settled(of()):
         yield
 
 
@@ -35,7 +35,7 @@ def own_choices():
 def test_products_of_float32_are_what_the_key_says_and_then_what_they_were(before, tf32, own_choices):
     torch.set_float32_matmul_precision(before)
     own = choices()
-    with arithmetic.settled(of(tf32)):
+    with torch_settings.settled(of(tf32)):
         assert choices() == (("high", True, True) if tf32 else ("highest", False, False))
     assert choices() == own
 
@@ -48,7 +48,7 @@ def test_choices_that_contradict_each_other_are_settled_and_put_back(own_choices
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     with pytest.raises(RuntimeError, match="mix of the legacy and new"):
         torch.get_float32_matmul_precision()
-    with arithmetic.settled(of()):
+    with torch_settings.settled(of()):
         assert choices() == ("highest", False, False)
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -56,9 +56,9 @@ def test_choices_that_contradict_each_other_are_settled_and_put_back(own_choices
 PROBE = """
 import torch
 from lit_opd.config import Config
-from lit_opd.runs import arithmetic
+from lit_opd.runs import torch_settings
 print(torch.get_float32_matmul_precision())
-with arithmetic.settled(Config()):
+with torch_settings.settled(Config()):
     print(torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)
 print(torch.get_float32_matmul_precision())
 """
@@ -98,16 +98,16 @@ def trainer_on(device, first=True):
 
 
 def test_an_accelerator_is_told_what_runs_in_which_precision(caplog):
-    arithmetic.tell(of(), trainer_on("cuda:0"))
+    torch_settings.tell(of(), trainer_on("cuda:0"))
     assert caplog.messages == [
         "On cuda:0: student float32, trainer.precision 32-true; products of float32 in float32, without TF32; "
         "teacher bfloat16."
     ]
-    arithmetic.tell(of(tf32=True), trainer_on("cuda:0"))
+    torch_settings.tell(of(tf32=True), trainer_on("cuda:0"))
     assert "products of float32 in TF32 (optim.tf32=true)" in caplog.messages[1]
 
 
 def test_a_cpu_and_further_processes_are_silent(caplog):
-    arithmetic.tell(of(), trainer_on("cpu"))
-    arithmetic.tell(of(), trainer_on("cuda:1", first=False))
+    torch_settings.tell(of(), trainer_on("cpu"))
+    torch_settings.tell(of(), trainer_on("cuda:1", first=False))
     assert caplog.messages == []

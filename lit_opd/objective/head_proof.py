@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.estimators import BoundEstimator
+from lit_opd.fast_paths import Verdict, prove
 from lit_opd.functional import compute_dtype
 from lit_opd.functional.fused_head import fused_rows
 from lit_opd.kernels import why_not
@@ -13,7 +14,6 @@ from lit_opd.models import LanguageModel
 from lit_opd.objective.chunks import why_plain
 from lit_opd.objective.counted import CountedPositions
 from lit_opd.objective.loss import head_loss
-from lit_opd.paths import Verdict, prove
 from lit_opd.types import ScoredRollout
 
 __all__ = ["NAME", "prove_head"]

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from lit_opd.fast_paths import KEY, Verdict
 from lit_opd.lab.audit.evidence import Evidence
 from lit_opd.models import probe_rows, prove_attention, prove_parts, run_plainly
-from lit_opd.paths import KEY, Verdict
 from lit_opd.rollout import LocalEngine
 from lit_opd.runs.verdicts import PASS, WARN, Finding, conclude
 

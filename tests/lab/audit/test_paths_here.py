@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from lab.audit.test_audit import configured
 
-from lit_opd.lab.audit import fast_paths as room
+from lit_opd.fast_paths import Verdict
+from lit_opd.lab.audit import paths_here as room
 from lit_opd.lab.audit.evidence import gather
-from lit_opd.lab.audit.fast_paths import fast_paths
+from lit_opd.lab.audit.paths_here import fast_paths
 from lit_opd.models.packed_attention import attend
-from lit_opd.paths import Verdict
 
 TAKEN = Verdict("flash attention", True, "1 ms against 2 ms, off by 0.001", 0.001, 1e-3, 2e-3)
 LEFT = {

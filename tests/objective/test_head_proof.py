@@ -9,10 +9,10 @@ from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.models import LanguageModel
 from lit_opd.objective import chunks, prove_head
-from lit_opd.objective import proof as proof_module
+from lit_opd.objective import head_proof as proof_module
 from lit_opd.types import SamplingLaw
 
-kernels = pytest.importorskip("lit_opd.kernels.head", reason="it needs triton")
+kernels = pytest.importorskip("lit_opd.kernels.head_rows", reason="it needs triton")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: numpy computes masked lanes too
 
