@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import lightning as L
@@ -17,15 +18,16 @@ import torch
 from lit_opd.config import OptimConfig, RolloutConfig
 from lit_opd.errors import RunError, UserError
 from lit_opd.fast_paths import KEY, Verdict
-from lit_opd.models import LanguageModel, probe_rows, prove_attention, prove_parts, run_plainly
+from lit_opd.models import LanguageModel, probe_rows, prove_attention, prove_parts, run_by
 from lit_opd.rollout import RolloutEngine
-from lit_opd.teachers import LocalScorer
+from lit_opd.teachers import LocalScorer, RoutedScorer
 from lit_opd.types import PromptBatch, ScoredRollout
 
 __all__ = ["ProvenModule"]
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+Lend = Callable[[str], LocalScorer]
 
 
 class ProvenModule(L.LightningModule):
@@ -77,11 +79,31 @@ class ProvenModule(L.LightningModule):
                 found = self.engine.prove(self.student, rows, prompt + length, choice)
                 self.sampling = frozenset(verdict.name for verdict in found)
                 self._keep(found)
+            prove = partial(self._prove_model, prompt, completions, length)
             for model in self._models():
-                tokens = self.optim_config.micro_batch_tokens
-                rows_of_ids = probe_rows(model.vocabulary, prompt, length, completions, tokens)
-                found = [prove_attention(model, rows_of_ids, choice), prove_parts(model, tokens, choice)]
-                self._keep([replace(verdict, name=f"{verdict.name} of the {model.key}") for verdict in found])
+                prove(model)
+        scorer = self.distiller.scorers["teacher"]
+        if isinstance(scorer, RoutedScorer) and scorer.lend is not None:
+            scorer.lend = partial(self._lend, scorer.lend, prove)
+
+    def _prove_model(self, prompt: int, completions: int, length: int, model: LanguageModel) -> None:
+        choice, tokens = self.optim_config.paths, self.optim_config.micro_batch_tokens
+        rows = probe_rows(model.vocabulary, prompt, length, completions, tokens)
+        found = [prove_attention(model, rows, choice), prove_parts(model, tokens, choice)]
+        self._keep([replace(verdict, name=f"{verdict.name} of the {model.key}") for verdict in found])
+
+    @torch.inference_mode(False)
+    def _lend(self, lend: Lend, prove: Callable[[LanguageModel], None], name: str) -> LocalScorer:
+        """Lend one of several teachers, which proves its paths the first time, and runs by them when it is back."""
+        scorer = lend(name)
+        verdicts = [
+            self.verdicts.get(f"{path} of the {scorer.model.key}") for path in ("flash attention", "fused layers")
+        ]
+        if None in verdicts:
+            prove(scorer.model)
+        else:
+            run_by(scorer.model, *(verdict is not None and verdict.taken for verdict in verdicts))
+        return scorer
 
     def prove_head(self, updates: Sequence[Sequence[ScoredRollout]]) -> None:
         """Prove the fused head on scored completions, once."""
@@ -107,7 +129,7 @@ class ProvenModule(L.LightningModule):
             told = next(iter(str(error).splitlines()), "")[:200]
             _log.warning("%s: %s. Goes on without %s.", type(error).__name__, told, ", ".join(fast))
             for model in self._models():
-                run_plainly(model)
+                run_by(model, flash=False, fused=False)
             self.distiller = replace(self.distiller, fused_head=False)
             for name in fast:
                 self.verdicts[name] = replace(self.verdicts[name], taken=False, reason=f"failed: {told}")
@@ -121,7 +143,7 @@ class ProvenModule(L.LightningModule):
         return choice == "plain" or (choice == "auto" and self.device.type == "cpu")
 
     def _models(self) -> list[LanguageModel]:
-        """List the models of this process that read whole rows: of several teachers one at a time is here, so none."""
+        """List the models that read whole rows and stay in this process. Of several teachers one at a time is lent."""
         scorers = self.distiller.scorers.values()
         return [self.student, *(scorer.model for scorer in scorers if isinstance(scorer, LocalScorer))]
 

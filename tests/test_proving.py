@@ -7,12 +7,13 @@ import pytest
 import torch
 from shared_fixtures import PROMPTS
 
-from lit_opd import proving
+from lit_opd import DistillationModule, proving
 from lit_opd.errors import UserError
 from lit_opd.fast_paths import Verdict
 from lit_opd.models.packed_attention import attend
 from lit_opd.proving import ProvenModule
 from lit_opd.rollout import LocalEngine
+from lit_opd.teachers import LocalScorer
 
 ROUNDING = "0.1 ms against 1 ms, off by 0"
 
@@ -118,3 +119,30 @@ def test_on_a_cpu_nothing_is_tried_unless_it_was_asked_for(make_module, fit, stu
     module = make_module(copy.deepcopy(student), teacher, optim={"paths": "fast"})
     with pytest.raises(UserError, match="optim.paths: expected captured decoding.*no CUDA graphs on cpu"):
         fit(module, steps=1)
+
+
+def test_teachers_that_are_lent_by_turns_prove_themselves_once_and_come_back_fast(
+    asked, make_model, save_model, student_path, make_trainer, make_data, monkeypatch
+):
+    """Each is read again when it is lent again, as another object, which has proven nothing."""
+    found = []
+    sections = {name: {"path": save_model(make_model(seed))} for seed, name in enumerate("ab", start=2)}
+    module = DistillationModule(student_path, None, "token", teachers=sections, rollout={"max_new_tokens": 4})
+    rows = [{"prompt": prompt, "teacher": name} for prompt, name in zip(PROMPTS, "abaab", strict=True)]
+    score = LocalScorer.score_each
+
+    def watched(scorer, rollouts, wanted):
+        found.append((scorer.model.key, scorer.model.forward.attend is attend))
+        scorer.model.forward.attend = attend  # flash attention does not run on a CPU
+        return score(scorer, rollouts, wanted)
+
+    monkeypatch.setattr(LocalScorer, "score_each", watched)
+    make_trainer(3).fit(module, make_data(rows, teacher_column="teacher"))
+    lent = [entry[:2] for entry in asked if entry[1].startswith("teachers.")]
+    assert sorted(lent) == [("attention", "teachers.a"), ("attention", "teachers.b")]
+    assert [key for key, _ in found].count("teachers.a") == 3
+    # The stand-in of the proof leaves the first as it is; who is lent again runs by what was taken.
+    later = found[2:]
+    assert later
+    assert not any(plain for _, plain in later)
+    assert "flash attention of the teachers.b" in module.taken

@@ -6,7 +6,7 @@
 from lit_opd.models.context import context_length
 from lit_opd.models.exporting import export_student
 from lit_opd.models.flash_proof import probe_rows, prove_attention
-from lit_opd.models.fused_parts import prove_parts, run_plainly
+from lit_opd.models.fused_parts import prove_parts, run_by
 from lit_opd.models.given import Restorable, as_models, check_taught_by, taught_by, to_saved
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
@@ -44,7 +44,7 @@ __all__ = [
     "read_model_config",
     "read_stop_ids",
     "restore_random_state",
-    "run_plainly",
+    "run_by",
     "shared_vocabulary",
     "taught_by",
     "to_saved",

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from lit_opd.fast_paths import Verdict, prove
 from lit_opd.functional.head import compute_dtype
 from lit_opd.kernels import why_not
+from lit_opd.models.flash import attend_flash
 from lit_opd.models.forward import LlamaForward, PackedForward
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.layer_parts import PLAIN, Parts, Turn, is_silu
@@ -132,12 +133,12 @@ def prove_parts(model: LanguageModel, tokens: int, choice: str = "auto") -> Verd
     return verdict
 
 
-def run_plainly(model: LanguageModel) -> None:
-    """Let a model attend, and run its layers, by the plain paths again."""
+def run_by(model: LanguageModel, flash: bool, fused: bool) -> None:
+    """Let a model attend by flash attention or plainly, and run its layers by kernels or plainly."""
     if isinstance(model.forward, PackedForward):
-        model.forward.attend = attend
+        model.forward.attend = attend_flash if flash else attend
     if isinstance(model.forward, LlamaForward):
-        model.forward.parts = PLAIN
+        model.forward.parts = FUSED if fused else PLAIN
 
 
 def _beyond(body: Any) -> str | None:

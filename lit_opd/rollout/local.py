@@ -130,7 +130,10 @@ class LocalEngine:
             unfit = self._recorder.why_not(device) or self._why_not_fused(policy)
             if unfit or choice == "plain":
                 return [prove(_CAPTURED, list, list, 0.0, device, choice, unfit)]
-            writer = self._make_captured(policy, rows)  # in the precision of the run
+            try:
+                writer = self._make_captured(policy, rows)  # in the precision of the run
+            except torch.OutOfMemoryError:
+                return [Verdict(_CAPTURED, False, "there is no memory for a copy of the weights", failed=True)]
             with torch.autocast(device.type, enabled=False):
                 verdicts = _judge(CaptureProbe(policy, writer, rows, width), writer, device, choice, self._kernels)
         if verdicts[0].taken:

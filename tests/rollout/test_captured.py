@@ -292,6 +292,19 @@ def test_memory_that_is_not_there_is_no_verdict_for_it(make_policy, monkeypatch)
     assert verdict.reason == "on a probe, OutOfMemoryError: CUDA out of memory"
 
 
+def test_no_memory_for_a_copy_of_the_weights_is_no_verdict_for_it(make_policy, monkeypatch):
+    def fail(*args, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    policy = make_policy("Llama")
+    monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda policy: None)
+    monkeypatch.setattr("lit_opd.rollout.captured.FusedDecoder", fail)
+    engine = LocalEngine(recorder=TapeRecorder)
+    (verdict,) = engine.prove(policy, 4, 32)
+    assert str(verdict) == "captured decoding: the plain path (there is no memory for a copy of the weights)"
+    assert policy.model not in engine._captured
+
+
 def test_a_probe_reserves_what_rollouts_need_and_captures_it(make_policy, make_batch):
     """The probe's graphs are those of a rollout's last columns, and no memory grows."""
     policy = make_policy("Llama")

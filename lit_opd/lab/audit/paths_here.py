@@ -9,7 +9,7 @@ import torch
 
 from lit_opd.fast_paths import KEY, Verdict
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.models import probe_rows, prove_attention, prove_parts, run_plainly
+from lit_opd.models import probe_rows, prove_attention, prove_parts, run_by
 from lit_opd.rollout import LocalEngine
 from lit_opd.runs.verdicts import PASS, WARN, Finding, conclude
 
@@ -42,5 +42,5 @@ def _verdicts(evidence: Evidence, choice: str) -> list[Verdict]:
     for model in (evidence.student, evidence.teacher):
         rows = probe_rows(model.vocabulary, prompt, length, config.rollout.num_completions, budget)
         verdicts += [prove_attention(model, rows, choice), prove_parts(model, budget, choice)]
-        run_plainly(model)  # what else is audited is the plain path
+        run_by(model, flash=False, fused=False)  # what else is audited is the plain path
     return [*verdicts, evidence.distiller.prove_head(evidence.distiller.score(rollout)[0], choice)]
