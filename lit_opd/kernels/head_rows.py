@@ -129,7 +129,7 @@ def _logits(row, at, inside, scale, softcap, cool, CAPPED: tl.constexpr):
 
 @triton.jit
 def _times(total, shrink):
-    """Shrink a running sum to a larger maximum; one that is infinite beside it counts nothing any more."""
+    """Shrink a running sum to a larger maximum, to nothing where that is infinitely larger."""
     return tl.where(shrink > 0, total * shrink, 0.0)
 
 

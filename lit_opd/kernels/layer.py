@@ -1,4 +1,4 @@
-"""Do what a layer does to many tokens outside of its matrix products, forward and backward, in one pass each.
+"""Do what a layer does to tokens outside of its matrix products, forward and backward, in one pass each.
 
 These steps are bound by memory: eager torch reads and writes queries and keys some twenty times, in fp32, to norm and
 to rotate them, where once is enough. The plain functions, and the autograd functions that call these kernels, are those
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["gated_silu", "gated_silu_backward", "norm", "norm_backward", "turned", "turned_backward"]
+__all__ = ["gated_silu", "gated_silu_backward", "norm", "norm_backward", "pick_weights", "turned", "turned_backward"]
 
 _BLOCK = 1024
 # Programs of a backward pass, each of which sums the gradient of a norm's weight over its tokens.
@@ -120,8 +120,8 @@ def _turned(
         wide = mine.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1) / SIZE + epsilon)
         tl.store(scale + row * BOTH + tl.arange(0, TALL), factor, mask=tl.arange(0, TALL) < BOTH)
-        own_weight = _weights(q_norm, k_norm, head < HEADS, place, real)
-        other_weight = _weights(q_norm, k_norm, head < HEADS, partner, real)
+        own_weight = pick_weights(q_norm, k_norm, head < HEADS, place, real)
+        other_weight = pick_weights(q_norm, k_norm, head < HEADS, partner, real)
         mine = ((wide * factor[:, None]).to(kind).to(tl.float32) * own_weight).to(kind)
         other = ((other.to(tl.float32) * factor[:, None]).to(kind).to(tl.float32) * other_weight).to(kind)
     cosine = tl.load(cos + row * SIZE + place, mask=real, other=0.0).to(tl.float32)
@@ -176,7 +176,7 @@ def _turned_backward(
             each = given * normed
             to_queries += tl.sum(tl.where(is_query, each, 0.0), 0)
             to_keys += tl.sum(tl.where(is_query, 0.0, each), 0)
-            inner = given * _weights(q_norm, k_norm, is_query, place, real)
+            inner = given * pick_weights(q_norm, k_norm, is_query, place, real)
             given = (inner - normed * (tl.sum(inner * normed, 1) / SIZE)[:, None]) * factor
         tl.store(to_qk + start + place, given.to(to_qk.dtype.element_ty), mask=inside)
     if NORMS:
@@ -186,30 +186,33 @@ def _turned_backward(
 
 
 @triton.jit
-def _weights(q_norm, k_norm, is_query, place, real):
+def pick_weights(q_norm, k_norm, is_query, place, real):
     """Read the weights of one of two norms: a pointer cannot depend on a value that a kernel computes."""
     of_query = tl.load(q_norm + place, mask=real, other=0.0).to(tl.float32)
     of_key = tl.load(k_norm + place, mask=real, other=0.0).to(tl.float32)
     return tl.where(is_query, of_query, of_key)
 
 
-def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute silu(gate) x up, of contiguous tensors of one shape."""
-    inner = torch.empty_like(gate)
-    _gated_silu[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, inner, gate.numel(), BLOCK=_BLOCK)
+def gated_silu(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """Compute silu(gate) x up. Rows may be parts of longer ones."""
+    rows, width = gate_NI.shape
+    inner = torch.empty(rows, width, dtype=gate_NI.dtype, device=gate_NI.device)
+    _gated_silu[(rows, triton.cdiv(width, _BLOCK))](
+        gate_NI, up_NI, inner, gate_NI.stride(0), up_NI.stride(0), width, BLOCK=_BLOCK
+    )  # fmt: skip
     return inner
 
 
 @triton.jit
-def _gated_silu(gate, up, inner, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    own = tl.load(gate + place, mask=inside, other=0.0)
+def _gated_silu(gate, up, inner, gate_row, up_row, width, BLOCK: tl.constexpr):
+    row, place = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    own = tl.load(gate + row * gate_row + place, mask=inside, other=0.0)
     wide = own.to(tl.float32)
     # Rounded between the two factors, as the plain activation is.
     activated = (wide / (1.0 + tl.exp(-wide))).to(own.dtype).to(tl.float32)
-    factor = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(inner + place, (activated * factor).to(inner.dtype.element_ty), mask=inside)
+    factor = tl.load(up + row * up_row + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(inner + row * width + place, (activated * factor).to(inner.dtype.element_ty), mask=inside)
 
 
 def gated_silu_backward(upstream: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def _whole(segments: list[Segment], device: torch.device) -> tuple[Piece, ...]:
 
 
 def _shared(segment: Segment, branches: NDArray[np.bool_], near: int) -> int:
-    """Find the first branch on the way to a segment that is at most `near` tokens before it; return its length."""
+    """Return the length up to the first branch on the way to a segment that is at most `near` tokens before it."""
     first = max(0, segment.start - 1 - near)
     found = np.flatnonzero(branches[segment.path[first : segment.start]])
     return first + int(found[0]) + 1 if len(found) else 0
@@ -111,7 +111,7 @@ def _windowed(segments: list[Segment], window: int, device: torch.device) -> tup
 def _piece(
     own: list[Array], seen: list[Array] | None, device: torch.device, causal: bool, window: int | None = None
 ) -> Piece:
-    """Join chains of queries and of keys; without keys these are the queries' own tokens, all in order."""
+    """Join chains of queries and of keys, which without keys are the queries' own tokens, all in order."""
     queries, keys = [len(chain) for chain in own], [len(chain) for chain in (seen or own)]
     arrays = [np.cumsum([0, *queries]), np.cumsum([0, *keys])]
     arrays += [] if seen is None else [np.concatenate(own), np.concatenate(seen)]

@@ -51,7 +51,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Turned(torch.autograd.Function):
-    """Norm, where there are two weights, and rotation; queries and keys come out apart, and so do their gradients."""
+    """Norm queries and keys, where there are two weights, rotate them, and give them out apart."""
 
     @staticmethod
     def forward(
@@ -81,7 +81,7 @@ class _GatedSilu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         from lit_opd.kernels.layer import gated_silu
 
-        gate, up = gate.contiguous(), up.contiguous()
+        gate, up = gate.contiguous(), up.contiguous()  # as the backward kernel reads them
         ctx.save_for_backward(gate, up)
         return gated_silu(gate, up)
 
@@ -144,7 +144,7 @@ def run_by(model: LanguageModel, flash: bool, fused: bool) -> None:
 def _beyond(body: Any) -> str | None:
     if body.embed_tokens.weight.dtype == torch.float64:
         return "its weights are float64"
-    return None if all(is_silu(layer.mlp) for layer in body.layers) else "its activation is not SiLU"
+    return None if all(is_silu(layer.mlp.act_fn) for layer in body.layers) else "its activation is not SiLU"
 
 
 def _outputs(model: LanguageModel, parts: Parts, tokens: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 from lit_opd.functional.precision import upcast
 
-__all__ = ["PLAIN", "Parts", "Turn", "is_silu", "rms_norm"]
+__all__ = ["PLAIN", "Parts", "Turn", "is_silu", "normed", "rms_norm", "rotated"]
 
 Turn = tuple[Tensor, Tensor]
 """Cosine and signed sine [N, 1, D], which turn queries and keys by their positions."""
@@ -25,7 +25,7 @@ Turn = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a layer does outside of its matrix products and attention, as functions.
+    """Hold what a layer does outside of its matrix products and attention, as functions.
 
     Attributes:
         norm: of x, a norm's module and a dtype, as `rms_norm`.
@@ -43,29 +43,35 @@ def _turned(qk: Tensor, heads: int, own: Any, turn: Turn, dtype: torch.dtype) ->
     if hasattr(own, "q_norm"):
         normed = rms_norm(qk[:, :heads], own.q_norm, dtype), rms_norm(qk[:, heads:], own.k_norm, dtype)
         qk = torch.cat(normed, dim=1)
-    cos, sin = turn
-    wide = qk.to(cos.dtype)
-    qk = torch.addcmul(wide * cos, wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin).to(dtype)
+    qk = rotated(qk, turn, dtype)
     return qk[:, :heads], qk[:, heads:]
 
 
-def is_silu(mlp: Any) -> bool:
-    """Tell whether an MLP's activation is SiLU."""
-    return type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+def rotated(qk_NAD: Tensor, turn: Turn, dtype: torch.dtype) -> Tensor:
+    """Rotate queries and keys [N, A, D] by their positions, in the dtype of the turn, and return them in `dtype`."""
+    cos, sin = turn
+    wide = qk_NAD.to(cos.dtype)
+    return torch.addcmul(wide * cos, wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin).to(dtype)
+
+
+def is_silu(activation: Any) -> bool:
+    """Tell whether an activation is SiLU, by the name of its class: torch and transformers each have one."""
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
 
 
 def _activated(gate: Tensor, up: Tensor, mlp: Any) -> Tensor:
-    return _GatedSilu.apply(gate, up) if is_silu(mlp) and gate.requires_grad else mlp.act_fn(gate) * up
+    return _GatedSilu.apply(gate, up) if is_silu(mlp.act_fn) and gate.requires_grad else mlp.act_fn(gate) * up
 
 
 def rms_norm(x: Tensor, norm: Any, dtype: torch.dtype) -> Tensor:
     """Apply a norm with `weight` and `variance_epsilon`, in fp32 (float64 stays), and return the result in `dtype`."""
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon, dtype)
-    return _normed(x, norm.weight, norm.variance_epsilon, dtype)[0]
+    return normed(x, norm.weight, norm.variance_epsilon, dtype)[0]
 
 
-def _normed(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def normed(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute the root-mean-square norm of the last dimension as `rms_norm`, with the factors [..., 1] of rows."""
     wide = upcast(x)
     scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + epsilon)
     return (weight * (wide * scale).to(x.dtype)).to(dtype), scale
@@ -74,20 +80,20 @@ def _normed(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> tu
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
-        normed, scale = _normed(x, weight, epsilon, dtype)
+        result, scale = normed(x, weight, epsilon, dtype)
         ctx.save_for_backward(x, weight, scale)
-        return normed
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        normed, wide = upcast(x) * scale, upcast(upstream)
+        scaled, wide = upcast(x) * scale, upcast(upstream)
         to_weight = None
         if ctx.needs_input_grad[1]:
-            to_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            to_weight = (wide * scaled).flatten(0, -2).sum(0).to(weight.dtype)
         inner = wide * weight
-        inner -= normed * (inner * normed).mean(-1, keepdim=True)
+        inner -= scaled * (inner * scaled).mean(-1, keepdim=True)
         return inner.mul_(scale).to(x.dtype), to_weight, None, None
 
 

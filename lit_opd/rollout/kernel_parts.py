@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_opd.functional import Head
-from lit_opd.models.llama import Turn
+from lit_opd.models.layer_parts import Turn, is_silu
 from lit_opd.rollout import token_parts
 from lit_opd.rollout.token_parts import Bar, Column, Norms, Seen, TokenParts
 from lit_opd.types import SamplingLaw
@@ -28,10 +28,14 @@ def why_not_kernels(dtype: torch.dtype) -> str | None:
 
 @cache
 def by_kernels() -> TokenParts:
-    """Make the parts that run on an accelerator, or interpreted on a CPU. Triton is imported here, and not before."""
-    from lit_opd.kernels import decode_layer
+    """Make the parts that run on an accelerator, or interpreted on a CPU, always the same, by which graphs are kept."""
+    return TokenParts(_norm, _rotate_and_store, _attend, _gate, _draw)
 
-    return TokenParts(decode_layer.rms_norm, _rotate_and_store, _attend, _gate, _draw)
+
+def _norm(x_BH: Tensor, weight_H: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    from lit_opd.kernels.layer import norm
+
+    return norm(x_BH, weight_H, epsilon, dtype)[0]
 
 
 def _rotate_and_store(
@@ -51,9 +55,9 @@ def _attend(query_BHD: Tensor, keys_BGMD: Tensor, values_BGMD: Tensor, seen: See
 
 
 def _gate(gate_BI: Tensor, up_BI: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    from lit_opd.kernels.decode_layer import gated_silu
+    from lit_opd.kernels.layer import gated_silu
 
-    if type(activation).__name__ in ("SiLU", "SiLUActivation"):
+    if is_silu(activation):
         return gated_silu(gate_BI, up_BI)
     return token_parts.gate(gate_BI, up_BI, activation)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lit_opd.functional import Head, sample_tokens
 from lit_opd.functional.precision import upcast
-from lit_opd.models.llama import Turn
+from lit_opd.models.layer_parts import Turn, normed, rotated
 from lit_opd.types import SamplingLaw
 
 __all__ = ["PLAIN", "Bar", "Column", "Norms", "Seen", "TokenParts"]
@@ -45,9 +45,7 @@ class Seen:
 
 def norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
     """Compute the root-mean-square norm of the last dimension in fp32 (float64 stays), and return it in `dtype`."""
-    wide = upcast(x)
-    scale = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + epsilon)
-    return (weight * (wide * scale).to(x.dtype)).to(dtype)
+    return normed(x, weight, epsilon, dtype)[0]
 
 
 def rotate_and_store(
@@ -69,9 +67,7 @@ def rotate_and_store(
         q_norm, k_norm, epsilon = norms
         parts = norm(qk_BND[:, :heads], q_norm, epsilon, dtype), norm(qk_BND[:, heads:], k_norm, epsilon, dtype)
         qk_BND = torch.cat(parts, dim=1)
-    cos, sin = turn
-    wide = qk_BND.to(cos.dtype)
-    qk_BND = torch.addcmul(wide * cos, wide.unflatten(-1, (2, -1)).flip(-2).flatten(-2), sin).to(dtype)
+    qk_BND = rotated(qk_BND, turn, dtype)
     for kept, new in zip(cache, (qk_BND[:, heads:], value_BGD), strict=True):
         if isinstance(column, int):
             kept[:, :, column] = new

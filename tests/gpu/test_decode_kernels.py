@@ -46,7 +46,7 @@ def test_a_draw_over_a_whole_vocabulary_in_bf16():
 def test_a_kernel_can_be_captured(name):
     """No kernel waits for the device or allocates by what it reads."""
     from lit_opd.kernels.decode_attention import decode_attention
-    from lit_opd.kernels.decode_layer import rms_norm
+    from lit_opd.kernels.layer import norm
     from lit_opd.kernels.token_draw import draw_tokens
 
     cache = torch.randn(2, 4, GROUPS, COLUMNS, SIZE, device="cuda").bfloat16()
@@ -57,7 +57,7 @@ def test_a_kernel_can_be_captured(name):
     run = {
         "attention": lambda: decode_attention(query, *cache, first, column, 0.1),
         "draw": lambda: draw_tokens(logits, uniforms)[0],
-        "norm": lambda: rms_norm(hidden, weight, 1e-6, torch.bfloat16),
+        "norm": lambda: norm(hidden, weight, 1e-6, torch.bfloat16)[0],
     }[name]
     expected = run()
     graph = torch.cuda.CUDAGraph()

@@ -77,10 +77,10 @@ def test_kernels_are_left_where_they_are_unfit_and_captured_steps_stay(make_poli
 
 
 def test_a_kernel_that_is_wrong_is_left(make_policy, monkeypatch):
-    from lit_opd.kernels import decode_layer
+    from lit_opd.kernels import layer
 
-    gated = decode_layer.gated_silu
-    monkeypatch.setattr(decode_layer, "gated_silu", lambda gate, up: 1.5 * gated(gate, up))
+    gated = layer.gated_silu
+    monkeypatch.setattr(layer, "gated_silu", lambda gate, up: 1.5 * gated(gate, up))
     engine, policy = LocalEngine(recorder=Repeater), make_policy("Llama", dtype=torch.float32)
     verdicts = engine.prove(policy, 2, 12)
     assert not verdicts[1].taken

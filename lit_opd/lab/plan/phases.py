@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def token_step_s(self) -> float | None:
-        """The least seconds of a decoded token, in which weights and cache are read once; None where not known."""
+        """Compute the least seconds of a decoded token, which reads weights and cache once, or None."""
         read = sum(self.phases["sampling"].get(part, 0.0) for part in ("decoder's copy of the weights", "decode cache"))
         return read / self.device.bandwidth if self.device.bandwidth and read else None
 
@@ -201,7 +201,7 @@ class _Planner:
 
     @property
     def wanted(self) -> Wanted:
-        """What the estimator asks of the teacher."""
+        """Tell what the estimator asks of the teacher."""
         return wanted_by(estimators.build_from(self.config.estimator))
 
     def scores(self) -> float:

@@ -24,7 +24,7 @@ GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "out": ("o_proj",), "gate_up": 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What of a model decides how much memory it takes.
+    """Hold what decides how much memory a model takes.
 
     Attributes:
         weights: all of them, tied ones once.
