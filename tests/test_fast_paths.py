@@ -50,6 +50,11 @@ def test_what_computes_the_same_in_less_time_is_taken_and_says_its_numbers():
     assert "ms against" in str(verdict)
 
 
+@pytest.mark.parametrize(("off", "taken"), [(0.9e-3, True), (1.1e-3, False)])
+def test_the_bound_is_where_it_stands(off, taken):
+    assert judge(lambda: [ONES * 2, ONES * (1 + off)]).taken == taken
+
+
 FAULTS = {"slower": (slow, "ms against"), "off": (other_gradient, "off by 0.1"), "nan": (nan, "off by nan"),
           "fails": (broken, "on a probe, RuntimeError: no kernel image")}  # fmt: skip
 

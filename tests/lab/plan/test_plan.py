@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lit_opd.lab.plan.sizes import sizes_of
 from lit_opd.models import load_frozen, load_student
 from lit_opd.optim import build_optimizer
 
+SPEED = Path(__file__).parents[3] / "docs" / "speed.md"
 SHAPES = {"0.6b": (28, 1024, 16, 3072), "1.7b": (28, 2048, 16, 6144)}
 G1 = ["student.path=0.6b", "teacher.path=1.7b", "data.batch_size=8", "data.max_prompt_tokens=128",
       "rollout.num_completions=8", "rollout.max_new_tokens=256", "trainer.precision=bf16-mixed",
@@ -124,6 +126,15 @@ def test_the_step_that_was_measured(g1):
     assert planned(g1()).peak == pytest.approx(32.8e9, rel=0.1)
 
 
+def test_the_documents_quote_the_plans_of_that_step(g1):
+    def said(*words):
+        return f"{planned(g1(*words)).peak / 1e9:.1f} GB"
+
+    fast, small = ["optim.paths=auto", "optim.head_chunk_mib=auto"], "optim.micro_batch_tokens=4096"
+    quoted = [said(), said(*fast), said(*fast, small), said(*fast, small, "student.gradient_checkpointing=true")]
+    assert [number for number in quoted if number not in SPEED.read_text()] == []
+
+
 def test_the_long_row_that_was_measured(g1):
     """40 GiB of a student's step on one row of 16,384 tokens, head included."""
     words = ["data.batch_size=1", "rollout.num_completions=1", "data.max_prompt_tokens=1", "evaluation.batch_size=1"]
@@ -131,6 +142,7 @@ def test_the_long_row_that_was_measured(g1):
     others = ("teacher's weights", "optimizer's state", "scores")
     found = sum(size for part, size in plan.phases["student"].items() if part not in others)
     assert found == pytest.approx(40 * 2**30, rel=0.1)
+    assert f"| {found / 2**30:.1f} GiB | 40 GiB |" in SPEED.read_text()
 
 
 def test_what_saves_memory_saves_it(g1):
