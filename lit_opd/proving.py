@@ -7,7 +7,7 @@ layers, the distiller its head. The module is a `ProvenModule`, which asks them 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +18,8 @@ import torch
 from lit_opd.config import OptimConfig, RolloutConfig
 from lit_opd.errors import RunError, UserError
 from lit_opd.fast_paths import KEY, Verdict
-from lit_opd.models import LanguageModel, probe_rows, prove_attention, prove_parts, run_by
+from lit_opd.models import LanguageModel, proofs_of, prove_model, run_by
+from lit_opd.objective import FUSED_HEAD
 from lit_opd.rollout import RolloutEngine
 from lit_opd.teachers import LocalScorer, RoutedScorer
 from lit_opd.types import PromptBatch, ScoredRollout
@@ -49,6 +50,7 @@ class ProvenModule(L.LightningModule):
     rollout_config: RolloutConfig
     verdicts: dict[str, Verdict]
     sampling: frozenset[str] = frozenset()
+    _equipped: Any = None
 
     @property
     def taken(self) -> list[str]:
@@ -68,50 +70,49 @@ class ProvenModule(L.LightningModule):
     # Lightning evaluates in inference mode, where no gradient could be compared.
     @torch.inference_mode(False)
     def prove_models(self, batch: PromptBatch) -> None:
-        """Prove sampling, attention and layers on the shapes of a batch, once."""
-        if self.verdicts or self._is_plain:
+        """Prove sampling, attention and layers on the shapes of a batch, once, and equip every new distiller."""
+        if self._is_plain or self._equipped is self.distiller:
             return
-        choice, rollout = self.optim_config.paths, self.rollout_config
-        prompt, completions, length = batch.prompts.ids_BP.shape[1], rollout.num_completions, rollout.max_new_tokens
-        with self.trainer.precision_plugin.forward_context():
-            if hasattr(self.engine, "prove"):
-                rows = len(batch.rows) * completions
-                found = self.engine.prove(self.student, rows, prompt + length, choice)
-                self.sampling = frozenset(verdict.name for verdict in found)
-                self._keep(found)
-            prove = partial(self._prove_model, prompt, completions, length)
-            for model in self._models():
-                prove(model)
+        rollout, prompt = self.rollout_config, batch.prompts.ids_BP.shape[1]
+        prove = partial(
+            prove_model, prompt=prompt, completion=rollout.max_new_tokens, count=rollout.num_completions,
+            tokens=self.optim_config.micro_batch_tokens, choice=self.optim_config.paths,
+        )  # fmt: skip
+        if not self.verdicts:
+            with self.trainer.precision_plugin.forward_context():
+                self._prove_sampling(len(batch.rows) * rollout.num_completions, prompt + rollout.max_new_tokens)
+                for model in self._models():
+                    self._keep(prove(model))
         scorer = self.distiller.scorers["teacher"]
         if isinstance(scorer, RoutedScorer) and scorer.lend is not None:
             scorer.lend = partial(self._lend, scorer.lend, prove)
+        self._equip()
 
-    def _prove_model(self, prompt: int, completions: int, length: int, model: LanguageModel) -> None:
-        choice, tokens = self.optim_config.paths, self.optim_config.micro_batch_tokens
-        rows = probe_rows(model.vocabulary, prompt, length, completions, tokens)
-        found = [prove_attention(model, rows, choice), prove_parts(model, tokens, choice)]
-        self._keep([replace(verdict, name=f"{verdict.name} of the {model.key}") for verdict in found])
+    def _prove_sampling(self, rows: int, width: int) -> None:
+        if hasattr(self.engine, "prove"):
+            found = self.engine.prove(self.student, rows, width, self.optim_config.paths)
+            self.sampling = frozenset(verdict.name for verdict in found)
+            self._keep({verdict.name: verdict for verdict in found})
+
+    def _equip(self) -> None:
+        """Let the distiller differentiate its head as was proven: every loop of Lightning has it made anew."""
+        self.distiller = self._equipped = replace(self.distiller, fused_head=FUSED_HEAD in self.taken)
 
     @torch.inference_mode(False)
-    def _lend(self, lend: Lend, prove: Callable[[LanguageModel], None], name: str) -> LocalScorer:
+    def _lend(self, lend: Lend, prove: Callable[[LanguageModel], dict[str, Verdict]], name: str) -> LocalScorer:
         """Lend one of several teachers, which proves its paths the first time, and runs by them when it is back."""
         scorer = lend(name)
-        verdicts = [
-            self.verdicts.get(f"{path} of the {scorer.model.key}") for path in ("flash attention", "fused layers")
-        ]
-        if None in verdicts:
-            prove(scorer.model)
+        if self.verdicts.keys() >= {*proofs_of(scorer.model)}:
+            run_by(scorer.model, self.taken)
         else:
-            run_by(scorer.model, *(verdict is not None and verdict.taken for verdict in verdicts))
+            self._keep(prove(scorer.model))
         return scorer
 
     def prove_head(self, updates: Sequence[Sequence[ScoredRollout]]) -> None:
         """Prove the fused head on scored completions, once."""
-        name = "fused head"
-        if name not in self.verdicts and not self._is_plain:
-            verdict = self.distiller.prove_head(updates[0][0], self.optim_config.paths)
-            self.distiller = replace(self.distiller, fused_head=verdict.taken)
-            self._keep([verdict])
+        if FUSED_HEAD not in self.verdicts and not self._is_plain:
+            self._keep({FUSED_HEAD: self.distiller.prove_head(updates[0][0], self.optim_config.paths)})
+            self._equip()
 
     def with_way_back(self, run: Callable[[], T]) -> T:
         """Run a part of a step that has changed nothing yet, again by the plain paths where a fast one fails.
@@ -129,10 +130,10 @@ class ProvenModule(L.LightningModule):
             told = next(iter(str(error).splitlines()), "")[:200]
             _log.warning("%s: %s. Goes on without %s.", type(error).__name__, told, ", ".join(fast))
             for model in self._models():
-                run_by(model, flash=False, fused=False)
-            self.distiller = replace(self.distiller, fused_head=False)
+                run_by(model, ())
             for name in fast:
                 self.verdicts[name] = replace(self.verdicts[name], taken=False, reason=f"failed: {told}")
+            self._equip()
             self.student.model.zero_grad()
             return run()
 
@@ -147,8 +148,8 @@ class ProvenModule(L.LightningModule):
         scorers = self.distiller.scorers.values()
         return [self.student, *(scorer.model for scorer in scorers if isinstance(scorer, LocalScorer))]
 
-    def _keep(self, verdicts: Sequence[Verdict]) -> None:
-        for verdict in verdicts:
-            self.verdicts[verdict.name] = verdict
+    def _keep(self, verdicts: Mapping[str, Verdict]) -> None:
+        for name, verdict in verdicts.items():
+            self.verdicts[name] = verdict
             level = logging.INFO if verdict.taken else logging.WARNING
             _log.log(level, "%s. See %s.", verdict, KEY)

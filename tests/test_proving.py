@@ -7,9 +7,12 @@ import pytest
 import torch
 from shared_fixtures import PROMPTS
 
-from lit_opd import DistillationModule, proving
+from lit_opd import DistillationModule
+from lit_opd.distiller import Distiller
 from lit_opd.errors import UserError
 from lit_opd.fast_paths import Verdict
+from lit_opd.models import proofs
+from lit_opd.models.flash import attend_flash
 from lit_opd.models.packed_attention import attend
 from lit_opd.proving import ProvenModule
 from lit_opd.rollout import LocalEngine
@@ -36,8 +39,8 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(ProvenModule, "_is_plain", False)
     monkeypatch.setattr(LocalEngine, "prove", sampling)
-    monkeypatch.setattr(proving, "prove_attention", attention)
-    monkeypatch.setattr(proving, "prove_parts", layers)
+    monkeypatch.setattr(proofs, "prove_attention", attention)
+    monkeypatch.setattr(proofs, "prove_parts", layers)
     return asked
 
 
@@ -136,13 +139,38 @@ def test_teachers_that_are_lent_by_turns_prove_themselves_once_and_come_back_fas
         scorer.model.forward.attend = attend  # flash attention does not run on a CPU
         return score(scorer, rollouts, wanted)
 
+    stand_in = proofs.prove_attention
+
+    def taking(model, *rest):
+        verdict = stand_in(model, *rest)
+        if model.key.startswith("teachers."):
+            model.forward.attend = attend_flash  # as the proof leaves it
+        return verdict
+
+    monkeypatch.setattr(proofs, "prove_attention", taking)
     monkeypatch.setattr(LocalScorer, "score_each", watched)
+    make_trainer(1).validate(module, make_data(rows, teacher_column="teacher"), verbose=False)
+    found.clear()  # what follows is another loop of Lightning, for which the parts of a step are made anew
     make_trainer(3).fit(module, make_data(rows, teacher_column="teacher"))
     lent = [entry[:2] for entry in asked if entry[1].startswith("teachers.")]
     assert sorted(lent) == [("attention", "teachers.a"), ("attention", "teachers.b")]
     assert [key for key, _ in found].count("teachers.a") == 3
-    # The stand-in of the proof leaves the first as it is; who is lent again runs by what was taken.
-    later = found[2:]
-    assert later
-    assert not any(plain for _, plain in later)
+    assert not any(plain for _, plain in found)
     assert "flash attention of the teachers.b" in module.taken
+
+
+def test_a_fused_head_stays_when_the_parts_of_a_step_are_made_anew(
+    asked, make_module, fit, student, teacher, monkeypatch
+):
+    proofs_made = []
+
+    def prove_head(self, micro, choice):
+        proofs_made.append(choice)
+        return Verdict("fused head", True, ROUNDING)
+
+    monkeypatch.setattr(Distiller, "prove_head", prove_head)
+    module = make_module(copy.deepcopy(student), teacher)
+    for _ in range(2):
+        fit(module)
+        assert module.distiller.fused_head
+    assert proofs_made == ["auto"]

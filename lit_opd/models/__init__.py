@@ -5,14 +5,15 @@
 
 from lit_opd.models.context import context_length
 from lit_opd.models.exporting import export_student
-from lit_opd.models.flash_proof import probe_rows, prove_attention
-from lit_opd.models.fused_parts import prove_parts, run_by
+from lit_opd.models.flash_proof import prove_attention
+from lit_opd.models.fused_parts import prove_parts
 from lit_opd.models.given import Restorable, as_models, check_taught_by, taught_by, to_saved
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.loading import frozen_names, load_frozen, load_student, load_tokenizer, read_model_config
 from lit_opd.models.measuring import OF_TOKENS, measure_yardsticks
 from lit_opd.models.merged_stops import merged_groups, named_groups
 from lit_opd.models.pair import Pair, Reference, Student, Teacher
+from lit_opd.models.proofs import proofs_of, prove_model, run_by
 from lit_opd.models.randomness import random_state, restore_random_state
 from lit_opd.models.stops import end_of_turn, read_stop_ids
 from lit_opd.models.vocabulary import shared_vocabulary, token_ids
@@ -37,8 +38,9 @@ __all__ = [
     "merged_groups",
     "named_groups",
     "context_length",
-    "probe_rows",
+    "proofs_of",
     "prove_attention",
+    "prove_model",
     "prove_parts",
     "random_state",
     "read_model_config",

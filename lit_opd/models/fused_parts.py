@@ -16,12 +16,10 @@ from torch.autograd.function import once_differentiable
 from lit_opd.fast_paths import Verdict, prove
 from lit_opd.functional.head import compute_dtype
 from lit_opd.kernels import why_not
-from lit_opd.models.flash import attend_flash
-from lit_opd.models.forward import LlamaForward, PackedForward
+from lit_opd.models.forward import LlamaForward
 from lit_opd.models.language_model import LanguageModel
 from lit_opd.models.layer_parts import PLAIN, Parts, Turn, is_silu
 from lit_opd.models.llama import LayerProducts, rotation, run_layer
-from lit_opd.models.packed_attention import attend
 
 __all__ = ["FUSED", "prove_parts"]
 
@@ -131,14 +129,6 @@ def prove_parts(model: LanguageModel, tokens: int, choice: str = "auto") -> Verd
         verdict = prove(NAME, plain, fast, BOUND, device, choice, why_not(device) or _beyond(model.body))
     forward.parts = FUSED if verdict.taken else PLAIN
     return verdict
-
-
-def run_by(model: LanguageModel, flash: bool, fused: bool) -> None:
-    """Let a model attend by flash attention or plainly, and run its layers by kernels or plainly."""
-    if isinstance(model.forward, PackedForward):
-        model.forward.attend = attend_flash if flash else attend
-    if isinstance(model.forward, LlamaForward):
-        model.forward.parts = FUSED if fused else PLAIN
 
 
 def _beyond(body: Any) -> str | None:

@@ -16,9 +16,9 @@ from lit_opd.objective.counted import CountedPositions
 from lit_opd.objective.loss import head_loss
 from lit_opd.types import ScoredRollout
 
-__all__ = ["NAME", "prove_head"]
+__all__ = ["FUSED_HEAD", "prove_head"]
 
-NAME = "fused head"
+FUSED_HEAD = "fused head"
 # Both paths round the gradient by the logits to 16 bits at the same place. What they round differs by 1e-5, as sums in
 # fp32 do, so that one number in 500 goes to the other neighbour, 2^-8 to 2^-7 away: 2e-4 of the norm. The bound is ten
 # times that. In fp32 nothing is rounded there, and the bound is ten times 1e-5.
@@ -43,7 +43,7 @@ def prove_head(
     """
     device = micro.rollout.mask_BT.device
     if choice == "auto" and device.type == "cpu":
-        return prove(NAME, list, list, 0.0, device, choice, unfit="kernels do not run on cpu")
+        return prove(FUSED_HEAD, list, list, 0.0, device, choice, unfit="kernels do not run on cpu")
     part = _first(micro, fused_rows(rows, student.vocabulary))
     with torch.no_grad():
         hidden_NH, _ = student.hidden(part.rollout)
@@ -60,7 +60,7 @@ def prove_head(
     dtype = compute_dtype(hidden_NH)
     unfit = why_not(device) or why_plain(estimator, CountedPositions.of(part), dtype)
     bound = _ROUNDED if dtype.itemsize == 2 else _EXACT
-    return prove(NAME, lambda: run(fused=False), lambda: run(fused=True), bound, device, choice, unfit)
+    return prove(FUSED_HEAD, lambda: run(fused=False), lambda: run(fused=True), bound, device, choice, unfit)
 
 
 def _first(micro: ScoredRollout, positions: int) -> ScoredRollout:

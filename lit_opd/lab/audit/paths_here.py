@@ -9,7 +9,7 @@ import torch
 
 from lit_opd.fast_paths import KEY, Verdict
 from lit_opd.lab.audit.evidence import Evidence
-from lit_opd.models import probe_rows, prove_attention, prove_parts, run_by
+from lit_opd.models import prove_model, run_by
 from lit_opd.rollout import LocalEngine
 from lit_opd.runs.verdicts import PASS, WARN, Finding, conclude
 
@@ -38,9 +38,8 @@ def _verdicts(evidence: Evidence, choice: str) -> list[Verdict]:
     prompt, length = rollout.prompts.ids_BP.shape[1], config.rollout.max_new_tokens
     engine = LocalEngine(config.rollout.capture)
     verdicts = engine.prove(evidence.student, len(rollout), prompt + length, choice)
-    budget = config.optim.micro_batch_tokens
+    sizes = prompt, length, config.rollout.num_completions, config.optim.micro_batch_tokens
     for model in (evidence.student, evidence.teacher):
-        rows = probe_rows(model.vocabulary, prompt, length, config.rollout.num_completions, budget)
-        verdicts += [prove_attention(model, rows, choice), prove_parts(model, budget, choice)]
-        run_by(model, flash=False, fused=False)  # what else is audited is the plain path
+        verdicts += prove_model(model, *sizes, choice).values()
+        run_by(model, ())  # what else is audited is the plain path
     return [*verdicts, evidence.distiller.prove_head(evidence.distiller.score(rollout)[0], choice)]

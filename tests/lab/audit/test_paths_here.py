@@ -9,6 +9,7 @@ from lit_opd.fast_paths import Verdict
 from lit_opd.lab.audit import paths_here as room
 from lit_opd.lab.audit.evidence import gather
 from lit_opd.lab.audit.paths_here import fast_paths
+from lit_opd.models import proofs
 from lit_opd.models.packed_attention import attend
 
 TAKEN = Verdict("flash attention", True, "1 ms against 2 ms, off by 0.001", 0.001, 1e-3, 2e-3)
@@ -37,8 +38,8 @@ def test_a_path_that_differs_or_fails_is_warned_of(verdict, expected, evidence, 
         model.forward.attend = "another"
         return verdict
 
-    monkeypatch.setattr(room, "prove_attention", takes)
-    monkeypatch.setattr(room, "prove_parts", lambda *_: Verdict("fused layers", True, "faster"))
+    monkeypatch.setattr(proofs, "prove_attention", takes)
+    monkeypatch.setattr(proofs, "prove_parts", lambda *_: Verdict("fused layers", True, "faster"))
     distiller, student = evidence.distiller, evidence.student
     monkeypatch.setattr(room, "_why_none", lambda *_: None)
     monkeypatch.setattr(room.LocalEngine, "prove", lambda *_: [Verdict("captured decoding", True, "faster")])
@@ -46,6 +47,6 @@ def test_a_path_that_differs_or_fails_is_warned_of(verdict, expected, evidence, 
     monkeypatch.setattr(type(distiller), "score", lambda *_: [None])
     found = fast_paths(evidence)
     assert found.verdict == expected
-    assert str(verdict) in found.found
-    assert found.found.startswith("captured decoding: the fast path (faster); flash attention: ")
+    assert str(replace(verdict, name="flash attention of the student")) in found.found
+    assert found.found.startswith("captured decoding: the fast path (faster); flash attention of the student: ")
     assert student.forward.attend is attend  # what else is audited is the plain path
