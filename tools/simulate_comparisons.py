@@ -7,7 +7,6 @@ Usage: ``python -m tools.simulate_comparisons [--repetitions 2000]``, two minute
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -184,8 +183,9 @@ def main() -> None:
     repetitions = parser.parse_args().repetitions
     text = PAGE.read_text(encoding="utf-8")
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text = block.sub(lambda found, made=make(repetitions): f"{found[1]}{made}\n{found[2]}", text)
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        end = f"<!-- /{name} -->"
+        text = f"{before}<!-- {name} -->\n{make(repetitions)}\n{end}{rest.partition(end)[2]}"
     PAGE.write_text(text, encoding="utf-8")
 
 
