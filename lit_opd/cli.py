@@ -72,12 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     file: Any = {"metavar": "FILE", "type": expanduser}
     fit = _command(commands, "fit", "running.fit", "distil the student from the teacher")
     fit.add_argument("--resume", metavar="auto|CHECKPOINT", type=expanduser, help="continue the run in output_dir")
+    dry = "do everything but the first step, say what was found, and write nothing"
+    fit.add_argument("--dry-run", action="store_true", help=dry)
     left = "a table of phases and a chrome trace, in output_dir/profile and in MLflow"
     fit.add_argument("--profile", action="store_true", help=f"record where the time of a few steps goes: {left}")
-    validate, test = "measure the student on the validation prompts", "the same, reported as test results"
+    validate, test = "measure a run's student on the validation prompts", "the same, reported as test results"
     for name, what in (("validate", validate), ("test", test)):
         evaluate = _command(commands, name, "running.evaluate", what)
-        evaluate.add_argument("--checkpoint", **file, help="default: the student as configured, untrained")
+        evaluate.add_argument("--checkpoint", **file, help="default: the newest of output_dir")
+        evaluate.add_argument("--untrained", action="store_true", help="measure the student as it was before training")
+        evaluate.add_argument("--json", **file, dest="json_file", help="write the numbers there too")
         evaluate.set_defaults(stage=name)
     export = _command(commands, "export", "export.export", "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", **file, help="default: the newest of output_dir")

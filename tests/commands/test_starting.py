@@ -38,6 +38,10 @@ def test_the_written_file_says_what_models_and_data_are(place, capsys):
     bare = [line for line in text.splitlines() if line and "#" not in line and not line.startswith(section[2])]
     assert bare == []  # every key has its comment
     assert yaml.safe_load(text)["student"]["path"] == "${lit_opd:tiny/student}"
+    before = sorted(folder.iterdir())
+    assert main(["fit", "--config", "my.yaml", "--dry-run"]) == 0
+    assert "rows.jsonl: 36 prompts, 16 x 1 completions a step; 4 held out" in capsys.readouterr().out
+    assert sorted(folder.iterdir()) == before
 
 
 def test_answers_of_words_are_judged_by_nobody(place, capsys):
