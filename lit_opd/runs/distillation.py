@@ -123,7 +123,8 @@ def record(
     known: str | None,
 ) -> Outcome:
     """Begin the MLflow run or find the `known` one, make the run, and record how it ended, as `train` does."""
-    trainer.logger = logger = tracking.begin_run(config, tags_of(config, module, data), known, folder.path)
+    logger = tracking.begin_run(config, tags_of(config, module, data), known, folder.path)
+    trainer.loggers = logger.loggers
     if trainer.is_global_zero:
         notes = {"mlflow_run_id": logger.run_id, "mlflow_experiment_id": logger.experiment_id, "ended": None}
         folder.write_notes(**notes, **({"before": {}, "teacher": {}} if checkpoint is None else {}))

@@ -25,7 +25,7 @@ from lit_opd.errors import UserError, gather, suggest
 from lit_opd.files import replacing
 from lit_opd.plugins import call_object
 from lit_opd.runs.folder import RunFolder
-from lit_opd.tracking import RunRecord
+from lit_opd.tracking import RunRecord, check_loggers
 
 __all__ = ["build_evaluation_trainer", "build_trainer", "check_shares", "check_trainer_keys"]
 
@@ -97,7 +97,8 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         raise UserError("--profile", expected, repr(other), "Drop one of them.")
     watch = [callbacks.WatchCollapse(config.collapse, config.optim.updates_per_rollout)]
     own = (partial(_own_callback, f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks))
-    _, *own_callbacks = gather(partial(check_trainer_keys, config), *own)
+    others = partial(check_loggers, config.tracking.also)
+    _, _, *own_callbacks = gather(partial(check_trainer_keys, config), others, *own)
     chosen: list[L.Callback] = [
         # The first, so that what the others do before a step counts as part of it.
         *([callbacks.ProfileSteps(folder.profile)] if profile else []),
