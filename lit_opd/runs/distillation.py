@@ -33,6 +33,7 @@ from lit_opd.runs import torch_settings
 from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder, check_export
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
+from lit_opd.runs.model_card import write_card
 from lit_opd.runs.prepare import check_row_lengths, name_models, prepare_data
 from lit_opd.runs.resuming import changes, check_changes
 from lit_opd.stopping import Stopped, as_raised
@@ -127,6 +128,7 @@ def record(
     trainer.loggers = logger.loggers
     if trainer.is_global_zero:
         notes = {"mlflow_run_id": logger.run_id, "mlflow_experiment_id": logger.experiment_id, "ended": None}
+        notes["dataset_sha256"] = data.dataset_sha256
         folder.write_notes(**notes, **({"before": {}, "teacher": {}} if checkpoint is None else {}))
         write_file(folder.config, to_yaml(config))
         tracking.log_datasets(logger, data)
@@ -173,7 +175,7 @@ def run(
     after, perf = module.results["val"], speed_of(trainer).typical()
     outcome = Outcome(before, after, teacher, trainer.global_step, perf, folder.last_checkpoint, folder.student, logger)
     if trainer.is_global_zero:
-        close_run(folder, module, data, outcome)
+        close_run(config, folder, module, data, outcome)
     return outcome
 
 
@@ -210,7 +212,9 @@ def measure_before(
     return {"before": module.results["val"], "teacher": module.results.get("teacher", {})}
 
 
-def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataModule, outcome: Outcome) -> None:
+def close_run(
+    config: Config, folder: RunFolder, module: DistillationModule, data: PromptDataModule, outcome: Outcome
+) -> None:
     """Export the student, write the results, prompt by prompt and summed up, and end the MLflow run."""
     with replacing(folder.student) as part:
         export_student(module.student, part)
@@ -219,6 +223,7 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
     write_file(folder.prompts, json.dumps({"prompts": hashes, "sums": found.sums, "weights": found.weights}))
     summary = _as_json(outcome) | {"paths": [str(verdict) for verdict in module.verdicts.values()]}
     write_file(folder.summary, json.dumps(summary, indent=2))
+    write_card(folder.student, config, folder, outcome.steps)
     tracking.log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
     tracking.log_medians(outcome.logger, outcome.perf, outcome.steps)
     tracking.log_student(outcome.logger, folder.student, outcome.steps, data)
