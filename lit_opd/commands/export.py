@@ -13,7 +13,7 @@ import torch
 
 from lit_opd.commands.hub import check_hub, push_to_hub
 from lit_opd.commands.quiet import quiet_libraries
-from lit_opd.config import Config
+from lit_opd.config import Config, load_config
 from lit_opd.config.inputs import DTYPE
 from lit_opd.errors import UserError
 from lit_opd.files import only_one, replacing
@@ -49,6 +49,8 @@ def export(
     folder = RunFolder(Path(config.output_dir))
     file = folder.find_checkpoint(checkpoint)
     step = read_checkpoint("--checkpoint", file).get("global_step", 0)
+    # What a card tells of a run is what it was made with, whatever this command was given.
+    made_with = load_config([folder.config]) if folder.holds(file) and folder.config.is_file() else config
     usual = folder.path / "adapter" if adapter_only else folder.student
     destination = Path(out) if out else usual
     check_writable("--out", destination)
@@ -65,7 +67,7 @@ def export(
             export_adapter(student, load_student(replace(config.student, lora=None)), part)
         else:
             export_student(student, part, getattr(torch, dtype) if dtype else None)
-        write_card(part, config, folder, step)
+        write_card(part, made_with, folder, step)
     print(destination)
     if hub is not None:
         print(push_to_hub(destination, hub))

@@ -85,10 +85,9 @@ class MuonWithAdamW(Optimizer):
 
 def outer_matrices(model: nn.Module) -> list[Parameter]:
     """List the weights of embeddings, of their adapters and of the output layer, which Muon leaves to AdamW."""
-    layers = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model, getter)() if hasattr(model, getter) else None
-        layers += [] if layer is None else [layer]
+    layers: list[nn.Module] = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    layers += [] if head is None else [head]
     adapters = [weight for name, weight in model.named_parameters() if ".lora_embedding_" in name]
     return [weight for layer in layers for weight in layer.parameters()] + adapters
 

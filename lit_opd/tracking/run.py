@@ -144,10 +144,10 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def end(self, status: str) -> None:
         """Give the MLflow run its last status and say what could not be sent, and end the other loggers."""
-        end_loggers(self.others, status)
         if self._initialized:
             self.experiment.set_terminated(self.run_id, status)
             self._mailbox.close(hurry=status == "KILLED")
+        end_loggers(self.others, status)
 
 
 def _abandoned(client: RunClient, experiment: str, folder: str | None) -> str | None:

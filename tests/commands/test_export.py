@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lit_opd
 from lit_opd.cli import main
-from lit_opd.config import load_config
+from lit_opd.config import load_config, to_yaml
 from lit_opd.models import load_student
 from lit_opd.runs import model_card
 from lit_opd.runs.folder import RunFolder
@@ -69,7 +69,9 @@ def test_another_dtype_is_that_of_the_file_and_of_what_is_loaded(made):
 
 
 def test_a_card_tells_the_run_and_its_head_is_what_the_hub_reads(made):
-    words, _ = made("estimator.kwargs.max_log_ratio=3", "data.source=hub", "data.path=org/prompts")
+    words, _ = made()
+    own = [*words, "estimator.kwargs.max_log_ratio=3", "data.source=hub", "data.path=org/prompts"]
+    Path("run/config.yaml").write_text(to_yaml(load_config([], own)))  # which the command is not given
     folder = RunFolder(Path("run"))
     found = {"mean": 0.5, "low": 0.25, "high": 0.75}
     folder.summary.write_text(json.dumps({"steps": 7, "before": {"reverse_kl": found}, "after": {}, "teacher": {}}))
@@ -85,7 +87,7 @@ def test_a_card_tells_the_run_and_its_head_is_what_the_hub_reads(made):
         "add `license:`",
     ):  # fmt: skip
         assert row in card.text
-    config = load_config([], [*words, "student.path=org/student"])
+    config = load_config([], [*own, "student.path=org/student"])
     assert model_card.model_card(config, folder, 7).data.base_model == "org/student"
     assert "Not measured at this step" in model_card.model_card(config, folder, 6).text
 
