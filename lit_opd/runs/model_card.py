@@ -93,7 +93,7 @@ def _facts(config: Config, notes: Mapping[str, Any], step: int) -> dict[str, str
 
 def _results(folder: RunFolder, step: int) -> Iterator[str]:
     found = json.loads(folder.summary.read_text()) if folder.summary.is_file() else {}
-    if step not in (found.get("exported_step"), found.get("steps")):
+    if step != (found.get("exported_step") or found.get("steps")):
         yield "Not measured at this step: `python -m lit_opd validate` with the checkpoint measures it."
         return
     columns = {name: found[name] for name in COLUMNS if found.get(name)}
