@@ -85,7 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         evaluate.set_defaults(stage=name)
     export = _command(commands, "export", "export.export", "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", **file, help="default: the newest of output_dir")
-    export.add_argument("--out", metavar="FOLDER", type=expanduser, help="default: output_dir/student")
+    whither = "default: output_dir/student, or adapter with --adapter-only"
+    export.add_argument("--out", metavar="FOLDER", type=expanduser, help=whither)
+    export.add_argument("--adapter-only", action="store_true", help="write the adapters of a LoRA student alone")
+    export.add_argument("--dtype", metavar="DTYPE", help="of the written weights, as bfloat16; default: the student's")
+    hub = "upload it to the Hugging Face hub too, where a new repository is private"
+    export.add_argument("--push-to-hub", metavar="ORG/NAME", dest="hub", help=hub)
     told = "print the configuration that a run would take, with where each value came from"
     _command(commands, "config", "", told).set_defaults(run=_config)
     measure = _command(

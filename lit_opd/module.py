@@ -33,7 +33,7 @@ from lit_opd.evaluation import EvaluatedModule, tell_left_out
 from lit_opd.functional import chunk_rows, upcast
 from lit_opd.measures.ledger import teacher_report, teacher_sums
 from lit_opd.measures.steps import Seen, not_finite, step_report, token_sums
-from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler, play_schedule
+from lit_opd.optim import NonFiniteStepError, build_optimizer, build_scheduler, outer_matrices, play_schedule
 from lit_opd.perf import Stopwatch, peak_memory_mb, phase
 from lit_opd.proving import ProvenModule
 from lit_opd.rollout import (
@@ -272,7 +272,7 @@ class DistillationModule(models.Restorable, ProvenModule, EvaluatedModule):  # t
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the scheduler, which may be any of torch, by name."""
-        optimizer = build_optimizer(self.optim_config, self.model.parameters())
+        optimizer = build_optimizer(self.optim_config, self.model.parameters(), outer_matrices(self.model))
         scheduler = build_scheduler(self.optim_config, optimizer)
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
 

@@ -29,7 +29,8 @@ def banner(config: Config, made: Assembly, run_id: str | None = None) -> str:
     steps = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else "until trainer.max_epochs or max_time"
     device = f"{trainer.strategy.root_device}, {trainer.world_size} process{'es' * (trainer.world_size > 1)}"
     begun = f" from {made.checkpoint}" if made.checkpoint else ""
-    where = f"MLflow experiment {config.tracking.experiment!r}" + (f", run {run_id}" if run_id else "")
+    recorded = f"MLflow experiment {config.tracking.experiment!r}" + (f", run {run_id}" if run_id else "")
+    where = "without MLflow" if config.tracking.uri is None else recorded
     lines = {
         "student": f"{config.student.path}, {_size(module)}, {config.student.dtype}",
         "teacher": _teacher(config),

@@ -11,14 +11,14 @@ import sys
 
 from lit_opd.config import Config
 from lit_opd.errors import UserError
-from lit_opd.tracking import check_tracking
+from lit_opd.tracking import check_tracking, need_store
 
 __all__ = ["serve"]
 
 
 def serve(config: Config, port: int) -> None:
     """Become `mlflow ui` on the configured store and a port of 127.0.0.1, which runs until it is interrupted."""
-    uri = config.tracking.uri
+    uri = need_store(config.tracking.uri, "show its pages")
     if uri.startswith("http"):
         raise UserError("tracking.uri", "a store without a server of its own", repr(uri), f"Open {uri} in a browser.")
     check_tracking(uri)

@@ -84,7 +84,7 @@ class TeacherConfig(FrozenConfig):
     prompt: str | None = limited(None, within("with {prompt} or a column in braces", lambda v: v is None or "{" in v))
     """What the teacher reads instead of the prompt: a template over the row, as data.prompt_template."""
     reads: dict[str, Any] = field(default_factory=dict)
-    """Further keys of data with values that are the teacher's alone: system_prompt, examples."""
+    """Keys of data with values that are the teacher's alone: system_prompt, examples, chat_template_kwargs."""
     extra_tokens: str = limited("refuse", one_of("refuse", "mask"))
     """Tokens behind the student's last, as newer special tokens: refuse | mask (as if it could not write them)."""
     least_aligned: float | None = limited(None, within("from 0 to 1", lambda v: v is None or 0 <= v <= 1))
@@ -132,7 +132,7 @@ class TeacherConfig(FrozenConfig):
             expected = "a folder with the teacher's tokenizer, for teacher.least_aligned"
             raise UserError(f"{name}.path", expected, "nothing", "Name it, or drop teacher.least_aligned.")
         for key in self.reads:
-            choose(f"{name}.reads.{key}", str(key), ("system_prompt", "examples"))
+            choose(f"{name}.reads.{key}", str(key), ("system_prompt", "examples", "chat_template_kwargs"))
         if self.kind == "student" and not self.shown and self.temperature == 1:
             expected = "a template, for a student that is its own teacher knows no more unless it reads more"
             raise UserError(f"{name}.prompt", expected, "null", f"Set it, as {name}.prompt='HINT {{prompt}}'.")
@@ -202,6 +202,8 @@ class DataConfig(Section):
     """The column that holds the right answer, or a demonstration."""
     chat: bool = False
     """Put prompts into the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, of the teacher's prompt too, as {enable_thinking: false} for Qwen3."""
     system_prompt: str | None = limited(
         None, within("other than the word None: nothing is null", lambda v: v != "None")
     )

@@ -118,11 +118,11 @@ class OptimConfig(Section):
     """The optimizer's step."""
 
     name: str = "AdamW"
-    """Any of torch.optim, AdamW8bit (bitsandbytes), StochasticAdamW (weights in bf16), or a path of one."""
+    """Any of torch.optim (Muon: hidden matrices, the rest by AdamW), AdamW8bit, StochasticAdamW, or a path of one."""
     lr: float = limited(1e-5, above(0))
     """The learning rate after warm-up."""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further keywords of the optimizer. Another one begins with its own defaults."""
+    """Further keywords of the optimizer, of Muon also adamw: {...}. Another one begins with its own defaults."""
     scheduler: str | None = None
     """Any scheduler of torch.optim.lr_scheduler, or package.module:name or file.py:name of one, or null."""
     scheduler_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_opd.config import limits
 from lit_opd.config.limits import Section, at_least, limited, one_of, within
-from lit_opd.errors import UserError
+from lit_opd.errors import UserError, choose
 
 __all__ = [
     "CheckpointConfig", "CollapseConfig", "DiagnosticsConfig", "EvaluationConfig", "LintConfig", "MeasureConfig",
@@ -110,8 +110,10 @@ class CollapseConfig(Section):
 class TrackingConfig(Section):
     """The store that records runs."""
 
-    uri: str = "sqlite:///mlflow.db"
-    """Any MLflow tracking URI."""
+    uri: str | None = "sqlite:///mlflow.db"
+    """Any MLflow tracking URI, or null for runs without MLflow."""
+    also: list[str] = field(default_factory=list)
+    """Further loggers of `fit`, which write metrics into output_dir: csv, tensorboard, wandb."""
     experiment: str = "lit_opd"
     """Runs of one experiment are compared in one table."""
     run_name: str | None = None
@@ -120,6 +122,12 @@ class TrackingConfig(Section):
     """Further tags of the run."""
     system_metrics: bool = True
     """CPU, memory, disk and network in the run's System metrics tab."""
+
+    def check(self, name: str = "") -> None:
+        """Check every value, and each further logger."""
+        super().check(name)
+        for also in self.also:
+            choose(f"{name}.also", also, ("csv", "tensorboard", "wandb"))
 
 
 @dataclass

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lit_opd.config import DataConfig
+from lit_opd.data.chat import ASSISTANT, apply_chat, check_template_keywords
 from lit_opd.errors import UserError
 
 __all__ = ["EncodedPrompts", "encode", "encode_rows", "own_text", "pad_left", "pad_token_id", "render", "show"]
 
 HALF = re.compile("[\ud800-\udfff]")
-ASSISTANT = ("assistant", "model", "gpt", "bot", "chatbot", "ai")  # as data sets and templates spell it
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
     Raises:
         UserError: the prompt, the template or the tokenizer does not fit `data.chat`.
     """
-    for key, value in (("system_prompt", config.system_prompt), ("examples", config.examples)):
-        if value and not config.chat:
+    for key in ("system_prompt", "examples", "chat_template_kwargs"):
+        if (value := getattr(config, key)) and not config.chat:
             remedy = "Set data.chat=true or unset it."
             raise UserError(f"data.{key}", "nothing unless data.chat=true", repr(value), remedy)
     prompt = row[config.prompt_column]
@@ -67,11 +67,11 @@ def render(row: Mapping[str, Any], config: DataConfig, tokenizer: Any) -> str:
         text = _fill(row, config)
         if not config.chat:
             return text
-        return _apply_chat([*_worked_turns(config), {"role": "user", "content": text}], config, tokenizer)
+        return apply_chat([*_worked_turns(config), {"role": "user", "content": text}], config, tokenizer)
     messages = _messages(prompt, config)
     if not config.chat:
         raise UserError("data.chat", "true where prompts are lists of messages", "false", "Set data.chat=true.")
-    return _apply_chat(_open_ended(messages, config), config, tokenizer)
+    return apply_chat(_open_ended(messages, config), config, tokenizer)
 
 
 def own_text(row: Mapping[str, Any], config: DataConfig) -> str:
@@ -109,6 +109,7 @@ def encode_rows(rows: Sequence[dict[str, Any]], config: DataConfig, tokenizer: A
         UserError: a prompt without text, a prompt too long under `error`, or none left under `drop`.
     """
     config.check("data")
+    check_template_keywords(config, tokenizer)
     for key, default in (("prompt_template", "{prompt}"), ("examples", [])):
         value = getattr(config, key)
         if value != default and any(isinstance(row[config.prompt_column], list) for row in rows):
@@ -146,8 +147,8 @@ def show(
 
     Args:
         prompts: the rows that were kept.
-        shown: by the name of a scorer, values for `prompt_template`, `system_prompt` and `examples` of `data`, and
-            `tokenizer`, that of a scorer with another than the student's.
+        shown: by the name of a scorer, values for `prompt_template`, `system_prompt`, `examples` and
+            `chat_template_kwargs` of `data`, and `tokenizer`, that of a scorer with another than the student's.
         config: how prompts are rendered otherwise.
         tokenizer: the student's.
 
@@ -159,12 +160,14 @@ def show(
         keys, reader = {**given}, given.get("tokenizer", tokenizer)
         keys.pop("tokenizer", None)
         lists = any(isinstance(row[config.prompt_column], list) for row in prompts.rows)
-        if keys and "system_prompt" not in keys and lists:
-            expected = "system_prompt where prompts are lists of messages"
+        if keys and lists and not keys.keys() & {"system_prompt", "chat_template_kwargs"}:
+            expected = "system_prompt or chat_template_kwargs where prompts are lists of messages"
             raise UserError(f"{name}.reads", expected, ", ".join(keys), "Give one.")
         try:
             own = replace(config, **keys)
             own.check("data")
+            if "chat_template_kwargs" in keys:
+                check_template_keywords(own, reader)
             texts = [render(row, own, reader) for row in prompts.rows]
         except UserError as error:
             if error.key.removeprefix("data.") not in keys:
@@ -250,23 +253,6 @@ def _worked_turns(config: DataConfig) -> list[dict[str, str]]:
         if example.keys() != set(roles):
             raise UserError("data.examples", "a list of {user: ..., assistant: ...}", repr(example), "Give both texts.")
     return [{"role": role, "content": example[role]} for example in config.examples for role in roles]
-
-
-def _apply_chat(messages: Sequence[Mapping[str, Any]], config: DataConfig, tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
-        remedy = "Set data.chat=false or use a tokenizer with a chat template."
-        raise UserError("data.chat", "false, as the tokenizer has no chat template", "true", remedy)
-    if config.system_prompt is not None and not (messages and messages[0]["role"] == "system"):
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    goes_on = str(messages[-1]["role"]).lower() in ASSISTANT
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not goes_on, continue_final_message=goes_on
-        )
-    except Exception as error:  # whatever the tokenizer's own template raises
-        cause = f"{type(error).__name__}: {error}"
-        remedy = "Check the roles and data.system_prompt."
-        raise UserError("data.chat", "messages that the tokenizer's chat template accepts", cause, remedy) from error
 
 
 def _end_of(prompt: list[int], limit: int, bos: int | None) -> list[int]:

@@ -4,7 +4,7 @@
 """
 
 from lit_opd.models.context import context_length
-from lit_opd.models.exporting import export_student
+from lit_opd.models.exporting import export_adapter, export_student
 from lit_opd.models.flash_proof import prove_attention
 from lit_opd.models.fused_parts import prove_parts
 from lit_opd.models.given import Restorable, as_models, check_taught_by, taught_by, to_saved
@@ -29,6 +29,7 @@ __all__ = [
     "as_models",
     "check_taught_by",
     "end_of_turn",
+    "export_adapter",
     "export_student",
     "frozen_names",
     "load_frozen",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer, lr_scheduler
 
 from lit_opd.config import OptimConfig
-from lit_opd.errors import RunError, UserError, suggest
+from lit_opd.config.limits import as_type
+from lit_opd.errors import LintWarning, RunError, UserError, suggest
+from lit_opd.optim.muon import MuonWithAdamW
 from lit_opd.optim.rounding import StochasticAdamW, warn_of_lost_steps
 from lit_opd.plugins import import_object
 
@@ -21,6 +23,8 @@ __all__ = ["NonFiniteStepError", "build_optimizer", "build_scheduler", "play_sch
 
 # What a step without closure, metric or sparse gradients cannot drive, and the base classes.
 UNUSABLE = {"LBFGS", "SparseAdam", "Optimizer", "ReduceLROnPlateau", "LRScheduler"}
+
+MUON = "Muon"
 
 FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 
@@ -47,8 +51,15 @@ class NonFiniteStepError(RunError):
         )
 
 
-def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Optimizer:
+def build_optimizer(
+    config: OptimConfig, parameters: Iterable[Parameter], outer: Collection[Parameter] = ()
+) -> Optimizer:
     """Build the optimizer `torch.optim.<name>`, or the one that a path names, over the trainable parameters.
+
+    Args:
+        config: the section `optim`.
+        parameters: of the student.
+        outer: those of `outer_matrices`, which Muon leaves to AdamW.
 
     Raises:
         UserError: no such optimizer, or it refuses the keywords.
@@ -57,18 +68,36 @@ def build_optimizer(config: OptimConfig, parameters: Iterable[Parameter]) -> Opt
     if name.startswith("bitsandbytes") and importlib.util.find_spec("bitsandbytes") is None:
         remedy = 'Run: pip install "lit_opd[quantization]"'
         raise UserError("optim.name", f"bitsandbytes, which has {config.name}", "no such package", remedy)
-    cls = _member("optim.name", torch.optim, name, Optimizer, SHORT_NAMES)
+    cls: Any = MuonWithAdamW if name == MUON else _member("optim.name", torch.optim, name, Optimizer, SHORT_NAMES)
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise UserError("student", "trainable parameters", "none", "Unfreeze some, or set student.lora.")
     try:
-        optimizer = cls(trainable, lr=config.lr, **_fused(cls, trainable, config.kwargs), **config.kwargs)
+        if cls in (MuonWithAdamW, getattr(torch.optim, MUON, None)):
+            optimizer = _build_muon(config, trainable, outer)
+        else:
+            optimizer = cls(trainable, lr=config.lr, **_fused(cls, trainable, config.kwargs), **config.kwargs)
     except (TypeError, ValueError) as error:
         expected = f"keywords of {name if ':' in name else f'torch.optim.{name}'}"
         raise UserError("optim.kwargs", expected, str(error), "Correct them.") from error
     if cls is not StochasticAdamW and any(p.element_size() == 2 for p in trainable):
         warn_of_lost_steps(optimizer, config.warmup_steps)
     return optimizer
+
+
+def _build_muon(config: OptimConfig, trainable: list[Parameter], outer: Collection[Parameter]) -> MuonWithAdamW:
+    left = {id(weight) for weight in outer}
+    matrices = [weight for weight in trainable if weight.ndim == 2 and id(weight) not in left]
+    taken = {id(weight) for weight in matrices}
+    others = [weight for weight in trainable if id(weight) not in taken]
+    if stacked := sum(weight.ndim > 2 for weight in others):
+        told = f"optim.name: Muon trains matrices, so that AdamW trains {stacked} weights of more dimensions."
+        warnings.warn(told, LintWarning, stacklevel=3)
+    given = dict(config.kwargs)
+    adamw = as_type("optim.kwargs.adamw", given.pop("adamw", {}), dict[str, Any])
+    return MuonWithAdamW(
+        matrices, others, lr=config.lr, adamw={**_fused(torch.optim.AdamW, others, adamw), **adamw}, **given
+    )
 
 
 def rehearsal_device(config: OptimConfig) -> torch.device:

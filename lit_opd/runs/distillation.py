@@ -33,6 +33,7 @@ from lit_opd.runs.best import go_back, note_last
 from lit_opd.runs.checkpoints import load_weights, read_checkpoint
 from lit_opd.runs.folder import RunFolder
 from lit_opd.runs.lightning_trainer import build_evaluation_trainer, check_shares
+from lit_opd.runs.model_card import write_card
 from lit_opd.runs.outcome import Outcome, Results, as_json
 from lit_opd.runs.prepare import check_row_lengths, name_models
 from lit_opd.stopping import Stopped, as_raised
@@ -76,9 +77,11 @@ def _train(config: Config, resume: str | None, profile: bool, announce: Announce
 def record(config: Config, made: Assembly, announce: Announce) -> Outcome:
     """Begin the MLflow run or find the `known` one, make the run, and record how it ended, as `train` does."""
     folder, trainer, module, data, checkpoint, known = made
-    trainer.logger = logger = tracking.begin_run(config, tags_of(config, module, data), known, folder.path)
+    logger = tracking.begin_run(config, tags_of(config, module, data), known, folder.path)
+    trainer.loggers = logger.loggers
     if trainer.is_global_zero:
         notes = {"mlflow_run_id": logger.run_id, "mlflow_experiment_id": logger.experiment_id, "ended": None}
+        notes["dataset_sha256"] = data.dataset_sha256
         folder.write_notes(**notes, **({"before": {}, "teacher": {}} if checkpoint is None else {}))
         write_file(folder.config, to_yaml(config))
         tracking.log_datasets(logger, data)
@@ -122,7 +125,7 @@ def run(config: Config, made: Assembly, logger: tracking.RunLogger) -> Outcome:
     checkpoint = folder.last_checkpoint if exported is None else folder.best_checkpoint
     outcome = Outcome(before, after, teacher, trainer.global_step, perf, checkpoint, folder.student, logger, exported)
     if trainer.is_global_zero:
-        close_run(folder, module, data, outcome)
+        close_run(config, folder, module, data, outcome)
     return outcome
 
 
@@ -144,7 +147,9 @@ def measure_before(
     return {"before": module.results["val"], "teacher": module.results.get("teacher", {})}
 
 
-def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataModule, outcome: Outcome) -> None:
+def close_run(
+    config: Config, folder: RunFolder, module: DistillationModule, data: PromptDataModule, outcome: Outcome
+) -> None:
     """Export the student, write the results, prompt by prompt and summed up, and end the MLflow run."""
     with replacing(folder.student) as part:
         export_student(module.student, part)
@@ -154,9 +159,11 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
     write_file(folder.completions, as_jsonl(module.evaluation.transcripts))
     summary = as_json(outcome) | {"paths": [str(verdict) for verdict in module.verdicts.values()]}
     write_file(folder.summary, json.dumps(summary, indent=2))
+    step = outcome.exported_step or outcome.steps
+    write_card(folder.student, config, folder, step)
     tracking.log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
     tracking.log_medians(outcome.logger, outcome.perf, outcome.steps)
-    tracking.log_student(outcome.logger, folder.student, outcome.exported_step or outcome.steps, data)
+    tracking.log_student(outcome.logger, folder.student, step, data)
     outcome.logger.end("FINISHED")
     folder.write_notes(ended="FINISHED")
 

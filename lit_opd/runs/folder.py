@@ -128,7 +128,7 @@ class RunFolder:
 
 
 def _are_notes(found: Any) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("mlflow_run_id", ""), str):
+    if not isinstance(found, dict) or not isinstance(found.get("mlflow_run_id"), str | None):
         return False
     results = [found.get(name, {}) for name in ("before", "teacher")]
     return all(isinstance(held, dict) and all(_is_interval(v) for v in held.values()) for held in results)

@@ -27,7 +27,7 @@ from lit_opd.files import replacing
 from lit_opd.plugins import call_object
 from lit_opd.runs.best import keeper
 from lit_opd.runs.folder import RunFolder
-from lit_opd.tracking import RunRecord
+from lit_opd.tracking import RunRecord, check_loggers
 
 __all__ = ["build_evaluation_trainer", "build_trainer", "check_shares", "check_trainer_keys"]
 
@@ -107,7 +107,8 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
     watch = [callbacks.WatchCollapse(config.collapse, config.optim.updates_per_rollout)]
     own = (partial(_own_callback, f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks))
     checks = partial(check_trainer_keys, config), partial(_checkpoints, config, folder)
-    _, checkpoints, *own_callbacks = gather(*checks, *own)
+    others = partial(check_loggers, config.tracking.also)
+    _, checkpoints, _, *own_callbacks = gather(*checks, others, *own)
     chosen: list[L.Callback] = [
         # The first, so that what the others do before a step counts as part of it.
         *([callbacks.ProfileSteps(folder.profile)] if profile else []),

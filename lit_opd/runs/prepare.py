@@ -138,11 +138,13 @@ def name_models(config: Config, pair: Pair) -> dict[str, str]:
 
 
 def check_optimizer(config: OptimConfig) -> None:
-    """Rehearse a step of optimizer and scheduler on one made-up parameter, and refuse those that cannot make it."""
+    """Rehearse a step of optimizer and scheduler on a matrix and a vector, and refuse those that cannot make it."""
     try:
-        parameter = torch.nn.Parameter(torch.zeros(1, 1, device=rehearsal_device(config)))
-        parameter.grad = torch.zeros_like(parameter)
-        optimizer = build_optimizer(config, [parameter])
+        device = rehearsal_device(config)
+        parameters = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in ((1, 1), (1,))]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer = build_optimizer(config, parameters)
         scheduler = build_scheduler(replace(config, warmup_steps=0), optimizer)  # the one after warm-up makes the step
         optimizer.step()
         if scheduler is not None:

@@ -42,7 +42,7 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "measure.parameters", "measure.sketch", "diagnostics.every_n_steps", "diagnostics.support_size",
         "diagnostics.print_every_n_steps", "diagnostics.figures", "collapse.window", "collapse.min_entropy",
         "collapse.max_repetition", "collapse.max_truncated", "collapse.min_support_mass", "tracking.uri",
-        "tracking.run_name", "tracking.tags", "tracking.system_metrics",
+        "tracking.run_name", "tracking.tags", "tracking.system_metrics", "tracking.also",
     ),
 }  # fmt: skip
 """What becomes of another value, by key. That of any other key is used from the first step on, and told."""

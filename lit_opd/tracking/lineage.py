@@ -92,4 +92,5 @@ def log_medians(logger: RunLogger, perf: Mapping[str, float], step: int) -> None
     """Add the typical step to the run's `cost/*`, where a table shows of `perf/*` the last step's."""
     names = {"perf/step_s": "cost/median_step_s", "perf/tokens_per_s": "cost/median_tokens_per_s",
              "perf/peak_memory_mb": "cost/peak_memory_mb"}  # fmt: skip
-    logger.log_metrics({cost: perf[name] for name, cost in names.items() if name in perf}, step)
+    for one in logger.loggers:
+        one.log_metrics({cost: perf[name] for name, cost in names.items() if name in perf}, step)

@@ -56,16 +56,23 @@ class RunRecord(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Describe the run once, and measure its system while a loop of Lightning is under way."""
         logger = logger_of(trainer)
+        if not self._described:
+            self._describe(trainer, logger)
+        self._described = True
         if not isinstance(logger, RunLogger):
             return
-        if not self._described:
-            log_files(logger, {self.config_file.name: self.config_file.read_bytes()})
-            values = {name: str(v) for name, v in to_flat(self.config).items() if v not in (None, {}, [])}
-            logger.experiment.describe_run(logger.run_id, values)
-            self._described = True
         if self.config.tracking.system_metrics and self._monitor is None:
             self._monitor = SystemLoad(logger)
             self._monitor.start()
+
+    def _describe(self, trainer: L.Trainer, logger: MLFlowLogger | None) -> None:
+        values = {name: value for name, value in to_flat(self.config).items() if value not in (None, {}, [])}
+        for other in trainer.loggers:
+            if not isinstance(other, MLFlowLogger):
+                other.log_hyperparams(values)
+        if isinstance(logger, RunLogger):
+            log_files(logger, {self.config_file.name: self.config_file.read_bytes()})
+            logger.experiment.describe_run(logger.run_id, {name: str(value) for name, value in values.items()})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Log the examples of this evaluation."""

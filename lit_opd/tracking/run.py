@@ -1,13 +1,12 @@
-"""Begin, name and end the MLflow run of a training or a measurement.
+"""Hold the MLflow run of a training or a measurement from its beginning to its end.
 
-Why here: MLflow learns how a run ended, and a resumed run goes on in the MLflow run it had. The commands begin one
-before anything is written, and end it when its results are.
+Why here: MLflow learns how a run ended, and a resumed run goes on in the MLflow run it had. `begin_run` makes a logger,
+and the commands end it when its results are written.
 """
 
 from __future__ import annotations
 
 import math
-import socket
 import subprocess
 import sys
 import time
@@ -23,12 +22,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
 from lit_opd.config import Config
-from lit_opd.errors import UserError, concealed
+from lit_opd.errors import concealed
 from lit_opd.tracking.fitting import RunClient, fit_tags
-from lit_opd.tracking.mailbox import REFUSALS, Mailbox, reason
+from lit_opd.tracking.mailbox import REFUSALS, Mailbox
+from lit_opd.tracking.others import end_loggers
 from lit_opd.tracking.store import KEPT, connect
 
-__all__ = ["RunLogger", "begin_run", "git_sha", "ui_command"]
+__all__ = ["FOLDER", "RunLogger", "git_sha", "ui_command"]
 
 FOLDER = "run_folder"  # the tag that names the machine and the folder of a run
 
@@ -57,6 +57,12 @@ class RunLogger(MLFlowLogger):
         again = run_id is not None
         self._mailbox = Mailbox(lambda: connect(tracking_uri, again), tracking_uri, Path(keep_in))
         self.last_steps: dict[str, int] = {}  # by metric, those of an earlier process too
+        self.others: list[Logger] = []
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """This logger and the others of the run, for its trainer."""
+        return [self, *self.others]
 
     @property
     @rank_zero_experiment
@@ -137,10 +143,11 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def end(self, status: str) -> None:
-        """Give the MLflow run its last status, and say what could not be sent."""
+        """Give the MLflow run its last status and say what could not be sent, and end the other loggers."""
         if self._initialized:
             self.experiment.set_terminated(self.run_id, status)
             self._mailbox.close(hurry=status == "KILLED")
+        end_loggers(self.others, status)
 
 
 def _abandoned(client: RunClient, experiment: str, folder: str | None) -> str | None:
@@ -149,36 +156,6 @@ def _abandoned(client: RunClient, experiment: str, folder: str | None) -> str | 
         return None
     begun = f"tags.{FOLDER} = '{folder}' and attributes.status = 'RUNNING'"
     return next((run.info.run_id for run in client.search_runs([experiment], begun) if not run.data.metrics), None)
-
-
-def begin_run(config: Config, tags: dict[str, str], run_id: str | None = None, folder: Path | None = None) -> RunLogger:
-    """Make the logger of a run, with its MLflow run made or, where `run_id` is to be continued, found.
-
-    Args:
-        config: its `tracking` section; the run's default name says estimator and pair.
-        tags: of the design, merged with `tracking.tags`.
-        run_id: an MLflow run to continue, which goes on where the store does not answer.
-        folder: of the run; what MLflow does not get is kept in it.
-
-    A store that refuses, or does not hold the run, is a `UserError`.
-    """
-    pair = f"{Path(tags['student']).name} <- {Path(tags['teacher']).name}"
-    own = {FOLDER: f"{socket.gethostname()}:{folder.absolute()}"} if folder else {}
-    logger = RunLogger(
-        experiment_name=config.tracking.experiment,
-        run_name=config.tracking.run_name or f"{tags['estimator']} · {pair} · seed {config.seed}",
-        tracking_uri=config.tracking.uri,
-        tags=own | tags | dict(config.tracking.tags),
-        run_id=run_id,
-        keep_in=(folder or Path(config.output_dir)) / KEPT,
-    )
-    try:
-        logger.begin()
-    except Exception as error:  # MLflow passes on whatever its database or its server raises
-        remedy = "Correct it; to record a resumed run anew, delete run.json in output_dir."
-        found = f"{config.tracking.uri!r}: {reason(error)}"
-        raise UserError("tracking.uri", "an MLflow store that takes the run", found, remedy) from error
-    return logger
 
 
 def git_sha() -> dict[str, str]:
@@ -192,6 +169,8 @@ def git_sha() -> dict[str, str]:
 
 def ui_command(config: Config, logger: MLFlowLogger) -> str:
     """Spell the command that opens the MLflow UI on this run, and the address to open."""
+    if config.tracking.uri is None:
+        return "not told of this run (tracking.uri=null)"
     uri = concealed(config.tracking.uri)
     page = f"/#/experiments/{logger.experiment_id}/runs/{logger.run_id}"
     if uri.startswith("http"):

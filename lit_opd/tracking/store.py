@@ -25,8 +25,8 @@ from lit_opd.errors import RunError, UserError, concealed
 from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.mailbox import Mailbox, answer_within, reason
 
-__all__ = ["KEPT", "MlflowClient", "MlflowException", "MlflowRun", "check_tracking", "connect", "open_store",
-           "send_kept"]  # fmt: skip
+__all__ = ["KEPT", "MlflowClient", "MlflowException", "MlflowRun", "check_tracking", "connect", "need_store",
+           "open_store", "send_kept"]  # fmt: skip
 
 KEPT = "unsent"  # the folder, in that of a run, of what MLflow did not get
 
@@ -45,11 +45,21 @@ def bound_waiting() -> None:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
-def check_tracking(uri: str, begun: bool = False) -> None:
+def need_store(uri: str | None, wish: str) -> str:
+    """Refuse null where a `wish` of the user needs an MLflow store."""
+    if uri is None:
+        remedy = "Set it to the store of the runs, as tracking.uri=sqlite:///mlflow.db."
+        raise UserError("tracking.uri", f"an MLflow store, which is needed to {wish}", "null", remedy)
+    return uri
+
+
+def check_tracking(uri: str | None, begun: bool = False) -> None:
     """Refuse in seconds a tracking URI that cannot answer, where MLflow itself would retry for minutes.
 
     A run that is in the store already, as `begun` says, goes on where a server does not answer.
     """
+    if uri is None:
+        return
     bound_waiting()
     parts = urllib.parse.urlsplit(uri)
     if parts.scheme in ("http", "https"):

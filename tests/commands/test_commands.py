@@ -68,6 +68,12 @@ def test_export_writes_what_fit_exported(run, capsys):
     assert {file.name for file in mine.iterdir()} == {file.name for file in theirs.iterdir()}
     for file in theirs.iterdir():
         assert (mine / file.name).read_bytes() == file.read_bytes(), file.name
+    (recorded,) = run.runs
+    measured = recorded.data.metrics["val/reverse_kl"]
+    card = (theirs / "README.md").read_text()
+    assert f"| MLflow run | {recorded.info.run_id} |" in card
+    assert f"| sha256 of the prompts | {recorded.data.tags['dataset_sha256']} |" in card
+    assert re.search(rf"\| reverse KL \(nats/token\) \| .* \| {re.escape(f'{measured:.4g}')} \[", card)
     shutil.rmtree(mine)
 
 

@@ -1,6 +1,7 @@
 """Optimizers and schedules by name."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from lit_opd.config import OptimConfig
 from lit_opd.errors import UserError
-from lit_opd.optim import build_optimizer, build_scheduler
+from lit_opd.optim import build_optimizer, build_scheduler, outer_matrices
+from lit_opd.optim.building import UNUSABLE
+from lit_opd.runs.prepare import check_optimizer
 
 
 def rates(steps=8, **keys):
@@ -98,3 +101,51 @@ def test_a_fused_step_is_the_plain_one():
             weight.grad = torch.sin(weight.detach() + step)
             optimizer.step()
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
+
+
+def optimizers_of(module, prefix=""):
+    kinds = {name: kind for name, kind in vars(module).items() if isinstance(kind, type)}
+    return [prefix + name for name, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)]
+
+
+@pytest.mark.parametrize("name", sorted(optimizers_of(torch.optim)))
+def test_every_optimizer_of_torch_trains_a_step_or_is_refused(name):
+    refused_or_trains(name, refused=name in UNUSABLE)
+
+
+def test_every_optimizer_of_bitsandbytes_trains_a_step_or_is_refused(monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes", minversion="0.50")  # the first with CPUs
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    found = optimizers_of(bitsandbytes.optim, "bitsandbytes.optim:")
+    assert len(found) > 30
+    for name in found:
+        # The former two fail on a CPU (0.50), the others have no step without momentum.
+        refused_or_trains(name, refused=re.search("AdEMAMix32bit|SGD|LARS", name))
+        if "SGD" in name or "LARS" in name:
+            refused_or_trains(name, refused=False, kwargs={"momentum": 0.9})
+
+
+def refused_or_trains(name, refused, **keys):
+    """Before any weights load it is refused in one line, or it makes a finite step of every weight."""
+    config = OptimConfig(name=name, lr=0.01, **keys)
+    if refused:
+        with pytest.raises(UserError, match=r"^optim(\.name)?: expected ") as error:
+            check_optimizer(config)
+        assert "\n" not in str(error.value)
+        return
+    check_optimizer(config)
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 64), torch.nn.Linear(64, 70))
+    optimizer = build_optimizer(config, model.parameters(), outer_matrices(model))
+    before = [weight.detach().clone() for weight in model.parameters()]
+    model(torch.arange(5)).square().sum().backward()
+    optimizer.step()
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert new.isfinite().all(), name
+        assert not torch.equal(old, new), name
+
+
+def test_an_optimizer_of_ones_own_by_its_file(tmp_path):
+    (tmp_path / "mine.py").write_text("import torch\nclass Half(torch.optim.SGD):\n    pass\n")
+    config = OptimConfig(name=f"{tmp_path / 'mine.py'}:Half")
+    check_optimizer(config)
+    assert type(build_optimizer(config, [torch.nn.Parameter(torch.zeros(2))])).__name__ == "Half"

@@ -32,7 +32,7 @@ OWN = {
 class Tracking:
     """The store that records the comparison and its runs."""
 
-    uri: str = TrackingConfig.uri
+    uri: str = str(TrackingConfig.uri)
     experiment: str = "compare"
     run_name: str | None = None
 

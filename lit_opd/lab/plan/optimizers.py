@@ -9,7 +9,7 @@ import yaml
 
 from lit_opd.config import OptimConfig
 from lit_opd.errors import UserError
-from lit_opd.optim import build_optimizer
+from lit_opd.optim import MUON, build_optimizer
 
 __all__ = ["state_bytes"]
 
@@ -18,14 +18,19 @@ _IN_8_BITS = {"AdamW8bit": 2, "PagedAdamW8bit": 2, "Lion8bit": 1, "PagedLion8bit
 _A_NUMBER = 1 + 4 / 256
 
 
-def state_bytes(config: OptimConfig, dtype: torch.dtype) -> float:
+def state_bytes(config: OptimConfig, dtype: torch.dtype, hidden: float = 1.0) -> float:
     """Tell the bytes that an optimizer keeps of a weight of this dtype, by a step on two small tensors.
+
+    `hidden` is the share of weights in matrices of hidden layers, for Muon, which leaves the others to AdamW.
 
     Raises:
         UserError: there is no such optimizer, or it makes no step.
     """
     if config.name in _IN_8_BITS:
         return _IN_8_BITS[config.name] * _A_NUMBER
+    if config.name == MUON:
+        rest = _measured("AdamW", yaml.safe_dump(config.kwargs.get("adamw", {})), dtype)
+        return hidden * _measured(MUON, yaml.safe_dump(config.kwargs), dtype) + (1 - hidden) * rest
     return _measured(config.name, yaml.safe_dump(config.kwargs), dtype)
 
 

@@ -156,7 +156,8 @@ class _Planner:
         if itself and itself[0].follow not in ("live", "adapter_off"):
             parts["teacher's weights"] += self.trained * self.student.trainable
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.trained]
-        parts["optimizer's state"] = state_bytes(self.config.optim, dtype) * self.student.trainable
+        hidden = 1.0 if self.student.rank else self.student.projections / self.student.trainable
+        parts["optimizer's state"] = state_bytes(self.config.optim, dtype, hidden) * self.student.trainable
         if self.captured:
             parts |= self.decoder("student", self.rows)
         return parts
