@@ -127,7 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help=what, usage=usage, description=told)
     check.add_argument("estimator", metavar="NAME|FILE.py:FUNCTION", help="registered, or of your own")
     check.set_defaults(run=_check, overrides=[])
-    listing = commands.add_parser("estimators", help="list the registered estimators with their contracts")
+    listing = commands.add_parser("estimators", help="list the registered estimators, or describe one")
+    listing.add_argument("name", nargs="?", metavar="NAME", help="one with its formula and keywords, default: list all")
     listing.add_argument("--markdown", action="store_true", help="as a Markdown table")
     listing.set_defaults(run=_estimators)
     recipes = commands.add_parser("recipes", help="list the published recipes, or print the file of one")
@@ -204,9 +205,12 @@ def _check(parsed: argparse.Namespace) -> None:
 
 
 def _estimators(parsed: argparse.Namespace) -> None:
-    from lit_opd.commands.estimators import markdown_table, print_table
+    from lit_opd.commands.estimators import markdown_table, print_estimator, print_table
 
-    print(markdown_table()) if parsed.markdown else print_table()
+    if parsed.name:
+        print_estimator(parsed.name)
+    else:
+        print(markdown_table()) if parsed.markdown else print_table()
 
 
 def _recipes(parsed: argparse.Namespace) -> None:

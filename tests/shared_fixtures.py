@@ -12,7 +12,7 @@ import warm
 import wide_norm  # noqa: F401  (takes effect on import)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from workspaces import database, make_workspace, workspace  # noqa: F401  (one database for the tests of every folder)
+from workspaces import database, make_workspace, scratch, workspace  # noqa: F401  (one database for all tests)
 
 from lit_opd import DistillationModule, PromptDataModule, errors, estimators
 from lit_opd.estimators import registry

@@ -1,64 +1,41 @@
 """The documents run as they stand, and say what the code and the committed results say."""
 
 import json
-import os
+import math
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from documents import DOCUMENTS, EXECUTED, OF_THE_GATE, PATH, ROOT, RUNNER, blocks_of, name_of, run_document
+from safetensors import safe_open
 
 from lit_opd import estimators
 from lit_opd.config import Config
 from lit_opd.estimators.oracle.laws import LAWS
 from lit_opd.linter import RULES
 
-ROOT = Path(__file__).parents[1]
-RUNNER = ROOT / "tools" / "run_docs.py"
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tutorials/*.md"),
-                    ROOT / "conf" / "recipes" / "README.md"])  # fmt: skip
-# `try`, `test` and `smollm2` are what .ci/run does, in a fresh environment.
-OF_THE_GATE = {"README.md": ("try", "test", "smollm2")}
-RUNNABLE = re.compile(r"^```(bash|python)\b", re.MULTILINE)
-# CONTRIBUTING sets up a checkout, RESULTS trains for hours.
-EXECUTED = [path for path in DOCUMENTS if RUNNABLE.search(path.read_text())
-            and path.name not in ("CONTRIBUTING.md", "RESULTS.md")]  # fmt: skip
-
-
-def name_of(document):
-    return str(document.relative_to(ROOT))
-
-
-@pytest.fixture
-def scratch(tmp_path, database):
-    """A folder with what documents read of a checkout, and with the tables in which they record their runs."""
-    for name in ("conf", "tools", "docs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(database, tmp_path)
-    return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", EXECUTED, ids=name_of)
+@pytest.mark.parametrize("document", [page for page in EXECUTED if page not in PATH], ids=name_of)
 def test_a_document_runs(document, scratch, warm_python):
-    # `python` in a document is the one that runs the tests.
-    found_in = (warm_python.parent, Path(sys.executable).parent, os.environ["PATH"])
-    environment = os.environ | {"PATH": os.pathsep.join(map(str, found_in))}
-    skipped = [word for name in OF_THE_GATE.get(name_of(document), ()) for word in ("--skip", name)]
-    command = [sys.executable, str(RUNNER), str(document), "--folder", str(scratch), *skipped]
-    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    printed = [line.rstrip() for line in done.stdout.splitlines()]
-    quoted = re.findall(r"^```text output\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
-    assert [line for block in quoted for line in block.splitlines() if line not in printed] == []
+    run_document(document, scratch, warm_python)
 
 
 def test_all_kinds_of_documents_are_executed():
     assert {path.parent.name for path in EXECUTED} == {ROOT.name, "docs", "tutorials"}
+
+
+@pytest.mark.parametrize("document", EXECUTED, ids=name_of)
+def test_a_reader_sees_which_file_a_block_is(document):
+    """What stands behind the backticks is not shown where a page is rendered."""
+    for block in blocks_of(document):
+        if name := block.settings.get("file"):
+            assert block.code.startswith(f"# {name}\n"), f"{document.name} writes {name} without saying so"
 
 
 def test_the_gate_runs_readmes_own_commands():
@@ -74,6 +51,14 @@ def test_the_gate_runs_readmes_own_commands():
 
 def test_readme_takes_a_minute():
     assert len(README.encode()) <= 9000
+
+
+def test_the_tiny_pair_is_as_large_as_readme_says():
+    said = re.search(r"A student of ([\d.]+)M parameters .* a teacher of ([\d.]+)M parameters", README)
+    for model, millions in zip(("student", "teacher"), said.groups(), strict=True):
+        with safe_open(ROOT / "lit_opd" / "tiny" / model / "model.safetensors", "pt") as weights:
+            count = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        assert f"{count / 1e6:.1f}" == millions
 
 
 def test_readmes_table_is_what_the_command_prints(capsys):
@@ -161,6 +146,15 @@ def test_every_rule_of_the_linter_is_explained():
     page, names = (ROOT / "docs" / "linter.md").read_text(), [rule.__name__ for rule in RULES]
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == names  # one line in the table
     assert sorted(re.findall(r"^\*\*`(\w+)`\*\*", page, re.MULTILINE)) == sorted(names)  # and one paragraph
+
+
+def test_estimators_that_are_recommended_or_warned_of_are_registered_ones():
+    page = (ROOT / "docs" / "which_estimator.md").read_text()
+    advice = re.findall(r"^\| [^|]+ \| `(\w+)`[^|]* \| [^|]+ \| [^|]+ \|$", page, re.MULTILINE)
+    warnings = re.findall(r"^\| `(\w+)`[^|]* \| [^|]+ \| [^|]+ \|$", page, re.MULTILINE)
+    assert len(advice) == 12
+    assert len(warnings) == 3
+    assert [name for name in (*advice, *warnings) if name not in estimators.names()] == []
 
 
 def test_the_floors_of_contributing_are_those_that_are_held():

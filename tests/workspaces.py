@@ -91,6 +91,15 @@ def database(of_all_workers, tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def scratch(tmp_path, database):
+    """A folder with what documents read of a checkout, and with the tables in which they record their runs."""
+    for name in ("conf", "tools", "docs"):
+        (tmp_path / name).symlink_to(QUICKSTART.parents[1] / name)
+    shutil.copy(database, tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def make_workspace(tmp_path_factory, database, warm_python):
     config = tmp_path_factory.mktemp("config") / "few_steps.yaml"

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lit_opd.commands.estimators import markdown_table
 from lit_opd.config import Config
@@ -46,9 +47,22 @@ def at_a_resume() -> str:
 
 def keys(schema: type, prefix: str, leave_out: Iterable[str] = ()) -> str:
     """Describe the keys of one section."""
-    said = meanings(schema)
+    said, hints = meanings(schema), get_type_hints(schema)
     shown = (own for own in fields(schema) if own.name not in leave_out)
-    return table(("key", "default", "meaning"), ((f"`{prefix}{f.name}`", default_of(f), said[f.name]) for f in shown))
+    rows = ((f"`{prefix}{f.name}`", type_of(hints[f.name]), default_of(f), said[f.name]) for f in shown)
+    return table(("key", "type", "default", "meaning"), rows)
+
+
+def type_of(hint: Any) -> str:
+    """Write the type of a key's values, `any` where the key's own words say which."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(type_of(one) for one in get_args(hint))
+    if hint in (Any, type(None)):
+        return "any" if hint is Any else "null"
+    if get_origin(hint) is list:
+        (inner,) = get_args(hint)
+        return "list" if inner is Any else f"list of {type_of(inner)}"
+    return "mapping" if get_origin(hint) is dict else hint.__name__
 
 
 def default_of(own: Field[Any]) -> str:

@@ -13,19 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_opd import estimators
+from lit_opd.commands.describing import AT_EQUAL, print_contract, print_pairs, standard_console
 from lit_opd.errors import RunError
 from lit_opd.estimators.contract import BoundEstimator, EstimatorSpec
-from lit_opd.estimators.needs import write_needs
 from lit_opd.estimators.oracle.claims import CLAIMS
 from lit_opd.estimators.oracle.laws import LAWS, broken_laws, cases, small_keywords, works_on_what_it_needs
-from lit_opd.estimators.oracle.verdict import EXACT, Verdict, verify
+from lit_opd.estimators.oracle.verdict import EXACT, Comparison, Verdict, verify
 
 __all__ = ["check"]
 
-_WIDTH = 100
-_AT_EQUAL = {"sample": "zero for every sample", "expectation": "zero in expectation only", "never": "not zero"}
-
-_NO_TARGET = "no known gradient: it claims nothing, or changes the optimum"
+_FIRST = works_on_what_it_needs.__name__
 
 Broken = Mapping[str, Mapping[str, str]]
 """Which laws are broken, and how, by the keywords they are broken with."""
@@ -41,20 +38,20 @@ def check(reference: str, keywords: Mapping[str, Any]) -> None:
     """
     spec = estimators.get(reference)
     estimator = estimators.build(reference, **(small_keywords(spec) | dict(keywords)))
-    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False, markup=False)
-    _print_contract(console, estimator)
+    console = standard_console()
+    print_contract(console, spec, estimator.contract, _label(estimator))
     tried = [estimator] if keywords else [estimators.build(reference, **case) for case in cases(spec)]
     broken = {_label(case): broken_laws(case, _laws(spec)) for case in tried}
     _print_laws(console, spec, broken)
     failures = _broken_in_words(spec, broken)
     try:
         found = verify(estimator)
-        numbers, nothing = _gradient_in_words(found), _trains_nothing(found)
+        numbers, faults = _gradient_in_words(found), _trains_nothing(found) or _goes_away(found)
     except Exception as error:  # whatever somebody's estimator raises
         failures = failures or [f"raises {type(error).__name__} on small models: {error}"]
     else:
         _print_gradient(console, found, numbers)
-        failures += nothing
+        failures += faults
     if failures:
         raise RunError(f"{reference} {', and '.join(failures)}.")
 
@@ -69,50 +66,23 @@ def _label(estimator: BoundEstimator) -> str:
     return " ".join(f"{key}={value}" for key, value in estimator.kwargs.items())
 
 
-def _print_contract(console: Console, estimator: BoundEstimator) -> None:
-    spec, contract = estimator.spec, estimator.contract
-    console.print(f"{spec.name} {_label(estimator)}".rstrip(), style="bold")
-    lines = {"is": spec.summary}
-    if spec.name in estimators.names():
-        bias = "unbiased" if contract.unbiased else "biased"
-        lines |= {
-            "family": spec.family,
-            "needs": write_needs(spec.needs),
-            "aims at": f"the gradient of {contract.target}, {bias}" if contract.target else _NO_TARGET,
-            "at p = q": f"a gradient that is {_AT_EQUAL[contract.at_equal]}",
-            "source": spec.source,
-        }
-    else:
-        lines["declares"] = "nothing, as it is not registered: taken for one that sees sampled tokens, one by one"
-    _print_pairs(console, lines)
-
-
-def _print_pairs(console: Console, lines: Mapping[str, str], style: str | None = None) -> None:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(min_width=10, no_wrap=True)
-    for key, text in lines.items():
-        if text:
-            table.add_row(f"  {key}", text, style=style)
-    console.print(table)
-
-
 def _print_laws(console: Console, spec: EstimatorSpec, broken: Broken) -> None:
     how_many = f" with {len(broken)} sets of keywords" if len(broken) > 1 else ""
     console.print(f"\nLaws{how_many}", style="bold")
     names = {name for laws in broken.values() for name in laws}
     held = [name.replace("_", " ") for name in _laws(spec) if name not in names]
-    if works_on_what_it_needs.__name__ not in names:  # else the others were not asked
-        _print_pairs(console, {"held": ", ".join(held)})
+    if _FIRST not in names:  # else the others were not asked
+        print_pairs(console, {"held": ", ".join(held)})
     for label, laws in broken.items():
         for name, how in laws.items():
             where = f" (with {label})" if label and len(broken) > 1 else ""
-            _print_pairs(console, {"BROKEN": f"{name}{where}: {how}"}, style="red")
+            print_pairs(console, {"BROKEN": f"{name}{where}: {how}"}, style="red")
 
 
 def _print_gradient(console: Console, found: Verdict, numbers: Mapping[str, str]) -> None:
     size = f"{found.pair.student_logits_CV.shape[1]} tokens, up to {found.pair.horizon} positions"
     console.print(f"\nGradient, exact on small models ({size})", style="bold")
-    _print_pairs(console, numbers)
+    print_pairs(console, numbers)
     console.print()
     console.print(_comparisons(found))
 
@@ -122,7 +92,7 @@ def _gradient_in_words(found: Verdict) -> dict[str, str]:
     return {
         "expected": _expected_in_words(found),
         "variance": f"{found.relative_variance:.3g} times that of the sampled reverse KL",
-        "at p = q": _AT_EQUAL[at_equal] + (f", norm {found.norm_at_equal:.3g}" if at_equal == "never" else ""),
+        "at p = q": AT_EQUAL[at_equal] + (f", norm {found.norm_at_equal:.3g}" if at_equal == "never" else ""),
         "samples": _action_in_words(found),
         "scale": "twice the log-ratios give the same gradient: how far the models are apart is lost"
                  if found.whitened else "",
@@ -134,8 +104,10 @@ def _expected_in_words(found: Verdict) -> str:
         return f"it {reasons[0]}"
     if _learns_from_demonstrations(found):
         return "zero over the student's own completions: it learns from demonstrations"
+    if faults := _goes_away(found):
+        return f"it {faults[0]}"
     best = found.nearest
-    numbers = f"(cosine {best.cosine:.6f}, norm ratio {best.norm_ratio:.3f})"
+    numbers = _beside(best)
     if best.relative_bias < EXACT:
         return f"its expected gradient is that of {best.target} {numbers}"
     if best.cosine > 1 - EXACT:
@@ -166,11 +138,25 @@ def _comparisons(found: Verdict) -> Table:
 
 def _broken_in_words(spec: EstimatorSpec, broken: Broken) -> list[str]:
     names = [name for name in _laws(spec) if any(name in laws for laws in broken.values())]
-    return [f"breaks {len(names)} of {len(_laws(spec))} laws: {', '.join(names)}"] if names else []
+    first = next((laws[_FIRST] for laws in broken.values() if _FIRST in laws), "")  # the others were not asked
+    how = f": {first}" if first else ""
+    return [f"breaks {len(names)} of {len(_laws(spec))} laws: {', '.join(names)}{how}"] if names else []
 
 
 def _learns_from_demonstrations(found: Verdict) -> bool:
     return found.silent and found.learns_from_samples
+
+
+def _beside(comparison: Comparison) -> str:
+    return f"(cosine {comparison.cosine:.6f}, norm ratio {comparison.norm_ratio:.3f})"
+
+
+def _goes_away(found: Verdict) -> list[str]:
+    """Find a sign that is wrong: an objective whose gradient is, up to its length, the negative of this one."""
+    opposite = min(found.comparisons, key=lambda comparison: comparison.cosine)
+    if opposite.cosine > EXACT - 1:
+        return []
+    return [f"has the opposite of the gradient of {opposite.target}: a sign is wrong {_beside(opposite)}"]
 
 
 def _trains_nothing(found: Verdict) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_opd.errors import UserError
 from lit_opd.estimators.contract import BoundEstimator, Term
+from lit_opd.estimators.undeclared import why_it_failed
 from lit_opd.plugins import calling
 from lit_opd.types import Estimate, TokenBatch
 
@@ -26,8 +27,12 @@ def ask(estimator: BoundEstimator, tokens: TokenBatch) -> Estimate:
     Raises:
         UserError: it raises, or as of `check_estimate`.
     """
-    with calling(KEY, f"{estimator.spec.name} to run"):
-        estimate = estimator(tokens)
+    try:
+        with calling(KEY, f"{estimator.spec.name} to run"):
+            estimate = estimator(tokens)
+    except UserError as error:
+        reason = why_it_failed(estimator, tokens, error.__cause__)
+        raise UserError(error.key, error.expected, error.found, reason or error.remedy) from error.__cause__
     check_estimate(estimator.spec.name, estimate, tokens)
     return estimate
 
@@ -40,7 +45,7 @@ def check_estimate(name: str, estimate: Any, tokens: TokenBatch) -> None:
     """
     if not isinstance(estimate, Estimate):
         found = type(estimate).__name__
-        raise UserError(KEY, f"an Estimate(loss_BT, kl_BT) from {name}", found, "Return one of lit_opd.types.")
+        raise UserError(KEY, f"an Estimate(loss_BT, kl_BT) from {name}", found, "Return an Estimate of lit_opd.types.")
     for field in ("loss_BT", "kl_BT"):
         _check_values(f"{name} to return a {field}", getattr(estimate, field), tokens)
     if estimate.clipped_BT is not None:

@@ -61,11 +61,13 @@ class Filler(NamedTuple):
         per: what has a value each: several tokens of a position (only slices of positions can hold so much), a
             `position`, or a `row`, that is a whole sequence.
         values: gives the fields of the `TokenBatch`.
+        fields: their names.
         whole: True where the teacher's whole distribution is needed for it.
     """
 
     per: Literal["token", "position", "row"]
     values: Callable[[Seen], Mapping[str, Tensor | None]]
+    fields: tuple[str, ...] = ()
     whole: bool = False
 
 
@@ -103,13 +105,19 @@ def _kl(seen: Seen) -> Mapping[str, Tensor]:
 
 FILLERS: dict[Need, Filler] = {
     Need.TOKEN: Filler("position", lambda seen: {}),  # every batch holds the sampled tokens
-    Need.SUPPORT: Filler("token", _support),
-    Need.FULL: Filler("token", _full, whole=True),
-    Need.ENTROPY: Filler("position", _entropy, whole=True),
-    Need.KL: Filler("position", _kl, whole=True),
-    Need.REWARDS: Filler("row", lambda seen: {"rewards_B": seen.rewards_B}),
-    Need.GROUPS: Filler("row", lambda seen: {"groups_B": seen.groups_B}),
-    Need.REFERENCE: Filler("position", lambda seen: {"reference_logps_BT": seen.reference_logps}),
+    Need.SUPPORT: Filler(
+        "token",
+        _support,
+        ("support_ids_BTK", "support_mask_BTK", "teacher_support_logps_BTK", "student_support_logps_BTK"),
+    ),
+    Need.FULL: Filler("token", _full, ("student_full_logps_BTV", "teacher_full_logps_BTV"), whole=True),
+    Need.ENTROPY: Filler("position", _entropy, ("student_entropy_BT", "teacher_entropy_BT"), whole=True),
+    Need.KL: Filler("position", _kl, ("kl_BT",), whole=True),
+    Need.REWARDS: Filler("row", lambda seen: {"rewards_B": seen.rewards_B}, ("rewards_B",)),
+    Need.GROUPS: Filler("row", lambda seen: {"groups_B": seen.groups_B}, ("groups_B",)),
+    Need.REFERENCE: Filler(
+        "position", lambda seen: {"reference_logps_BT": seen.reference_logps}, ("reference_logps_BT",)
+    ),
 }
 """By need: in the order in which needs are written."""
 

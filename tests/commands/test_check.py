@@ -1,5 +1,6 @@
 """`python -m lit_opd check`: what it says of right and wrong estimators, and with which exit code."""
 
+import re
 import subprocess
 import sys
 
@@ -91,6 +92,25 @@ def averaged(tokens):
 def undeclared(tokens):
     student_logps, log_ratio = parts(tokens)
     return Estimate((log_ratio - tokens.kl_BT) * student_logps, log_ratio)
+
+
+def without_family(tokens):
+    student_logps, log_ratio = parts(tokens)
+    return Estimate(log_ratio * student_logps * tokens.rewards_B[:, None], log_ratio)
+
+
+def misspelt(tokens):
+    return Estimate(tokens.teacher_topk.sum(-1), tokens.kl_BT)
+
+
+def a_tensor(tokens):
+    student_logps, log_ratio = parts(tokens)
+    return log_ratio * student_logps
+
+
+def upside_down(tokens):
+    student_logps, log_ratio = parts(tokens)
+    return Estimate(-2 * log_ratio * student_logps, log_ratio)
 
 
 def only_four_rows(tokens):
@@ -195,6 +215,12 @@ def test_registered_function_of_ones_own_takes_keywords(mine, capsys):
     ("mask_leak", "masked_garbage_has_no_effect", "garbage at masked positions of student_logps_BT changes the loss"),
     ("averaged", "returns_one_value_a_position", "of shape [4, 5], one value a position and finds shape []"),
     ("undeclared", "works_on_what_it_needs", "what it declares to need (token) it raises TypeError"),
+    ("undeclared", "works_on_what_it_needs", "kl_BT is empty, for it was not asked for: register_estimator(..., "
+                                             "needs='token+kl')"),
+    ("without_family", "works_on_what_it_needs", "rewards_B is empty, for it was not asked for: register_estimator("
+                                                 "..., family='sequence', needs='token+rewards')"),
+    ("misspelt", "works_on_what_it_needs", "no attribute 'teacher_topk'. A TokenBatch has student_logps_BT, teacher_"),
+    ("a_tensor", "works_on_what_it_needs", "it returns a Tensor: return an Estimate(loss_BT=..., kl_BT=...) of"),
 ])  # fmt: skip
 def test_wrong_estimator_fails_and_the_law_is_named(mine, capsys, name, law, how):
     code, out, err = check(capsys, f"mine.py:{name}")
@@ -216,6 +242,20 @@ def test_dead_gradient_fails_though_all_laws_hold(mine, capsys, name, identity):
     assert err.endswith(f"(identity {identity}).\n")
     assert "(identity I6)" in row(out, "samples")
     assert cells(out, "reverse_kl") == ["0.000000", "0.000", "1"]
+
+
+def test_a_sign_that_is_wrong_fails_and_is_told(mine, capsys):
+    code, out, err = check(capsys, "mine.py:upside_down")
+    told = "has the opposite of the gradient of reverse_kl: a sign is wrong (cosine -1.000000, norm ratio 2.000)"
+    assert (code, err) == (1, f"failed: mine.py:upside_down {told}.\n")
+    assert row(out, "expected") == f"it {told}"
+    assert "BROKEN" not in out  # it declares nothing, and breaks no law
+
+
+def test_keywords_are_shown_with_their_defaults(mine, capsys):
+    _, out, _ = check(capsys, "clipped_log_ratio", "max_log_ratio=0.3")
+    assert re.search(r"^  max_log_ratio +float +5\.0 +c, nats", out, re.MULTILINE)
+    assert row(check(capsys, "token")[1], "keywords") == "none"
 
 
 def test_loss_without_any_gradient_fails(mine, capsys):

@@ -136,7 +136,7 @@ def test_estimators_lists_the_registry(capsys, monkeypatch):
     table = capsys.readouterr().out
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     assert sorted(row.split("`")[1] for row in rows) == estimators.names()
-    assert all(row.count(" | ") == 6 for row in rows)
+    assert all(row.count(" | ") == 7 for row in rows)
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["estimators"]) == 0
     out = capsys.readouterr().out

@@ -6,6 +6,7 @@ import pytest
 
 from lit_opd import estimators
 from lit_opd.cli import main
+from lit_opd.commands.describing import keywords_of
 from lit_opd.commands.estimators import markdown_table
 
 
@@ -37,21 +38,43 @@ def test_families_come_in_order_and_hold_every_estimator_once():
 
 
 def test_rows_say_what_the_contract_says():
-    (row,) = [row for row in sections(markdown_table())["sequence"] if row.startswith("| `sequence` ")]
+    (row,) = [row for row in sections(markdown_table())["sequence"] if row.startswith("| `reopold` ")]
     cells = [cell.strip() for cell in row.strip("|").split(" | ")]
-    spec = estimators.get("sequence")
-    assert cells == ["`sequence`", "sequence", "sequence_reverse_kl", "yes", "token", spec.summary, spec.source]
+    spec, keywords = estimators.get("reopold"), "`mixture=0.2`, `entropy_share=1.0`"
+    assert cells == ["`reopold`", "sequence", "reverse_kl", "no", "token+entropy", keywords, spec.summary, spec.source]
 
 
 def test_bars_are_escaped_in_markdown(odd):
     (row,) = [row for row in sections(markdown_table())["sequence"] if odd in row]
     assert r"[B] of KL(student \|\| teacher)." in row
-    assert len(re.findall(r"(?<!\\)\|", row)) == 8  # seven cells
+    assert len(re.findall(r"(?<!\\)\|", row)) == 9  # eight cells
 
 
 def test_markdown_table_is_what_the_command_prints(capsys):
     assert main(["estimators", "--markdown"]) == 0
     assert capsys.readouterr().out == markdown_table() + "\n"
+
+
+def test_every_keyword_has_type_default_and_meaning():
+    found = {name: keywords_of(estimators.get(name)) for name in estimators.names() if ":" not in name}
+    assert {name: [k.name for k in found[name]] for name in found} == {n: [*estimators.get(n).defaults] for n in found}
+    assert [f"{name} {k.name}" for name in found for k in found[name] if k.type == "-" or not k.meaning] == []
+    assert [f"{name} {k.name}" for name in found for k in found[name] if not k.default] == ["mix terms"]
+
+
+def test_one_estimator_is_described(capsys):
+    assert main(["estimators", "prefix_opd"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    for line in (r"aims at   the gradient of reverse_kl, biased", r"horizon   int          100       h, or where it",
+                 r"grow_to   int \| None   null      where h ends", r"base      str \| dict   token     the estimator",
+                 r"formula     w_t = 1 at the first h", r"train with  estimator.name=prefix_opd estim"):  # fmt: skip
+        assert re.search(rf"^  {line}", out, re.MULTILINE), out
+
+
+def test_an_unknown_estimator_is_told_in_one_line(capsys):
+    assert main(["estimators", "prefix_odp"]) == 2
+    assert capsys.readouterr().err.endswith("Did you mean 'prefix_opd'?\n")
 
 
 def test_terminal_table_is_readable_at_a_hundred_columns(odd, capsys):

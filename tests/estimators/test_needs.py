@@ -8,6 +8,7 @@ import torch
 
 from lit_opd import estimators
 from lit_opd.errors import UserError
+from lit_opd.estimators.asking import ask
 from lit_opd.estimators.needs import FILLERS, Filler, Seen, fillings, read_needs, write_needs
 from lit_opd.estimators.oracle import verify
 from lit_opd.estimators.oracle.batches import example_batch
@@ -32,6 +33,7 @@ def test_every_need_fills_fields_of_its_own_and_every_field_has_its_need():
     filled = [name for need in Need for name in fillings([need], seen())]
     optional = {f.name for f in fields(TokenBatch) if f.default is None} - OF_THE_SAMPLES
     assert sorted(filled) == sorted(optional)
+    assert {need: set(fillings([need], seen())) for need in Need} == {n: set(f.fields) for n, f in FILLERS.items()}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,27 @@ def test_words_that_are_no_needs_are_refused(words, message):
 def test_a_support_fits_into_the_vocabulary():
     with pytest.raises(ValueError, match="a support of 6 tokens does not fit into a vocabulary of 5"):
         fillings([Need.SUPPORT], seen(vocabulary=5, k=6))
+
+
+def reads_the_kl(tokens):
+    """Reads what it does not ask for."""
+    return Estimate(tokens.student_logps_BT * tokens.kl_BT, tokens.teacher_logps_BT)
+
+
+def is_wrong_by_itself(tokens):
+    """Reads a field that is empty and need not be filled, and fails for another reason."""
+    assert tokens.support_ids_BTK is None
+    return Estimate(tokens.student_logps_BT @ torch.zeros(1), tokens.teacher_logps_BT)
+
+
+@pytest.mark.parametrize(("function", "remedy"), [
+    (reads_the_kl, r"kl_BT is empty, for it was not asked for: register_estimator\(\.\.\., needs='token\+kl'\)\.$"),
+    (is_wrong_by_itself, r"line \d+\)\. Correct it\.$"),
+])  # fmt: skip
+def test_training_names_the_need_of_an_empty_field(function, remedy):
+    estimator = estimators.build(function)
+    with pytest.raises(UserError, match=remedy):
+        ask(estimator, example_batch(estimator))
 
 
 class Toy(StrEnum):

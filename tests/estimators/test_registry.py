@@ -4,7 +4,7 @@ import pytest
 
 from lit_opd import estimators
 from lit_opd.errors import UserError
-from lit_opd.estimators.oracle.batches import example_batch
+from lit_opd.estimators.oracle.batches import example_batch, loss_and_gradients
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,10 @@ def test_a_name_belongs_to_one_file():
 def test_a_name_alone_is_an_estimator(name):
     """All but a sum whose terms are the user's; what a limit is by default, small models need not meet."""
     estimator, spec = estimators.build(name), estimators.get(name)
-    assert estimator(example_batch(estimator)).loss_BT.isfinite().all()
+    loss, gradients = loss_and_gradients(estimator, example_batch(estimator))
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert any(gradient.any() for gradient in gradients.values())  # a step with it moves the student
     assert all(spec.defaults[key] != value for key, value in spec.small.items())
 
 

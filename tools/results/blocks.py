@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lit_opd.lab.compare.paired import Mean
+
 from lit_opd.lab.compare.digest import SPENDINGS
 from lit_opd.lab.compare.document import amount, capital, code, interval, probability, table, turned
-from lit_opd.lab.compare.paired import Mean
 from lit_opd.measures.table import describe
 
 VERSUS, OF = " vs ", " of "

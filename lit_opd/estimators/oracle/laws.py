@@ -35,7 +35,8 @@ from lit_opd.estimators.oracle.batches import (
     with_leaves,
 )
 from lit_opd.estimators.oracle.claims import CLAIMS, Law
-from lit_opd.types import Need, TokenBatch
+from lit_opd.estimators.undeclared import why_it_failed
+from lit_opd.types import Estimate, Need, TokenBatch
 
 __all__ = ["LAWS", "broken_laws", "cases", "small_keywords", "works_on_what_it_needs"]
 
@@ -75,10 +76,14 @@ def broken_laws(estimator: BoundEstimator, laws: Mapping[str, Law] | None = None
 
 def works_on_what_it_needs(estimator: BoundEstimator) -> str | None:
     """Call an estimator on a batch with no more than the fields it declares, as others are not computed."""
+    tokens = example_batch(estimator)
     try:
-        estimator(example_batch(estimator))
+        estimate = estimator(tokens)
     except Exception as error:  # whatever somebody's estimator raises
-        return f"on a batch of what it declares to need ({write_needs(estimator.needs)}) {_raises(error)}"
+        told = f"on a batch of what it declares to need ({write_needs(estimator.needs)}) {_raises(error)}"
+        return f"{told}. {why_it_failed(estimator, tokens, error)}".rstrip(". ")
+    if not isinstance(estimate, Estimate):
+        return f"it returns a {type(estimate).__name__}: return an Estimate(loss_BT=..., kl_BT=...) of lit_opd.types"
     return None
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lit_opd.measures.intervals import Interval
 
-__all__ = ["FEWEST", "UNKNOWN", "Estimate", "Moments", "compare", "inner_product", "trace_variance"]
+__all__ = ["FEWEST", "ITSELF", "UNKNOWN", "Estimate", "Moments", "compare", "inner_product", "trace_variance"]
 
 FEWEST = 4  # units: a trace variance without one unit needs three
 
@@ -97,18 +97,21 @@ class Moments:
         return Interval(*(math.sqrt(max(value, 0.0)) if value == value else math.nan for value in self.squared_bias))
 
 
-# Against a target of which nothing is known.
+# Against a target of which nothing is known, and against its own gradients, whatever is known of them.
 UNKNOWN = Moments(*[Interval(math.nan, math.nan, math.nan)] * 2)
+ITSELF = Moments(squared_bias=Interval(0.0, 0.0, 0.0), cosine=Interval(1.0, 1.0, 1.0))
 
 
 def compare(a_nP: Tensor, target_nP: Tensor) -> Moments:
     """Estimate bias and direction of an estimator against a target, from gradients of at least four units.
 
     Ratios to a norm that cannot be told from zero mean nothing and are NaN: both where it is the target's, the cosine
-    where it is the estimator's own.
+    where it is the estimator's own. The target's own gradients have no bias, however many units there are.
     """
     if len(a_nP) < FEWEST:
         raise ValueError(f"moments need at least {FEWEST} units, found {len(a_nP)}")
+    if torch.equal(a_nP, target_nP):
+        return ITSELF
     a_nP, target_nP = a_nP.double(), target_nP.double()
     target = inner_product(target_nP, target_nP)
     if target.interval().low <= 0:

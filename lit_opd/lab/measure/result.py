@@ -52,7 +52,9 @@ def plain(value: float) -> str:
 
 
 def with_ends(interval: Interval, number: Callable[[float], str] = plain) -> str:
-    """Write a mean with the ends of its interval."""
+    """Write a mean with the ends of its interval, or alone where it is known exactly or not at all."""
+    if interval.low == interval.high or interval.mean != interval.mean:
+        return number(interval.mean)
     return f"{number(interval.mean)} [{number(interval.low)}, {number(interval.high)}]"
 
 

@@ -23,7 +23,8 @@ __all__ = ["print_measurement", "record"]
 
 NOTES = (
     "bias: norm of (expected gradient - target) over that of the target: the reverse KL at every position with "
-    "the prefixes given (local), or that of whole sequences; ? where the target itself cannot be told from zero",
+    "the prefixes given (local), or that of whole sequences; 0 without an interval for the target itself, and ? where "
+    "the target cannot be told from zero with so few prompts: raise measure.prompts_per_unit",
     "signal / noise: squared norm of the expected gradient over the trace of the covariance of one prompt's",
     "top 1%: share of tokens' gradient norms, at the last hidden state, that the largest 1% have",
     "ms, MB: for one unit, teacher, forward and backward, and the most that tensors take meanwhile",

@@ -8,7 +8,9 @@ import torch
 from lit_opd import estimators
 from lit_opd.estimators.oracle import TabularPair, exact_gradient, expected_gradient, trajectory_gradients
 from lit_opd.estimators.oracle import trace_variance as exact_trace_variance
-from lit_opd.lab.measure.moments import compare, inner_product, trace_variance
+from lit_opd.lab.measure.moments import ITSELF, UNKNOWN, compare, inner_product, trace_variance
+from lit_opd.lab.measure.result import with_ends
+from lit_opd.measures.intervals import Interval
 
 
 def normal(units, coordinates, seed, shift=0.0):
@@ -60,6 +62,13 @@ def test_noise_is_not_counted_as_signal_or_as_bias():
 def test_against_a_target_that_is_all_noise_nothing_is_said():
     found = compare(normal(20, 30, 5), normal(20, 30, 6))
     assert all(map(math.isnan, (*found.squared_bias, *found.cosine, *found.relative_bias)))
+
+
+def test_a_target_itself_has_no_bias_however_little_is_known_of_it():
+    noise = normal(20, 30, 5)
+    assert compare(noise, noise.clone()) == ITSELF
+    assert [with_ends(one) for one in (ITSELF.relative_bias, ITSELF.cosine, UNKNOWN.cosine)] == ["0.00", "1.00", "?"]
+    assert with_ends(Interval(0.5, 0.25, 0.75)) == "0.50 [0.25, 0.75]"
 
 
 def test_a_direction_that_cannot_be_told_has_no_cosine_but_a_bias():
