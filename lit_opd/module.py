@@ -67,7 +67,7 @@ class DistillationModule(models.Restorable, ProvenModule, EvaluatedModule):  # t
         tokenizer: the student's; needed with a model in memory.
         teacher_tokenizer: the teacher's; by default read from its path, else the student's.
         reference: as the teacher, for an estimator that asks for one; by default the student before training.
-        rollout, optim, evaluation, lint, diagnostics: sections of the configuration, or their keys as mappings.
+        rollout: section of the configuration, or its keys; so are `optim`, `evaluation`, `lint` and `diagnostics`.
         aggregation: `token_mean`, `sequence_mean` or `sequence_sum`.
         masked_tokens: tokens (strings or ids) whose positions are not counted.
         merged_stops: `auto`, or groups of tokens (strings or ids) that the loss counts as one symbol each.

@@ -17,8 +17,10 @@ from lit_opd.types import PromptBatch, Rollout
 
 __all__ = ["EVALUATION_STREAM", "TRAINING_STREAM", "check_batch", "micro_batches", "split_updates", "uniforms"]
 
-# The second number of a seed, which keeps draws of training and of evaluations apart.
-TRAINING_STREAM, EVALUATION_STREAM = 0, 1
+TRAINING_STREAM = 0
+"""Second number of a seed in training, which keeps its draws apart from those of evaluations."""
+EVALUATION_STREAM = 1
+"""Second number of a seed in evaluations."""
 
 
 def check_batch(batch: object) -> None:

@@ -17,9 +17,14 @@ from lit_opd.types import Ended, Rollout, Scores
 
 __all__ = ["FULL", "MERGED", "SUPPORT", "TOKEN", "Scorer", "Wanted", "wanted_by"]
 
-# What a scorer may give: log-probabilities of sampled tokens, of its most probable tokens, of the whole vocabulary;
-# and of groups of tokens as if each were one.
-TOKEN, SUPPORT, FULL, MERGED = "token", "support", "full", "merged"
+TOKEN = "token"
+"""Given by a scorer: log-probabilities of the sampled tokens."""
+SUPPORT = "support"
+"""Given by a scorer: its most probable tokens at every position, and their log-probabilities."""
+FULL = "full"
+"""Given by a scorer: log-probabilities of the whole vocabulary."""
+MERGED = "merged"
+"""Given by a scorer: the first two with groups of tokens counted as one symbol each."""
 
 
 class Wanted(NamedTuple):

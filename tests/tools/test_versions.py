@@ -1,10 +1,13 @@
 """The constraints file holds what pyproject.toml asks for, and the ends of its ranges are read right."""
 
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import lit_opd
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +53,12 @@ def test_what_torch_brings_on_some_machines_has_no_pin(versions):
 def test_pins_hold_on_any_machine(versions):
     found = {"torch": "2.13.0+cpu", "nvidia-nccl-cu12": "2.1", "triton": "3.5", "cuda-bindings": "13", "click": "8.5.1"}
     assert versions.constraints(found) == versions.HEADER + "click==8.5.1\ntorch==2.13.0\n"
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {cited, project["version"], lit_opd.__version__} == {lit_opd.__version__}
 
 
 def test_what_a_requirement_brings_is_pinned_too(versions):

@@ -135,7 +135,7 @@ def describe_limit(results: dict[str, Any]) -> str:
     rates, lines = results["rates"], []
     for limit in [row["limit"] for row in results["rows"] if "limit" in row][:1]:
         split = ", ".join(f"{name[:-2]} {seconds:.2f}" for name, seconds in limit.items() if name != "step_s")
-        lines.append(f"Limit: {limit['step_s']:.2f} s ({split}); least memory {results['least_mb']:.0f} MB.\n")
+        lines.append(f"Limit: {limit['step_s']:.2f} s ({split}); least memory {results['least_mb']:.0f} MB.\n\n")
     for name in ("bf16", "fp32"):
         told = ", ".join(f"{shape} {rate / 1e9:.0f}" for shape, rate in rates[name].items())
         lines.append(f"- {name}, GFLOP/s: {told}\n")
