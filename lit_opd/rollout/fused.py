@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_opd.functional.head import compute_dtype
 from lit_opd.models import LanguageModel
-from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama
+from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama, window_of
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import pack
 from lit_opd.rollout.lora_weights import plain_layer, why_not_merged
@@ -87,6 +87,7 @@ class FusedDecoder:
         attention = body.layers[0].self_attn
         self._size, self._scale = attention.head_dim, attention.scaling
         self._groups = config.num_key_value_heads
+        self._windows = [window_of(layer.self_attn) for layer in body.layers]
         self.column, self.room = 0, (0, 0)
         self._caches: list[Tensor] = []
         self._bias_RM = self._place_R = self._first_R = self.column_1 = torch.empty(0)
@@ -109,10 +110,11 @@ class FusedDecoder:
         turn = self._cos_M1D[layout.positions_N], self._sin_M1D[layout.positions_N]
         for number, (layer, products) in enumerate(self._layers):
 
-            def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
-                for kept, new in zip(cache[:, : num_completions * len(rows), :, :width], (key, value), strict=True):
+            def attention(query: Tensor, key: Tensor, value: Tensor, number: int = number) -> Tensor:
+                cache = self._caches[number][:, : num_completions * len(rows), :, :width]
+                for kept, new in zip(cache, (key, value), strict=True):
                     kept[:] = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
-                return attend(query, key, value, layout, self._scale)
+                return attend(query, key, value, layout, self._scale, self._windows[number])
 
             hidden_NH = run_layer(layer, products, hidden_NH, turn, attention, self.dtype)
         last_BH = hidden_NH[columns_BP[:, -1]]
@@ -138,6 +140,7 @@ class FusedDecoder:
             bias_BM.index_fill_(1, column, 0.0)
         place_B = self._place_R[:rows]
         seen = Seen(self._first_R[:rows], column, bias_BM)
+        within = {window: seen.within(window) for window in set(self._windows)}
         hidden_BH = self._body.embed_tokens(ids_B)
         turn = self._cos_M1D[place_B], self._sin_M1D[place_B]
         for number, (layer, products) in enumerate(self._layers):
@@ -145,7 +148,7 @@ class FusedDecoder:
             qk, value = products.qk_v(self._normed(hidden_BH, layer.input_layernorm, self.dtype))
             qk, value = qk.view(rows, -1, self._size), value.view(rows, -1, self._size)
             query = parts.rotate_and_store(qk, value, turn, cache, column, _norms(layer.self_attn))
-            mixed = parts.attend(query, cache[0], cache[1], seen, self._scale)
+            mixed = parts.attend(query, cache[0], cache[1], within[self._windows[number]], self._scale)
             hidden_BH = hidden_BH + products.out(mixed.reshape(rows, -1))
             gate, up = products.gate_up(self._normed(hidden_BH, layer.post_attention_layernorm, self.dtype))
             hidden_BH = hidden_BH + products.down(parts.gate(gate, up, layer.mlp.act_fn))
