@@ -132,7 +132,7 @@ class CapturedWriter:
         slots, width = self.sheet.slots, min(width_bucket(self._decoder.column + 1), self._decoder.room[1])
 
         def run() -> Tensor:
-            hidden_SH = self._decoder.run(self.sheet.token_R[:slots], width, self._decoder.column_1)
+            hidden_SH = self._decoder.run(self.sheet.token_R[:slots], width, self._decoder.places.column_1)
             return self._write(hidden_SH)
 
         key = slots, width, self._law, self._head.temperature, self.parts
