@@ -30,7 +30,8 @@ class _Listening(TorchDispatchMode):
         by_mask = any(index is not None and index.dtype == torch.bool for index in indices if torch.is_tensor(index))
         shapes = torch.Tag.dynamic_output_shape in func.tags and not (name == "index" and not by_mask)
         # A number of the host is an argument of a kernel. More of them are a tensor, whose copy waits.
-        brought = name == "lift_fresh" and args[0].dim() > 0
+        moved = (kwargs or {}).get("device") or args[0].device if name == "_to_copy" else None
+        brought = name == "lift_fresh" and args[0].dim() > 0 or moved and moved.type != args[0].device.type
         if shapes or brought or torch.Tag.data_dependent_output in func.tags or name.startswith("index") and by_mask:
             raise _AsksHost(name)
         return func(*args, **(kwargs or {}))
