@@ -16,10 +16,8 @@ from lit_opd.types import SamplingLaw
 
 PLAIN = SamplingLaw()
 # Linear attention, convolutions and state spaces; windows, experts, sinks, soft-caps, latent attention.
-OWN_CODE = {"qwen3_next", "qwen3_5_text", "lfm2", "mamba", "gemma2", "gpt_oss", "deepseek_v3"} & {
-    *ATTENTION,
-    *RECURRENT,
-}
+OWN_CODE = {"qwen3_next", "qwen3_5_text", "lfm2", "mamba", "gemma2", "gpt_oss", "deepseek_v3"}
+OWN_CODE &= {*ATTENTION, *RECURRENT}
 
 
 @pytest.fixture(autouse=True)
