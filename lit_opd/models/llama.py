@@ -24,7 +24,7 @@ from lit_opd.models.packing import Layout
 
 __all__ = [
     "LayerProducts", "Turn", "has_hooks", "is_tied", "llama_hidden", "rms_norm", "rotation", "run_layer",
-    "tied_embedding", "unlike_llama",
+    "tied_embedding", "unlike_llama", "window_of",
 ]  # fmt: skip
 
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -35,6 +35,8 @@ _ROTATIONS = {"default", "linear", "llama3", "yarn"}
 # Models whose code is known to compute what Llama's does. Others are compared by numbers, and need fp32 weights for it:
 # rounding to bf16 would hide a factor on a residual, or a layer without rotation.
 _PROVEN = {"llama", "mistral", "qwen2", "qwen3"}
+# Models whose code is known to use a window as `window_of` reads it. A comparison on a few tokens meets no window.
+_WINDOWED = {"cwm", "ministral", "mistral", "qwen2", "qwen3", "smollm3"}
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -48,9 +50,8 @@ def unlike_llama(body: Any) -> str | None:
     kind = getattr(body.rotary_emb, "rope_type", None)
     if not isinstance(kind, str) or kind not in _ROTATIONS:  # some models have one for each kind of layer
         return "its positions are not rotations like Llama's"
-    kinds = set(getattr(body.config, "layer_types", None) or ())
-    if kinds - {"full_attention"} or (not kinds and getattr(body.config, "sliding_window", None)):
-        return "its attention has windows"
+    if "llama_4_scaling_beta" in (getattr(body.config, "rope_parameters", None) or ()):
+        return "its queries are scaled where they stand late"
     parts, norms = [body], [body.norm]
     for layer in body.layers:
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
@@ -58,6 +59,8 @@ def unlike_llama(body: Any) -> str | None:
             return "its layers are not built like Llama's"
         if _children(mlp) != _MLP:
             return "its layers have another MLP"
+        if window_of(attention) and body.config.model_type not in _WINDOWED:
+            return "its attention has windows"
         parts += [layer, attention, mlp, layer.mlp.act_fn]
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
@@ -68,6 +71,12 @@ def unlike_llama(body: Any) -> str | None:
     if any(type(parameter.data) is not Tensor for parameter in body.parameters()):
         return "its weights are sharded"
     return "it has hooks" if has_hooks(parts + norms) else None
+
+
+def window_of(attention: Any) -> int | None:
+    """Tell how many tokens a query sees, itself included, None where it sees all before it."""
+    # Mistral's layers read the window off the configuration, those of others keep it: not every layer has one.
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
 
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
@@ -204,7 +213,7 @@ def _run_packed(
     dropped = own.attention_dropout if own.training else 0.0
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, layout, own.scaling, None, dropped)
+        return attend(query, key, value, layout, own.scaling, window_of(own), dropped)
 
     return run_layer(layer, products, hidden_NH, turn, attention, dtype, parts)
 

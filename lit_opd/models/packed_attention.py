@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from lit_opd.functional.head import compute_dtype
 from lit_opd.functional.precision import upcast
 from lit_opd.models.packed_mixers import by_rows, mixers
-from lit_opd.models.packing import Layout, as_bias, gather_rows
+from lit_opd.models.packing import Layout, gather_rows
 
 __all__ = ["Attend", "attend", "packed_layers", "unsupported"]
 
@@ -62,8 +62,6 @@ def attend(
     Returns:
         [N, H, E] in the dtype of the inputs.
     """
-    seen_SLM = layout.seen_SLM if window is None else layout.seen_SLM & (layout.distances_SLM < window)
-    bias_SLM = layout.bias(query_NHD.dtype) if window is None else as_bias(seen_SLM, query_NHD.dtype)
     # Laid out as [segment, head, place, D].
     query, key, value = (
         gather_rows(values, index).transpose(1, 2)
@@ -71,9 +69,9 @@ def attend(
     )
     segments, heads, length, _ = query.shape
     if query.device.type == "cpu" and segments * heads * length * key.shape[2] * 4 <= _PLAIN_BYTES:
-        mixed = _plain(query, key, value, bias_SLM, scale, dropped)
+        mixed = _plain(query, key, value, layout.bias(query_NHD.dtype, window), scale, dropped)
     else:
-        mixed = _fused(query, key, value, seen_SLM, scale, dropped)
+        mixed = _fused(query, key, value, layout.within_SLM(window), scale, dropped)
     mixed_SLHE = mixed.view(segments, heads, length, value.shape[-1]).transpose(1, 2)
     return mixed_SLHE.reshape(-1, heads, value.shape[-1])[layout.place_N]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lit_opd.functional.precision import upcast
 from lit_opd.types import Rollout
 
-__all__ = ["Array", "Layout", "Segment", "as_bias", "gather_rows", "layout_of", "on_device", "pack"]
+__all__ = ["Array", "Layout", "Segment", "gather_rows", "layout_of", "on_device", "pack"]
 
 Array = NDArray[np.int64]
 
@@ -70,32 +70,30 @@ class Layout:
     segments: tuple[Segment, ...] = field(repr=False)
     count: int
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _biases: dict[tuple[torch.dtype, int | None], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def seen_SLM(self) -> Tensor:
         """True where a query may look at a key. Padding queries look at the first key."""
         return torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device) <= self.last_seen_SL[:, :, None]
 
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """Make the mask that is added to attention scores, once for all layers of a pass."""
-        if dtype not in self._biases:
-            self._biases[dtype] = as_bias(self.seen_SLM, dtype)
-        return self._biases[dtype]
+    def bias(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """Make what is added to attention scores, 0 where seen and minus infinity elsewhere, once for all layers."""
+        if (dtype, window) not in self._biases:
+            seen_SLM = self.within_SLM(window)
+            zeros_SLM = torch.zeros(seen_SLM.shape, dtype=dtype, device=seen_SLM.device)
+            self._biases[dtype, window] = zeros_SLM.masked_fill_(~seen_SLM, -torch.inf)
+        return self._biases[dtype, window]
 
-    @property
-    def distances_SLM(self) -> Tensor:
-        """Position of the query minus position of the key, which an attention window limits."""
+    def within_SLM(self, window: int | None) -> Tensor:
+        """Make `seen_SLM` for queries that see at most so many keys, themselves included; None for all."""
+        if window is None:
+            return self.seen_SLM
         positions_M = torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device)
-        return self.positions_N[self.queries_SL][:, :, None] - positions_M
+        return self.seen_SLM & (self.positions_N[self.queries_SL][:, :, None] - positions_M < window)
 
 
 _LAYOUTS: WeakKeyDictionary[Rollout, tuple[Layout, Tensor]] = WeakKeyDictionary()
-
-
-def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask into numbers to add to attention scores: 0 where seen, minus infinity elsewhere."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def pack(sequences: Sequence[list[int]], device: torch.device) -> tuple[Layout, list[list[int]]]:

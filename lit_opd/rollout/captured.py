@@ -20,6 +20,7 @@ from lit_opd.models import LanguageModel
 from lit_opd.rollout.fused import FusedDecoder
 from lit_opd.rollout.graphs import Recorder
 from lit_opd.rollout.products import overwrite
+from lit_opd.rollout.steady import SteadyDecoder
 from lit_opd.rollout.token_parts import TokenParts
 from lit_opd.rollout.writing import Sheet
 from lit_opd.types import PromptBatch, Prompts, SamplingLaw
@@ -52,16 +53,15 @@ class CapturedWriter:
     """Writes the rollouts of one model, with the methods of `Writer`.
 
     Args:
-        policy: the model, whose `why_not_fused` is None.
-        rows: how many rows it will mostly write.
+        policy: the model.
+        decoder: of the model, with tensors that last.
         recorder: captures.
     """
 
-    def __init__(self, policy: LanguageModel, rows: int, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._decoder = FusedDecoder(policy, rows, lasting=True)
-        self._head = policy.head.detach().to(self._decoder.dtype)
-        self._known = _circumstances(policy, self._decoder.dtype)
+    def __init__(self, policy: LanguageModel, decoder: FusedDecoder | SteadyDecoder, recorder: Recorder) -> None:
+        self._recorder, self._decoder = recorder, decoder
+        self._head = policy.head.detach().to(decoder.dtype)
+        self._known = _circumstances(policy)
         self._graphs: dict[Any, tuple[Callable[[], None], Tensor]] = {}
         self._law = SamplingLaw()
         self.sheet = Sheet(0, 0, policy, policy.device)
@@ -83,7 +83,7 @@ class CapturedWriter:
 
     def fits(self, policy: LanguageModel) -> bool:
         """Tell whether the model is still as it was captured: its weights in their places, its precision, its ends."""
-        return self._known == _circumstances(policy, compute_dtype(policy.body.embed_tokens.weight[:0]))
+        return self._known == _circumstances(policy)
 
     def start(self, policy: LanguageModel, law: SamplingLaw, uniforms_BT: Tensor) -> None:
         """Take the weights, the law and the random numbers of a rollout."""
@@ -132,7 +132,7 @@ class CapturedWriter:
         slots, width = self.sheet.slots, min(width_bucket(self._decoder.column + 1), self._decoder.room[1])
 
         def run() -> Tensor:
-            hidden_SH = self._decoder.run(self.sheet.token_R[:slots], width, self._decoder.column_1)
+            hidden_SH = self._decoder.run(self.sheet.token_R[:slots], width, self._decoder.places.column_1)
             return self._write(hidden_SH)
 
         key = slots, width, self._law, self._head.temperature, self.parts
@@ -167,11 +167,12 @@ class CapturedWriter:
             self.sheet.keep(index)
 
 
-def _circumstances(policy: LanguageModel, dtype: torch.dtype) -> tuple[Any, ...]:
+def _circumstances(policy: LanguageModel) -> tuple[Any, ...]:
     """List what graphs hold on to besides the tensors that are copied in place."""
     head, body = policy.head, policy.body
+    dtype, table = compute_dtype(head.weight_VH[:0]), body.get_input_embeddings().weight
     norms = [module.weight for module in body.modules() if hasattr(module, "variance_epsilon")]
-    read = [head.weight_VH, head.bias_V, body.embed_tokens.weight, *norms, *policy.model.parameters()]
+    read = [head.weight_VH, head.bias_V, table, *norms, *policy.model.parameters()]
     places = [(tensor.data_ptr(), tensor.dtype) for tensor in read if tensor is not None]
     adapters = [
         (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))

@@ -85,7 +85,7 @@ class CacheDecoder:
         if policy.cache_name is None:
             raise _refusal(policy, "takes no cache")
         self.policy, self.together, self._cache_name = policy, together, policy.cache_name
-        self._parts: list[_Part] = []
+        self.parts: list[_Part] = []
 
     def prefill(self, batch: PromptBatch, num_completions: int, length: int) -> Tensor:
         """See `Decoder.prefill`."""
@@ -98,7 +98,7 @@ class CacheDecoder:
     def _prefill(self, prompts: Prompts, index: Tensor, count: int) -> Tensor:
         rows_R = (index[:, None] * count + torch.arange(count, device=index.device)).flatten()
         part = _Part(rows_R, prompts.mask_BP)
-        self._parts = [*self._parts, part]
+        self.parts = [*self.parts, part]
         hidden_RH = self._read(part, prompts.ids_BP)
         if count == 1:
             return hidden_RH
@@ -112,17 +112,17 @@ class CacheDecoder:
     def step(self, ids_B: Tensor) -> Tensor:
         """See `Decoder.step`."""
         hidden = []
-        for part in self._parts:
+        for part in self.parts:
             part.seen_RL = torch.nn.functional.pad(part.seen_RL, (0, 1), value=True)
-            own_R = ids_B if len(self._parts) == 1 else ids_B[part.rows_R]
+            own_R = ids_B if len(self.parts) == 1 else ids_B[part.rows_R]
             hidden.append(self._read(part, own_R[:, None]))
         return self._in_order(hidden)
 
     def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`. Rows cannot be selected from states of other layers than attention."""
-        if len(self._parts) > 1 or not self._parts[0].only_attends:
+        if len(self.parts) > 1 or not self.parts[0].only_attends:
             return False
-        (part,) = self._parts
+        (part,) = self.parts
         part.cache.batch_select_indices(index)
         part.rows_R, part.seen_RL = torch.arange(len(index), device=index.device), part.seen_RL[index]
         return True
@@ -130,7 +130,7 @@ class CacheDecoder:
     def _in_order(self, hidden: list[Tensor]) -> Tensor:
         if len(hidden) == 1:
             return hidden[0]
-        rows_B = torch.cat([part.rows_R for part in self._parts])
+        rows_B = torch.cat([part.rows_R for part in self.parts])
         return torch.cat(hidden)[rows_B.argsort()]
 
     def _read(self, part: _Part, ids_RL: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lit_opd.functional.head import compute_dtype
 from lit_opd.models import LanguageModel
-from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama
+from lit_opd.models.llama import LayerProducts, rms_norm, rotation, run_layer, unlike_llama, window_of
 from lit_opd.models.packed_attention import attend
 from lit_opd.models.packing import pack
 from lit_opd.rollout.lora_weights import plain_layer, why_not_merged
+from lit_opd.rollout.places import Places
 from lit_opd.rollout.products import Products
-from lit_opd.rollout.token_parts import PLAIN, Column, Norms, Seen, TokenParts
+from lit_opd.rollout.token_parts import PLAIN, Column, Norms, TokenParts
 from lit_opd.types import PromptBatch
 
 __all__ = ["FusedDecoder", "why_not_fused"]
@@ -68,9 +69,6 @@ def _norms(attention: Any) -> Norms | None:
 class FusedDecoder:
     """A `Decoder` for models whose `why_not_fused` is None.
 
-    Prompts end at the same column of the cache, so that all rows write the same column. Columns before the beginning of
-    a shorter prompt are masked, and so are those that nothing was written to.
-
     Args:
         policy: the model; its weights are copied now, in the dtype of the products.
         rows: how many rows it will mostly decode.
@@ -87,9 +85,10 @@ class FusedDecoder:
         attention = body.layers[0].self_attn
         self._size, self._scale = attention.head_dim, attention.scaling
         self._groups = config.num_key_value_heads
+        self._windows = [window_of(layer.self_attn) for layer in body.layers]
         self.column, self.room = 0, (0, 0)
         self._caches: list[Tensor] = []
-        self._bias_RM = self._place_R = self._first_R = self.column_1 = torch.empty(0)
+        self.places = Places(0, 0, self.dtype, policy.device)
 
     def refresh(self) -> None:
         """Copy the model's present weights in place."""
@@ -109,10 +108,11 @@ class FusedDecoder:
         turn = self._cos_M1D[layout.positions_N], self._sin_M1D[layout.positions_N]
         for number, (layer, products) in enumerate(self._layers):
 
-            def attention(query: Tensor, key: Tensor, value: Tensor, cache: Tensor = self._caches[number]) -> Tensor:
-                for kept, new in zip(cache[:, : num_completions * len(rows), :, :width], (key, value), strict=True):
+            def attention(query: Tensor, key: Tensor, value: Tensor, number: int = number) -> Tensor:
+                cache = self._caches[number][:, : num_completions * len(rows), :, :width]
+                for kept, new in zip(cache, (key, value), strict=True):
                     kept[:] = new[columns_BP].transpose(1, 2).repeat_interleave(num_completions, dim=0)
-                return attend(query, key, value, layout, self._scale)
+                return attend(query, key, value, layout, self._scale, self._windows[number])
 
             hidden_NH = run_layer(layer, products, hidden_NH, turn, attention, self.dtype)
         last_BH = hidden_NH[columns_BP[:, -1]]
@@ -131,13 +131,8 @@ class FusedDecoder:
         Nothing here depends on data but what is on the device, and `self.column` stays.
         """
         rows, parts = len(ids_B), self.parts
-        bias_BM = self._bias_RM[:rows, :width]
-        if isinstance(column, int):
-            bias_BM[:, column] = 0.0
-        else:
-            bias_BM.index_fill_(1, column, 0.0)
-        place_B = self._place_R[:rows]
-        seen = Seen(self._first_R[:rows], column, bias_BM)
+        seen, place_B = self.places.open(rows, width, column), self.places.place_R[:rows]
+        within = {window: seen.within(window) for window in set(self._windows)}
         hidden_BH = self._body.embed_tokens(ids_B)
         turn = self._cos_M1D[place_B], self._sin_M1D[place_B]
         for number, (layer, products) in enumerate(self._layers):
@@ -145,12 +140,11 @@ class FusedDecoder:
             qk, value = products.qk_v(self._normed(hidden_BH, layer.input_layernorm, self.dtype))
             qk, value = qk.view(rows, -1, self._size), value.view(rows, -1, self._size)
             query = parts.rotate_and_store(qk, value, turn, cache, column, _norms(layer.self_attn))
-            mixed = parts.attend(query, cache[0], cache[1], seen, self._scale)
+            mixed = parts.attend(query, cache[0], cache[1], within[self._windows[number]], self._scale)
             hidden_BH = hidden_BH + products.out(mixed.reshape(rows, -1))
             gate, up = products.gate_up(self._normed(hidden_BH, layer.post_attention_layernorm, self.dtype))
             hidden_BH = hidden_BH + products.down(parts.gate(gate, up, layer.mlp.act_fn))
-        self.column_1.add_(1)
-        place_B.add_(1)
+        self.places.advance(rows)
         return self._normed(hidden_BH, self._body.norm, hidden_BH.dtype)
 
     def _normed(self, hidden_BH: Tensor, own: Any, dtype: torch.dtype) -> Tensor:
@@ -158,13 +152,12 @@ class FusedDecoder:
 
     def keep(self, index: Tensor) -> bool:
         """See `Decoder.keep`."""
-        held = [*(cache.transpose(0, 1) for cache in self._caches), self._bias_RM, self._place_R, self._first_R]
+        self.places.select(index)
         if self._lasting:
-            for tensor in held:
-                tensor[: len(index)] = tensor[index]
+            for cache in self._caches:
+                cache[:, : len(index)] = cache[:, index]
         else:
-            *caches, self._bias_RM, self._place_R, self._first_R = (tensor[index] for tensor in held)
-            self._caches = [cache.transpose(0, 1) for cache in caches]
+            self._caches = [cache[:, index] for cache in self._caches]
         return True
 
     def reserve(self, rows: int, width: int) -> None:
@@ -178,20 +171,13 @@ class FusedDecoder:
         self._caches = []  # freed before the larger ones are made
         shape = (2, rows, self._groups, width, self._size)
         self._caches = [torch.zeros(shape, dtype=self.dtype, device=weight.device) for _ in self._layers]
-        self._bias_RM = torch.zeros(rows, width, dtype=self.dtype, device=weight.device)
-        self._place_R, self._first_R = torch.zeros(2, rows, dtype=torch.long, device=weight.device)
-        self.column_1 = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.places = Places(rows, width, self.dtype, weight.device)
         self._cos_M1D, self._sin_M1D = rotation(self._body, torch.arange(width, device=weight.device), weight[:1])
         self.room = rows, width
 
     def _begin(self, lengths_B: Tensor, width: int) -> None:
         """Forget what earlier rollouts wrote, and let rows look at their prompts, which end before column `width`."""
-        rows = len(lengths_B)
         for cache in self._caches if self._lasting else ():
             cache.zero_()  # a NaN of an earlier rollout would be one in a masked column, too: 0 x NaN is NaN
-        self._place_R[:rows], self._first_R[:rows] = lengths_B, width - lengths_B
-        columns_M = torch.arange(self.room[1], device=lengths_B.device)
-        seen_BM = (columns_M < width) & (columns_M >= width - lengths_B[:, None])
-        self._bias_RM[:rows] = torch.zeros_like(self._bias_RM[:rows]).masked_fill_(~seen_BM, -torch.inf)
+        self.places.begin(lengths_B, width)
         self.column = width
-        self.column_1.fill_(width)

@@ -7,14 +7,44 @@ is, and Python does not run again. `CapturedWriter` keeps to that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CudaRecorder", "Recorder", "Run"]
+__all__ = ["CudaRecorder", "Recorder", "Run", "question"]
 
 Run = Callable[[], Tensor]
+
+
+class _AsksHost(Exception):
+    """Raised at an operation that no graph can hold."""
+
+
+class _Listening(TorchDispatchMode):
+    """Ends at an operation that waits for numbers of the device, or brings numbers of the host to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, indices = func.overloadpacket.__name__, args[1] if len(args) > 1 and isinstance(args[1], list) else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices if torch.is_tensor(index))
+        shapes = torch.Tag.dynamic_output_shape in func.tags and not (name == "index" and not by_mask)
+        # A number of the host is an argument of a kernel. More of them are a tensor, whose copy waits.
+        moved = (kwargs or {}).get("device") or args[0].device if name == "_to_copy" else None
+        brought = name == "lift_fresh" and args[0].dim() > 0 or moved and moved.type != args[0].device.type
+        if shapes or brought or torch.Tag.data_dependent_output in func.tags or name.startswith("index") and by_mask:
+            raise _AsksHost(name)
+        return func(*args, **(kwargs or {}))
+
+
+def question(run: Run) -> str | None:
+    """Name the first operation of a function that asks the host, which no graph can hold, None where none does."""
+    try:
+        with _Listening():
+            run()
+    except _AsksHost as asked:
+        return str(asked)
+    return None
 
 
 class Recorder(Protocol):

@@ -51,7 +51,7 @@ def _attend(query_BHD: Tensor, keys_BGMD: Tensor, values_BGMD: Tensor, seen: See
     from lit_opd.kernels.decode_attention import decode_attention
 
     assert isinstance(seen.column, Tensor)
-    return decode_attention(query_BHD, keys_BGMD, values_BGMD, seen.first_B, seen.column, scale)
+    return decode_attention(query_BHD, keys_BGMD, values_BGMD, seen.first_B, seen.column, scale, seen.window)
 
 
 def _gate(gate_BI: Tensor, up_BI: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:

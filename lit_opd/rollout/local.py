@@ -7,6 +7,7 @@ that the model allows.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -18,12 +19,14 @@ from lit_opd.functional.precision import upcast
 from lit_opd.kernels import why_not
 from lit_opd.models import LanguageModel
 from lit_opd.models.context import check_length
-from lit_opd.models.forward import distance
+from lit_opd.models.forward import FAILURES, distance
+from lit_opd.models.llama import has_hooks
 from lit_opd.rollout.captured import CapturedWriter, CaptureProbe
 from lit_opd.rollout.decoders import CacheDecoder, Decoder, probe, reads_together
 from lit_opd.rollout.fused import FusedDecoder, why_not_fused
-from lit_opd.rollout.graphs import CudaRecorder, Recorder
+from lit_opd.rollout.graphs import CudaRecorder, Recorder, question
 from lit_opd.rollout.kernel_parts import by_kernels, why_not_kernels
+from lit_opd.rollout.steady import SteadyDecoder, why_not_steady
 from lit_opd.rollout.token_parts import PLAIN
 from lit_opd.rollout.writing import Sheet, Writer
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
@@ -51,6 +54,7 @@ class LocalEngine:
     def __init__(self, capture: str = "auto", recorder: type[Recorder] = CudaRecorder, kernels: bool = True) -> None:
         self._capture, self._recorder, self._kernels = capture, recorder, kernels
         self._disagreements: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+        self._unsteady: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
         self._together: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
         self._captured: WeakKeyDictionary[nn.Module, CapturedWriter] = WeakKeyDictionary()
 
@@ -88,7 +92,7 @@ class LocalEngine:
         told: set[int],
     ) -> Sheet | None:
         """Write a rollout by captured steps, None where the model has none or they fail before anybody saw a row."""
-        if policy.model not in self._captured or self._why_not_fused(policy):
+        if policy.model not in self._captured or self._why_not_captured(policy):
             return None
         try:
             writer = self._captured[policy.model]
@@ -109,7 +113,9 @@ class LocalEngine:
             return None
 
     def _make_captured(self, policy: LanguageModel, rows: int) -> CapturedWriter:
-        return CapturedWriter(policy, rows, self._recorder(policy.device))
+        fused = self._why_not_fused(policy) is None
+        decoder = FusedDecoder(policy, rows, lasting=True) if fused else SteadyDecoder(policy, self._reads(policy))
+        return CapturedWriter(policy, decoder, self._recorder(policy.device))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -127,7 +133,7 @@ class LocalEngine:
         if self._capture == "off":
             return [Verdict(_CAPTURED, False, "rollout.capture=off")]
         with policy.evaluating(), policy.precision():
-            unfit = self._recorder.why_not(device) or self._why_not_fused(policy)
+            unfit = self._recorder.why_not(device) or self._why_not_captured(policy)
             if unfit or choice == "plain":
                 return [prove(_CAPTURED, list, list, 0.0, device, choice, unfit)]
             try:
@@ -148,17 +154,30 @@ class LocalEngine:
         """
         if self._why_not_fused(policy) is None:
             return FusedDecoder(policy, rows)
+        return CacheDecoder(policy, self._reads(policy))
+
+    def _reads(self, policy: LanguageModel) -> bool:
         if policy.model not in self._together:
             self._together[policy.model] = reads_together(policy)
-        return CacheDecoder(policy, self._together[policy.model])
+        return self._together[policy.model]
 
     def _why_not_fused(self, policy: LanguageModel) -> str | None:
         reason = why_not_fused(policy)
         if reason is None and policy.model not in self._disagreements:
-            self._disagreements[policy.model] = reason = _disagreement(policy)
+            self._disagreements[policy.model] = reason = _disagreement(policy, partial(FusedDecoder, policy, 4))
             if reason:
                 _log.warning("The %s decodes without the fused path: %s.", policy.key, reason)
         return reason or self._disagreements[policy.model]
+
+    def _why_not_captured(self, policy: LanguageModel) -> str | None:
+        """Say why no step of a model can be captured, built like Llama or by its own code."""
+        if self._why_not_fused(policy) is None:
+            return None
+        if has_hooks(policy.body.modules()):  # which run once, when a graph is captured
+            return "it has hooks"
+        if policy.model not in self._unsteady:
+            self._unsteady[policy.model] = why_not_steady(policy) or _unlike_cached(policy, self._reads(policy))
+        return self._unsteady[policy.model]
 
 
 def _judge(
@@ -175,13 +194,27 @@ def _judge(
     return verdicts
 
 
-def _disagreement(policy: LanguageModel) -> str | None:
-    """Say how the two decoders differ on a few tokens, None where only by rounding."""
+def _unlike_cached(policy: LanguageModel, together: bool) -> str | None:
+    """Say why a model's own code cannot be captured over states that stay where they are, None where it can."""
+    with torch.autocast(policy.device.type, enabled=False):
+        decoder = SteadyDecoder(policy, together)
+        try:
+            if reason := _disagreement(policy, lambda: decoder, together):
+                return reason
+        except FAILURES as error:
+            return f"its own code fails over states that stay ({type(error).__name__}: {error})"
+        ids_B = probe(policy)[1][:, 1]
+        asked = question(lambda: decoder.run(ids_B, decoder.column + 1, decoder.places.column_1))
+    return asked and f"its step asks the host ({asked})"
+
+
+def _disagreement(policy: LanguageModel, make: Callable[[], Decoder], together: bool = True) -> str | None:
+    """Say how a decoder differs from the model's own cache on a few tokens, None where only by rounding."""
     batch, next_B2 = probe(policy)
     with torch.autocast(policy.device.type, enabled=False):
-        fused, cached = FusedDecoder(policy, 4), CacheDecoder(policy)
-        pairs = [(fused.prefill(batch, 2, 1), cached.prefill(batch, 2, 1))]
-        pairs.append((fused.step(next_B2[:, 0]), cached.step(next_B2[:, 0])))
+        decoder, cached = make(), CacheDecoder(policy, together)
+        pairs = [(decoder.prefill(batch, 2, 2), cached.prefill(batch, 2, 2))]
+        pairs.append((decoder.step(next_B2[:, 0]), cached.step(next_B2[:, 0])))
     found, expected = (upcast(torch.cat(parts)) for parts in zip(*pairs, strict=True))
     off = distance(found, expected, exact=policy.head.weight_VH.dtype == expected.dtype)
     return None if off is None else f"its hidden states would be off by {off:.2g}"

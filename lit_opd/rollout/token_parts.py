@@ -7,7 +7,7 @@ a captured graph of these parts can be replayed at the next column. `FusedDecode
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,17 +30,28 @@ Bar = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Seen:
-    """The columns that each row may look at, `first_B` to `column`.
+    """The columns that each row may look at, `first_B` to `column`, and of these the last `window`.
 
     Attributes:
         first_B: where the prompt of each row begins.
         column: the present column, the same for all rows.
         bias_BM: 0 at these columns, minus infinity elsewhere.
+        window: how many columns, the present one included, None for all.
     """
 
     first_B: Tensor
     column: Column
     bias_BM: Tensor
+    window: int | None = None
+
+    def within(self, window: int | None) -> Seen:
+        """Look at the last columns alone, with a bias that is made anew from the present column."""
+        width = self.bias_BM.shape[1]
+        if window is None or window >= width:
+            return self
+        columns_M = torch.arange(width, device=self.bias_BM.device)
+        bias_BM = self.bias_BM.masked_fill(columns_M <= self.column - window, -torch.inf)
+        return replace(self, bias_BM=bias_BM, window=window)
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:

@@ -37,15 +37,16 @@ LIKE_LLAMA = {
     "Qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "Qwen3": ("Qwen3", {"head_dim": 8}),
     "Mistral": ("Mistral", {"sliding_window": None, "head_dim": 4}),
+    "windows": ("Mistral", {"sliding_window": 4}),
+    "windows in some layers": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
 }
 SHARED = [5] * 17
 # Ragged; a beginning that all but one share, one that ends another, a row twice.
 ROWS = [[*SHARED, 3, 4, 6, 7], [*SHARED, 3, 8], [*SHARED[:4], 9, 10], [11, 12], [*SHARED, 3, 8], [*SHARED, 3]]
 UNLIKE = {
-    "Gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}, "its attention has windows"),
-    "windows": ("Mistral", {"sliding_window": 4}, "its attention has windows"),
-    "windows in some layers": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-                               "its attention has windows"),
+    "Gemma2": ("Gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}, "its layers are not built like Llama's"),
+    "windows of a code that is not known": ("Llama", {"sliding_window": 4}, "its attention has windows"),
+    "queries that positions scale": ("Ministral3", {}, "its queries are scaled where they stand late"),
     "GPTNeoX": ("GPTNeoX", {}, "its body is not built like Llama's"),
     "GPT2": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2}, "its body is not built like Llama's"),
     "dynamic rotations": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -380,7 +381,8 @@ def kept_bytes(make):
 @pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
 @pytest.mark.parametrize("way", [enable, mark])
 @pytest.mark.parametrize(("name", "config", "path"), [("Llama", {}, LlamaForward), ("Qwen3", {}, LlamaForward),
-                                                      ("Mistral", {"sliding_window": 4}, PackedForward)])  # fmt: skip
+                                                      ("Mistral", {"sliding_window": 4}, LlamaForward),
+                                                      ("Olmo3", {"sliding_window": 4}, PackedForward)])  # fmt: skip
 def test_layers_computed_twice_run_packed_have_the_same_gradients_and_keep_less(name, config, path, way, adapted):
     model = make(name, num_hidden_layers=4, **config)
     model = (lora(model) if adapted else model).train()

@@ -172,7 +172,7 @@ def test_softcaps_and_sinks_are_refused_and_those_models_padded(
 
 
 def test_windows_of_a_hugging_face_body_are_seen(tiny_tokenizer, make_batch, sample):
-    model = tiny("Mistral", sliding_window=3).double()
+    model = tiny("Olmo3", sliding_window=3).double()
     policy = LanguageModel(model, tiny_tokenizer, "student")
     rollout = sample(model, make_batch(), SamplingLaw(), num_completions=2)
     assert type(policy.forward) is PackedForward

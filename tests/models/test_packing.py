@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from references import rollout_from
 
-from lit_opd.models.packing import as_bias, gather_rows, layout_of, pack
+from lit_opd.models.packing import gather_rows, layout_of, pack
 from lit_opd.types import SamplingLaw
 
 fast = settings(max_examples=80, deadline=None)
@@ -76,21 +76,22 @@ def test_every_token_is_a_query_once_and_sees_its_own_beginning_in_order(sequenc
 @fast
 @given(rows)
 @example(LONG)
-def test_distances_are_between_positions(sequences):
+def test_a_window_lets_a_query_see_the_last_of_its_keys(sequences):
     layout, _ = pack(sequences, CPU)
-    expected = layout.positions_N[layout.queries_SL][:, :, None] - layout.positions_N[layout.keys_SM][:, None]
-    assert torch.equal(layout.distances_SLM[layout.seen_SLM], expected[layout.seen_SLM])
+    distances = layout.positions_N[layout.queries_SL][:, :, None] - layout.positions_N[layout.keys_SM][:, None]
+    assert torch.equal(layout.within_SLM(3), layout.seen_SLM & (distances < 3))
+    assert torch.equal(layout.within_SLM(None), layout.seen_SLM)
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_bias_is_zero_where_seen_and_made_once(dtype):
+def test_a_bias_is_zero_where_seen_and_made_once(dtype, window):
     layout, _ = pack([[0, 1, 2], [0, 1], [2]], CPU)
-    bias = layout.bias(dtype)
+    bias, seen = layout.bias(dtype, window), layout.within_SLM(window)
     assert bias.dtype == dtype
-    assert torch.equal(bias == 0, layout.seen_SLM)
-    assert torch.equal(torch.isneginf(bias), ~layout.seen_SLM)
-    assert layout.bias(dtype) is bias
-    assert torch.equal(as_bias(layout.seen_SLM, dtype), bias)
+    assert torch.equal(bias == 0, seen)
+    assert torch.equal(torch.isneginf(bias), ~seen)
+    assert layout.bias(dtype, window) is bias
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [(40, 20), (20, 40), (16, 45)])

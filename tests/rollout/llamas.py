@@ -13,7 +13,10 @@ MODELS = {
     "Qwen2": ("Qwen2", {}),
     "Qwen3": ("Qwen3", {"head_dim": 8}),
     "Mistral": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
-}
+    "Mistral with a window": ("Mistral", {"sliding_window": 5}),
+    "Qwen2 with a window in one layer": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3,
+                                                   "max_window_layers": 1}),
+}  # fmt: skip
 
 
 def same(one, two, atol=1e-6):

@@ -287,7 +287,7 @@ def test_memory_that_is_not_there_is_no_verdict_for_it(make_policy, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(FusedDecoder, "reserve", fail)
-    monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda policy: None)
+    monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda *_: None)
     (verdict,) = LocalEngine(recorder=TapeRecorder).prove(make_policy("Llama"), 4, 32)
     assert verdict.reason == "on a probe, OutOfMemoryError: CUDA out of memory"
 
@@ -297,8 +297,8 @@ def test_no_memory_for_a_copy_of_the_weights_is_no_verdict_for_it(make_policy, m
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     policy = make_policy("Llama")
-    monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda policy: None)
-    monkeypatch.setattr("lit_opd.rollout.captured.FusedDecoder", fail)
+    monkeypatch.setattr("lit_opd.rollout.local._disagreement", lambda *_: None)
+    monkeypatch.setattr("lit_opd.rollout.local.FusedDecoder", fail)
     engine = LocalEngine(recorder=TapeRecorder)
     (verdict,) = engine.prove(policy, 4, 32)
     assert str(verdict) == "captured decoding: the plain path (there is no memory for a copy of the weights)"

@@ -14,7 +14,7 @@ MODELS = {
     "Llama with biases, tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "another activation": ("Llama", {"hidden_act": "gelu"}),
     "norms of queries and keys": ("Qwen3", {"head_dim": 8}),
-    "one group": ("Mistral", {"sliding_window": None, "num_key_value_heads": 1}),
+    "one group and a window": ("Mistral", {"sliding_window": 3, "num_key_value_heads": 1}),
 }
 LAWS = {
     "plain": SamplingLaw(),
