@@ -86,7 +86,7 @@ def check_trainer_keys(config: Config) -> None:
         if key not in known:
             raise UserError(name, "an argument of lightning.Trainer", "an unknown one", suggest(key, known))
         if key in OWN_TRAINER_KEYS:
-            raise UserError(name, "to be left out: other keys decide it", repr(value), OWN_TRAINER_KEYS[key])
+            raise UserError(name, "to be left out", repr(value), OWN_TRAINER_KEYS[key])
         if type(value) in SCALARS:  # what lists and mappings may hold is Lightning's to say
             as_type(name, value, hints[key])
         if key in TRAINER_LIMITS:

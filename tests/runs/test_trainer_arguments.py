@@ -52,6 +52,6 @@ def test_an_argument_is_taken_or_refused(name, tmp_path):
         with settled(config):  # or the choices of one stay for all other tests
             assert holds(build_trainer(config, folder))
         return
-    with pytest.raises(UserError, match=rf"^trainer\.{name}: expected to be left out: .* found 1\. \S.*\.$") as raised:
+    with pytest.raises(UserError, match=rf"^trainer\.{name}: expected to be left out, found 1\. \S.*\.$") as raised:
         build_trainer(config, folder)
     assert "\n" not in str(raised.value)

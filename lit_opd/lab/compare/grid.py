@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lit_opd.config import Config, TrackingConfig, load_as, load_config, to_flat
+from lit_opd.config import Config, TrackingConfig, config_file, load_as, load_config, to_flat
 from lit_opd.errors import UserError
 
 __all__ = ["Comparison", "Run", "Tracking", "load_comparison", "runs_of", "within"]
@@ -120,8 +120,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
 def runs_of(comparison: Comparison) -> list[Run]:
     """Build all runs, every variant with the first seed before any with the second, that may be compared."""
     for file in comparison.base:
-        if not Path(file).is_file():
-            raise UserError("base", "files of a run's configuration", f"no file {file!r}", "Check the path.")
+        config_file(file, "base")
     base = load_config(comparison.base, [*comparison.overrides, f"seed={comparison.seeds[0]}"])
     runs = [_run(comparison, label, seed) for seed in comparison.seeds for label in comparison.variants]
     for run in runs:
