@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--from-runs", metavar="ID", nargs="+", default=[], help="compare runs that MLflow has, and make none"
     )
+    table = "compare results that were made elsewhere: columns metric, variant, seed, value, perhaps prompt"
+    compare.add_argument("--from-table", metavar="FILE.csv", type=expanduser, help=table)
+    compare.add_argument("--better", metavar="lower|higher", help="the good direction of the table's metrics")
+    compare.add_argument("--scale", metavar="raw|log", help="on which the table's metrics are compared")
+    compare.add_argument("--plan", action="store_true", help="say what so many seeds can tell, and make no run")
     compare.set_defaults(run=_compare)
     plan = _command(commands, "plan", "planning.plan", "what a run needs of a device's memory, before weights load")
     plan.add_argument("--device", metavar="NAME", help="as h100-80gb, default: this machine's accelerator or memory")
@@ -175,17 +180,22 @@ def _compare(parsed: argparse.Namespace) -> None:
     # argparse gives an option all the words that follow it, and overrides may stand anywhere.
     ids = [word for word in parsed.from_runs if "=" not in word]
     overrides = [*parsed.overrides, *(word for word in parsed.from_runs if "=" in word)]
-    if parsed.from_runs:
+    made_elsewhere = bool(parsed.from_runs or parsed.from_table)
+    if made_elsewhere:
         comparison, runs = load_as(Comparison, parsed.config, overrides), []
     else:
         comparison = load_comparison(parsed.config, overrides)
         runs = runs_of(comparison)
-    from lit_opd.commands.experiments import compare, compare_recorded
+    from lit_opd.commands import experiments
 
-    if parsed.from_runs:
-        compare_recorded(comparison, ids, parsed.json_file)
+    if parsed.from_table:
+        experiments.compare_table(comparison, parsed.from_table, parsed.better, parsed.scale, parsed.json_file)
+    elif parsed.from_runs:
+        experiments.compare_recorded(comparison, ids, parsed.json_file)
+    elif parsed.plan:
+        experiments.plan_comparison(comparison)
     else:
-        compare(comparison, runs, parsed.json_file)
+        experiments.compare(comparison, runs, parsed.json_file)
 
 
 def _check(parsed: argparse.Namespace) -> None:

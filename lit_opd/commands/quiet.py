@@ -28,6 +28,7 @@ EXPECTED_WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*The dirpath has changed from .*",
     r".*`is_gradient_checkpointing` is deprecated.*",
+    r".*recommended to use `self\.log\(.*sync_dist=True.*",  # of numbers that are the same in all processes already
     r".*module\(s\) in eval mode at the start of training.*",  # so that no dropout is in it
 )
 

@@ -21,8 +21,8 @@ PATHS = ("output_dir", "student.path", "teacher.path", "reference.path", "data.p
 FILE = "sqlite:///"
 
 
-def config_file(name: str | Path) -> Path:
-    """Find the YAML file that `--config` names, where `lit_opd:NAME.yaml` comes with the package.
+def config_file(name: str | Path, key: str = "--config") -> Path:
+    """Find the YAML file that `--config`, or a key, names, where `lit_opd:NAME.yaml` comes with the package.
 
     Raises:
         UserError: there is no such file.
@@ -32,11 +32,11 @@ def config_file(name: str | Path) -> Path:
         folder = PACKAGE_FOLDER / "conf"
         known = {f"{SHIPPED}{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*.yaml")}
         if text not in known:
-            raise UserError("--config", "a file that comes with the package", repr(text), suggest(text, known))
+            raise UserError(key, "a file that comes with the package", repr(text), suggest(text, known))
         return known[text]
     if not Path(name).is_file():
         remedy = "Check the path, or take lit_opd:quickstart.yaml, which comes with the package."
-        raise UserError("--config", "a YAML file", f"no file {text!r}", remedy)
+        raise UserError(key, "a YAML file", f"no file {text!r}", remedy)
     return Path(name)
 
 

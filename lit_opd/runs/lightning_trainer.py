@@ -47,6 +47,9 @@ OWN_TRAINER_KEYS = {
     "overfit_batches": "Repeat a few prompts with data.train_size=N.",
     "fast_dev_run": "Set trainer.max_steps=2 data.validation_size=8.",
     "barebones": "It switches off what a run needs.",
+    "limit_predict_batches": "No command predicts.",
+    "sync_batchnorm": "Language models normalise no batches.",
+    "model_registry": "MLflow has the models; see the section tracking.",
 }
 # What Lightning takes and what would train or measure nothing, or end without a word about the cause.
 TRAINER_LIMITS = {
@@ -63,7 +66,11 @@ TRAINER_LIMITS = {
         lambda word: str(word) not in ("16", "16-mixed", "16-true", "transformer-engine-float16"),
     ),
     "strategy": within(
-        "that starts processes anew, as ddp does", lambda word: not re.search("spawn|fork|notebook", f"{word}")
+        "of auto or ddp: each process has whole models, and is started anew",
+        lambda word: re.fullmatch("auto|ddp(?!.*(spawn|fork|notebook)).*", str(word)) is not None,
+    ),
+    "profiler": within(
+        "of null, simple or advanced; `fit --profile` is PyTorch's", lambda word: word in (None, "simple", "advanced")
     ),
 }
 SCALARS = (bool, int, float, str, NoneType)
@@ -79,7 +86,7 @@ def check_trainer_keys(config: Config) -> None:
         if key not in known:
             raise UserError(name, "an argument of lightning.Trainer", "an unknown one", suggest(key, known))
         if key in OWN_TRAINER_KEYS:
-            raise UserError(name, "to be left out: other keys decide it", repr(value), OWN_TRAINER_KEYS[key])
+            raise UserError(name, "to be left out", repr(value), OWN_TRAINER_KEYS[key])
         if type(value) in SCALARS:  # what lists and mappings may hold is Lightning's to say
             as_type(name, value, hints[key])
         if key in TRAINER_LIMITS:

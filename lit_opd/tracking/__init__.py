@@ -18,11 +18,11 @@ from lit_opd.tracking.store import (
     open_store,
     send_kept,
 )
-from lit_opd.tracking.view import offer_view
+from lit_opd.tracking.view import offer_view, view_link
 
 __all__ = [
     "MlflowClient", "MlflowException", "MlflowRun", "RunLogger", "RunRecord", "begin_run", "check_loggers",
     "check_tracking", "git_sha", "log_datasets", "log_examples", "log_files", "log_medians", "log_metrics",
     "log_student", "log_table", "log_tag", "logger_of", "need_store", "offer_view", "open_store", "send_kept",
-    "ui_command",
+    "ui_command", "view_link",
 ]  # fmt: skip

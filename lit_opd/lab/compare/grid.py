@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lit_opd.config import Config, TrackingConfig, load_as, load_config, to_flat
+from lit_opd.config import Config, TrackingConfig, config_file, load_as, load_config, to_flat
 from lit_opd.errors import UserError
 
 __all__ = ["Comparison", "Run", "Tracking", "load_comparison", "runs_of", "within"]
@@ -52,6 +52,8 @@ class Comparison:
     """
     seeds: list[int] = field(default_factory=list)
     """Of the runs; every variant runs with each."""
+    contrasts: str = "best"
+    """What is tested: best (each variant with the best) | all (every two) | a variant's label, as the baseline."""
     parallel: int = 1
     """How many runs at once, which share the processor's cores."""
     output_dir: str = "outputs/compare"
@@ -109,14 +111,16 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
         if not within(key, FIXED):
             expected = f"keys that are to be the same in all runs ({', '.join(FIXED)})"
             raise UserError("may_differ", expected, repr(key), "Leave it out: variants may change every other key.")
+    if comparison.contrasts not in ("best", "all", *variants):
+        expected = f"best, all, or a baseline out of {', '.join(map(repr, variants))}"
+        raise UserError("contrasts", expected, repr(comparison.contrasts), "Name one of them.")
     return replace(comparison, variants=variants)
 
 
 def runs_of(comparison: Comparison) -> list[Run]:
     """Build all runs, every variant with the first seed before any with the second, that may be compared."""
     for file in comparison.base:
-        if not Path(file).is_file():
-            raise UserError("base", "files of a run's configuration", f"no file {file!r}", "Check the path.")
+        config_file(file, "base")
     base = load_config(comparison.base, [*comparison.overrides, f"seed={comparison.seeds[0]}"])
     runs = [_run(comparison, label, seed) for seed in comparison.seeds for label in comparison.variants]
     for run in runs:
