@@ -83,14 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         evaluate.add_argument("--untrained", action="store_true", help="measure the student as it was before training")
         evaluate.add_argument("--json", **file, dest="json_file", help="write the numbers there too")
         evaluate.set_defaults(stage=name)
-    export = _command(commands, "export", "export.export", "write a checkpoint's student as a Hugging Face folder")
-    export.add_argument("--checkpoint", **file, help="default: the newest of output_dir")
-    whither = "default: output_dir/student, or adapter with --adapter-only"
-    export.add_argument("--out", metavar="FOLDER", type=expanduser, help=whither)
-    export.add_argument("--adapter-only", action="store_true", help="write the adapters of a LoRA student alone")
-    export.add_argument("--dtype", metavar="DTYPE", help="of the written weights, as bfloat16; default: the student's")
-    hub = "upload it to the Hugging Face hub too, where a new repository is private"
-    export.add_argument("--push-to-hub", metavar="ORG/NAME", dest="hub", help=hub)
+    _add_export(commands)
     told = "print the configuration that a run would take, with where each value came from"
     _command(commands, "config", "", told).set_defaults(run=_config)
     _add_experiments(commands, file)
@@ -143,6 +136,17 @@ def _add_listings(commands: argparse._SubParsersAction, file: dict[str, Any]) ->
     recipes = commands.add_parser("recipes", help="list the published recipes, or print the file of one")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to print, default: list all")
     recipes.set_defaults(run=_recipes)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = _command(commands, "export", "export.export", "write a checkpoint's student as a Hugging Face folder")
+    export.add_argument("--checkpoint", metavar="FILE", type=expanduser, help="default: the newest of output_dir")
+    whither = "default: output_dir/student, or adapter with --adapter-only"
+    export.add_argument("--out", metavar="FOLDER", type=expanduser, help=whither)
+    export.add_argument("--adapter-only", action="store_true", help="write the adapters of a LoRA student alone")
+    export.add_argument("--dtype", metavar="DTYPE", help="of the written weights, as bfloat16; default: the student's")
+    hub = "upload it to the Hugging Face hub too, where a new repository is private"
+    export.add_argument("--push-to-hub", metavar="ORG/NAME", dest="hub", help=hub)
 
 
 def _command(commands: argparse._SubParsersAction, name: str, calls: str, what: str) -> argparse.ArgumentParser:

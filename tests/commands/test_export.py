@@ -59,6 +59,14 @@ def test_adapters_alone_are_what_peft_loads_over_the_students_own_weights(made, 
     assert ModelCard.load("run/adapter/README.md").data.library_name == "peft"
 
 
+def test_adapters_that_are_not_the_students_are_no_export(made, capsys, monkeypatch):
+    words, _ = made(LORA)
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", lambda base, folder: base)  # as if it had read none
+    assert main(["export", "--adapter-only", *words]) == 1
+    assert "run/adapter.part' is not the trained student, but " in capsys.readouterr().err
+    assert not Path("run/adapter").exists()
+
+
 def test_another_dtype_is_that_of_the_file_and_of_what_is_loaded(made):
     words, expected = made()
     assert main(["export", "--dtype", "bfloat16", "--out", "narrow", *words]) == 0
