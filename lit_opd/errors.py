@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+__all__ = ["LintWarning", "RunError", "UserError", "UserErrors"]
+
 MASK = "***"
 # Credentials in an address, tokens by their usual beginnings, and values of keys that name a secret. What comes from an
 # environment variable is `${oc.env:NAME}` already, and stays.

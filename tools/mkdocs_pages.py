@@ -26,7 +26,9 @@ def public_packages() -> list[str]:
 
 def exported(package: str) -> list[str]:
     """Read the names in `__all__` of a package, without importing it."""
-    assignments = ast.walk(ast.parse(ROOT.joinpath(*package.split("."), "__init__.py").read_text()))
+    path = ROOT.joinpath(*package.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    assignments = ast.walk(ast.parse(file.read_text()))
     (names,) = (a.value for a in assignments if isinstance(a, ast.Assign) and ast.unparse(a.targets[0]) == "__all__")
     return ast.literal_eval(names)
 
@@ -37,9 +39,12 @@ def reference_page(package: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the reference pages to the navigation, below the page on Python."""
-    python = next(part["Python"] for part in config.nav if "Python" in part)
-    python += [{package: f"reference/{package}.md"} for package in public_packages()]
+    """Add to the navigation the pages of docs/ that it does not name, and those of the reference."""
+    sections = {title: pages for part in config.nav for title, pages in part.items()}
+    named = str(config.nav)
+    others = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+    sections["Guide"] += [name for name in others if name not in named]
+    sections["Python"] += [{package: f"reference/{package}.md"} for package in public_packages()]
     return config
 
 
