@@ -1,6 +1,6 @@
 """Make of finished runs all that a comparison found: verdicts, costs, curves, gaps, and how it was made.
 
-`command` calls this. `document` and `pictures` show what comes of it.
+`command` calls this. `document` and `dots` show what comes of it.
 """
 
 from __future__ import annotations

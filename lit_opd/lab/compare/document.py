@@ -29,7 +29,7 @@ from lit_opd.lab.compare.analysis import (
 from lit_opd.lab.compare.cells import amount, capital, code, interval, numbers, probability, table
 from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
-from lit_opd.lab.compare.pictures import draw_seeds
+from lit_opd.lab.compare.dots import draw_seeds
 from lit_opd.measures.table import describe
 
 __all__ = ["overview", "sentence", "to_html", "to_markdown", "to_summary", "to_text", "write_report"]
