@@ -105,7 +105,7 @@ def _activated(gate: Tensor, up: Tensor, mlp: Any) -> Tensor:
     return _GatedSilu.apply(gate, up)
 
 
-FUSED = Parts(_norm, _turned, _activated)
+FUSED = Parts(_norm, _turned, _activated, lean=True)
 
 
 def prove_parts(model: LanguageModel, tokens: int, choice: str = "auto") -> Verdict:

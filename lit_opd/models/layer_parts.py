@@ -32,11 +32,14 @@ class Parts:
         turned: norms, where a model has such norms, and rotates: of [N, heads + groups, D] queries and keys, the number
             of heads, the attention's module, the turn and a dtype, to queries and keys.
         activated: of gate, up and the MLP's module, to the input of the last product.
+        lean: what follows keeps the inputs of these functions for the backward pass, and not their outputs, which are
+            computed again.
     """
 
     norm: Callable[[Tensor, Any, torch.dtype], Tensor]
     turned: Callable[[Tensor, int, Any, Turn, torch.dtype], tuple[Tensor, Tensor]]
     activated: Callable[[Tensor, Tensor, Any], Tensor]
+    lean: bool = False
 
 
 def _turned(qk: Tensor, heads: int, own: Any, turn: Turn, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ with these layers, `FusedDecoder` samples with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_opd.models.layer_parts import PLAIN, Parts, Turn, rms_norm
 from lit_opd.models.packed_attention import Attend, attend
 from lit_opd.models.packing import Layout
+from lit_opd.models.recomputed import made_by
 
 __all__ = [
     "LayerProducts", "Turn", "has_hooks", "is_tied", "llama_hidden", "rms_norm", "rotation", "run_layer",
@@ -193,8 +194,10 @@ def llama_hidden(
     hidden_NH = body.embed_tokens(layout.ids_N) if embedded_NH is None else embedded_NH
     turn = rotation(body, layout.positions_N, hidden_NH)
     for layer in body.layers:
-        run = partial(_run_packed, layer, LayerProducts.of(layer), layout, turn, dtype, attend, parts)
+        run = partial(_run_packed, layer, LayerProducts.of(layer), layout, turn, dtype, attend)
         twice = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+        # A checkpoint cannot see what `made_by` keeps, and would keep that too.
+        run = partial(run, replace(parts, lean=parts.lean and not twice))
         hidden_NH = checkpoint(run, hidden_NH, use_reentrant=False) if twice else run(hidden_NH)
     return parts.norm(hidden_NH, body.norm, hidden_NH.dtype)
 
@@ -245,10 +248,14 @@ def run_layer(
         dtype: of the matrix products.
         parts: what the layer does outside of its products, by default in plain torch.
     """
-    own, rows = layer.self_attn, len(hidden_NH)
-    qk, value = products.qk_v(parts.norm(hidden_NH, layer.input_layernorm, dtype))
+    own, rows, lean = layer.self_attn, len(hidden_NH), parts.lean and torch.is_grad_enabled()
+    with made_by(lean, parts.norm, hidden_NH, layer.input_layernorm, dtype) as normed:
+        qk, value = products.qk_v(normed)
     qk, value = qk.view(rows, -1, own.head_dim), value.reshape(rows, -1, own.head_dim)
-    query, key = parts.turned(qk, qk.shape[1] - value.shape[1], own, turn, dtype)
-    hidden_NH = hidden_NH + products.out(attention(query, key, value).reshape(rows, -1))
-    gate, up = products.gate_up(parts.norm(hidden_NH, layer.post_attention_layernorm, dtype))
-    return hidden_NH + products.down(parts.activated(gate, up, layer.mlp))
+    heads, worth = qk.shape[1] - value.shape[1], lean and hasattr(own, "q_norm")  # else nothing but `qk` would be kept
+    with made_by(worth, parts.turned, qk, heads, own, turn, dtype) as (query, key):
+        hidden_NH = hidden_NH + products.out(attention(query, key, value).reshape(rows, -1))
+    with made_by(lean, parts.norm, hidden_NH, layer.post_attention_layernorm, dtype) as normed:
+        gate, up = products.gate_up(normed)
+    with made_by(lean, parts.activated, gate, up, layer.mlp) as activated:
+        return hidden_NH + products.down(activated)

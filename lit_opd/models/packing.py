@@ -86,7 +86,7 @@ class Layout:
         return self._biases[dtype, window]
 
     def within_SLM(self, window: int | None) -> Tensor:
-        """Make `seen_SLM` for queries that see at most so many keys, themselves included; None for all."""
+        """Make `seen_SLM` for queries that see at most so many keys, themselves included, or all keys where None."""
         if window is None:
             return self.seen_SLM
         positions_M = torch.arange(self.keys_SM.shape[1], device=self.keys_SM.device)

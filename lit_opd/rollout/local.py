@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lit_opd.errors import UserError
 from lit_opd.fast_paths import Verdict, prove
 from lit_opd.functional.precision import upcast
 from lit_opd.kernels import why_not
@@ -176,7 +177,11 @@ class LocalEngine:
         if has_hooks(policy.body.modules()):  # which run once, when a graph is captured
             return "it has hooks"
         if policy.model not in self._unsteady:
-            self._unsteady[policy.model] = why_not_steady(policy) or _unlike_cached(policy, self._reads(policy))
+            try:
+                reason = why_not_steady(policy) or _unlike_cached(policy, self._reads(policy))
+            except UserError as error:  # which a run that samples nothing from the model shall not end with
+                reason = str(error.found)
+            self._unsteady[policy.model] = reason
         return self._unsteady[policy.model]
 
 
@@ -196,15 +201,15 @@ def _judge(
 
 def _unlike_cached(policy: LanguageModel, together: bool) -> str | None:
     """Say why a model's own code cannot be captured over states that stay where they are, None where it can."""
+    ids_B = probe(policy)[1][:, 1]
     with torch.autocast(policy.device.type, enabled=False):
-        decoder = SteadyDecoder(policy, together)
         try:
+            decoder = SteadyDecoder(policy, together)
             if reason := _disagreement(policy, lambda: decoder, together):
                 return reason
+            asked = question(lambda: decoder.run(ids_B, decoder.column + 1, decoder.places.column_1))
         except FAILURES as error:
             return f"its own code fails over states that stay ({type(error).__name__}: {error})"
-        ids_B = probe(policy)[1][:, 1]
-        asked = question(lambda: decoder.run(ids_B, decoder.column + 1, decoder.places.column_1))
     return asked and f"its step asks the host ({asked})"
 
 

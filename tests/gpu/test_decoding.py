@@ -17,6 +17,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a CUDA device"),
 ]
 ROWS, PROMPT, LENGTH, VOCABULARY = 32, 40, 100, 1000
+HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 4,
+          "linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}  # fmt: skip
+WINDOW = {"sliding_window": 16}
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.05}  # fmt: skip
@@ -38,9 +41,9 @@ def full_precision():
 
 @pytest.fixture
 def make_policy(tiny_tokenizer):
-    def make(dtype=torch.float32, name="Qwen3"):
+    def make(dtype=torch.float32, name="Qwen3", kind="", **own):
         torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**SIZES)
+        config = getattr(transformers, f"{name}{kind}Config")(**SIZES, **own)
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval().to("cuda", dtype)
         model.generation_config.eos_token_id = list(range(2, 20))  # rows end at many different steps
         return LanguageModel(model, tiny_tokenizer, "student")
@@ -77,9 +80,14 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3"])
-def test_graphs_write_the_tokens_of_the_plain_loop(name, law, make_policy):
-    policy = make_policy(name=name)
+@pytest.mark.parametrize(
+    "own",
+    [{"name": "Llama"}, {"name": "Qwen2"}, {"name": "Qwen3"}, {"name": "Mistral", **WINDOW},
+     {"name": "Qwen3_5", "kind": "Text", **HYBRID}, {"name": "Olmo3", **WINDOW}],
+    ids=lambda own: own["name"],
+)  # fmt: skip
+def test_graphs_write_the_tokens_of_the_plain_loop(own, law, make_policy):
+    policy = make_policy(**own)
     engine = engine_of(policy)
     for seed in range(2):
         same(run(engine, policy, law, seed), run(LocalEngine(), policy, law, seed))

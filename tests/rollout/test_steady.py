@@ -105,6 +105,7 @@ REFUSED = {
     "bloom": "its own code fails over states that stay",
     "falcon": r"its step asks the host \(lift_fresh\)",
     "hooks": "it has hooks",
+    "rwkv": "RwkvModel, which takes no cache",
     "chunks": "it has layers of type chunked_attention",
     "states": "its cache holds states of its own kind",
     "scale": "its hidden states would be off by",
@@ -112,7 +113,7 @@ REFUSED = {
 
 
 def unsteady(case, make_policy, monkeypatch):
-    policy = make_policy(case if case in ATTENTION else "lfm2")
+    policy = make_policy(case if case in {*ATTENTION, "rwkv"} else "lfm2")
     if case == "hooks":
         policy.body.layers[0].register_forward_hook(lambda *_: None)
     elif case == "chunks":

@@ -50,7 +50,7 @@ Values = Mapping[str, Mapping[Seed, ArrayLike]]
 
 @dataclass(frozen=True)
 class Rules:
-    """How a yardstick is analysed.
+    """The way in which a yardstick is analysed.
 
     Attributes:
         better: the good direction, None where there is none: then nothing is tested.

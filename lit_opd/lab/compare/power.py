@@ -17,7 +17,7 @@ __all__ = ["Sight", "power_of", "smallest_difference"]
 
 @dataclass(frozen=True)
 class Sight:
-    """What a number of seeds can tell."""
+    """The differences that a number of seeds can tell."""
 
     seeds: int
     half: float  # the difference that half of all comparisons would find, in standard deviations between seeds

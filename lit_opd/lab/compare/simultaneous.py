@@ -48,7 +48,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a family of contrasts allows to say of one of them."""
+    """The verdict on one contrast of a family."""
 
     p: float  # corrected
     critical: float  # half the width of its interval, in standard errors

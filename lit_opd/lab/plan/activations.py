@@ -31,6 +31,7 @@ class Pass:
         compute: bytes of a number in matrix products.
         attention: `FLASH`, `MASKED` or `PLAIN`.
         repeats: masked attention repeats keys for the heads of a group, as it does on an accelerator.
+        lean: outputs of norms, rotation and activation are computed again, as the kernels of layers have it.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Pass:
     compute: int
     attention: str
     repeats: bool = True
+    lean: bool = False
 
     @property
     def casts(self) -> bool:
@@ -106,14 +108,17 @@ def _inputs(sizes: ModelSizes, work: Pass, adapter: int) -> int:
     widths = {"qkv": sizes.hidden, "gate_up": sizes.hidden, "down": sizes.inner, "out": sizes.mixed}
     if not sizes.rank:
         # Flash attention keeps its output, which is the input of the layer behind it.
-        return work.compute * sum(width for name, width in widths.items() if name != "out" or work.attention != FLASH)
+        others = {"out"} if work.attention == FLASH else set()
+        others |= {"qkv", "gate_up", "down"} if work.lean else set()
+        return work.compute * sum(width for name, width in widths.items() if name not in others)
     own, total = work.compute if work.casts else adapter, 0
     for name, width in widths.items():
         adapters = sizes.adapters[name]
         # peft casts the input for every adapter, unless it has the adapter's dtype.
-        copies = adapters if work.casts or own != work.compute else min(1, adapters)
+        again = work.lean and name != "out"
+        copies = adapters if work.casts or own != work.compute else 0 if again else min(1, adapters)
         # A layer that casts its weight keeps its input, though the weight is frozen.
-        plain = work.casts and adapters < len(GROUPS[name])
+        plain = work.casts and adapters < len(GROUPS[name]) and not again
         total += own * (copies * width + adapters * sizes.rank) + (work.compute * width if plain else 0)
     return total
 
@@ -122,7 +127,8 @@ def _attention(sizes: ModelSizes, work: Pass) -> int:
     mixed, keys, compute = sizes.mixed, sizes.keys, work.compute
     logsumexp = _FP32 * sizes.heads
     if work.attention == FLASH:
-        return work.tokens * (compute * (mixed + 2 * keys + mixed) + logsumexp)
+        turned = 0 if work.lean and sizes.normed else mixed + keys
+        return work.tokens * (compute * (turned + keys + mixed) + logsumexp)
     segments, queries, seen = work.segments
     padded = compute * segments * queries * mixed
     if work.attention == PLAIN:

@@ -137,7 +137,7 @@ class _Planner:
         completions = self.config.rollout.num_completions if self.sizes[key].unlike is None else 1
         kind = FLASH if flash else MASKED
         return Pass(rows, self.prompt, self.length, completions, residual or self.weight, compute, kind,
-                    repeats=self.device.accelerated)  # fmt: skip
+                    repeats=self.device.accelerated, lean=self.fast and self.sizes[key].unlike is None)  # fmt: skip
 
     # What stays
 

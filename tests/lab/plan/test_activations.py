@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from lit_opd.config import StudentConfig
 from lit_opd.lab.plan.activations import FLASH, MASKED, PLAIN, Pass, kept
 from lit_opd.lab.plan.sizes import sizes_of
-from lit_opd.models import flash, load_student, packed_attention
+from lit_opd.models import flash, layer_parts, llama, load_student, packed_attention, recomputed
 from lit_opd.models.dropout import set_dropout
 from lit_opd.models.forward import LlamaForward, circumstances
 from lit_opd.types import PromptBatch, Prompts, Rollout, SamplingLaw
@@ -38,8 +38,8 @@ def rollout_of(completions):
     return Rollout.completed(batch, completions, ids, real, torch.zeros(rows, LENGTH), stopped, SamplingLaw())
 
 
-def saved_bytes(student, rollout, autocast):
-    """Bytes of all that autograd saves, every storage once, weights left out."""
+def saved_bytes(student, rollout, autocast, monkeypatch):
+    """Bytes of all that autograd saves, every storage once, weights left out, and of what computes it again."""
     own, found = {p.untyped_storage().data_ptr() for p in student.model.parameters()}, {}
 
     def pack(tensor):
@@ -48,6 +48,19 @@ def saved_bytes(student, rollout, autocast):
             found[storage.data_ptr()] = tensor, storage.nbytes()
         return tensor
 
+    def inner(own_pack, unpack):  # torch calls the innermost hooks alone
+        def both(tensor):
+            kept = own_pack(tensor)
+            return pack(kept) if isinstance(kept, torch.Tensor) else kept
+
+        return torch.autograd.graph.saved_tensors_hooks(both, unpack)
+
+    def made_by(lean, function, *inputs):
+        list(map(pack, (x for x in inputs if lean and isinstance(x, torch.Tensor))))
+        return recomputed.made_by(lean, function, *inputs)
+
+    monkeypatch.setattr(recomputed, "saved_tensors_hooks", inner)
+    monkeypatch.setattr(llama, "made_by", made_by)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), hooks:
         hidden_NH, _ = student.hidden(rollout)
@@ -71,8 +84,8 @@ def attend_by_flash(student, monkeypatch):
 @pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)])
 @pytest.mark.parametrize("completions", [1, 4])
 @pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj"]}])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_what_a_forward_pass_keeps(kind, lora, completions, dtype, autocast, attention, folder, monkeypatch):
+@pytest.mark.parametrize(("kind", "lean"), [("llama", False), ("qwen3", False), ("qwen3", True)])
+def test_what_a_forward_pass_keeps(kind, lean, lora, completions, dtype, autocast, attention, folder, monkeypatch):
     if attention == FLASH and dtype == "float32" and not autocast:
         pytest.skip("flash attention is for numbers in 16 bits")
     section = StudentConfig(folder[kind], dtype=dtype, lora=lora)
@@ -83,10 +96,13 @@ def test_what_a_forward_pass_keeps(kind, lora, completions, dtype, autocast, att
         monkeypatch.setattr(packed_attention, "_PLAIN_BYTES", 0)
     elif attention == FLASH:
         attend_by_flash(student, monkeypatch)
-    work = Pass(PROMPTS * completions, PROMPT, LENGTH, completions, width, 2 if autocast else width, attention, False)
+    work = Pass(
+        PROMPTS * completions, PROMPT, LENGTH, completions, width, 2 if autocast else width, attention, False, lean
+    )
     rollout = rollout_of(completions)
     student.hidden(rollout)  # the way to run is chosen once
-    found = saved_bytes(student, rollout, autocast)
+    student.forward.parts = replace(layer_parts.PLAIN, lean=lean)
+    found = saved_bytes(student, rollout, autocast, monkeypatch)
     assert kept(sizes, work, recomputed=False) == pytest.approx(found, rel=0.1)
 
 
