@@ -107,7 +107,7 @@ def test_readmes_benchmarks_are_those_measured(pattern, page, there):
 
 
 def test_readmes_results_are_those_of_the_results():
-    results = (ROOT / "RESULTS.md").read_text()
+    results = (ROOT / "docs" / "results.md").read_text()
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     intervals = re.findall(r"\d\.\d+ \[\d\.\d+,\s\d\.\d+\]", prose)
     assert len(intervals) == 2

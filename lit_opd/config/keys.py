@@ -19,7 +19,9 @@ __all__ = ["REMOVED", "RENAMED", "check_keys"]
 
 RENAMED: dict[str, str] = {}
 """Dotted keys of earlier versions, and what they are called now: an old one is refused with its new name."""
-REMOVED = {"estimator.adapt_gamma_every": "A fixed estimator.kwargs.gamma did as well (RESULTS.md). Set that instead."}
+REMOVED = {
+    "estimator.adapt_gamma_every": "A fixed estimator.kwargs.gamma did as well (docs/results.md). Set that instead."
+}
 """Dotted keys of earlier versions that are gone, and what to do instead. All were null by default."""
 
 

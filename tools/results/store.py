@@ -1,11 +1,11 @@
-"""The numbers that RESULTS.md stands on: a comparison's report, trimmed to what is shown, and what MLflow adds."""
+"""The numbers that the pages of results stand on: a comparison's report, trimmed, and what MLflow adds."""
 
 from __future__ import annotations
 
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from lit_opd.files import finite
+from lit_opd.lab.compare.analysis import Analysis, Contrast, Row
 from lit_opd.lab.compare.collect import Point
-from lit_opd.lab.compare.digest import rank_at
+from lit_opd.lab.compare.digest import Cost, Curve, Curves, EqualCost, LeftOut, Report, values_at
 
 YARDSTICKS = ("accuracy", "reverse_kl", "forward_kl", "student_entropy")
+AT_EQUAL_COST = ("accuracy", "reverse_kl")
 TRAINING = ("train/entropy", "rollout/length")
 COSTS = ("tokens", "seconds")
 DIGITS = 6
@@ -25,31 +27,66 @@ EVERY = 10  # steps between two values that are kept of what training logs
 Stored = dict[str, Any]
 
 
-def trim(name: str, report: Mapping[str, Any], record: Mapping[str, Any], machine: Mapping[str, Any]) -> Stored:
-    """What RESULTS.md shows of a report, in few digits.
+@dataclass(frozen=True)
+class Results:
+    """A comparison as it is stored.
+
+    Attributes:
+        name: on the pages.
+        report: what `compare` found, without the curves of single runs.
+        courses: yardstick -> variant -> step -> mean over the seeds.
+        record: what MLflow adds, by `read_record`; empty without.
+        figures: what a page puts before the name of a figure.
+    """
+
+    name: str
+    report: Report
+    courses: Mapping[str, Mapping[str, Mapping[str, float]]]
+    record: Mapping[str, Any]
+    figures: str
+
+
+def trim(name: str, report: Mapping[str, Any], record: Mapping[str, Any]) -> Stored:
+    """Keep what the pages show of a report, in few digits.
 
     Args:
-        name: of the comparison in RESULTS.md.
+        name: of the comparison on the pages.
         report: as `report.json` has it.
         record: what MLflow adds, by `read_record`; empty without.
-        machine: on which the runs were made.
     """
-    rankings = [ranking for ranking in report["rankings"] if ranking["yardstick"] in YARDSTICKS]
-    curves = {key: _by_run(report["curves"], key) for key in YARDSTICKS}
-    copied = ("confidence", "variants", "seeds", "prompts", "left_out", "costs")
-    stored = {key: report[key] for key in copied} | {
-        "name": name,
-        "machine": machine,
-        "record": record,
-        "rankings": [_ranking(ranking) for ranking in sorted(rankings, key=_place)],
-        "equal_costs": [_equal_cost(key, curves[key], report) for key in ("accuracy", "reverse_kl")],
-        "curves": {key: _course(by_variant) for key, by_variant in curves.items() if by_variant},
+    curves = {key: _by_run(report, key) for key in YARDSTICKS}
+    kept = {
+        "metrics": {key: report["metrics"][key] for key in YARDSTICKS if key in report["metrics"]},
+        "equal_costs": [asdict(equal) for key in AT_EQUAL_COST for equal in _equal_costs(key, curves[key], report)],
+        "curves": [],
     }
+    courses = {key: _course(by_variant) for key, by_variant in curves.items() if by_variant}
+    stored = {"name": name, "report": {**report, **kept}, "courses": courses, "record": record}
     return _rounded(finite(stored))
 
 
+def read(stored: Mapping[str, Any], figures: str) -> Results:
+    """Turn what `trim` stored into the values that a report is written from."""
+    report = stored["report"]
+    lists = {
+        "left_out": [LeftOut(**run) for run in report["left_out"]],
+        "metrics": {key: _analysis(found) for key, found in report["metrics"].items()},
+        "equal_costs": [EqualCost(**equal) for equal in report["equal_costs"]],
+        "costs": [Cost(**cost) for cost in report["costs"]],
+    }
+    return Results(stored["name"], Report(**{**report, **lists}), stored["courses"], stored["record"], figures)
+
+
+def read_curves(report: Mapping[str, Any]) -> list[Curve]:
+    """Read the curves of all runs from `report.json`, without the points that are not finite."""
+    return [
+        Curve(**{**curve, "points": [Point(**point) for point in curve["points"] if point["value"] is not None]})
+        for curve in report["curves"]
+    ]
+
+
 def read_record(client: MlflowClient, parent: str) -> dict[str, Any]:
-    """What the report of a comparison does not hold: its commit, the time of its runs, and values of training steps.
+    """Read what the report of a comparison does not hold: the time of its runs, and values of training steps.
 
     Args:
         client: of the tracking database.
@@ -62,7 +99,6 @@ def read_record(client: MlflowClient, parent: str) -> dict[str, Any]:
     for child in children:
         by_variant.setdefault(child.data.tags["variant"], []).append(child)
     return {
-        "commit": run.data.tags.get("git_sha", "")[:7],
         "wall_seconds": sum((child.info.end_time - child.info.start_time) / 1000 for child in children),
         "training": {
             name: {variant: _history(client, runs, name) for variant, runs in by_variant.items()} for name in TRAINING
@@ -75,28 +111,22 @@ def write(stored: Stored, path: Path) -> None:
     path.write_text(json.dumps(stored, indent=None, separators=(",", ":")).replace("},{", "},\n{") + "\n")
 
 
-def _ranking(ranking: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("mean", "low", "high", "seeds")
-    rows = [row | {"mean": {name: row["mean"][name] for name in kept}} for row in ranking["rows"]]
-    pairs = [pair | {"difference": {name: pair["difference"][name] for name in kept}} for pair in ranking["pairs"]]
-    return {"yardstick": ranking["yardstick"], "sentence": ranking["sentence"], "rows": rows, "pairs": pairs}
+def _analysis(found: Mapping[str, Any]) -> Analysis:
+    rows = [Row(variant, **row) for variant, row in found["variants"].items()]
+    return Analysis(found["better"], found["scale"], rows, [Contrast(**one) for one in found["contrasts"]],
+                    found["notes"])  # fmt: skip
 
 
-def _place(ranking: Mapping[str, Any]) -> int:
-    return YARDSTICKS.index(ranking["yardstick"])
-
-
-def _by_run(curves: Iterable[Mapping[str, Any]], name: str) -> dict[str, dict[int, list[Point]]]:
-    found: dict[str, dict[int, list[Point]]] = {}
-    for curve in curves:
-        points = [Point(**point) for point in curve["points"] if point["value"] is not None]
-        if curve["yardstick"] == name and points:
-            found.setdefault(curve["variant"], {})[curve["seed"]] = points
+def _by_run(report: Mapping[str, Any], name: str) -> Curves:
+    found: dict[str, dict[int, Sequence[Point]]] = {}
+    for curve in read_curves(report):
+        if curve.yardstick == name and curve.points:
+            found.setdefault(curve.variant, {})[curve.seed] = curve.points
     return found
 
 
-def _course(by_variant: Mapping[str, Mapping[int, Sequence[Point]]]) -> dict[str, dict[int, float]]:
-    """Variant -> step -> mean over the seeds."""
+def _course(by_variant: Curves) -> dict[str, dict[int, float]]:
+    """Average over the seeds: variant -> step -> mean."""
     course: dict[str, dict[int, float]] = {}
     for variant, by_seed in by_variant.items():
         values: dict[int, list[float]] = {}
@@ -107,10 +137,8 @@ def _course(by_variant: Mapping[str, Mapping[int, Sequence[Point]]]) -> dict[str
     return course
 
 
-def _equal_cost(
-    name: str, curves: Mapping[str, Mapping[int, Sequence[Point]]], report: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The variants at equal tokens and seconds, but for those that have stopped writing.
+def _equal_costs(name: str, curves: Curves, report: Mapping[str, Any]) -> Iterable[EqualCost]:
+    """Read the variants at equal tokens and seconds, but for those that have stopped writing.
 
     The budget is the least that any run has spent: a variant whose completions have shrunk to nothing would hold all
     others to their first steps, so one with less than half the median's tokens is left out.
@@ -118,17 +146,11 @@ def _equal_cost(
     tokens = {cost["variant"]: cost["tokens"] for cost in report["costs"] if cost["tokens"] is not None}
     least = statistics.median(tokens.values()) / 2 if tokens else 0.0
     kept = {variant: by_seed for variant, by_seed in curves.items() if tokens.get(variant, 0.0) >= least}
-    found: dict[str, Any] = {"yardstick": name, "left_out": [variant for variant in curves if variant not in kept]}
-    for cost in COSTS:
-        if equal := rank_at(name, kept, cost):
-            rows = _ranking(asdict(equal.ranking))["rows"]
-            apart = [[pair.first, pair.second] for pair in equal.ranking.pairs if pair.distinguishable]
-            found[cost] = {"budget": equal.budget, "rows": rows, "apart": apart}
-    return found
+    return (equal for cost in COSTS if (equal := values_at(name, kept, cost)))
 
 
 def _history(client: MlflowClient, runs: Sequence[Run], name: str) -> dict[int, float]:
-    """Step -> mean over the runs."""
+    """Read what training logs: step -> mean over the runs."""
     values: dict[int, list[float]] = {}
     for run in runs:
         for point in client.get_metric_history(run.info.run_id, name):
@@ -138,7 +160,7 @@ def _history(client: MlflowClient, runs: Sequence[Run], name: str) -> dict[int, 
 
 
 def _rounded(value: Any) -> Any:
-    """The same with floats in few digits, and with the keys that JSON has."""
+    """Round floats to few digits, and turn keys into those that JSON has."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):

@@ -177,12 +177,12 @@ def _contrasts(spread: Spread, order: Sequence[str], standing: Sequence[str], ru
     if rules.better is None or len(order) < 2:
         return []
     against = order[0] if rules.contrasts in (TO_THE_BEST, ALL) else rules.contrasts
-    pairs = [(name, against) for name in standing if name != against] if against in standing else []
+    asked = [(name, against) for name in order if name != against]
     if rules.contrasts == ALL:
-        pairs = [(worse, better) for better, worse in combinations(standing, 2)]
+        asked = [(worse, better) for better, worse in combinations(order, 2)]
+    pairs = [pair for pair in asked if set(pair) <= set(standing)]
     judged = list(zip(pairs, _judge(spread, pairs, standing, rules), strict=True))
-    fallen = [(name, against) for name in order if name != against and not {name, against} <= set(standing)]
-    judged += [(pair, _alone(spread.difference_of(*pair))) for pair in fallen]
+    judged += [(pair, _alone(spread.difference_of(*pair))) for pair in asked if pair not in pairs]
     return [_contrast(pair, spread.difference_of(*pair), verdict, standing, rules) for pair, verdict in judged]
 
 

@@ -32,7 +32,8 @@ from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
 from lit_opd.lab.compare.dots import draw_seeds
 from lit_opd.measures.table import describe
 
-__all__ = ["overview", "sentence", "to_html", "to_markdown", "to_summary", "to_text", "write_report"]
+__all__ = ["at_equal_cost", "overview", "sentence", "setting", "to_html", "to_markdown", "to_summary", "to_text",
+           "write_report"]  # fmt: skip
 
 FIGURES = "figures"
 MARKS = {"best": "★", EQUAL: "≈", COLLAPSED: "✗"}
@@ -152,7 +153,7 @@ def _first_screen(report: Report, pictures: dict[str, bytes]) -> Iterable[str]:
         out = [[code(run.variant), str(run.seed), run.status, run.why, run.run_id] for run in report.left_out]
         yield table(["variant", "seed", "status", "why", "run"], out)
     yield "## How it was made"
-    yield _made(report)
+    yield setting(report)
 
 
 def overview(report: Report) -> str:
@@ -203,7 +204,8 @@ def _cell(row: Row | None, with_interval: bool) -> str:
     return f"{value} {mark}".strip()
 
 
-def _made(report: Report) -> str:
+def setting(report: Report) -> str:
+    """Say how the runs were made and what was tested, as a table."""
     asked = {TO_THE_BEST: "each variant with the best", ALL: "every two variants"}
     return table(["", ""], [
         ["variants differ in", ", ".join(map(code, report.differing)) or "nothing that is recorded"],
@@ -226,7 +228,7 @@ def _yardstick(report: Report, name: str, found: Analysis, pictures: dict[str, b
     yield from found.notes
     if equals := [equal for equal in report.equal_costs if equal.yardstick == name]:
         yield "At equal cost, the most that every run has spent (curves between evaluations are taken as straight):"
-        yield _equal_costs(equals)
+        yield at_equal_cost(equals)
     if described.better and (drawn := draw_curves(report.curves, report.variants, name)):
         pictures[f"{FIGURES}/curves_{name}.png"] = drawn
         yield f"![Learning curves of {described.title}]({FIGURES}/curves_{name}.png)"
@@ -246,7 +248,8 @@ def _contrasts(found: Analysis) -> str:
     return table(["a", "b", f"{'a / b' if found.scale == 'log' else 'a - b'} {LEVEL}", "corrected p", "verdict"], rows)
 
 
-def _equal_costs(equals: Sequence[EqualCost]) -> str:
+def at_equal_cost(equals: Sequence[EqualCost]) -> str:
+    """Write the means of variants at equal costs, a column a budget."""
     variants = dict.fromkeys(variant for equal in equals for variant in equal.values)
     rows = [[code(name), *(f"{equal.values[name]:.4g}" if name in equal.values else "" for equal in equals)]
             for name in variants]  # fmt: skip

@@ -114,6 +114,19 @@ def test_the_contrasts_are_those_that_are_asked():
     assert all(wide[one.a, one.b] >= one.high - one.low for one in to_best.contrasts)
 
 
+def test_with_all_contrasts_a_collapsed_variant_is_compared_with_every_other_by_its_own_error():
+    standing = {"a": by_seed(*GOOD), "b": by_seed(0.21, 0.22, 0.23)}
+    fallen = {"c": by_seed(*BAD), "d": by_seed(90.0, 5.0, 400.0)}
+    found = analyse(standing | fallen, Rules("lower", "log", 0.0, contrasts="all"))
+    by_pair = {(one.a, one.b): one for one in found.contrasts}
+    assert by_pair.keys() == {("b", "a"), ("c", "a"), ("c", "b"), ("d", "a"), ("d", "b"), ("d", "c")}
+    assert {pair for pair, one in by_pair.items() if one.verdict == "collapsed"} == by_pair.keys() - {("b", "a")}
+    # The wider error of d is its own, and leaves those that stand as they are.
+    assert all(by_pair["d", name].high - by_pair["d", name].low > 3 for name in "ab")
+    alone = analyse(standing, Rules("lower", "log", 0.0, contrasts="all"))
+    assert by_pair["b", "a"].p == pytest.approx(alone.contrasts[0].p)
+
+
 def test_a_baseline_that_collapsed_is_still_compared_with():
     found = analyse({"a": by_seed(*GOOD), "b": by_seed(*BAD)}, Rules("lower", "log", 0.0, contrasts="b"))
     assert [(one.a, one.b, one.verdict) for one in found.contrasts] == [("a", "b", "better")]
