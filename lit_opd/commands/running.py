@@ -51,7 +51,8 @@ def _rehearse(config: Config, resume: str | None) -> None:
     print(banner(config, found.made))
     print(findings(config, found))
     made = make_plan(config, find_device(None))
-    print(f"memory     {gigabytes(made.peak)} at the peak, of {gigabytes(made.device.usable)} on {made.device.name}")
+    room, fits = gigabytes(made.device.usable), "which fits" if made.fits else "which does not fit (see plan)"
+    print(f"memory     {gigabytes(made.peak)} at the peak, of {room} on {made.device.name}, {fits}")
     print("Everything but the first step was done, and nothing was written. Train: the same without --dry-run.")
 
 
@@ -64,22 +65,13 @@ def evaluate(config: Config, checkpoint: str | None, untrained: bool, json_file:
     file = destination(json_file)
     if untrained and checkpoint is not None:
         raise UserError("--untrained", "no --checkpoint beside it", repr(checkpoint), "Drop one of them.")
-    chosen = (
-        None
-        if untrained
-        else str(RunFolder(Path(config.output_dir)).find_checkpoint(checkpoint, "--checkpoint or --untrained"))
-    )
+    folder, options = RunFolder(Path(config.output_dir)), "--checkpoint or --untrained"
+    chosen = None if untrained else str(folder.find_checkpoint(checkpoint, options))
     results = runs.evaluate(config, chosen, stage)
     _print(f"{stage}: {chosen or config.student.path}", {"student": results})
+    metrics = {name: {"variants": {"student": interval._asdict()}} for name, interval in results.items()}
     if file is not None:
-        _write_json(
-            file,
-            {
-                "stage": stage,
-                "checkpoint": chosen,
-                "metrics": {name: {"variants": {"student": interval._asdict()}} for name, interval in results.items()},
-            },
-        )
+        _write_json(file, {"stage": stage, "checkpoint": chosen, "metrics": metrics})
 
 
 @rank_zero_only
