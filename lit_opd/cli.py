@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     told = "print the configuration that a run would take, with where each value came from"
     _command(commands, "config", "", told).set_defaults(run=_config)
+    _add_experiments(commands, file)
+    _add_listings(commands, file)
+    return parser
+
+
+def _add_experiments(commands: argparse._SubParsersAction, file: dict[str, Any]) -> None:
     measure = _command(
         commands, "measure", "experiments.measure", "the gradients of several estimators on the same rollouts"
     )
@@ -109,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     written = {measure: "the numbers", compare: "the report's numbers", audit: "every finding", plan: "the bytes"}
     for experiment, what in written.items():
         experiment.add_argument("--json", **file, dest="json_file", help=f"write {what} there too")
+
+
+def _add_listings(commands: argparse._SubParsersAction, file: dict[str, Any]) -> None:
     init = commands.add_parser("init", help="write a commented configuration for two models and a file of prompts")
     for name, what in (("student", "a model folder or hub name"), ("teacher", "the same"), ("data", "rows of prompts")):
         init.add_argument(f"--{name}", required=True, metavar="PATH", help=what)
@@ -126,7 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     recipes = commands.add_parser("recipes", help="list the published recipes, or print the file of one")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to print, default: list all")
     recipes.set_defaults(run=_recipes)
-    return parser
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
