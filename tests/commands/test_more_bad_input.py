@@ -106,7 +106,7 @@ OTHERS = [
     ("callbacks=[{bad}/leaves.py:f]", "callbacks[0]", "SystemExit: 0"),
     ("callbacks={{}}", "callbacks", "{}"), ("evaluation.measures=[x]", "evaluation.measures", "'x'"),
     ("evaluation.measures=[json:dumps]", "evaluation.measures", "'json:dumps', which is not"),
-    ("tracking.uri=", "tracking.uri", "None"), ("tracking.experiment=", "tracking.experiment", "None"),
+    ("tracking.also=[mlflow]", "tracking.also", "mlflow"), ("tracking.experiment=", "tracking.experiment", "None"),
     ("lint.allow=[x]", "lint.allow", "'x'"),
     ("--config {bad}/latin.yaml", "--config", "latin.yaml: 'utf-8' codec can't"),
     ("--config {bad}/two.yaml", "--config", "two.yaml: but found another document"),
