@@ -111,10 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     written = {measure: "the numbers", compare: "the report's numbers", audit: "every finding", plan: "the bytes"}
     for experiment, what in written.items():
         experiment.add_argument("--json", **file, dest="json_file", help=f"write {what} there too")
+    _add_without_configuration(commands)
+    return parser
+
+
+def _add_without_configuration(commands: argparse._SubParsersAction) -> None:
     init = commands.add_parser("init", help="write a commented configuration for two models and a file of prompts")
     for name, what in (("student", "a model folder or hub name"), ("teacher", "the same"), ("data", "rows of prompts")):
         init.add_argument(f"--{name}", required=True, metavar="PATH", help=what)
-    init.add_argument("--out", **file, required=True, help="the configuration, a new file")
+    init.add_argument("--out", metavar="FILE", type=expanduser, required=True, help="the configuration, a new file")
     init.set_defaults(run=_init)
     what = "hold an estimator to the laws and say whose gradient it has"
     told = "the laws it holds and the gradient it has, exactly"
@@ -129,7 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     recipes = commands.add_parser("recipes", help="list the published recipes, or print the file of one")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to print, default: list all")
     recipes.set_defaults(run=_recipes)
-    return parser
 
 
 def _command(commands: argparse._SubParsersAction, name: str, calls: str, what: str) -> argparse.ArgumentParser:
