@@ -121,7 +121,7 @@ def _add_listings(commands: argparse._SubParsersAction, file: dict[str, Any]) ->
     init = commands.add_parser("init", help="write a commented configuration for two models and a file of prompts")
     for name, what in (("student", "a model folder or hub name"), ("teacher", "the same"), ("data", "rows of prompts")):
         init.add_argument(f"--{name}", required=True, metavar="PATH", help=what)
-    init.add_argument("--out", **file, required=True, help="the configuration, a new file")
+    init.add_argument("--out", metavar="FILE", type=expanduser, required=True, help="the configuration, a new file")
     init.set_defaults(run=_init)
     what = "hold an estimator to the laws and say whose gradient it has"
     told = "the laws it holds and the gradient it has, exactly"
