@@ -135,9 +135,9 @@ def measured(page, side):
     return dict(zip(header, next(row for row in rows if row[0] == side), strict=True))
 
 
-def test_tables_made_from_the_code_are_those_of_the_code():
+def test_tables_made_from_the_code_are_those_of_the_code(warm_python):
     # In a process of its own, whose tables no other test adds to.
-    command = [sys.executable, "-m", "tools.make_docs", "--check"]
+    command = [warm_python, "-m", "tools.make_docs", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -3,7 +3,6 @@
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -92,8 +91,8 @@ def test_off_policy_then_on_policy_is_one_run():
     assert (rollout.student_share, rollout.demonstrations) == (1, "teacher")
 
 
-def test_the_pages_say_what_the_recipes_say():
-    command = [sys.executable, "-m", "tools.make_recipes", "--check"]
+def test_the_pages_say_what_the_recipes_say(warm_python):
+    command = [warm_python, "-m", "tools.make_recipes", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
