@@ -86,7 +86,7 @@ def to_text(results: dict[str, Any]) -> str:
         f"{results['device']}\n{report.describe_machine(results['machine'])}",
         "## G1: an optimizer step\n", report.table(results["g1"], ["side", "round"], STEP_COLUMNS),
         "Fast paths of ours:\n", *(f"- {path}" for path in paths),
-        "\n## Decoding\n", report.table(rows_of(results["decode"]), ["rows"], DECODE_COLUMNS),
+        "\n## Decoding\n", report.table(rows_of(results["decode"]), ["model", "rows"], DECODE_COLUMNS),
         "## G2: long completions\n", report.table(long, ["model", "rows", "tokens", "checkpointed"], LONG_COLUMNS),
         "## G3: the head alone\n", report.table(head, ["widths", "side"], HEAD_COLUMNS),
         "## Correctness\n", *correctness(results["checks"]),

@@ -5,6 +5,7 @@ The time of a long rollout minus that of a short one, by the tokens between, lea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,17 @@ from lit_opd.config import RolloutConfig
 from lit_opd.models import LanguageModel
 from lit_opd.rollout import build_engine, uniforms
 from lit_opd.types import SamplingLaw
-from tools.benchmark.card.sizes import Shape, device_of, make_batch, make_model, make_tokenizer, seconds, sizes_of
+from tools.benchmark.card.sizes import (
+    Shape,
+    Sizes,
+    device_of,
+    make_batch,
+    make_hybrid,
+    make_model,
+    make_tokenizer,
+    seconds,
+    sizes_of,
+)
 from tools.benchmark.processes import answer
 from tools.benchmark.roofline import Geometry
 
@@ -21,27 +32,34 @@ BYTES = 256 * 2**20
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Time every number of rows."""
+    """Time every number of rows, and the most rows of a hybrid, whose limit is not known."""
     sizes, device = sizes_of(job), device_of(job)
-    model = make_model(sizes.student, sizes.vocabulary, device, torch.bfloat16)
-    policy = LanguageModel(model, make_tokenizer(sizes.vocabulary), "student")
-    read = read_rate(device)
-    short, long = sizes.new // 4, sizes.new
-    found = []
-    for rows in sizes.rows:
-        engine, law = build_engine(RolloutConfig()), SamplingLaw(min_new_tokens=sizes.new)
-        engine.prove(policy, rows, sizes.prompt + sizes.new, job["paths"])
-        batch = make_batch(sizes, rows, device)
-
-        def sample(length: int, batch: Any = batch, engine: Any = engine, law: SamplingLaw = law) -> None:
-            numbers_BT = uniforms((0, 0), batch.draws, 1, length).to(device)
-            engine.sample(policy, batch, law, 1, numbers_BT)
-
-        taken = [seconds(lambda length=length: sample(length), device, tries=3) for length in (short, long)]
-        step = (taken[1] - taken[0]) / (long - short)
-        limit = limit_seconds(sizes.student, sizes.vocabulary, rows, sizes.prompt + (short + long) / 2, read)
-        found.append({"rows": rows, "ms": 1e3 * step, "limit_ms": 1e3 * limit, "rollout_s": taken[1]})
+    read, found = read_rate(device), []
+    cases = [("dense", make_model, sizes.rows)]
+    cases += [] if job["quick"] else [("hybrid", make_hybrid, sizes.rows[-1:])]
+    for kind, make, numbers in cases:
+        model = make(sizes.student, sizes.vocabulary, device, torch.bfloat16)
+        policy = LanguageModel(model, make_tokenizer(sizes.vocabulary), "student")
+        for rows in numbers:
+            row = {"model": kind, "rows": rows} | decoded(policy, sizes, rows, device, job["paths"])
+            if kind == "dense":
+                context = sizes.prompt + 5 * sizes.new / 8
+                row["limit_ms"] = 1e3 * limit_seconds(sizes.student, sizes.vocabulary, rows, context, read)
+            found.append(row)
     return {"rows": found, "read_bytes_per_s": read}
+
+
+def decoded(policy: LanguageModel, sizes: Sizes, rows: int, device: torch.device, paths: str) -> dict[str, float]:
+    """Time rollouts of so many rows, long and a quarter as long."""
+    engine, law = build_engine(RolloutConfig()), SamplingLaw(min_new_tokens=sizes.new)
+    engine.prove(policy, rows, sizes.prompt + sizes.new, paths)
+    batch = make_batch(sizes, rows, device)
+
+    def sample(length: int) -> None:
+        engine.sample(policy, batch, law, 1, uniforms((0, 0), batch.draws, 1, length).to(device))
+
+    short, long = (seconds(partial(sample, length), device, tries=3) for length in (sizes.new // 4, sizes.new))
+    return {"ms": 1e3 * (long - short) / (sizes.new - sizes.new // 4), "rollout_s": long}
 
 
 def read_rate(device: torch.device) -> float:
