@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_opd.lab.compare.pictures import draw_seeds
+from lit_opd.lab.compare.dots import draw_seeds
 from mlflow.tracking import MlflowClient
 
 from lit_opd.lab.compare.curves import draw_curves
