@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from lit_opd.commands.json_file import destination
 from lit_opd.commands.quiet import quiet_libraries
@@ -18,7 +19,7 @@ from lit_opd.lab.compare import command as comparisons
 from lit_opd.lab.compare.grid import Comparison, Run
 from lit_opd.tracking import check_tracking
 
-__all__ = ["audit", "compare", "compare_recorded", "measure"]
+__all__ = ["audit", "compare", "compare_recorded", "compare_table", "measure", "plan_comparison"]
 
 
 def measure(config: Config, json_file: str | None) -> None:
@@ -45,6 +46,18 @@ def compare_recorded(comparison: Comparison, run_ids: Sequence[str], json_file: 
     """Say which variant is better, of runs that MLflow has."""
     quiet_libraries()
     comparisons.compare_recorded(comparison, run_ids, destination(json_file))
+
+
+def compare_table(
+    comparison: Comparison, file: str, better: str | None, scale: str | None, json_file: str | None
+) -> None:
+    """Say which variant is better, of results that were made elsewhere."""
+    comparisons.compare_table(comparison, Path(file), better, scale, destination(json_file))
+
+
+def plan_comparison(comparison: Comparison) -> None:
+    """Say what a comparison can tell with its seeds, without making a run."""
+    comparisons.plan(comparison)
 
 
 def audit(config: Config, json_file: str | None) -> None:

@@ -6,10 +6,12 @@ has the same words everywhere. The other files of this room make the numbers; `r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 Better = Literal["lower", "higher"]
+Scale = Literal["raw", "log"]
 Of = Literal["token", "support", "position", "completion", "step"]
 
 
@@ -24,6 +26,8 @@ class Measure(NamedTuple):
             over positions), the `support` at a position (`support/NAME` and curves), a `position` (curves only) or a
             `completion` (`val/NAME`). In training: a `step`, whose name says all.
         short: its title where a terminal has little room; empty where the title is short enough.
+        scale: on which variants are compared: `log` for what spans orders of magnitude and is above 0.
+        least: no value is smaller; 0 of a share and on a log scale, whatever is said here.
     """
 
     title: str
@@ -31,6 +35,8 @@ class Measure(NamedTuple):
     better: Better | None
     of: Of = "token"
     short: str = ""
+    scale: Scale = "raw"
+    least: float = -math.inf
 
     @property
     def axis(self) -> str:
@@ -43,6 +49,12 @@ class Measure(NamedTuple):
         return self.short or self.title
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the most that it can be."""
+        least = 0.0 if self.is_share or self.scale == "log" else self.least
+        return least, 1.0 if self.is_share else math.inf
+
+    @property
     def is_share(self) -> bool:
         """True where it counts something out of all."""
         return self.unit.startswith("share")
@@ -53,15 +65,15 @@ MASS = "probability"
 PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 # In the order in which a report shows them.
 MEASURES: dict[str, Measure] = {
-    "reverse_kl": Measure("reverse KL", NATS, "lower"),
+    "reverse_kl": Measure("reverse KL", NATS, "lower", scale="log"),
     "accuracy": Measure("accuracy", COMPLETIONS, "higher", "completion"),
-    "forward_kl": Measure("forward KL", NATS, "lower"),
-    "jsd": Measure("Jensen-Shannon divergence", NATS, "lower", short="JSD"),
-    "teacher_nll": Measure("teacher's negative log-likelihood", NATS, "lower", short="teacher NLL"),
+    "forward_kl": Measure("forward KL", NATS, "lower", scale="log"),
+    "jsd": Measure("Jensen-Shannon divergence", NATS, "lower", short="JSD", scale="log"),
+    "teacher_nll": Measure("teacher's negative log-likelihood", NATS, "lower", short="teacher NLL", scale="log"),
     "top1_agreement": Measure("top-1 agreement", TOKENS, "higher", short="top-1 agree"),
-    "student_entropy": Measure("student's entropy", NATS, None, short="entropy"),
-    "teacher_entropy": Measure("teacher's entropy", NATS, None, short="teacher ent."),
-    "length": Measure("length", "tokens", None, "completion"),
+    "student_entropy": Measure("student's entropy", NATS, None, short="entropy", least=0.0),
+    "teacher_entropy": Measure("teacher's entropy", NATS, None, short="teacher ent.", least=0.0),
+    "length": Measure("length", "tokens", None, "completion", least=0.0),
     "truncated_frac": Measure("truncated", COMPLETIONS, None, "completion"),
     "verifier_error_frac": Measure(
         "rewards of 0 where the verifier failed", COMPLETIONS, None, "completion", "verifier failed"

@@ -56,6 +56,8 @@ class RunResult:
     curves: dict[str, list[Point]] = field(default_factory=dict)  # by yardstick: means over all prompts, by step
     cost: dict[str, float] = field(default_factory=dict)  # steps, tokens and seconds when last evaluated, peak memory
     settings: dict[str, str] = field(default_factory=dict)  # what it learned from and how, by key
+    teacher: dict[str, float] = field(default_factory=dict)  # by yardstick: the teacher's own value, if measured
+    commit: str = ""  # of the code that made it
 
 
 def collect(client: MlflowClient, run_ids: Sequence[str]) -> list[RunResult]:
@@ -98,8 +100,12 @@ def read_run(client: MlflowClient, run: MlflowRun) -> RunResult:
     settings = {key: value for key, value in run.data.params.items() if within(key, LEARNING)}
     settings |= {key: value for key, value in run.data.tags.items() if key == TRAINING_DATA}
     prompts, per_prompt = _prompts(client, run)
+    teacher = {name: run.data.metrics[f"teacher/{name}"] for name in curves if f"teacher/{name}" in run.data.metrics}
     variant, seed, info = _variant(run), int(run.data.tags.get("seed", 0)), run.info
-    return RunResult(variant, seed, info.status, info.run_id, prompts, per_prompt, curves, cost, settings)
+    commit = run.data.tags.get("git_sha", "")
+    return RunResult(
+        variant, seed, info.status, info.run_id, prompts, per_prompt, curves, cost, settings, teacher, commit
+    )
 
 
 def _get_run(client: MlflowClient, run_id: str) -> MlflowRun:

@@ -1,4 +1,4 @@
-"""Make of finished runs all that a comparison found: rankings, quality at equal cost, costs, curves, gaps.
+"""Make of finished runs all that a comparison found: verdicts, costs, curves, gaps, and how it was made.
 
 `command` calls this. `document` and `pictures` show what comes of it.
 """
@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lit_opd.errors import UserError
 from lit_opd.files import finite
+from lit_opd.lab.compare.analysis import ALL, CONFIDENCE, TO_THE_BEST, Analysis, Rules, analyse
 from lit_opd.lab.compare.collect import Point, RunResult
-from lit_opd.lab.compare.paired import CONFIDENCE
-from lit_opd.lab.compare.standings import Ranking, rank
-from lit_opd.measures.table import describe, in_order
+from lit_opd.lab.compare.made import how_it_was_made
+from lit_opd.measures.table import Measure, describe, in_order
 
-__all__ = ["SPENDINGS", "Curve", "EqualCost", "LeftOut", "Report", "make_report", "rank_at", "to_json", "value_at"]
+__all__ = ["SPENDINGS", "Curve", "EqualCost", "LeftOut", "Report", "analysis_to_json", "check_contrasts", "make_report",
+           "rules_for", "to_json", "value_at", "values_at"]  # fmt: skip
 
 SPENDINGS = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds of training"}
 """What a point of a curve has spent, in words."""
@@ -61,11 +62,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class EqualCost:
-    """The variants at one budget, the most that all runs have spent: a seed is the unit, the prompts are these."""
+    """The values of a yardstick at one budget, the most that all runs have spent: means over seeds, not tested."""
 
+    yardstick: str
     cost: str  # a name of `SPENDINGS`
     budget: float  # in its unit
-    ranking: Ranking
+    values: dict[str, float]  # by variant
 
 
 @dataclass(frozen=True)
@@ -77,42 +79,65 @@ class Report:
     variants: list[str]  # in the order in which they were asked for
     seeds: list[int]
     prompts: int
+    contrasts: str  # `best`, `all`, or the baseline
     differing: list[str]  # settings in which the variants are not all the same
+    made: dict[str, str]  # models, data, rates, versions, commit, machine
     left_out: list[LeftOut]
-    rankings: list[Ranking]  # one a yardstick, those with a direction first
+    metrics: dict[str, Analysis]  # by yardstick, those with a direction first
+    untrained: dict[str, float]  # by yardstick: of the student before training
+    teacher: dict[str, float]  # by yardstick: of the teacher, where it was measured
     equal_costs: list[EqualCost]  # of every yardstick with a direction, one a kind of cost
     costs: list[Cost]  # one a variant
     curves: list[Curve]  # of all finished runs
 
 
-def make_report(runs: Sequence[RunResult]) -> Report:
+def make_report(runs: Sequence[RunResult], contrasts: str = TO_THE_BEST) -> Report:
     """Compare the runs that finished, and name those that did not.
 
-    Runs that cannot be paired are a `UserError`: other prompts, a variant and seed that finished twice, seeds of one
-    variant that were configured differently.
+    Args:
+        runs: of the comparison.
+        contrasts: what is tested: `best`, `all`, or the name of a variant as the baseline.
+
+    Raises:
+        UserError: runs that cannot be paired: other prompts, a variant and seed that finished twice, seeds of one
+            variant that were configured differently; or a baseline that is none of the variants.
     """
     finished = [run for run in runs if run.status == "FINISHED" and run.per_prompt]
     _check_pairs(finished)
     variants = list(dict.fromkeys(run.variant for run in runs))
+    check_contrasts(contrasts, variants)
     seeds = sorted({run.seed for run in runs})
+    untrained = _untrained(finished)
     return Report(
-        _budget(finished), CONFIDENCE, variants, seeds, len(finished[0].prompts) if finished else 0,
-        _differing(finished), list(_left_out(runs, variants, seeds)), list(_rankings(finished)),
+        _budget(finished), CONFIDENCE, variants, seeds, len(finished[0].prompts) if finished else 0, contrasts,
+        _differing(finished), how_it_was_made(finished), list(_left_out(runs, variants, seeds)),
+        dict(_metrics(finished, untrained, contrasts)), untrained, _means([run.teacher for run in finished]),
         list(_equal_costs(finished)),
         [_cost(variant, [run for run in finished if run.variant == variant]) for variant in variants],
         [Curve(name, run.variant, run.seed, points) for run in finished for name, points in run.curves.items()],
     )  # fmt: skip
 
 
-def rank_at(yardstick: str, curves: Curves, cost: str) -> EqualCost | None:
-    """Rank the variants where every run has spent as much as the one that spent least, or None without a value."""
+def check_contrasts(contrasts: str, variants: Sequence[str]) -> None:
+    """Refuse a baseline that is none of the variants."""
+    if contrasts not in (TO_THE_BEST, ALL, *variants):
+        expected = f"best, all, or a baseline out of {', '.join(map(repr, variants))}"
+        raise UserError("contrasts", expected, repr(contrasts), "Name one of them.")
+
+
+def rules_for(measure: Measure, untrained: float | None, contrasts: str) -> Rules:
+    """Take direction, scale and bounds of a yardstick from the table of measures."""
+    return Rules(measure.better, measure.scale, *measure.bounds, untrained, contrasts)
+
+
+def values_at(yardstick: str, curves: Curves, cost: str) -> EqualCost | None:
+    """Average over seeds where every run has spent as much as the one that spent least, or None without a value."""
     budget = min((getattr(run[-1], cost) for by_seed in curves.values() for run in by_seed.values()), default=0.0)
-    values: dict[str, dict[int, list[float]]] = {}
-    for variant, by_seed in curves.items():
-        for seed, points in by_seed.items():
-            if (value := value_at(points, cost, budget)) is not None:
-                values.setdefault(variant, {})[seed] = [value]
-    return EqualCost(cost, budget, rank(yardstick, values)) if values else None
+    read = {variant: [value_at(points, cost, budget) for points in by_seed.values()]
+            for variant, by_seed in curves.items()}  # fmt: skip
+    known = {variant: [value for value in values if value is not None] for variant, values in read.items()}
+    means = {variant: float(np.mean(values)) for variant, values in known.items() if values}
+    return EqualCost(yardstick, cost, budget, means) if means else None
 
 
 def value_at(points: Sequence[Point], cost: str, budget: float) -> float | None:
@@ -129,7 +154,19 @@ def value_at(points: Sequence[Point], cost: str, budget: float) -> float | None:
 
 def to_json(report: Report) -> dict[str, Any]:
     """Write the report as JSON has it: numbers that are not finite become null."""
-    return finite(asdict(report))
+    metrics = {name: analysis_to_json(analysis) for name, analysis in report.metrics.items()}
+    return finite(asdict(report) | {"metrics": metrics})
+
+
+def analysis_to_json(analysis: Analysis) -> dict[str, Any]:
+    """Write an analysis as JSON has it everywhere, variants by their labels."""
+    variants = {}
+    for row in analysis.rows:
+        shown = asdict(row) | {"by_seed": {str(seed): value for seed, value in row.by_seed.items()}}
+        variants[shown.pop("variant")] = shown
+    contrasts = [asdict(contrast) for contrast in analysis.contrasts]
+    told = {"better": analysis.better, "scale": analysis.scale, "notes": analysis.notes}
+    return {"variants": variants, "contrasts": contrasts} | told
 
 
 def _check_pairs(finished: Sequence[RunResult]) -> None:
@@ -186,13 +223,13 @@ def _cost(variant: str, runs: Sequence[RunResult]) -> Cost:
 
 def _left_out(runs: Sequence[RunResult], variants: Sequence[str], seeds: Sequence[int]) -> Iterable[LeftOut]:
     for run in runs:
-        odd = [key for key, values in run.per_prompt.items() if not np.isfinite(values).all()]
+        odd = [key for key, values in run.per_prompt.items() if _is_partly_finite(values)]
         if run.status != "FINISHED":
             why = run.status.lower() + (f" after {run.cost['steps']:g} steps" if "steps" in run.cost else "")
         elif not run.per_prompt:
             why = "finished without an evaluation"
         elif odd:
-            why = f"not finite, so left out of these rankings: {', '.join(odd)}"
+            why = f"not finite for every prompt, so left out of {', '.join(odd)}"
         else:
             continue
         yield LeftOut(run.variant, run.seed, run.status, run.run_id, why)
@@ -201,14 +238,41 @@ def _left_out(runs: Sequence[RunResult], variants: Sequence[str], seeds: Sequenc
         yield from (LeftOut(variant, seed, "MISSING", "", "no run") for seed in seeds if (variant, seed) not in known)
 
 
-def _rankings(finished: Sequence[RunResult]) -> Iterable[Ranking]:
+def _metrics(
+    finished: Sequence[RunResult], untrained: Mapping[str, float], contrasts: str
+) -> Iterable[tuple[str, Analysis]]:
     for name in in_order(name for run in finished for name in run.per_prompt):
         values: dict[str, dict[int, list[float]]] = {}
         for run in finished:
-            if name in run.per_prompt and np.isfinite(run.per_prompt[name]).all():
+            if name in run.per_prompt and not _is_partly_finite(run.per_prompt[name]):
                 values.setdefault(run.variant, {})[run.seed] = run.per_prompt[name]
         if values:
-            yield rank(name, values)
+            yield name, _analysed(name, values, rules_for(describe(name), untrained.get(name), contrasts))
+
+
+def _is_partly_finite(values: Sequence[float]) -> bool:
+    """Find values that cannot be averaged though the run did not diverge, where all of them would be lost."""
+    finite_P = np.isfinite(values)
+    return bool(finite_P.any() and not finite_P.all())
+
+
+def _analysed(name: str, values: Mapping[str, Mapping[int, Sequence[float]]], rules: Rules) -> Analysis:
+    try:
+        return analyse(values, rules)
+    except ValueError:  # a mean that is zero, of a student that is its teacher, has no logarithm
+        found = analyse(values, replace(rules, scale="raw"))
+        return replace(found, notes=[*found.notes, "Compared as it is: a run's mean is 0, which has no logarithm."])
+
+
+def _untrained(finished: Sequence[RunResult]) -> dict[str, float]:
+    """Read off the curves what the student had before training, which all runs began from."""
+    return _means([{name: points[0].value for name, points in run.curves.items() if points and points[0].step == 0}
+                   for run in finished])  # fmt: skip
+
+
+def _means(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for values in found for name in values)
+    return {name: float(np.mean([values[name] for values in found if name in values])) for name in names}
 
 
 def _equal_costs(finished: Sequence[RunResult]) -> Iterable[EqualCost]:
@@ -217,4 +281,4 @@ def _equal_costs(finished: Sequence[RunResult]) -> Iterable[EqualCost]:
         for run in finished:
             if run.curves.get(name):
                 curves.setdefault(run.variant, {})[run.seed] = run.curves[name]
-        yield from (equal for cost in SPENDINGS if (equal := rank_at(name, curves, cost)))
+        yield from (equal for cost in SPENDINGS if (equal := values_at(name, curves, cost)))

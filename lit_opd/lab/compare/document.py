@@ -1,6 +1,7 @@
 """Write a report to read: one Markdown text, and one page of HTML made of it that needs no other file.
 
-`command` calls `write_report` and prints `to_summary`. `tools/make_results.py` shares the tables and the numbers.
+Its first screen answers: one table, one figure, how it was made. The rest is folded. `command` calls `write_report` and
+prints `to_summary`. `tools/make_results.py` shares the tables and the numbers.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,18 +16,30 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 
 from lit_opd.files import write_file
+from lit_opd.lab.compare.analysis import (
+    ALL,
+    COLLAPSED,
+    CONFIDENCE,
+    EQUAL,
+    TO_THE_BEST,
+    WORSE,
+    Analysis,
+    Row,
+)
+from lit_opd.lab.compare.cells import amount, capital, code, interval, numbers, probability, table
 from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
-from lit_opd.lab.compare.paired import CONFIDENCE, Mean
-from lit_opd.lab.compare.standings import Ranking
+from lit_opd.lab.compare.pictures import draw_seeds
 from lit_opd.measures.table import describe
 
-__all__ = ["amount", "capital", "code", "interval", "probability", "table", "to_html", "to_markdown", "to_summary",
-           "turned", "write_report"]  # fmt: skip
+__all__ = ["overview", "sentence", "to_html", "to_markdown", "to_summary", "to_text", "write_report"]
 
 FIGURES = "figures"
+MARKS = {"best": "★", EQUAL: "≈", COLLAPSED: "✗"}
+LEGEND = "★ best · ≈ not told from the best · ✗ collapsed · no mark: worse than the best."
+WITH_INTERVALS = 2  # yardsticks whose intervals stand in the first table
+FOLD = re.compile(r"^<details><summary>(.*)</summary>$|^</details>$", re.MULTILINE)
 LEVEL = f"[{100 * CONFIDENCE:g} %]"
-NUMBER = re.compile(r"[-<]?[\d.,e+-]+( \[.*\])?")
 # Colours are the reader's own, light or dark; lines and grounds are shades that show on both.
 STYLE = """
 :root { color-scheme: light dark; }
@@ -38,18 +50,21 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid #8884; text-align: left;
 td { font-variant-numeric: tabular-nums; } thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 td[style], td code { white-space: nowrap; } code { background: #8882; padding: 0 .25em; border-radius: 3px; }
 img { max-width: 100%; width: 800px; height: auto; background: #fff; }
+summary { cursor: pointer; font-weight: 600; padding: .3rem 0; } details { border-bottom: 1px solid #8884; }
 """
 READING = """
-- Differences are paired: at the same seed, which means the same training prompts and uniform numbers, and on the same
-  validation prompt.
-- Intervals and p are Student's, over seeds and over prompts, joined so that they rather cover too much; they hold for
-  other seeds and other prompts. Where variants share one seed only, they say nothing about other seeds.
-- p is corrected for the number of pairs on that yardstick (Holm), not for the number of yardsticks: choose one before
-  looking. Not distinguishable does not mean equal: the interval says how large a difference may be.
-- Every validation prompt counts once. Curves, and values at equal cost, count every token once, so that both may differ
-  where long completions differ from short ones.
-- Values at equal cost have the seed as their unit and speak of these prompts only. They are read off between
-  evaluations, never beyond them.
+- A yardstick that spans orders of magnitude (KLs, negative log-likelihoods) is compared by its logarithm: differences
+  are logs of ratios, the mean of a variant is the geometric mean over its seeds.
+- Seeds and prompts are crossed blocks: runs of one seed saw the same training prompts and uniform numbers, and all were
+  measured on the same validation prompts. The error between seeds is pooled over the variants; one whose error is
+  larger than that of the others keeps its own, which is then said.
+- Intervals hold for other seeds and other prompts. Those of means stand each for itself. Verdicts, p and the intervals
+  of differences are corrected for the contrasts that were asked on that yardstick, not for the number of yardsticks:
+  choose one before looking. Not told from the best is no proof of being equal: see how wide the interval is.
+- Collapsed: a run ended more than twice as bad as the untrained student, or not finite. Where the untrained student is
+  not known: a run ended at least ten times as bad as each run of the best.
+- In verdicts every validation prompt counts once. Curves, values at equal cost and those of the untrained student
+  and of the teacher count every token once, so that both may differ where long completions differ from short ones.
 """
 
 
@@ -64,15 +79,41 @@ def write_report(report: Report, folder: Path) -> None:
     write_file(folder / "report.json", json.dumps(to_json(report), indent=1, allow_nan=False) + "\n")
 
 
-def to_summary(report: Report) -> str:
-    """Say what may be concluded of every yardstick with a direction, a line each, and which runs are left out."""
-    lines = [f"{ranking.yardstick}: {ranking.sentence}" for ranking in _split(report)[0]]
-    return "\n".join(lines + [f"left out: {out.variant} with seed {out.seed}, {out.why}" for out in report.left_out])
+def to_summary(metrics: Mapping[str, Analysis]) -> str:
+    """Say what may be concluded of every yardstick with a direction, a line each."""
+    return "\n".join(f"{name}: {sentence(found)}" for name, found in metrics.items() if found.better)
+
+
+def sentence(found: Analysis) -> str:
+    """Say what may be concluded of a yardstick."""
+    if found.better is None:
+        return "No direction of it is good, so nothing is ranked."
+    names = {verdict: [code(row.variant) for row in found.rows if row.verdict == verdict]
+             for verdict in ("best", EQUAL, WORSE, COLLAPSED)}  # fmt: skip
+    fallen = f" Collapsed: {', '.join(names[COLLAPSED])}." * bool(names[COLLAPSED])
+    if not names["best"]:
+        return f"Every variant collapsed.{'' if names[COLLAPSED] else ' There is none.'}"
+    best = names["best"][0]
+    if len(found.rows) == 1:
+        return f"{best} alone has finished runs: nothing is compared."
+    if not any(contrast.low is not None for contrast in found.contrasts):
+        return f"{best} has the best mean, and nothing can be tested: there is one value of each, or no error.{fallen}"
+    if not names[EQUAL]:
+        others = " and is told from each of the others" if names[WORSE] else ""
+        return f"{best} is best{others}.{fallen}"
+    worse = f"; worse: {', '.join(names[WORSE])}" * bool(names[WORSE])
+    return f"{best} has the best mean; not told from it: {', '.join(names[EQUAL])}{worse}.{fallen}"
 
 
 def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
     """Render Markdown as one page with everything in it, where tags in the text are shown and not obeyed."""
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    markdown, body, start = MarkdownIt("commonmark", {"html": False}).enable("table"), "", 0
+    for fold in FOLD.finditer(text):  # the only tags that are meant
+        body += markdown.render(text[start : fold.start()])
+        summary = fold.group(1)
+        body += "</details>\n" if summary is None else f"<details><summary>{html.escape(summary)}</summary>\n"
+        start = fold.end()
+    body += markdown.render(text[start:])
     for file, picture in pictures.items():
         body = body.replace(f'src="{file}"', f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"')
     title = html.escape(text.partition("\n")[0].removeprefix("# "))
@@ -85,137 +126,128 @@ def to_html(text: str, pictures: Mapping[str, bytes]) -> str:
 
 def to_markdown(report: Report) -> tuple[str, dict[str, bytes]]:
     """Write all that a report says, in order, and draw the pictures that it names, as PNG by file."""
-    ranked, others = _split(report)
     pictures: dict[str, bytes] = {}
-    told = "\n".join(f"- {capital(describe(ranking.yardstick).title)}: {ranking.sentence}" for ranking in ranked)
-    parts = ["# Comparison", told or "No run has finished: there is nothing to compare yet.", *_compared(report)]
-    for ranking in ranked:
-        parts += _yardstick(report, ranking, pictures)
-    if ranked:
-        header = ["variant", "steps", "sampled tokens", "seconds of training", "peak memory, MB"]
-        costs = [(cost.variant, cost.steps, cost.tokens, cost.seconds, cost.peak_memory_mb) for cost in report.costs]
-        parts += ["## What it cost", table(header, [[code(name), *map(amount, spent)] for name, *spent in costs])]
-    if others:
-        parts += ["## Also measured", "No direction of these is good by itself; they are not ranked."]
-        parts += [part for ranking in others for part in _described(ranking)]
-    parts += [part for ranking in report.rankings if ranking.pairs for part in _pairs(ranking)]
-    return "\n\n".join([*parts, "## How to read this", READING.strip()]) + "\n", pictures
+    parts = [f"# Comparison of {len(report.variants)} variants", *_first_screen(report, pictures)]
+    for name, found in report.metrics.items():
+        parts += _fold(capital(describe(name).title), _yardstick(report, name, found, pictures))
+    parts += _fold("How to read this", [READING.strip()])
+    return "\n\n".join(parts) + "\n", pictures
 
 
-def _split(report: Report) -> tuple[list[Ranking], list[Ranking]]:
-    """Part the yardsticks with a direction from those without."""
-    ranked = [ranking for ranking in report.rankings if describe(ranking.yardstick).better]
-    return ranked, report.rankings[len(ranked) :]
+def _fold(title: str, parts: Iterable[str]) -> Iterable[str]:
+    yield f"<details><summary>{title}</summary>"
+    yield from parts
+    yield "</details>"
 
 
-def _compared(report: Report) -> Iterable[str]:
-    yield "## What was compared"
-    yield table(["", ""], [
-        ["variants", ", ".join(map(code, report.variants))],
-        ["seeds", ", ".join(map(str, report.seeds))],
-        ["validation prompts", str(report.prompts)],
-        ["variants differ in", ", ".join(map(code, report.differing)) or "nothing that is recorded"],
-        ["budget of a run", report.budget or "not told"],
-        ["level", f"{100 * CONFIDENCE:g} % intervals, tests at {100 * (1 - CONFIDENCE):.3g} %"],
-    ])  # fmt: skip
+def _first_screen(report: Report, pictures: dict[str, bytes]) -> Iterable[str]:
+    yield overview(report)
+    ranked = {name: found for name, found in report.metrics.items() if found.better}
+    if drawn := draw_seeds(ranked, report.variants, report.untrained):
+        pictures[f"{FIGURES}/seeds.png"] = drawn
+        yield f"![Every seed of every variant]({FIGURES}/seeds.png)"
+        yield "A dot a seed; bars are intervals of the means; the dashed line is the untrained student."
     if report.left_out:
         yield "Runs that are not, or not fully, in the statistics:"
-        rows = [[code(run.variant), str(run.seed), run.status, run.why, run.run_id] for run in report.left_out]
-        yield table(["variant", "seed", "status", "why", "run"], rows)
+        out = [[code(run.variant), str(run.seed), run.status, run.why, run.run_id] for run in report.left_out]
+        yield table(["variant", "seed", "status", "why", "run"], out)
+    yield "## How it was made"
+    yield _made(report)
 
 
-def _yardstick(report: Report, ranking: Ranking, pictures: dict[str, bytes]) -> Iterable[str]:
-    name, title = ranking.yardstick, describe(ranking.yardstick).title
-    yield f"## {capital(title)}"
-    yield from _described(ranking)
-    if equals := [equal for equal in report.equal_costs if equal.ranking.yardstick == name]:
+def overview(report: Report) -> str:
+    """Write what was found in a sentence and a table, as Markdown."""
+    ranked = {name: found for name, found in report.metrics.items() if found.better}
+    if not ranked:
+        return "No run has finished: there is nothing to compare yet."
+    first, found = next(iter(ranked.items()))
+    told = f"{capital(describe(first).title)}: {sentence(found)}"
+    return "\n\n".join([told, _overview(report, ranked), f"{LEGEND} {LEVEL[1:-1]} intervals."])
+
+
+def to_text(found: Analysis) -> str:
+    """Write an analysis for a terminal: a line a variant, a line a contrast."""
+    width = max(len(row.variant) for row in found.rows)
+    lines = [f"  {row.variant:<{width}}  {interval(row)}  {row.verdict or ''}".rstrip() for row in found.rows]
+    what = "ratio" if found.scale == "log" else "difference"
+    lines += [f"  {what} of {one.a} to {one.b}: {numbers(one, found.scale == 'log')}, p {probability(one.p)}"
+              for one in found.contrasts]  # fmt: skip
+    return "\n".join(lines + [f"  {note}" for note in found.notes])
+
+
+def _overview(report: Report, ranked: Mapping[str, Analysis]) -> str:
+    """Show all variants on all yardsticks with a direction, and their costs, between teacher and untrained student."""
+    costs = {cost.variant: cost for cost in report.costs}
+    by_variant = {name: {row.variant: row for row in found.rows} for name, found in ranked.items()}
+    order = list(dict.fromkeys([row.variant for found in ranked.values() for row in found.rows] + report.variants))
+    header = ["variant", *(f"{describe(name).label}, {found.better} is better" for name, found in ranked.items())]
+    header += ["sampled tokens", "seconds", "peak MB"]
+    rows = [_reference("teacher", report.teacher, ranked)] if report.teacher else []
+    for variant in order:
+        cells = [_cell(by_variant[name].get(variant), place < WITH_INTERVALS) for place, name in enumerate(ranked)]
+        cost = costs[variant]
+        rows.append([code(variant), *cells, *map(amount, (cost.tokens, cost.seconds, cost.peak_memory_mb))])
+    rows += [_reference("untrained student", report.untrained, ranked)] if report.untrained else []
+    return table(header, rows)
+
+
+def _reference(title: str, values: Mapping[str, float], ranked: Iterable[str]) -> list[str]:
+    return [f"*{title}*", *(f"{values[name]:.3g}" if name in values else "" for name in ranked), "", "", ""]
+
+
+def _cell(row: Row | None, with_interval: bool) -> str:
+    if row is None:
+        return ""
+    mark = MARKS.get(row.verdict or "", "")
+    value = "not finite" if row.mean is None else interval(row) if with_interval else f"{row.mean:.3g}"
+    return f"{value} {mark}".strip()
+
+
+def _made(report: Report) -> str:
+    asked = {TO_THE_BEST: "each variant with the best", ALL: "every two variants"}
+    return table(["", ""], [
+        ["variants differ in", ", ".join(map(code, report.differing)) or "nothing that is recorded"],
+        ["seeds", ", ".join(map(str, report.seeds))],
+        ["validation prompts", str(report.prompts)],
+        ["budget of a run", report.budget or "not told"],
+        ["tested", asked.get(report.contrasts, f"each variant with {code(report.contrasts)}")],
+        ["level", f"{100 * CONFIDENCE:g} % intervals, tests at {100 * (1 - CONFIDENCE):.3g} % of each yardstick"],
+        *([title, value] for title, value in report.made.items()),
+    ])  # fmt: skip
+
+
+def _yardstick(report: Report, name: str, found: Analysis, pictures: dict[str, bytes]) -> Iterable[str]:
+    described = describe(name)
+    yield f"{described.axis}{f'; {described.better} is better' if described.better else ''}. {sentence(found)}"
+    yield _means(found)
+    if found.contrasts:
+        yield "Differences, as ratios a / b:" if found.scale == "log" else "Differences, a - b:"
+        yield _contrasts(found)
+    yield from found.notes
+    if equals := [equal for equal in report.equal_costs if equal.yardstick == name]:
         yield "At equal cost, the most that every run has spent (curves between evaluations are taken as straight):"
         yield _equal_costs(equals)
-    if drawn := draw_curves(report.curves, report.variants, name):
+    if described.better and (drawn := draw_curves(report.curves, report.variants, name)):
         pictures[f"{FIGURES}/curves_{name}.png"] = drawn
-        yield f"![Learning curves of {title}]({FIGURES}/curves_{name}.png)"
-        yield f"Learning curves of {title}: means over seeds, bands from the least seed to the most."
+        yield f"![Learning curves of {described.title}]({FIGURES}/curves_{name}.png)"
+        yield f"Learning curves of {described.title}: means over seeds, bands from the least seed to the most."
 
 
-def _described(ranking: Ranking) -> Iterable[str]:
-    described = describe(ranking.yardstick)
-    yield f"{described.axis}{f'; {described.better} is better' if described.better else ''}. {ranking.sentence}"
-    against = {pair.second: pair for pair in ranking.pairs if pair.first == ranking.rows[0].variant}
-    rows = []
-    for row in ranking.rows:
-        pair = against.get(row.variant)
-        found = ["", ""] if pair is None else [interval(turned(pair.difference)), probability(pair.corrected_p)]
-        rows.append([code(row.variant), interval(row.mean), *found, row.standing, str(row.mean.seeds)])
-    difference = f"difference to {'best' if described.better else 'lowest'} {LEVEL}"
-    yield table(["variant", f"mean {LEVEL}", difference, "corrected p", "verdict", "seeds"], rows)
+def _means(found: Analysis) -> str:
+    header = ["variant", f"mean {LEVEL}", *(["verdict"] if found.better else []), "of each seed"]
+    rows = [[code(row.variant), interval(row), *([row.verdict or ""] if found.better else []),
+             ", ".join(f"{value:.3g}" for value in row.by_seed.values())] for row in found.rows]  # fmt: skip
+    return table(header, rows)
+
+
+def _contrasts(found: Analysis) -> str:
+    rows = [[code(one.a), code(one.b), numbers(one, found.scale == "log"), probability(one.p), one.verdict]
+            for one in found.contrasts]  # fmt: skip
+    return table(["a", "b", f"{'a / b' if found.scale == 'log' else 'a - b'} {LEVEL}", "corrected p", "verdict"], rows)
 
 
 def _equal_costs(equals: Sequence[EqualCost]) -> str:
-    cells = [{row.variant: [interval(row.mean), row.standing] for row in equal.ranking.rows} for equal in equals]
-    variants = dict.fromkeys(variant for column in cells for variant in column)
-    rows = [[code(name), *(cell for column in cells for cell in column.get(name, ["", ""]))] for name in variants]
-    header = [(f"at {amount(equal.budget)} {SPENDINGS[equal.cost]}", "verdict") for equal in equals]
-    return table(["variant", *(cell for two in header for cell in two)], rows)
-
-
-def _pairs(ranking: Ranking) -> Iterable[str]:
-    rows = []
-    for pair in ranking.pairs:
-        numbers = [interval(pair.difference), probability(pair.p), probability(pair.corrected_p)]
-        rows.append([code(pair.first), code(pair.second), *numbers, pair.verdict, str(pair.difference.seeds)])
-    yield f"## Every pair: {describe(ranking.yardstick).title}"
-    yield table(["first", "second", f"first - second {LEVEL}", "p", "corrected p", "verdict", "seeds"], rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table in Markdown, columns of numbers aligned to the right."""
-    columns = [[row[place] for row in rows if row[place]] for place in range(len(header))]
-    lines = ["---:" if cells and all(map(NUMBER.fullmatch, cells)) else "---" for cells in columns]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, lines, *rows]
-    )
-
-
-def code(name: str) -> str:
-    """Write a name as code, so that Markdown leaves it alone."""
-    return f"`{name}`"
-
-
-def capital(text: str) -> str:
-    """Begin a sentence with a text."""
-    return text[:1].upper() + text[1:]
-
-
-def turned(found: Mean) -> Mean:
-    """Turn a difference round: second minus first."""
-    low, high = (None if end is None else -end for end in (found.high, found.low))
-    return Mean(-found.mean, low, high, found.seeds, found.prompts)
-
-
-def interval(found: Mean) -> str:
-    """Write a mean and its interval, to two digits of the interval's width.
-
-    >>> interval(Mean(0.12345, 0.1001, 0.1468, 3, 40))
-    '0.123 [0.100, 0.147]'
-    """
-    if found.low is None or found.high is None:
-        return f"{found.mean:.4g}"
-    width = found.high - found.low
-    # Adding zero turns a minus zero into a plain one.
-    if not width > 0:
-        return f"{found.mean + 0.0:.4g} [{found.low + 0.0:.4g}, {found.high + 0.0:.4g}]"
-    decimals = min(12, max(0, 1 - math.floor(math.log10(width))))
-    centre, low, high = (round(value, decimals) + 0.0 for value in (found.mean, found.low, found.high))
-    return f"{centre:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
-
-
-def probability(p: float) -> str:
-    """Write a p-value, e.g. `0.032`, `<0.001`."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def amount(value: float | None) -> str:
-    """Write a cost, e.g. `12,345` or `0.482`, or nothing where it was not recorded."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    variants = dict.fromkeys(variant for equal in equals for variant in equal.values)
+    rows = [[code(name), *(f"{equal.values[name]:.4g}" if name in equal.values else "" for equal in equals)]
+            for name in variants]  # fmt: skip
+    return table(["variant", *(f"at {amount(equal.budget)} {SPENDINGS[equal.cost]}" for equal in equals)], rows)

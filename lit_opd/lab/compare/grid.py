@@ -52,6 +52,8 @@ class Comparison:
     """
     seeds: list[int] = field(default_factory=list)
     """Of the runs; every variant runs with each."""
+    contrasts: str = "best"
+    """What is tested: best (each variant with the best) | all (every two) | a variant's label, as the baseline."""
     parallel: int = 1
     """How many runs at once, which share the processor's cores."""
     output_dir: str = "outputs/compare"
@@ -109,6 +111,9 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
         if not within(key, FIXED):
             expected = f"keys that are to be the same in all runs ({', '.join(FIXED)})"
             raise UserError("may_differ", expected, repr(key), "Leave it out: variants may change every other key.")
+    if comparison.contrasts not in ("best", "all", *variants):
+        expected = f"best, all, or a baseline out of {', '.join(map(repr, variants))}"
+        raise UserError("contrasts", expected, repr(comparison.contrasts), "Name one of them.")
     return replace(comparison, variants=variants)
 
 

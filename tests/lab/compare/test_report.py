@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lit_opd.errors import UserError
+from lit_opd.lab.compare.analysis import Contrast, Row
+from lit_opd.lab.compare.cells import amount, interval, numbers, probability
 from lit_opd.lab.compare.collect import Point, RunResult
 from lit_opd.lab.compare.curves import draw_curves
-from lit_opd.lab.compare.digest import LeftOut, make_report, rank_at, to_json, value_at
-from lit_opd.lab.compare.document import amount, interval, probability, to_html, to_markdown, to_summary, write_report
-from lit_opd.lab.compare.paired import Mean
-from lit_opd.lab.compare.standings import NOT_DISTINGUISHABLE
+from lit_opd.lab.compare.digest import LeftOut, make_report, to_json, value_at, values_at
+from lit_opd.lab.compare.document import overview, to_html, to_markdown, to_summary, write_report
 
 PROMPTS = tuple(f"{i:04x}" for i in range(40))
 LEVELS = {"token": 0.40, "full reverse_kl": 0.30, "hybrid gamma=0.5": 0.302, "slow": 0.25}
@@ -61,48 +61,73 @@ def text_of(report):
     return to_markdown(report)[0]
 
 
-def ranking_of(report, yardstick):
-    return next(ranking for ranking in report.rankings if ranking.yardstick == yardstick)
+def verdicts(report, yardstick):
+    return {row.variant: row.verdict for row in report.metrics[yardstick].rows}
 
 
-def test_the_ranking_is_the_truth_and_no_more(report):
-    ranking = ranking_of(report, "reverse_kl")
-    assert ranking.rows[0].variant == "slow"
-    assert ranking.rows[-1].variant == "token"
-    assert [row.standing for row in ranking.rows] == ["best", "worse", "worse", "worse"]
-    assert sum(pair.distinguishable for pair in ranking.pairs) == 5
-    assert ranking.sentence == "`slow` is best, and can be told from each of the others."
-    assert len(ranking.pairs) == 6
-    middle = next(pair for pair in ranking.pairs if "slow" not in (pair.first, pair.second) and pair.second != "token")
-    assert middle.verdict == NOT_DISTINGUISHABLE
-    worst = next(pair for pair in ranking.pairs if (pair.first, pair.second) == ("slow", "token"))
-    assert worst.difference.low < 0.25 - 0.40 < worst.difference.high
-    assert worst.verdict == "`slow` is better"
+def test_the_verdicts_are_the_truth_and_no_more(report):
+    assert verdicts(report, "reverse_kl") == {
+        "slow": "best", "full reverse_kl": "worse", "hybrid gamma=0.5": "worse", "token": "worse",
+    }  # fmt: skip
+    found = report.metrics["reverse_kl"]
+    assert [(one.a, one.b) for one in found.contrasts] == [(row.variant, "slow") for row in found.rows[1:]]
+    worst = found.contrasts[-1]
+    means = {v: np.log([np.mean(run(v, s).per_prompt["reverse_kl"]) for s in (1, 2, 3)]).mean() for v in LEVELS}
+    assert worst.difference == pytest.approx(means["token"] - means["slow"])
+    assert worst.low < worst.difference < worst.high
+    middle = make_report(all_runs(), contrasts="hybrid gamma=0.5").metrics["reverse_kl"].contrasts
+    assert {one.a: one.verdict for one in middle} == {"slow": "better", "full reverse_kl": "equal", "token": "worse"}
+
+
+def test_a_baseline_that_nobody_has_is_refused():
+    with pytest.raises(UserError, match="contrasts: expected best, all, or a baseline out of 'token', found 'x'"):
+        make_report([run("token", 1)], contrasts="x")
 
 
 def test_yardsticks_with_a_direction_come_first(report, written):
-    assert [ranking.yardstick for ranking in report.rankings] == ["reverse_kl", "accuracy", "length"]
-    headings = re.findall(r"^## (.*)$", written[0], re.MULTILINE)
-    assert headings == ["What was compared", "Reverse KL", "Accuracy", "What it cost", "Also measured",
-                        *(f"Every pair: {name}" for name in ("reverse KL", "accuracy", "length")),
-                        "How to read this"]  # fmt: skip
-    assert [line.partition(":")[0] for line in to_summary(report).splitlines()] == ["reverse_kl", "accuracy"]
+    assert list(report.metrics) == ["reverse_kl", "accuracy", "length"]
+    assert re.findall(r"^## (.*)$", written[0], re.MULTILINE) == ["How it was made"]
+    folded = re.findall(r"^<details><summary>(.*)</summary>$", written[0], re.MULTILINE)
+    assert folded == ["Reverse KL", "Accuracy", "Length", "How to read this"]
+    assert [line.partition(":")[0] for line in to_summary(report.metrics).splitlines()] == ["reverse_kl", "accuracy"]
+
+
+def test_the_first_table_answers(report):
+    """Variants by yardsticks with their costs, the best marked, the untrained student beside them."""
+    told, rows, legend = overview(report).split("\n\n")
+    assert told == "Reverse KL: `slow` is best and is told from each of the others."
+    header, _, *lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in rows.splitlines()]
+    assert header[1:] == [
+        "reverse KL, lower is better",
+        "accuracy, higher is better",
+        "sampled tokens",
+        "seconds",
+        "peak MB",
+    ]
+    cells = {line[0]: line for line in lines}
+    assert cells["`slow`"][1].endswith("★")
+    assert cells["`slow`"][3:] == ["4,000", "240", "512"]
+    assert cells["`token`"][1][-1] == "]"
+    assert cells["*untrained student*"][1] == f"{report.untrained['reverse_kl']:.3g}"
+    assert "not told from the best" in legend
+
+
+def test_a_teacher_that_was_measured_has_a_row():
+    runs = [replace(one, teacher={"accuracy": 0.992}) for one in all_runs(seeds=(1, 2))]
+    assert "| *teacher* |  | 0.992 |" in overview(make_report(runs))
 
 
 def test_quality_at_equal_cost_is_read_off_the_curves(report):
-    budgets = {equal.cost: equal.budget for equal in report.equal_costs}
+    found = {equal.cost: equal for equal in report.equal_costs}
     # The quickest variant spends 40 seconds, so that is what all have spent.
-    assert budgets == {"step": 40, "tokens": 4000.0, "seconds": 40.0}
-    at_seconds = next(equal for equal in report.equal_costs if equal.cost == "seconds").ranking
-    found = {row.variant: row.mean.mean for row in at_seconds.rows}
+    assert {cost: equal.budget for cost, equal in found.items()} == {"step": 40, "tokens": 4000.0, "seconds": 40.0}
     for variant in LEVELS:
         points = [run(variant, seed).curves["reverse_kl"] for seed in (1, 2, 3)]
         by_hand = [np.interp(40.0 / SECONDS[variant], [p.step for p in ps], [p.value for p in ps]) for ps in points]
-        assert found[variant] == pytest.approx(np.mean(by_hand))
+        assert found["seconds"].values[variant] == pytest.approx(np.mean(by_hand))
     # The best at equal steps is the worst at equal seconds.
-    at_steps = next(equal for equal in report.equal_costs if equal.cost == "step").ranking
-    assert at_steps.rows[0].variant == "slow"
-    assert at_seconds.rows[-1].variant == "slow"
+    assert min(found["step"].values, key=found["step"].values.get) == "slow"
+    assert max(found["seconds"].values, key=found["seconds"].values.get) == "slow"
 
 
 def test_curves_are_never_extrapolated():
@@ -113,8 +138,8 @@ def test_curves_are_never_extrapolated():
     assert value_at(points, "step", 9) is None
     assert value_at([], "step", 9) is None
     assert value_at([Point(0, 0.0, 0.0, float("nan")), points[0]], "step", 5) is None
-    assert rank_at("jsd", {"a": {1: points}, "b": {1: points[:1]}}, "tokens").budget == 100
-    assert rank_at("jsd", {}, "tokens") is None
+    assert values_at("jsd", {"a": {1: points}, "b": {1: points[:1]}}, "tokens").budget == 100
+    assert values_at("jsd", {}, "tokens") is None
 
 
 def test_costs_are_means_over_runs(report):
@@ -128,21 +153,21 @@ def test_runs_that_did_not_finish_are_named_and_left_out():
         run("slow", 3, status="FAILED", cost={"steps": 7.0}),
         run("token", 4, status="KILLED", per_prompt={}, cost={}),
     ]
-    nan = replace(runs[0], per_prompt=runs[0].per_prompt | {"accuracy": [float("nan")] * 40})
+    nan = replace(runs[0], per_prompt=runs[0].per_prompt | {"accuracy": [float("nan")] + [1.0] * 39})
     report = make_report([nan, *runs[1:]])
     assert LeftOut("slow", 3, "FAILED", "sl3", "failed after 7 steps") in report.left_out
     assert LeftOut("token", 4, "KILLED", "to4", "killed") in report.left_out
     assert LeftOut("slow", 4, "MISSING", "", "no run") in report.left_out
-    assert {r.mean.seeds for r in ranking_of(report, "reverse_kl").rows} == {2, 3}
-    assert next(r for r in ranking_of(report, "accuracy").rows if r.variant == "token").mean.seeds == 2
+    assert {len(row.by_seed) for row in report.metrics["reverse_kl"].rows} == {2, 3}
+    assert next(row for row in report.metrics["accuracy"].rows if row.variant == "token").by_seed.keys() == {2, 3}
     text = text_of(report)
     assert "| `slow` | 3 | FAILED | failed after 7 steps | sl3 |" in text
-    assert "not finite, so left out of these rankings: accuracy" in text
+    assert "not finite for every prompt, so left out of accuracy" in text
 
 
 def test_nothing_finished_is_said():
     report = make_report([run("token", 1, status="KILLED", per_prompt={}, curves={})])
-    assert report.rankings == []
+    assert report.metrics == {}
     assert "No run has finished" in text_of(report)
     assert "KILLED" in to_html(*to_markdown(report))
     assert "No run has finished" in text_of(make_report([]))
@@ -150,24 +175,38 @@ def test_nothing_finished_is_said():
 
 def test_one_variant_is_not_compared():
     report = make_report([run("token", seed) for seed in (1, 2)])
-    assert "Fewer than two variants" in text_of(report)
+    assert "`token` alone has finished runs: nothing is compared." in text_of(report)
 
 
 def test_one_seed_says_nothing_about_others():
     report = make_report([r for r in all_runs(seeds=(1,))])
-    assert all("nothing about other seeds" in ranking.sentence for ranking in report.rankings)
-    assert {equal.ranking.sentence for equal in report.equal_costs} == {
-        "One value of each variant: nothing can be tested."
-    }
+    assert all("says nothing of other seeds" in found.notes[-1] for found in report.metrics.values())
+    assert "says nothing of other seeds" in text_of(report)
 
 
-def test_a_variant_under_two_names_is_not_distinguishable():
+def test_a_variant_under_two_names_is_equal():
     runs = [run("token", seed) for seed in (1, 2, 3)]
     report = make_report(runs + [replace(r, variant="again", run_id=r.run_id + "x") for r in runs])
-    for ranking in [*report.rankings, *(equal.ranking for equal in report.equal_costs)]:
-        assert [pair.verdict for pair in ranking.pairs] == [NOT_DISTINGUISHABLE]
-        assert ranking.pairs[0].corrected_p == 1
-    assert "No two of the 2 variants can be told apart: they are not distinguishable." in text_of(report)
+    assert verdicts(report, "reverse_kl") == verdicts(report, "accuracy") == {"token": "best", "again": "equal"}
+    assert report.metrics["reverse_kl"].contrasts[0].p == 1
+    assert "`token` has the best mean" in text_of(report)
+
+
+def test_a_run_that_diverged_has_collapsed():
+    runs = all_runs()
+    broken = [replace(one, per_prompt=one.per_prompt | {"reverse_kl": [float("nan")] * 40}) if one.variant == "token"
+              else one for one in runs]  # fmt: skip
+    report = make_report(broken)
+    assert verdicts(report, "reverse_kl")["token"] == "collapsed"
+    assert "`token` | not finite ✗ |" in text_of(report)
+    assert json.dumps(to_json(report), allow_nan=False)
+
+
+def test_a_kl_of_zero_is_compared_as_it_is():
+    runs = [replace(one, per_prompt={"reverse_kl": [0.0] * 40}) if one.variant == "slow" else one for one in all_runs()]
+    found = make_report(runs).metrics["reverse_kl"]
+    assert found.scale == "raw"
+    assert "has no logarithm" in found.notes[-1]
 
 
 def test_other_prompts_are_refused():
@@ -258,7 +297,9 @@ def test_only_what_is_no_share_has_a_logarithmic_axis(drawn, name, scale):
 def test_json_comes_back_as_it_went(report):
     plain = to_json(report)
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    assert plain["rankings"][0]["rows"][0]["variant"] == "slow"
+    told = plain["metrics"]["reverse_kl"]
+    assert told["variants"]["slow"].keys() >= {"mean", "low", "high", "verdict"}
+    assert told["contrasts"][0].keys() == {"a", "b", "difference", "low", "high", "p", "verdict"}
     assert len(plain["curves"]) == 12
 
 
@@ -302,26 +343,24 @@ def test_the_page_needs_nothing_from_elsewhere(page):
     assert "url(" not in around
     assert "@import" not in around
     assert not {"script", "link", "iframe"} & parsed.counts.keys()
-    assert parsed.counts["img"] == 1  # the curves
+    assert parsed.counts["img"] == 2  # the seeds and the curves
+    assert parsed.counts["details"] == 4
     assert "color-scheme: light dark" in page
 
 
 def test_the_page_says_what_was_found(page):
     text = re.sub(r"<[^>]+>", "", page)
-    for expected in ("Comparison", "40 optimizer steps", "slow is best, and can be told from each of the others",
-                     NOT_DISTINGUISHABLE, "corrected p", "lower is better", "At equal cost"):  # fmt: skip
+    for expected in ("Comparison", "40 optimizer steps", "slow is best and is told from each of the others",
+                     "corrected p", "lower is better", "At equal cost", "Linux"):  # fmt: skip
         assert expected in text
 
 
-def test_a_row_shows_what_its_variant_loses_to_the_best(report):
-    row = next(line for line in text_of(report).splitlines() if line.startswith("| `token` | "))
-    difference, low, high = map(float, re.findall(r"[-\d.]+", row.split(" | ")[2]))
-    assert low < 0.15 < high
-    assert low < difference < high
-    pair = next(pair for pair in ranking_of(report, "reverse_kl").pairs if pair.second == "token")
-    assert (difference, low, high) == pytest.approx(
-        (-pair.difference.mean, -pair.difference.high, -pair.difference.low), abs=1e-3
-    )
+def test_a_contrast_is_shown_as_a_ratio_on_a_log_scale(report):
+    row = next(line for line in text_of(report).splitlines() if line.startswith("| `token` | `slow` | "))
+    ratio, low, high = map(float, re.findall(r"[-\d.]+", row.split(" | ")[2]))
+    contrast = report.metrics["reverse_kl"].contrasts[-1]
+    found = np.exp([contrast.difference, contrast.low, contrast.high])
+    assert (ratio, low, high) == pytest.approx(tuple(found), abs=1e-2)
 
 
 def test_names_are_text_not_tags():
@@ -344,7 +383,7 @@ def test_more_variants_than_colours_are_drawn():
 def test_files_are_written_and_markdown_names_its_figures(report, tmp_path):
     folder = tmp_path / "new" / "report"
     write_report(report, folder)
-    assert [path.name for path in folder.rglob("*.png")] == ["curves_reverse_kl.png"]
+    assert sorted(path.name for path in folder.rglob("*.png")) == ["curves_reverse_kl.png", "seeds.png"]
     assert "](figures/curves_reverse_kl.png)" in (folder / "report.md").read_text()
     assert json.loads((folder / "report.json").read_text()) == to_json(report)
     assert all(path.stat().st_size for path in folder.rglob("*.*"))
@@ -352,13 +391,13 @@ def test_files_are_written_and_markdown_names_its_figures(report, tmp_path):
 
 def test_tables_have_as_many_cells_as_their_header(written):
     tables = [block.splitlines() for block in written[0].split("\n\n") if block.startswith("|")]
-    assert len(tables) == 9
+    assert len(tables) == 8
     assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
 
 
 def test_numbers_have_as_many_digits_as_are_known():
     def mean(value, low, high):
-        return Mean(value, low, high, 3, 40)
+        return Row("token", value, low, high, "best", {})
 
     assert interval(mean(0.12345, 0.1001, 0.1468)) == "0.123 [0.100, 0.147]"
     assert interval(mean(1234.5, 1000.2, 1468.9)) == "1234 [1000, 1469]"
@@ -366,6 +405,9 @@ def test_numbers_have_as_many_digits_as_are_known():
     assert interval(mean(0.5, None, None)) == "0.5"
     assert interval(mean(0.0, 0.0, 0.0)) == "0 [0, 0]"
     assert interval(mean(-0.0, -0.0, -0.0)) == "0 [0, 0]"
+    assert interval(mean(1.7695, 0.0434, 72.16)) == "1.77 [0.043, 72]"
+    assert interval(mean(None, None, None)) == "not finite"
+    assert numbers(Contrast("a", "b", np.log(2), np.log(1.5), 800.0, 0.1, "equal"), True).startswith("2 [1.5, ")
     assert probability(0.00001) == "<0.001"
     assert probability(0.0316) == "0.032"
     assert amount(12345.6) == "12,346"

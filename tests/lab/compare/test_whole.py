@@ -119,7 +119,7 @@ def test_ctrl_c_saves_the_run_under_way_marks_it_killed_and_reports_what_was_don
     assert 10 <= story.steps[0] < 40
     reported = story.reported[0]
     assert (reported["variants"], reported["prompts"]) == (["token", "full_vocab"], 6)
-    assert {row["variant"] for ranking in reported["rankings"] for row in ranking["rows"]} == {"token"}
+    assert {variant for found in reported["metrics"].values() for variant in found["variants"]} == {"token"}
     (stopped,) = reported["left_out"]
     assert (stopped["variant"], stopped["status"]) == ("full_vocab", "KILLED")
     assert stopped["why"] == f"killed after {story.steps[0]} steps"
@@ -150,13 +150,18 @@ def test_runs_belong_to_the_comparison_and_the_report_lies_with_it(story):
         assert recorded.data.tags["mlflow.parentRunId"] == parent
         assert (recorded.data.tags["variant"], recorded.data.tags["seed"]) == (run.variant, "0")
         assert recorded.data.params["estimator.name"] == run.variant
+        assert recorded.data.tags["mlflow.runColor"] == {"token": "#0072B2", "full_vocab": "#D55E00"}[run.variant]
     files = {file.path for file in client.list_artifacts(parent, "report")}
     assert files == {f"report/{name}" for name in ("report.json", "report.md", "report.html", "figures")}
     numbers = json.loads((story.workspace.folder / "numbers.json").read_text())
     assert numbers == story.reported[2]
     assert numbers["budget"] == "40 optimizer steps"
     assert numbers["left_out"] == []
-    assert {len(ranking["rows"]) for ranking in numbers["rankings"]} == {2}
+    assert {len(found["variants"]) for found in numbers["metrics"].values()} == {2}
+    assert numbers["made"]["student"] == story.runs[0].config.student.path
+    note = client.get_run(parent).data.tags["mlflow.note.content"]
+    assert "| `token` |" in note
+    assert "*untrained student*" in note
 
 
 def test_what_is_collected_is_what_the_runs_measured(story):
