@@ -12,6 +12,7 @@ from importlib import import_module
 from os.path import expanduser
 from typing import Any, NoReturn
 
+from lit_opd import __version__
 from lit_opd.errors import RunError, UserError
 from lit_opd.plugins import calling_parts
 from lit_opd.stopping import Stopped, heeding
@@ -66,20 +67,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lit_opd", description="On-policy distillation of language models.")
+    parser.add_argument("--version", action="version", version=f"lit_opd {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     file: Any = {"metavar": "FILE", "type": expanduser}
     fit = _command(commands, "fit", "running.fit", "distil the student from the teacher")
     fit.add_argument("--resume", metavar="auto|CHECKPOINT", type=expanduser, help="continue the run in output_dir")
+    dry = "do everything but the first step, say what was found, and write nothing"
+    fit.add_argument("--dry-run", action="store_true", help=dry)
     left = "a table of phases and a chrome trace, in output_dir/profile and in MLflow"
     fit.add_argument("--profile", action="store_true", help=f"record where the time of a few steps goes: {left}")
-    validate, test = "measure the student on the validation prompts", "the same, reported as test results"
+    validate, test = "measure a run's student on the validation prompts", "the same, reported as test results"
     for name, what in (("validate", validate), ("test", test)):
         evaluate = _command(commands, name, "running.evaluate", what)
-        evaluate.add_argument("--checkpoint", **file, help="default: the student as configured, untrained")
+        evaluate.add_argument("--checkpoint", **file, help="default: the newest of output_dir")
+        evaluate.add_argument("--untrained", action="store_true", help="measure the student as it was before training")
+        evaluate.add_argument("--json", **file, dest="json_file", help="write the numbers there too")
         evaluate.set_defaults(stage=name)
     export = _command(commands, "export", "export.export", "write a checkpoint's student as a Hugging Face folder")
     export.add_argument("--checkpoint", **file, help="default: the newest of output_dir")
     export.add_argument("--out", metavar="FOLDER", type=expanduser, help="default: output_dir/student")
+    told = "print the configuration that a run would take, with where each value came from"
+    _command(commands, "config", "", told).set_defaults(run=_config)
     measure = _command(
         commands, "measure", "experiments.measure", "the gradients of several estimators on the same rollouts"
     )
@@ -103,6 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     written = {measure: "the numbers", compare: "the report's numbers", audit: "every finding", plan: "the bytes"}
     for experiment, what in written.items():
         experiment.add_argument("--json", **file, dest="json_file", help=f"write {what} there too")
+    init = commands.add_parser("init", help="write a commented configuration for two models and a file of prompts")
+    for name, what in (("student", "a model folder or hub name"), ("teacher", "the same"), ("data", "rows of prompts")):
+        init.add_argument(f"--{name}", required=True, metavar="PATH", help=what)
+    init.add_argument("--out", **file, required=True, help="the configuration, a new file")
+    init.set_defaults(run=_init)
     what = "hold an estimator to the laws and say whose gradient it has"
     told = "the laws it holds and the gradient it has, exactly"
     usage = "lit_opd check NAME|FILE.py:FUNCTION [key=value ...]"
@@ -137,6 +150,18 @@ def _run(parsed: argparse.Namespace) -> None:
     config = load_config(parsed.config, parsed.overrides)
     module, function = parsed.calls.split(".")
     getattr(import_module(f"lit_opd.commands.{module}"), function)(config, **options)
+
+
+def _config(parsed: argparse.Namespace) -> None:
+    from lit_opd.commands.configuration import print_configuration
+
+    print_configuration(parsed.config, parsed.overrides)
+
+
+def _init(parsed: argparse.Namespace) -> None:
+    from lit_opd.commands.starting import write_starter
+
+    write_starter(parsed.student, parsed.teacher, parsed.data, parsed.out)
 
 
 def _compare(parsed: argparse.Namespace) -> None:

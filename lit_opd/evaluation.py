@@ -24,7 +24,17 @@ from lit_opd.measures.table import YARDSTICKS
 from lit_opd.measures.yardsticks import PerPrompt, Yardsticks
 from lit_opd.models import OF_TOKENS, LanguageModel, measure_yardsticks
 from lit_opd.processes import AcrossProcesses
-from lit_opd.rollout import EVALUATION_STREAM, RolloutEngine, Verifier, check_batch, failed, judge, uniforms
+from lit_opd.rollout import (
+    EVALUATION_STREAM,
+    RolloutEngine,
+    Transcript,
+    Verifier,
+    check_batch,
+    failed,
+    judge,
+    transcribe,
+    uniforms,
+)
 from lit_opd.rollout.proof import check_gap, gap_sums
 from lit_opd.teachers import FULL, RoutedScorer, Scorer, Wanted
 from lit_opd.types import PromptBatch, Rollout, SamplingLaw
@@ -68,6 +78,7 @@ class Evaluation(nn.Module):
     Attributes:
         per_prompt: what the evaluation finished last measured, prompt by prompt.
         profile: the same, token by token; None before the first is finished.
+        transcripts: of the same, completion by completion, those of this process.
     """
 
     def __init__(self, config: EvaluationConfig, max_new_tokens: int, support_size: int = 16) -> None:
@@ -80,6 +91,8 @@ class Evaluation(nn.Module):
         self.per_prompt = PerPrompt([], {}, {})
         self.tokens = TokenProfile(self.max_new_tokens, [*POSITION_VALUES, *self.measures])
         self.profile: Profile | None = None
+        self.transcripts: list[Transcript] = []
+        self._written: list[Transcript] = []
 
     def add(
         self, policy: LanguageModel, teacher: Scorer, batch: PromptBatch, engine: RolloutEngine,
@@ -97,6 +110,7 @@ class Evaluation(nn.Module):
         rewards_B = None if verifier is None else judge(policy.tokenizer, batch, rollout, verifier)
         self.yardsticks.update(values, rollout, rewards_B, batch.places, failed(verifier, rollout))
         self.tokens.update(values, rollout)
+        self._written += transcribe(policy.tokenizer, batch, rollout, values, rewards_B)
         self._keep_examples(policy, rollout, values["log_ratio"], rewards_B)
         return rollout
 
@@ -104,10 +118,11 @@ class Evaluation(nn.Module):
         """Compute every metric with its interval, and begin anew.
 
         Returns:
-            The metrics by name, and the examples. `per_prompt` and `profile` keep the rest of what was measured.
+            The metrics by name, and the examples. `per_prompt`, `profile` and `transcripts` keep the rest.
         """
         self.per_prompt, self.profile = self.yardsticks.compute(), self.tokens.compute()
         self.yardsticks.reset()
+        self.transcripts, self._written = self._written, []
         examples, self.examples = self.examples, []
         return self.per_prompt.intervals(), examples
 
@@ -214,6 +229,7 @@ class EvaluatedModule(AcrossProcesses):
     def finish_evaluation(self, prefix: str) -> None:
         """Log what was measured under a prefix, and keep it in `results[prefix]`."""
         results, self.examples = self.evaluation.finish()
+        self.evaluation.transcripts = self.gathered(self.evaluation.transcripts)
         self.results[prefix], self.measured_at = results, self.global_step
         self.log_dict(self.at_step(self.evaluation.to_log(prefix, results)))
 

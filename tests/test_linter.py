@@ -487,7 +487,8 @@ def test_a_command_refuses_before_weights_and_writes_nothing(command, unreadable
     workplace.mkdir()
     monkeypatch.chdir(workplace)
     words = ["estimator.name=token", "rollout.temperature=0.7", f"student.path={unreadable}"]
-    assert main([command, *COMMAND, *words]) == 2
+    untrained = ["--untrained"] if command == "validate" else []
+    assert main([command, *untrained, *COMMAND, *words]) == 2
     printed = capsys.readouterr()
     line, weights = printed.err.splitlines()
     assert line.startswith("error: rollout.temperature: expected 1 for 'token'")
@@ -501,8 +502,8 @@ def test_a_command_refuses_before_weights_and_writes_nothing(command, unreadable
 def test_a_command_shows_each_warning_once_on_stderr(tmp_path, warm_python):
     words = ["estimator.name=sequence", "rollout.min_new_tokens=1", "optim.updates_per_rollout=2",
              "lint.allow=[stale_updates]", "tracking.uri=sqlite:///mlflow.db"]  # fmt: skip
-    done = subprocess.run([warm_python, "-m", "lit_opd", "validate", *COMMAND, *words], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=200, check=False)  # fmt: skip
+    command = [warm_python, "-m", "lit_opd", "validate", "--untrained", *COMMAND, *words]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if "expected" in line]
     assert [line.split(" expected")[0] for line in told] == [

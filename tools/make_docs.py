@@ -6,17 +6,15 @@ Usage, from the root of the repository: ``python -m tools.make_docs [--check]``.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from lit_opd.commands.estimators import markdown_table
 from lit_opd.config import Config
+from lit_opd.config.comments import meanings
 from lit_opd.measures.table import MEASURES
 from lit_opd.runs.resuming import AT_A_RESUME
 
@@ -51,21 +49,6 @@ def keys(schema: type, prefix: str, leave_out: Iterable[str] = ()) -> str:
     said = meanings(schema)
     shown = (own for own in fields(schema) if own.name not in leave_out)
     return table(("key", "default", "meaning"), ((f"`{prefix}{f.name}`", default_of(f), said[f.name]) for f in shown))
-
-
-def meanings(schema: type) -> dict[str, str]:
-    """Read the line under each field of a dataclass and of those that it extends."""
-    found: dict[str, str] = {}
-    for one in reversed([c for c in schema.__mro__ if is_dataclass(c)]):
-        (body,) = (node.body for node in ast.parse(inspect.getsource(one)).body if isinstance(node, ast.ClassDef))
-        found |= dict(_fields_said(body))
-    return found
-
-
-def _fields_said(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for own, below in pairwise(body):
-        if isinstance(own, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            yield ast.unparse(own.target), str(below.value.value)
 
 
 def default_of(own: Field[Any]) -> str:

@@ -8,6 +8,7 @@ from lit_opd.callbacks.conflict import TeacherGradients
 from lit_opd.callbacks.diagnostics import StepDiagnostics
 from lit_opd.callbacks.figures import EvaluationFigures
 from lit_opd.callbacks.interrupt import SaveOnInterrupt
+from lit_opd.callbacks.lines import StepLines
 from lit_opd.callbacks.pace import KeepPace
 from lit_opd.callbacks.profile import ProfileSteps
 from lit_opd.callbacks.progress import StepProgress
@@ -19,6 +20,7 @@ __all__ = [
     "ProfileSteps",
     "SaveOnInterrupt",
     "StepDiagnostics",
+    "StepLines",
     "StepProgress",
     "StepSpeed",
     "TeacherGradients",

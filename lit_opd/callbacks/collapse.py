@@ -59,6 +59,9 @@ class WatchCollapse(L.Callback):
     Each is the mean of the last steps in which the student wrote something to read it from. What begins on the wrong
     side is how the run is made and no collapse, so a sign counts from the first time it is good; it is told once, and
     the MLflow run gets the tag `collapse`.
+
+    Attributes:
+        stopped: it has asked the trainer to stop.
     """
 
     def __init__(self, config: CollapseConfig, updates_per_rollout: int = 1) -> None:
@@ -67,6 +70,7 @@ class WatchCollapse(L.Callback):
         self._recent: dict[str, deque[float]] = {name: deque(maxlen=self.window) for name in SIGNS}
         self._armed: set[str] = set()
         self._told: set[str] = set()
+        self.stopped = False
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Look at every sign."""
@@ -95,6 +99,7 @@ class WatchCollapse(L.Callback):
             end = "The run stops here." if stops else "Set collapse.action=stop to end the run at that."
             warnings.warn(f"{told}. {sign.remedy} {end}", CollapseWarning, stacklevel=2)
         log_tag(logger_of(trainer), "collapse", told)
+        self.stopped = self.stopped or stops
         trainer.should_stop = trainer.should_stop or stops
 
     def state_dict(self) -> dict[str, Any]:

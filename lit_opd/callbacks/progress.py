@@ -1,6 +1,7 @@
 """Show one bar over the optimizer steps of the run, with the numbers to watch.
 
-Why here: Lightning's own bars count batches of an epoch. Every trainer of the commands has this one instead.
+Why here: Lightning's own bars count batches of an epoch. Every trainer of the commands has this one instead on a
+terminal, and `StepLines` elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lit_opd.measures.table import describe
 
-__all__ = ["StepProgress"]
+__all__ = ["StepProgress", "numbers_to_watch"]
 
 SHOWN = ("train/reverse_kl", "val/reverse_kl", "val/accuracy", "rollout/length", "perf/tokens_per_s")
 
@@ -44,10 +45,7 @@ class StepProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Advance to the present step."""
-        metrics = trainer.callback_metrics
-        known = {_label(name): float(metrics[name]) for name in SHOWN if name in metrics}
-        shown = {label: f"{value:.3g}" for label, value in known.items() if not math.isnan(value)}
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(numbers_to_watch(trainer), refresh=False)
         self._bar.update(trainer.global_step - self._bar.n)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,6 +76,13 @@ class StepProgress(ProgressBar):
     # `test` measures like `validate`.
     on_test_start, on_test_end = on_validation_start, on_validation_end
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+
+def numbers_to_watch(trainer: L.Trainer) -> dict[str, str]:
+    """Read what is known of the run by now, by what it is called where there is little room."""
+    metrics = trainer.callback_metrics
+    known = {_label(name): float(metrics[name]) for name in SHOWN if name in metrics}
+    return {label: f"{value:.3g}" for label, value in known.items() if not math.isnan(value)}
 
 
 def _label(name: str) -> str:

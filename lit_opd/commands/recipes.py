@@ -1,6 +1,6 @@
 """List the published recipes, or print one, to begin a file of one's own with it.
 
-The recipes are the files of conf/recipes/, which the package carries as `recipes/`. What the head of a file says in
+The recipes are the files of conf/recipes/, which the package carries in `conf/`. What the head of a file says in
 lines of `# field: text` is what the listing shows, and what `tools/make_recipes.py` writes into their page.
 """
 
@@ -15,7 +15,7 @@ from lit_opd.errors import UserError, suggest
 __all__ = ["FIELDS", "Recipe", "all_recipes", "print_recipe", "print_recipes"]
 
 FIELDS = ("system", "objective", "teacher", "source", "published", "not reproduced")
-FOLDER = PACKAGE_FOLDER / "recipes"
+FOLDER = PACKAGE_FOLDER / "conf" / "recipes"
 
 
 class Recipe(NamedTuple):
@@ -52,7 +52,7 @@ def print_recipes() -> None:
         system = Text.assemble((recipe.name, "bold"), f"\n{head['system']}")
         table.add_row(system, Text(f"{head['objective']}\nteacher: {head['teacher']}"), Text(head["not reproduced"]))
     console.print(table)
-    print("Train with one: python -m lit_opd fit --config conf/recipes/NAME.yaml")
+    print("Train with one: python -m lit_opd fit --config lit_opd:recipes/NAME.yaml")
     print("Begin your own: python -m lit_opd recipes NAME > my.yaml")
 
 

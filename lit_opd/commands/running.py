@@ -5,7 +5,10 @@ The command line calls it for `fit`, `validate` and `test`. In Python, `runs.tra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from rich import box
@@ -13,34 +16,86 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_opd import runs
+from lit_opd.commands.banner import announce, banner, findings
+from lit_opd.commands.json_file import destination
 from lit_opd.commands.quiet import quiet_libraries
 from lit_opd.config import Config
+from lit_opd.errors import UserError
+from lit_opd.files import write_file
+from lit_opd.lab.plan import find_device, make_plan
+from lit_opd.lab.plan.plan_page import gigabytes
 from lit_opd.measures.intervals import Interval
 from lit_opd.measures.table import describe, in_order
 from lit_opd.runs import Outcome, Results
+from lit_opd.runs.folder import RunFolder
+from lit_opd.runs.rehearsal import rehearse
 from lit_opd.tracking import ui_command
 
 __all__ = ["evaluate", "fit", "perf_line", "print_outcome"]
 
 
-def fit(config: Config, resume: str | None, profile: bool) -> None:
+def fit(config: Config, resume: str | None, profile: bool, dry_run: bool) -> None:
     """Distil the student as `runs.train` does, and print the table before / after / teacher."""
     quiet_libraries()
-    print_outcome(config, runs.train(config, resume, profile))
+    if dry_run:
+        _rehearse(config, resume)
+        return
+    print_outcome(config, runs.train(config, resume, profile, announce))
 
 
-def evaluate(config: Config, checkpoint: str | None, stage: str) -> None:
-    """Measure the configured student, or a checkpoint of it, as `runs.evaluate` does, and print the table."""
+def _rehearse(config: Config, resume: str | None) -> None:
+    found = rehearse(config, resume)
+    if isinstance(found, Outcome):
+        print(f"The run in {config.output_dir} has ended after {found.steps} steps. Nothing is left to do.")
+        return
+    print(banner(config, found.made))
+    print(findings(config, found))
+    made = make_plan(config, find_device(None))
+    print(f"memory     {gigabytes(made.peak)} at the peak, of {gigabytes(made.device.usable)} on {made.device.name}")
+    print("Everything but the first step was done, and nothing was written. Train: the same without --dry-run.")
+
+
+def evaluate(config: Config, checkpoint: str | None, untrained: bool, json_file: str | None, stage: str) -> None:
+    """Measure a student as `runs.evaluate` does, and print the table.
+
+    It is that of a checkpoint, by default the newest of the run in `output_dir`, or the `untrained` one.
+    """
     quiet_libraries()
-    results = runs.evaluate(config, checkpoint, stage)
-    _print(f"{stage}: {checkpoint or config.student.path}", {"student": results})
+    file = destination(json_file)
+    if untrained and checkpoint is not None:
+        raise UserError("--untrained", "no --checkpoint beside it", repr(checkpoint), "Drop one of them.")
+    chosen = (
+        None
+        if untrained
+        else str(RunFolder(Path(config.output_dir)).find_checkpoint(checkpoint, "--checkpoint or --untrained"))
+    )
+    results = runs.evaluate(config, chosen, stage)
+    _print(f"{stage}: {chosen or config.student.path}", {"student": results})
+    if file is not None:
+        _write_json(
+            file,
+            {
+                "stage": stage,
+                "checkpoint": chosen,
+                "metrics": {name: {"variants": {"student": interval._asdict()}} for name, interval in results.items()},
+            },
+        )
+
+
+@rank_zero_only
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    write_file(file, json.dumps(values, indent=2))
 
 
 @rank_zero_only
 def print_outcome(config: Config, outcome: Outcome) -> None:
     """Print the table before / after / teacher, and where checkpoint, exported model and MLflow run are."""
-    columns = {"before": outcome.before, f"after {outcome.steps} steps": outcome.after, "teacher": outcome.teacher}
+    made = outcome.exported_step or outcome.steps
+    columns = {"before": outcome.before, f"after {made} steps": outcome.after, "teacher": outcome.teacher}
     _print("Held-out prompts at temperature 1, with 95% intervals", columns)
+    if outcome.exported_step is not None:
+        best = f"the best by {config.checkpoint.keep_best}, of step {made}"
+        print(f"stopped for collapse at step {outcome.steps}: measured and exported is {best}")
     if outcome.perf:
         print(perf_line(outcome.perf))
     print(f"checkpoint: {outcome.checkpoint}")

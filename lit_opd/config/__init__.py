@@ -14,9 +14,11 @@ from lit_opd.config.inputs import (
 )
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
 from lit_opd.config.limits import Section
-from lit_opd.config.reading import PACKAGE_FOLDER, as_section, load_as, load_config, parse_overrides, to_flat, to_yaml
+from lit_opd.config.paths import PACKAGE_FOLDER, config_file
+from lit_opd.config.reading import as_section, load_as, load_config, parse_overrides, to_flat, to_yaml
 from lit_opd.config.schema import Config
 from lit_opd.config.watching import (
+    CheckpointConfig,
     CollapseConfig,
     DiagnosticsConfig,
     EvaluationConfig,
@@ -26,8 +28,8 @@ from lit_opd.config.watching import (
 )
 
 __all__ = [
-    "PACKAGE_FOLDER", "CollapseConfig", "Config", "DataConfig", "DiagnosticsConfig", "EstimatorConfig",
-    "EvaluationConfig", "FrozenConfig", "LintConfig", "MeasureConfig", "OptimConfig", "RolloutConfig", "Section",
-    "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_names", "check_schedule", "load_as",
-    "load_config", "parse_overrides", "to_flat", "to_yaml",
+    "PACKAGE_FOLDER", "CheckpointConfig", "CollapseConfig", "Config", "DataConfig", "DiagnosticsConfig",
+    "EstimatorConfig", "EvaluationConfig", "FrozenConfig", "LintConfig", "MeasureConfig", "OptimConfig",
+    "RolloutConfig", "Section", "StudentConfig", "TeacherConfig", "TrackingConfig", "as_section", "check_names",
+    "check_schedule", "config_file", "load_as", "load_config", "parse_overrides", "to_flat", "to_yaml",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from omegaconf import errors as omegaconf_errors
 
 from lit_opd.config.keys import check_keys
 from lit_opd.config.limits import Section, as_type, hints_of, type_name
-from lit_opd.config.paths import expand_paths
+from lit_opd.config.paths import PACKAGE_FOLDER, config_file, expand_paths
 from lit_opd.config.schema import Config
 from lit_opd.config.secret_keys import keep_secrets
 from lit_opd.config.words import hint_of, typed_override, typed_yaml
@@ -26,7 +26,6 @@ from lit_opd.errors import UserError, concealed, gather
 
 __all__ = ["as_section", "load_as", "load_config", "parse_overrides", "to_flat", "to_yaml"]
 
-PACKAGE_FOLDER = Path(__file__).parents[1]
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S", bound=Section)
@@ -74,7 +73,7 @@ def _load(schema: type[T], files: Any, overrides: Any, check: Callable[[Any], No
         keep_secrets(OmegaConf.to_container(update))
         sources.append((update, where))
 
-    steps = [partial(read, partial(_read, Path(file), schema), str(file)) for file in files]
+    steps = [partial(read, partial(_read, file, schema), str(file)) for file in files]
     steps += [partial(read, partial(_parse, word, schema), f"override {word!r}") for word in words]
 
     def fill() -> T | None:
@@ -159,9 +158,8 @@ def _resolved(read: Callable[[], R]) -> R:
         raise UserError(key, "a resolvable value", _first_line(error), "Correct it.") from error
 
 
-def _read(file: Path, schema: Any) -> DictConfig:
-    if not file.is_file():
-        raise UserError("--config", "a YAML file", f"no file {str(file)!r}", "Check the path; examples are in conf/.")
+def _read(name: str, schema: Any) -> DictConfig:
+    file = config_file(name)
     try:
         node = OmegaConf.create(typed_yaml(file.read_text(encoding="utf-8"), schema))
     except Exception as error:  # a text that is no YAML brings errors of PyYAML, OmegaConf and Python

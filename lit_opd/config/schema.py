@@ -13,6 +13,7 @@ from lit_opd.config.inputs import DataConfig, FrozenConfig, StudentConfig, Teach
 from lit_opd.config.learning import EstimatorConfig, OptimConfig, RolloutConfig
 from lit_opd.config.limits import Section, limited, one_of
 from lit_opd.config.watching import (
+    CheckpointConfig,
     CollapseConfig,
     DiagnosticsConfig,
     EvaluationConfig,
@@ -59,6 +60,8 @@ class Config(Section):
     """Further callbacks of `fit`: package.module:name, file.py:name, or {path: ..., kwargs: {...}}."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The yardsticks on held-out prompts."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """The checkpoints that a run keeps besides its newest."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     """The gradients of several estimators on the same rollouts."""
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)

@@ -12,7 +12,10 @@ from lit_opd.config import limits
 from lit_opd.config.limits import Section, at_least, limited, one_of, within
 from lit_opd.errors import UserError
 
-__all__ = ["CollapseConfig", "DiagnosticsConfig", "EvaluationConfig", "LintConfig", "MeasureConfig", "TrackingConfig"]
+__all__ = [
+    "CheckpointConfig", "CollapseConfig", "DiagnosticsConfig", "EvaluationConfig", "LintConfig", "MeasureConfig",
+    "TrackingConfig",
+]  # fmt: skip
 
 
 @dataclass
@@ -71,8 +74,18 @@ class DiagnosticsConfig(Section):
     """Steps between two looks at advantages, masses, sampler and gradient, or 0 for none."""
     support_size: int = limited(16, at_least(1))
     """Tokens of each model whose overlap and mass evaluations measure."""
+    print_every_n_steps: int = limited(10, at_least(0, " (0 prints none)"))
+    """Steps between two lines of progress in a log file, where no terminal shows a bar, or 0 for none."""
     figures: bool = True
     """Curves by position, histograms and coloured completions at evaluations."""
+
+
+@dataclass
+class CheckpointConfig(Section):
+    """The checkpoints that a run keeps besides its newest, which is written at every evaluation."""
+
+    keep_best: str | None = None
+    """A yardstick, as reverse_kl: keep the best evaluation's, and export it of a run that collapse stops; or null."""
 
 
 @dataclass

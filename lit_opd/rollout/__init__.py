@@ -19,6 +19,7 @@ from lit_opd.rollout.local import LocalEngine
 from lit_opd.rollout.proof import check_gap, gap_sums
 from lit_opd.rollout.sources import Mixed, RolloutSource, Sampled, Written, build_source
 from lit_opd.rollout.statistics import rollout_sums
+from lit_opd.rollout.transcripts import Transcript, as_jsonl, transcribe
 from lit_opd.rollout.vllm import VllmEngine
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "RolloutEngine",
     "RolloutSource",
     "Sampled",
+    "Transcript",
     "Verifier",
     "VllmEngine",
     "Written",
+    "as_jsonl",
     "build_engine",
     "build_source",
     "check_batch",
@@ -44,5 +47,6 @@ __all__ = [
     "rollout_sums",
     "split_updates",
     "training_law",
+    "transcribe",
     "uniforms",
 ]

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import lightning as L
 
@@ -28,44 +26,33 @@ from lit_opd.measures.intervals import Interval
 from lit_opd.models import export_student
 from lit_opd.module import DistillationModule
 from lit_opd.plugins import calling_parts
-from lit_opd.rollout import VllmEngine
+from lit_opd.rollout import as_jsonl
 from lit_opd.runs import torch_settings
-from lit_opd.runs.checkpoints import check_weights, load_weights, read_checkpoint
-from lit_opd.runs.folder import RunFolder, check_export
-from lit_opd.runs.lightning_trainer import build_evaluation_trainer, build_trainer, check_shares
-from lit_opd.runs.prepare import check_row_lengths, name_models, prepare_data
-from lit_opd.runs.resuming import changes, check_changes
+from lit_opd.runs.assembly import Assembly, assemble, prepare
+from lit_opd.runs.best import go_back, note_last
+from lit_opd.runs.checkpoints import load_weights, read_checkpoint
+from lit_opd.runs.folder import RunFolder
+from lit_opd.runs.lightning_trainer import build_evaluation_trainer, check_shares
+from lit_opd.runs.outcome import Outcome, Results, as_json
+from lit_opd.runs.prepare import check_row_lengths, name_models
 from lit_opd.stopping import Stopped, as_raised
 
-__all__ = ["Outcome", "Results", "evaluate", "train"]
+__all__ = ["Announce", "Outcome", "Results", "evaluate", "train"]
 
-Results = dict[str, Interval]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a run: held-out results before, after and of the teacher, and where things lie.
-
-    `perf` holds medians over the steps of this process, and the largest of the peak memory.
-    """
-
-    before: Results
-    after: Results
-    teacher: Results
-    steps: int
-    perf: dict[str, float]
-    checkpoint: Path
-    student: Path
-    logger: tracking.RunLogger
+Announce = Callable[[Config, Assembly, tracking.RunLogger], None]
 
 
-def train(config: Config, resume: str | None = None, profile: bool = False) -> Outcome:
+def train(
+    config: Config, resume: str | None = None, profile: bool = False, announce: Announce = lambda *_: None
+) -> Outcome:
     """Distil as configured.
 
     Args:
         config: the run.
         resume: None, `auto` or a checkpoint.
         profile: record where the time of a few steps goes.
+        announce: called in the first process with the configuration, the parts of the run and its logger, when all is
+            checked and before anything is measured.
 
     Raises:
         UserError: whatever cannot work; nothing has been written then.
@@ -75,54 +62,20 @@ def train(config: Config, resume: str | None = None, profile: bool = False) -> O
     """
     as_type("config", config, Config)
     with torch_settings.settled(config):
-        return _train(config, resume, profile)
+        return _train(config, resume, profile, announce)
 
 
-def _train(config: Config, resume: str | None, profile: bool) -> Outcome:
-    folder = RunFolder(Path(config.output_dir))
-    known = folder.read_notes().get("mlflow_run_id") if resume else None
-    (checkpoint, ended), _, trainer, data = gather(
-        partial(claim, config, folder, resume),
-        partial(tracking.check_tracking, config.tracking.uri, begun=known is not None),
-        partial(build_trainer, config, folder, profile),
-        partial(prepare, config),
-    )
-    if ended is not None:
-        return ended
-    check_shares(trainer, data)
-    torch_settings.tell(config, trainer)
-    module = DistillationModule.from_config(config)
-    check_row_lengths(data, module.scorer)
-    if checkpoint is not None:
-        check_weights("--resume", module.model, checkpoint)
-    module.pair.read()
-    if isinstance(module.engine, VllmEngine):
-        module.engine.find()
-    with folder.held(resume):
-        return record(config, folder, trainer, module, data, checkpoint, known)
+def _train(config: Config, resume: str | None, profile: bool, announce: Announce) -> Outcome:
+    made = assemble(config, resume, profile)
+    if isinstance(made, Outcome):
+        return made
+    with made.folder.held(resume):
+        return record(config, made, announce)
 
 
-def claim(config: Config, folder: RunFolder, resume: str | None) -> tuple[Path | None, Outcome | None]:
-    """Find the checkpoint to go on from, and what came of the run if it has ended."""
-    checkpoint, ended = folder.claim(resume), None
-    if checkpoint is not None:
-        ended = ended_before(config, folder, checkpoint)
-        if ended is None:
-            check_changes(config, checkpoint, own=folder.holds(checkpoint))
-    check_export(config, folder.student)
-    return checkpoint, ended
-
-
-def record(
-    config: Config,
-    folder: RunFolder,
-    trainer: L.Trainer,
-    module: DistillationModule,
-    data: PromptDataModule,
-    checkpoint: Path | None,
-    known: str | None,
-) -> Outcome:
+def record(config: Config, made: Assembly, announce: Announce) -> Outcome:
     """Begin the MLflow run or find the `known` one, make the run, and record how it ended, as `train` does."""
+    folder, trainer, module, data, checkpoint, known = made
     trainer.logger = logger = tracking.begin_run(config, tags_of(config, module, data), known, folder.path)
     if trainer.is_global_zero:
         notes = {"mlflow_run_id": logger.run_id, "mlflow_experiment_id": logger.experiment_id, "ended": None}
@@ -130,9 +83,10 @@ def record(
         write_file(folder.config, to_yaml(config))
         tracking.log_datasets(logger, data)
         tracking.offer_view(logger)
+        announce(config, made, logger)
     try:
         with calling_parts(), as_raised():
-            return run(config, folder, trainer, module, data, logger, checkpoint)
+            return run(config, made, logger)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         logger.end(status)
@@ -149,16 +103,9 @@ def record(
         raise
 
 
-def run(
-    config: Config,
-    folder: RunFolder,
-    trainer: L.Trainer,
-    module: DistillationModule,
-    data: PromptDataModule,
-    logger: tracking.RunLogger,
-    checkpoint: Path | None,
-) -> Outcome:
+def run(config: Config, made: Assembly, logger: tracking.RunLogger) -> Outcome:
     """Measure, train, measure again and export, with everything built, as `train` does."""
+    folder, trainer, module, data, checkpoint, _ = made
     if checkpoint is None:
         measured = measure_before(config, trainer, module, data)
         if trainer.is_global_zero:
@@ -167,10 +114,13 @@ def run(
     trainer.save_checkpoint(folder.last_checkpoint)  # now: from here on a run that is stopped loses no step
     if module.measured_at != trainer.global_step:
         trainer.validate(module, data, verbose=False)
+        note_last(config, folder, trainer, module)
+    exported = go_back(config, folder, trainer, module, data)
     notes = folder.read_notes()
     before, teacher = ({k: Interval(*v) for k, v in notes.get(name, {}).items()} for name in ("before", "teacher"))
-    after, perf = module.results["val"], speed_of(trainer).typical()
-    outcome = Outcome(before, after, teacher, trainer.global_step, perf, folder.last_checkpoint, folder.student, logger)
+    after, perf = module.results["val" if exported is None else "test"], speed_of(trainer).typical()
+    checkpoint = folder.last_checkpoint if exported is None else folder.best_checkpoint
+    outcome = Outcome(before, after, teacher, trainer.global_step, perf, checkpoint, folder.student, logger, exported)
     if trainer.is_global_zero:
         close_run(folder, module, data, outcome)
     return outcome
@@ -180,21 +130,6 @@ def speed_of(trainer: L.Trainer) -> StepSpeed:
     """Find the callback that times the steps of this process."""
     (speed,) = (callback for callback in trainer.callbacks if isinstance(callback, StepSpeed))  # type: ignore[attr-defined]
     return speed
-
-
-def ended_before(config: Config, folder: RunFolder, checkpoint: Path) -> Outcome | None:
-    """Read how the run of a folder ended, if it did and the configuration does not tell it to go on."""
-    notes = folder.read_notes()
-    if not (notes.get("ended") == "FINISHED" and folder.summary.is_file() and folder.holds(checkpoint)):
-        return None
-    if any(key.startswith("trainer") or key == "collapse.action" for key in changes(folder.config, config)):
-        return None
-    found = json.loads(folder.summary.read_text())
-    results = {name: {k: Interval(**v) for k, v in found[name].items()} for name in ("before", "after", "teacher")}
-    where: Any = SimpleNamespace(run_id=notes["mlflow_run_id"], experiment_id=notes["mlflow_experiment_id"])
-    checkpoint, student = folder.last_checkpoint, folder.student
-    return Outcome(**results, steps=found["steps"], perf=found["perf"], checkpoint=checkpoint, student=student,
-                   logger=where)  # fmt: skip
 
 
 def measure_before(
@@ -216,11 +151,12 @@ def close_run(folder: RunFolder, module: DistillationModule, data: PromptDataMod
     found = module.evaluation.per_prompt
     hashes = [data.validation_hashes[number] for number in found.numbers]
     write_file(folder.prompts, json.dumps({"prompts": hashes, "sums": found.sums, "weights": found.weights}))
-    summary = _as_json(outcome) | {"paths": [str(verdict) for verdict in module.verdicts.values()]}
+    write_file(folder.completions, as_jsonl(module.evaluation.transcripts))
+    summary = as_json(outcome) | {"paths": [str(verdict) for verdict in module.verdicts.values()]}
     write_file(folder.summary, json.dumps(summary, indent=2))
     tracking.log_files(outcome.logger, {file.name: file.read_bytes() for file in (folder.prompts, folder.summary)})
     tracking.log_medians(outcome.logger, outcome.perf, outcome.steps)
-    tracking.log_student(outcome.logger, folder.student, outcome.steps, data)
+    tracking.log_student(outcome.logger, folder.student, outcome.exported_step or outcome.steps, data)
     outcome.logger.end("FINISHED")
     folder.write_notes(ended="FINISHED")
 
@@ -251,12 +187,6 @@ def _evaluate(config: Config, checkpoint: str | None, stage: str) -> Results:
     return module.results["val" if stage == "validate" else "test"]
 
 
-def prepare(config: Config) -> PromptDataModule:
-    """Seed every library, then check what needs no weights and load the data."""
-    L.seed_everything(config.seed, verbose=False)
-    return prepare_data(config)
-
-
 def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) -> dict[str, str]:
     """Collect the MLflow tags of a run."""
     return {
@@ -267,10 +197,3 @@ def tags_of(config: Config, module: DistillationModule, data: PromptDataModule) 
         **name_models(config, module.pair),
         **tracking.git_sha(),
     }
-
-
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    values = {k: v for k, v in vars(outcome).items() if k != "logger"}
-    for name in ("before", "after", "teacher"):
-        values[name] = {metric: interval._asdict() for metric, interval in getattr(outcome, name).items()}
-    return values | {"checkpoint": str(outcome.checkpoint), "student": str(outcome.student)}

@@ -33,9 +33,11 @@ class RunFolder:
         self.notes = path / "run.json"  # for a resumed run: its MLflow run, results before training, how it ended
         self.checkpoints = path / "checkpoints"
         self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.best_checkpoint = self.checkpoints / "best.ckpt"  # by checkpoint.keep_best
         self.student = path / "student"  # exported, a Hugging Face folder
         self.summary = path / "summary.json"  # the results
         self.prompts = path / "prompts.json"  # the last evaluation, prompt by prompt
+        self.completions = path / "completions.jsonl"  # those of the last evaluation
         self.profile = path / "profile"  # of a few steps, when it was asked for
 
     def claim(self, resume: str | None) -> Path | None:
@@ -60,7 +62,8 @@ class RunFolder:
 
     def _check_place(self, resume: str | None) -> None:
         continued = resume == "auto" or (resume is not None and self.holds(Path(resume)))
-        own = (self.notes, self.config, self.checkpoints, self.student, self.summary, self.prompts, self.profile)
+        own = (self.notes, self.config, self.checkpoints, self.student, self.summary, self.prompts,
+               self.completions, self.profile)  # fmt: skip
         there = [path.name for path in own if path.exists()]
         is_run = {self.notes.name, self.config.name} & set(there)
         ended_at_once = self.read_notes().get("ended") in ("FAILED", "KILLED") and not self.last_checkpoint.is_file()
@@ -98,10 +101,13 @@ class RunFolder:
         """Find out whether a checkpoint is one of this run's own."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
-    def find_checkpoint(self, given: str | None) -> Path:
-        """Find the checkpoint that `--checkpoint` names, or the newest of the run in this folder."""
+    def find_checkpoint(self, given: str | None, options: str = "--checkpoint") -> Path:
+        """Find the checkpoint that `--checkpoint` names, or the newest of the run in this folder.
+
+        A `UserError` offers the options of the command, where there is none.
+        """
         if given is None and not self.last_checkpoint.is_file():
-            remedy = "Set output_dir to a run's folder, or give --checkpoint."
+            remedy = f"Set output_dir to a run's folder, or give {options}."
             raise UserError("output_dir", "the folder of a run", f"no file {str(self.last_checkpoint)!r}", remedy)
         return Path(given) if given is not None else self.last_checkpoint
 

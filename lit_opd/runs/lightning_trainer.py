@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from lit_opd.config.limits import above, as_type, at_least, within
 from lit_opd.errors import UserError, gather, suggest
 from lit_opd.files import replacing
 from lit_opd.plugins import call_object
+from lit_opd.runs.best import keeper
 from lit_opd.runs.folder import RunFolder
 from lit_opd.tracking import RunRecord
 
@@ -45,6 +47,9 @@ OWN_TRAINER_KEYS = {
     "overfit_batches": "Repeat a few prompts with data.train_size=N.",
     "fast_dev_run": "Set trainer.max_steps=2 data.validation_size=8.",
     "barebones": "It switches off what a run needs.",
+    "limit_predict_batches": "No command predicts.",
+    "sync_batchnorm": "Language models normalise no batches.",
+    "model_registry": "MLflow has the models; see the section tracking.",
 }
 # What Lightning takes and what would train or measure nothing, or end without a word about the cause.
 TRAINER_LIMITS = {
@@ -61,7 +66,11 @@ TRAINER_LIMITS = {
         lambda word: str(word) not in ("16", "16-mixed", "16-true", "transformer-engine-float16"),
     ),
     "strategy": within(
-        "that starts processes anew, as ddp does", lambda word: not re.search("spawn|fork|notebook", f"{word}")
+        "of auto or ddp: each process has whole models, and is started anew",
+        lambda word: re.fullmatch("auto|ddp(?!.*(spawn|fork|notebook)).*", str(word)) is not None,
+    ),
+    "profiler": within(
+        "of null, simple or advanced; `fit --profile` is PyTorch's", lambda word: word in (None, "simple", "advanced")
     ),
 }
 SCALARS = (bool, int, float, str, NoneType)
@@ -97,16 +106,14 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
         raise UserError("--profile", expected, repr(other), "Drop one of them.")
     watch = [callbacks.WatchCollapse(config.collapse, config.optim.updates_per_rollout)]
     own = (partial(_own_callback, f"callbacks[{number}]", entry) for number, entry in enumerate(config.callbacks))
-    _, *own_callbacks = gather(partial(check_trainer_keys, config), *own)
+    checks = partial(check_trainer_keys, config), partial(_checkpoints, config, folder)
+    _, checkpoints, *own_callbacks = gather(*checks, *own)
     chosen: list[L.Callback] = [
         # The first, so that what the others do before a step counts as part of it.
         *([callbacks.ProfileSteps(folder.profile)] if profile else []),
         callbacks.StepSpeed(),
         *([callbacks.EvaluationFigures()] if config.diagnostics.figures else []),
-        # After each evaluation, when the metrics of the step and of the evaluation have been logged: a run that is
-        # killed and resumed has no gap in its curves.
-        ModelCheckpoint(folder.checkpoints, filename=folder.last_checkpoint.stem, enable_version_counter=False,
-                        every_n_epochs=1, save_on_train_epoch_end=False),
+        *checkpoints,
         callbacks.SaveOnInterrupt(folder.last_checkpoint),
         RunRecord(config, folder.config),
         callbacks.KeepPace(config.evaluation.every_n_steps),
@@ -117,6 +124,19 @@ def build_trainer(config: Config, folder: RunFolder, profile: bool = False) -> L
     # KeepPace says after which batches.
     when = {"val_check_interval": config.evaluation.every_n_steps, "check_val_every_n_epoch": None}
     return _build(config, chosen, default_root_dir=folder.path, **when)
+
+
+def _checkpoints(config: Config, folder: RunFolder) -> list[L.Callback]:
+    """Save after each evaluation, when the metrics of the step and of the evaluation have been logged.
+
+    A run that is killed and resumed has no gap in its curves. The best comes first, for the last to know of it.
+    """
+    best = [keeper(config, folder)] if config.checkpoint.keep_best is not None else []
+    last = ModelCheckpoint(
+        folder.checkpoints, filename=folder.last_checkpoint.stem, enable_version_counter=False, every_n_epochs=1,
+        save_on_train_epoch_end=False,
+    )  # fmt: skip
+    return [*best, last]
 
 
 def _diagnostics(config: Config) -> list[L.Callback]:
@@ -160,7 +180,7 @@ def _build(config: Config, chosen: list[L.Callback], **own: Any) -> L.Trainer:
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
     arguments = defaults | dict(config.trainer)
     own |= {"logger": False, "plugins": [WholeFileIO()], "use_distributed_sampler": False}
-    progress = [callbacks.StepProgress()] if arguments.get("enable_progress_bar", True) else []
+    progress = [_progress(config)] if arguments.get("enable_progress_bar", True) else []
     try:
         trainer = L.Trainer(**arguments, **own, callbacks=[*chosen, *progress])
     except Exception as error:  # Lightning has no common class for what it refuses
@@ -169,6 +189,12 @@ def _build(config: Config, chosen: list[L.Callback], **own: Any) -> L.Trainer:
         expected = f"at most data.batch_size ({config.data.batch_size}) processes, each of which takes a prompt"
         raise UserError("trainer.devices", expected, trainer.world_size, "Lower it, or raise data.batch_size.")
     return trainer
+
+
+def _progress(config: Config) -> L.Callback:
+    if sys.stderr.isatty() or "ipykernel" in sys.modules:  # a notebook shows bars too
+        return callbacks.StepProgress()
+    return callbacks.StepLines(config.diagnostics.print_every_n_steps)
 
 
 class WholeFileIO(TorchCheckpointIO):

@@ -40,9 +40,9 @@ AT_A_RESUME: dict[str, tuple[str, ...]] = {
         "trainer.max_time", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "evaluation.batch_size",
         "evaluation.num_examples", "measure.estimators", "measure.units", "measure.prompts_per_unit",
         "measure.parameters", "measure.sketch", "diagnostics.every_n_steps", "diagnostics.support_size",
-        "diagnostics.figures", "collapse.window", "collapse.min_entropy", "collapse.max_repetition",
-        "collapse.max_truncated", "collapse.min_support_mass", "tracking.uri", "tracking.run_name", "tracking.tags",
-        "tracking.system_metrics",
+        "diagnostics.print_every_n_steps", "diagnostics.figures", "collapse.window", "collapse.min_entropy",
+        "collapse.max_repetition", "collapse.max_truncated", "collapse.min_support_mass", "tracking.uri",
+        "tracking.run_name", "tracking.tags", "tracking.system_metrics",
     ),
 }  # fmt: skip
 """What becomes of another value, by key. That of any other key is used from the first step on, and told."""

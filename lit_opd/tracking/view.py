@@ -12,12 +12,14 @@ from lit_opd.tracking.fitting import RunClient
 from lit_opd.tracking.mailbox import message
 from lit_opd.tracking.run import RunLogger
 
-__all__ = ["offer_view"]
+__all__ = ["offer_view", "view_link"]
 
+TRAINING = "workflowType=machine_learning"  # the pages for training; by default they are those for agents
 VIEW_NAME, VIEW_TAG = "Which estimator, at what cost?", "mlflow.sharedViewState.lit_opd"
 # In this order (at a first visit MLflow may keep its own, of rows too), and pixels wide: the answer without scrolling.
 COLUMNS = {
-    "tags.`estimator`": 125, "tags.`seed`": 60, "metrics.`val/reverse_kl`": 130, "metrics.`val/accuracy`": 110,
+    "tags.`estimator`": 125, "tags.`variant`": 125, "tags.`seed`": 60, "metrics.`val/reverse_kl`": 130,
+    "metrics.`val/accuracy`": 110,
     "metrics.`cost/tokens`": 105, "metrics.`cost/seconds`": 110, "attributes.`Dataset`": 330,
     "metrics.`val_interval/reverse_kl_low`": 205, "metrics.`val_interval/reverse_kl_high`": 205,
     "tags.`family`": 100, "attributes.`Models`": 180,
@@ -28,6 +30,11 @@ STATE = {
     "orderByKey": "metrics.`val/reverse_kl`", "orderByAsc": True, "chartsSearchFilter": "^val/",
     "globalLineChartConfig": {"xAxisKey": "metric", "selectedXAxisMetricKey": "cost/tokens", "lineSmoothness": 0},
 }  # fmt: skip
+
+
+def view_link(address: str, experiment: str) -> str:
+    """Make the link that opens the view of an experiment, by its id, on a server of MLflow's pages."""
+    return f"{address.rstrip('/')}/#/experiments/{experiment}/runs?viewStateShareKey=lit_opd&{TRAINING}"
 
 
 def offer_view(logger: RunLogger) -> None:

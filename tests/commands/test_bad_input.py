@@ -218,9 +218,9 @@ def test_damaged_checkpoint_is_told_before_weights_load(workspace, bad, no_weigh
 
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_evaluations_check_the_same(workspace, bad, no_weights, capsys, command):
-    assert main(workspace.arguments(command, "trainer.precision=banana")) == 2
+    assert main(workspace.arguments(command, "--untrained", "trainer.precision=banana")) == 2
     one_line(capsys.readouterr().err, "trainer", "banana")
-    assert main(workspace.arguments(command, f"teacher.path={bad}/permuted")) == 2
+    assert main(workspace.arguments(command, "--untrained", f"teacher.path={bad}/permuted")) == 2
     one_line(capsys.readouterr().err, "teacher.path", "'1' for the student")
 
 
@@ -245,10 +245,16 @@ def test_export_without_a_run_says_how_to_name_one(workspace, no_weights, capsys
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
-def test_help_says_what_is_measured_without_a_checkpoint(command, capsys):
+def test_evaluations_say_which_student_is_measured(workspace, command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert "default: the student as configured, untrained" in " ".join(capsys.readouterr().out.split())
+    assert "default: the newest of output_dir" in " ".join(capsys.readouterr().out.split())
+    assert main(workspace.arguments(command)) == 2
+    err = capsys.readouterr().err
+    one_line(err, "output_dir", "last.ckpt")
+    assert "Set output_dir to a run's folder, or give --checkpoint or --untrained." in err
+    assert main(workspace.arguments(command, "--untrained", "--checkpoint", "some.ckpt")) == 2
+    one_line(capsys.readouterr().err, "--untrained", "'some.ckpt'")
 
 
 def test_a_hub_that_does_not_answer_is_told_once(workspace, capsys, monkeypatch):

@@ -22,7 +22,8 @@ from lit_opd.cli import main
 ESTIMATORS = ("full_vocab", "token")
 FEW = ("trainer.max_steps=4", "evaluation.every_n_steps=2", "evaluation.teacher=false", "tracking.system_metrics=false")
 COLUMNS = {
-    "tags.`estimator`", "tags.`seed`", "metrics.`val/reverse_kl`", "metrics.`val/accuracy`", "metrics.`cost/tokens`",
+    "tags.`estimator`", "tags.`variant`", "tags.`seed`", "metrics.`val/reverse_kl`", "metrics.`val/accuracy`",
+    "metrics.`cost/tokens`",
     "metrics.`cost/seconds`", "attributes.`Dataset`",
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """The other commands, on one finished run; and estimators of a user's own."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -41,18 +42,23 @@ def test_checkpoint_measures_what_fit_measured_and_nothing_is_written(run, capsy
     results = evaluate(load_config([words[2]], words[3:]), str(run.checkpoint), stage)
     expected = json.loads((run.output / "summary.json").read_text())["after"]
     assert {name: interval._asdict() for name, interval in results.items()} == expected
-    assert main([*words, "--checkpoint", "run/checkpoints/last.ckpt"]) == 0
+    assert main([*words, "--json", "../numbers.json"]) == 0
+    found = json.loads((run.folder.parent / "numbers.json").read_text())
+    assert found["metrics"].keys() == expected.keys()
+    assert found["metrics"]["accuracy"] == {"variants": {"student": expected["accuracy"]}}
+    assert (found["stage"], found["checkpoint"]) == (stage, "run/checkpoints/last.ckpt")
     out = capsys.readouterr().out
     assert f"{stage}: run/checkpoints/last.ckpt" in out
     assert f"{expected['reverse_kl']['mean']:.3f}" in out
     assert contents(run.folder) == before
 
 
-def test_validate_without_checkpoint_measures_the_student_as_it_lies(run):
-    words = run.arguments("validate")
-    results = evaluate(load_config([words[2]], words[3:]), None, "validate")
+def test_untrained_measures_the_student_as_it_lies(run, capsys):
+    assert main(run.arguments("validate", "--untrained", "--json", "../before.json")) == 0
+    assert "validate: " in capsys.readouterr().out
+    found = json.loads((run.folder.parent / "before.json").read_text())["metrics"]
     expected = json.loads((run.output / "summary.json").read_text())["before"]
-    assert {name: interval._asdict() for name, interval in results.items()} == expected
+    assert {name: value["variants"]["student"] for name, value in found.items()} == expected
 
 
 def test_export_writes_what_fit_exported(run, capsys):
@@ -163,3 +169,45 @@ def test_keyword_of_ones_own_is_checked(workspace, capsys):
     (workspace.folder / "mine.py").write_text(MINE.format(name="x"))
     assert main(workspace.arguments("fit", "estimator.name=mine.py:decorated", "estimator.kwargs.max_ratio=3")) == 2
     assert "Did you mean 'max_log_ratio'?" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_is_and_keeps_the_last_completions(run, capsys):
+    words = run.arguments("fit", "output_dir=again", "evaluation.num_completions=1", "evaluation.pass_at=[1]")
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    banner, rest = printed.err.splitlines()[:5], printed.err.splitlines()[5:]
+    assert [line.split()[0] for line in banner] == ["student", "teacher", "estimator", "data", "run"]
+    assert "0.22M parameters, all of them train" in banner[0]
+    assert banner[2].endswith("the gradient of reverse_kl, unbiased")
+    assert "8 prompts, 4 x 2 completions a step; 6 held out" in banner[3]
+    assert "3 steps on cpu, 1 process, 32-true; again, MLflow experiment 'tests', run " in banner[4]
+    assert "step 0: measuring the student" in rest  # plain lines: this is no terminal
+    assert [line.partition(":")[0].split(",")[0] for line in rest if "left" in line] == ["step 1/3"]
+    assert not any("\r" in line for line in rest)
+
+    after = json.loads((run.folder / "again" / "summary.json").read_text())["after"]
+    rows = [json.loads(line) for line in (run.folder / "again" / "completions.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == list(range(6))
+    assert sum(row["reward"] for row in rows) / 6 == pytest.approx(after["accuracy"]["mean"])
+    assert sum(row["tokens"] for row in rows) / 6 == pytest.approx(after["length"]["mean"])
+    assert sum(row["truncated"] for row in rows) / 6 == pytest.approx(after["truncated_frac"]["mean"])
+    tokens = sum(row["tokens"] for row in rows)
+    assert sum(row["reverse_kl"] * row["tokens"] for row in rows) / tokens == pytest.approx(after["reverse_kl"]["mean"])
+    assert -sum(row["teacher_logp"] for row in rows) / tokens == pytest.approx(after["teacher_nll"]["mean"])
+    shutil.rmtree(run.folder / "again")
+
+
+def test_a_dry_run_does_all_but_a_step_and_writes_nothing(run, capsys):
+    before = contents(run.folder)
+    assert main(run.arguments("fit", "--dry-run", "output_dir=new")) == 0
+    out = capsys.readouterr().out
+    told = {line.split()[0]: line for line in out.splitlines()}
+    assert {"student", "teacher", "estimator", "data", "run", "prompt", "tokens", "paths", "memory"} <= {*told}
+    assert re.search(r"'<bos>\d+\+\d+=', \d tokens$", told["prompt"])
+    assert "17 ids, the same for student and teacher" in told["tokens"]
+    assert contents(run.folder) == before
+    assert not (run.folder / "new").exists()
+    assert main(run.arguments("fit", "--dry-run", "output_dir=new", "estimator.name=nothing")) == 2
+    assert "error: estimator.name" in capsys.readouterr().err
+    assert main(run.arguments("fit", "--dry-run", "--resume", "auto")) == 0
+    assert "has ended after 3 steps. Nothing is left to do." in capsys.readouterr().out

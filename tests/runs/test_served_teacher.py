@@ -58,7 +58,7 @@ def test_a_server_that_takes_shorter_rows_than_there_are_is_told_before_anything
     server.context = 16
     with server.listening() as address:
         words = (*SHORT, "rollout.max_new_tokens=12", f"teacher.server={address}")
-        for command in ("fit", "validate"):
-            assert main(workspace.arguments(command, *words)) == 2
+        for command in (["fit"], ["validate", "--untrained"]):
+            assert main(workspace.arguments(*command, *words)) == 2
             assert "data.max_prompt_tokens: expected prompts of at most 3 tokens" in capsys.readouterr().err
     assert not workspace.output.exists()

@@ -35,7 +35,7 @@ PHASES = [
     ("fit student 2", "SIGTERM", SAVED, "KILLED", 2),
     ("validate student 3", "SIGINT", SAVED, "KILLED", 3),
     ("export", "SIGTERM", HOLDS, "KILLED", 3),
-    ("command validate", "SIGTERM", NONE, None, None),
+    ("command validate --untrained", "SIGTERM", NONE, None, None),
     ("command export", "SIGINT", NONE, "FINISHED", 3),
 ]
 
@@ -68,16 +68,16 @@ def stop_in_export(monkeypatch):
 def test_a_signal_ends_every_phase_in_order(workspace, capsys, sent, stop_in_export, phase, name, said, status, step):
     number = int(signal.Signals[name])
     Path("mine.py").write_text(MINE)
-    command = phase.removeprefix("command ") if phase.startswith("command") else "fit"
+    command = phase.removeprefix("command ").split() if phase.startswith("command") else ["fit"]
     words = [f"callbacks=[{{path: phases:At, kwargs: {{where: {phase}, number: {number}}}}}]"]
-    if phase in ("data", "command validate"):
+    if phase in ("data", "command validate --untrained"):
         words = ["data.path=mine.py:rows", f"data.kwargs.number={number}"]
     if phase == "command export":
         assert main(workspace.arguments("fit", *SHORT)) == 0
     if phase.endswith("export"):
         stop_in_export(number)
     capsys.readouterr()
-    assert main(workspace.arguments(command, *SHORT, *words)) == 128 + number
+    assert main(workspace.arguments(*command, *SHORT, *words)) == 128 + number
     assert time.monotonic() - sent[0] < 10
     err = capsys.readouterr().err
     assert "Traceback" not in err

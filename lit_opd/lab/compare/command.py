@@ -22,11 +22,12 @@ from lit_opd.lab.compare.power import smallest_difference
 from lit_opd.lab.compare.preflight import check_recorded, check_runs
 from lit_opd.lab.compare.runs import begin_parent, make_runs
 from lit_opd.runs.folder import check_writable
-from lit_opd.tracking import MlflowClient, check_tracking, open_store
+from lit_opd.tracking import MlflowClient, check_tracking, open_store, view_link
 
 __all__ = ["compare", "compare_recorded", "compare_table", "plan"]
 
 NOTE = "mlflow.note.content"  # what MLflow shows as the description of a run
+LOCAL = "http://127.0.0.1:5000"  # where `ui` serves by default
 SEEDS_SHOWN = (2, 3, 4, 5, 8, 10)
 
 
@@ -112,9 +113,16 @@ def _conclude(
         _report(report, folder, json_file)
         client.set_tag(parent, NOTE, overview(report))
         client.log_artifacts(parent, str(folder), "report")
-        where = f"experiment {comparison.tracking.experiment!r} in {concealed(comparison.tracking.uri)}"
-        print(f"MLflow: run {parent} of {where}")
+        _say_where(comparison.tracking.uri, parent, client.get_run(parent).info.experiment_id)
     return [run.name for run in runs if (run.variant, run.seed) not in finished]
+
+
+def _say_where(uri: str, parent: str, experiment: str) -> None:
+    """Name the comparison in MLflow, and the link that opens its runs as a table by variant."""
+    served = uri.startswith("http")
+    print(f"MLflow: run {parent}, its runs at {view_link(concealed(uri) if served else LOCAL, experiment)}")
+    if not served:
+        print(f"        while this serves them: python -m lit_opd ui tracking.uri={concealed(uri)}")
 
 
 def _report(report: Report, folder: Path, json_file: Path | None) -> None:

@@ -25,6 +25,7 @@ from lit_opd.config import to_yaml
 from lit_opd.errors import RunError, UserError
 from lit_opd.files import write_file
 from lit_opd.lab.compare.grid import Comparison, Run
+from lit_opd.measures.drawing import look
 from lit_opd.runs.folder import RunFolder
 from lit_opd.stopping import heeding
 from lit_opd.tracking import MlflowClient, MlflowException, git_sha
@@ -32,6 +33,7 @@ from lit_opd.tracking import MlflowClient, MlflowException, git_sha
 __all__ = ["PARENT", "begin_parent", "is_finished", "make_runs"]
 
 PARENT = "mlflow.parentRunId"
+COLOUR = "mlflow.runColor"  # of a run's lines and dots in MLflow's pages
 POLL_S = 0.2
 DAY_S = 86400
 
@@ -83,9 +85,11 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
     True where it was interrupted before the last run had ended.
     """
     waiting = [run for run in runs if not is_finished(run, client)]
+    # The colours of the report's pictures.
+    colours = {name: look(number)["color"] for number, name in enumerate(dict.fromkeys(run.variant for run in runs))}
     for run in runs:
         if run not in waiting:
-            _adopt(run, client, parent)
+            _adopt(run, client, parent, colours[run.variant])
     workers: dict[subprocess.Popen[bytes], Run] = {}
     asked: list[int] = []  # signals, in the order in which they come
     told = 0
@@ -97,7 +101,7 @@ def make_runs(comparison: Comparison, runs: Sequence[Run], client: MlflowClient,
             while workers or (waiting and not asked):
                 while waiting and not asked and len(workers) < comparison.parallel:
                     run = waiting.pop(0)
-                    workers[_start(run, parent, comparison.parallel, lock)] = run
+                    workers[_start(run, parent, colours[run.variant], comparison.parallel, lock)] = run
                 for process in [process for process in workers if process.poll() is not None]:
                     said = _settle(workers.pop(process), process.returncode, client, parent, bool(asked))
                     progress.console.print(Text(said), soft_wrap=True)
@@ -120,8 +124,8 @@ def _send(number: int, workers: dict[subprocess.Popen[bytes], Run]) -> None:
             os.killpg(process.pid, number)
 
 
-def _start(run: Run, parent: str, parallel: int, lock: int) -> subprocess.Popen[bytes]:
-    tracking = replace(run.config.tracking, tags=run.config.tracking.tags | {PARENT: parent})
+def _start(run: Run, parent: str, colour: str, parallel: int, lock: int) -> subprocess.Popen[bytes]:
+    tracking = replace(run.config.tracking, tags=run.config.tracking.tags | {PARENT: parent, COLOUR: colour})
     write_file(run.file, to_yaml(replace(run.config, tracking=tracking), secrets=True), private=True)
     command = [sys.executable, "-m", "lit_opd", "fit", "--config", str(run.file), "--resume", "auto"]
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // parallel))} if parallel > 1 else {}
@@ -146,11 +150,11 @@ def _settle(run: Run, code: int, client: MlflowClient, parent: str, asked: bool)
     return f"stopped: {run.name}" if asked else f"failed: {run.name}: {_last_words(run.log)} (all of it: {run.log})"
 
 
-def _adopt(run: Run, client: MlflowClient, parent: str) -> None:
+def _adopt(run: Run, client: MlflowClient, parent: str, colour: str) -> None:
     """Tag a finished run as one of this comparison: it may have been made under another parent, or another label."""
     run_id = RunFolder(run.folder).read_notes()["mlflow_run_id"]
     held = client.get_run(run_id).data.tags
-    for key, value in {PARENT: parent, "variant": run.variant}.items():
+    for key, value in {PARENT: parent, COLOUR: colour, "variant": run.variant}.items():
         if held.get(key) != value:
             client.set_tag(run_id, key, value)
 

@@ -150,6 +150,7 @@ def test_runs_belong_to_the_comparison_and_the_report_lies_with_it(story):
         assert recorded.data.tags["mlflow.parentRunId"] == parent
         assert (recorded.data.tags["variant"], recorded.data.tags["seed"]) == (run.variant, "0")
         assert recorded.data.params["estimator.name"] == run.variant
+        assert recorded.data.tags["mlflow.runColor"] == {"token": "#0072B2", "full_vocab": "#D55E00"}[run.variant]
     files = {file.path for file in client.list_artifacts(parent, "report")}
     assert files == {f"report/{name}" for name in ("report.json", "report.md", "report.html", "figures")}
     numbers = json.loads((story.workspace.folder / "numbers.json").read_text())
