@@ -35,13 +35,18 @@ class PerPrompt(NamedTuple):
     weights: dict[str, list[float]]
 
     def intervals(self) -> dict[str, Interval]:
-        """Compute every mean with its interval over prompts: Wilson's for shares of completions or prompts."""
-        return {
-            name: (wilson_over_prompts if describe(name).unit in (COMPLETIONS, PROMPTS) else over_prompts)(
-                sums, self.weights[name]
-            )
-            for name, sums in self.sums.items()
-        }
+        """Compute every mean with its interval over prompts: Wilson's for shares of completions or prompts.
+
+        No interval leaves what the measure can be.
+        """
+        return {name: self._interval(name) for name in self.sums}
+
+    def _interval(self, name: str) -> Interval:
+        measure = describe(name)
+        over = wilson_over_prompts if measure.unit in (COMPLETIONS, PROMPTS) else over_prompts
+        mean, low, high = over(self.sums[name], self.weights[name])
+        least, most = measure.bounds
+        return Interval(mean, max(low, least), min(high, most))
 
 
 class Yardsticks(Metric):

@@ -176,6 +176,8 @@ def test_a_chosen_pair_is_the_first_against_the_second_whichever_way_it_is_store
     (mean, low, high), (inverse, least, most) = ([float(n) for n in re.findall(r"\d\.\d+", row)][:3]
                                                  for row in (forth, back))  # fmt: skip
     assert mean == pytest.approx(2, rel=0.1)
+    assert low < mean < high
+    assert least < inverse < most
     assert [mean * inverse, low * most, high * least] == pytest.approx([1, 1, 1], abs=0.02)
     assert "`full kl` is better" in forth
     assert "`full kl` is better" in back

@@ -63,7 +63,8 @@ def _numbers(mean: float, low: float | None, high: float | None) -> str:
     if not 0 < width < math.inf:
         return f"{mean + 0.0:.4g} [{low + 0.0:.4g}, {high + 0.0:.4g}]"
     if low > 0 and high > 10 * low:  # orders of magnitude, of which decimals would hide the lower end
-        return f"{mean:.3g} [{low:.2g}, {high:.2g}]"
+        low, high = (float(f"{end:.2g}") for end in (low, high))  # so that 440 is not written as 4.4e+02
+        return f"{float(f'{mean:.3g}'):g} [{low:g}, {high:g}]"
     decimals = min(12, max(0, 1 - math.floor(math.log10(width))))
     centre, low, high = (round(value, decimals) + 0.0 for value in (mean, low, high))
     return f"{centre:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"

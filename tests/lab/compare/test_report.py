@@ -406,6 +406,7 @@ def test_numbers_have_as_many_digits_as_are_known():
     assert interval(mean(0.0, 0.0, 0.0)) == "0 [0, 0]"
     assert interval(mean(-0.0, -0.0, -0.0)) == "0 [0, 0]"
     assert interval(mean(1.7695, 0.0434, 72.16)) == "1.77 [0.043, 72]"
+    assert interval(mean(14.149, 0.4513, 438.2)) == "14.1 [0.45, 440]"
     assert interval(mean(None, None, None)) == "not finite"
     assert numbers(Contrast("a", "b", np.log(2), np.log(1.5), 800.0, 0.1, "equal"), True).startswith("2 [1.5, ")
     assert probability(0.00001) == "<0.001"
