@@ -381,7 +381,7 @@ CLAIMS = {
     ("smollm2", "full forward", "token"): "better better collapsed",
     ("smollm2", "teacher_topk", "token"): "better better collapsed",
     ("smollm2", "teacher_topk", "full reverse"): "equal equal equal",
-    ("smollm2", "full forward", "full reverse"): "equal equal equal",
+    ("smollm2", "full forward", "full reverse"): "equal equal better",
     ("smollm2", "sequence", "token"): "collapsed collapsed collapsed",
 }
 

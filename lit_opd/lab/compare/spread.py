@@ -102,19 +102,18 @@ def spread_of(runs: Runs, influence: Values, apart: Sequence[str] = ()) -> Sprea
     Args:
         runs: variant -> seed -> the value of a run, on the scale of the analysis.
         influence: variant -> seed -> what each prompt adds to that value [prompts], with a mean of zero.
-        apart: variants that are not taken for the pool before the others are known.
+        apart: variants that are no part of the pool, and whose error is their own where it is wider than the pool's.
     """
     pool, own = [name for name in runs if name not in apart], list[str]()
     while (outlier := _outlier(runs, pool)) is not None:
         pool.remove(outlier)
         own.append(outlier)
     others = _within({name: runs[name] for name in pool})
-    for name in apart:
-        (own if _is_wider(_within({name: runs[name]}), others) else pool).append(name)
+    own += [name for name in apart if _is_wider(_within({name: runs[name]}), others)]
     means, cofactors, error = _additive(runs, pool)
     total = _total(runs, pool, error)
     alone = {name: _within({name: runs[name]}) for name in own}
-    means |= {name: float(np.mean(list(runs[name].values()))) for name in own}
+    means |= {name: float(np.mean(list(runs[name].values()))) for name in (*own, *apart)}
     ratios = {name: float(np.sqrt(part.variance / total.variance)) if total.variance else np.inf
               for name, part in alone.items()}  # fmt: skip
     return Spread(means, ratios, error, total, cofactors, alone, influence)
