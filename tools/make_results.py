@@ -20,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lit_opd.lab.compare.dots import draw_seeds
 from mlflow.tracking import MlflowClient
 
 from lit_opd.lab.compare.curves import draw_curves
+from lit_opd.lab.compare.dots import draw_seeds
 from tools.results.blocks import DRAWN, SEEDS, block, file_of
 from tools.results.store import Results, Stored, read, read_curves, read_record, trim, write
 
