@@ -65,7 +65,7 @@ def write_starter(student: str, teacher: str, data: str, out: str) -> None:
         "data": of_data,
         "rollout": {"num_completions": 1, "max_new_tokens": new, "temperature": 1.0},
         "estimator": {"name": "full_vocab", "kwargs": {"divergence": "reverse_kl"}},
-        "optim": {"name": "AdamW", "lr": 1e-5, "warmup_steps": 10, "clip_norm": 1.0, "micro_batch_tokens": 16384},
+        "optim": {"name": "AdamW", "lr": 1e-5, "warmup_steps": 10, "clip_norm": 1.0, "micro_batch_tokens": 8192},
         "trainer": {"accelerator": "auto", "devices": 1, "max_steps": 200, "precision": _precision(),
                     "log_every_n_steps": 1},
         "evaluation": {"every_n_steps": 50, "batch_size": 64, "num_examples": 16},

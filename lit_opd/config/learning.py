@@ -133,7 +133,7 @@ class OptimConfig(Section):
     """The largest gradient norm, or null."""
     updates_per_rollout: int = limited(1, at_least(1))
     """Optimizer steps on the completions of one batch. From the second on they are not the present student's."""
-    micro_batch_tokens: int = limited(16384, at_least(1))
+    micro_batch_tokens: int = limited(8192, at_least(1))
     """Rows x longest length of a micro-batch, in tokens."""
     head_chunk_mib: Any = limited("auto", auto_or_at_least(1))
     """Memory for the logits of one chunk, in MiB, or auto: 256 on a CPU, a share of what an accelerator has free."""

@@ -23,7 +23,8 @@ SPEED = Path(__file__).parents[3] / "docs" / "speed.md"
 SHAPES = {"0.6b": (28, 1024, 16, 3072), "1.7b": (28, 2048, 16, 6144)}
 G1 = ["student.path=0.6b", "teacher.path=1.7b", "data.batch_size=8", "data.max_prompt_tokens=128",
       "rollout.num_completions=8", "rollout.max_new_tokens=256", "trainer.precision=bf16-mixed",
-      "optim.head_chunk_mib=256", "optim.paths=plain", "evaluation.batch_size=8"]  # fmt: skip
+      "optim.head_chunk_mib=256", "optim.paths=plain", "optim.micro_batch_tokens=16384",
+      "evaluation.batch_size=8"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,7 @@ def test_the_documents_quote_the_plans_of_that_step(g1):
     quoted = [said(), said(*fast), said(*fast, f"{tokens}=8192"), said(*fast, f"{tokens}=4096")]
     quoted.append(said(*fast, f"{tokens}=4096", "student.gradient_checkpointing=true"))
     assert [number for number in quoted if number not in SPEED.read_text()] == []
+    assert OptimConfig().micro_batch_tokens == 8192, "which the page calls the default"
 
 
 def test_the_long_row_that_was_measured(g1):
