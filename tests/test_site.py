@@ -10,7 +10,7 @@ import sys
 import threading
 
 import pytest
-from test_docs import DOCUMENTS, ROOT
+from documents import DOCUMENTS, ROOT
 
 from tools import browser
 from tools.mkdocs_pages import public_packages
