@@ -98,9 +98,11 @@ def calling_parts() -> Iterator[None]:
 
 
 def _told(error: BaseException) -> str:
-    """Tell an exception, with the last line outside of this package that it came through."""
-    own = str(Path(__file__).parent)
+    """Tell an exception, with the last line of the user's that it came through, or else the last of a library."""
+    own, parts = str(Path(__file__).parent), {getattr(sys.modules.get(name), "__file__", None) for name in _KEYS}
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    # Below the user's line there may be others: wandb puts a function of its own in the place of sys.exit.
+    lines = [frame for frame in lines if frame.filename in parts] or lines
     where = f" ({lines[-1].filename}, line {lines[-1].lineno})" if lines else ""
     return f"{type(error).__name__}: {error}{where}"
 

@@ -97,7 +97,10 @@ def left_by(folder: Path) -> dict[str, Any]:
     """Collect by name what a run left in its folder and in MLflow, apart from times and ids."""
     run = folder / "run"
     files = {str(file.relative_to(run)): file for file in sorted(run.rglob("*")) if file.is_file()}
-    found: dict[str, Any] = {name: file.name in UNLIKE or file.read_bytes() for name, file in files.items()}
+    run_id = json.loads((run / "run.json").read_text())["mlflow_run_id"].encode()
+    found: dict[str, Any] = {
+        name: file.name in UNLIKE or file.read_bytes().replace(run_id, b"RUN") for name, file in files.items()
+    }
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     found |= {f"checkpoint: {name}": _bytes(checkpoint[name]) for name in STATE}
     summary, notes = (json.loads((run / name).read_text()) for name in ("summary.json", "run.json"))

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = ("*.md", "docs/*.md", "docs/*.png", "tutorials/*.md", "conf/recipes/README.md", "conf/recipes/*.yaml")
+PUBLISHED = ("*.md", "docs/*.md", "docs/*.png", "tutorials/*.md", "conf/recipes/README.md", "conf/*/*.yaml")
 FENCE = re.compile(r"^```(\w+) ([^`\n]+)$", re.MULTILINE)
 
 

@@ -1,6 +1,6 @@
 """Simulate comparisons whose truth is known, and write what their analysis finds into docs/statistics.md.
 
-Usage: ``python -m tools.simulate_comparisons [--repetitions 2000]``, two minutes on one core. The analysis is that of
+Usage: ``python -m tools.simulate_comparisons [--repetitions 2000]``, five minutes on one core. The analysis is that of
 `compare`; beside it stands the method of before: paired t tests of all pairs on the raw scale, corrected by Holm.
 """
 

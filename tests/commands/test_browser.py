@@ -37,7 +37,14 @@ def served(make_workspace):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made.folder)
         for name in ESTIMATORS:
-            assert main(made.arguments("fit", f"estimator.name={name}", f"output_dir={name}")) == 0
+            assert (
+                main(
+                    made.arguments(
+                        "fit", f"estimator.name={name}", f"output_dir={name}", f"tracking.tags.variant={name}"
+                    )
+                )
+                == 0
+            )
     port = free_port()
     process = made.start(*made.arguments("ui", "--port", str(port)), python=made.python)
     address = f"http://127.0.0.1:{port}"

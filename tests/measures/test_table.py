@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_opd.measures.table import MEASURES, YARDSTICKS, describe, in_order, look_up
+from lit_opd.measures.table import MEASURES, YARDSTICKS, Measure, describe, in_order, look_up
 
 
 def test_everything_that_a_run_logs_has_a_row(make_model, make_module, make_trainer, make_data):
@@ -41,7 +41,7 @@ def test_the_words_of_a_name_say_which_part_it_is():
     assert describe("val_interval/jsd_high").title == "Jensen-Shannon divergence, upper end of its interval"
     assert describe("train_position/student_nll_q4").title.endswith("likelihood, quarter 4 of the positions")
     assert describe("teacher/pass_at_8").axis == "pass@8 (share of prompts)"
-    assert describe("my_own") == ("my own", "", None, "token", "")
+    assert describe("my_own") == Measure("my own", "", None)
     assert [describe(name).label for name in ("jsd", "length")] == ["JSD", "length"]
 
 

@@ -66,7 +66,7 @@ def test_a_run_of_a_comparison_gets_them_in_a_file_of_its_own(tmp_path, monkeypa
     comparison = load_comparison([QUICKSTART.parent / "compare" / "quickstart.yaml"], words)
     (run, *_) = runs_of(comparison)
     monkeypatch.setattr(runs.subprocess, "Popen", lambda *_, **__: None)
-    runs._start(run, "parent", 1, 0)
+    runs._start(run, "parent", "#0072B2", 1, 0)
     assert stat.S_IMODE(run.file.stat().st_mode) == 0o600
     assert "tok-en-1234" not in to_yaml(comparison)
     assert load_config([run.file]).data.kwargs["token"] == "tok-en-1234"

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 LEVEL = 0.05
+OUTSIDE = 1e-14  # of the distribution of the estimated error, at either end
 
 Tail = Callable[[float, int, float], float]
 """(t, size of the family, degrees of freedom) -> the chance that the largest |t| of the family is at least t."""
@@ -146,11 +147,12 @@ def _normal() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=4096)
 def _errors(df: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes and weights of an average over the estimated error in units of the true one.
-
-    The nodes crowd where the error is underestimated most, for small chances come from there.
-    """
-    nodes, weights = leggauss(32)
-    u = (1 + nodes) / 2
-    shares = u**4
-    return np.sqrt(2 * special.gammaincinv(df / 2, shares) / df) if df < 1e6 else np.ones_like(u), 2 * u**3 * weights
+    """Return nodes and weights of an average over the estimated error in units of the true one: a chi over sqrt(df)."""
+    nodes, weights = leggauss(48)
+    low, high = np.sqrt(special.chdtri(df, [1 - OUTSIDE, OUTSIDE]) / df)
+    s = low + (high - low) * (1 + nodes) / 2
+    log_density = (
+        df * np.log(s) - df * s**2 / 2 - np.log(s) + np.log(2) + df / 2 * np.log(df / 2) - special.gammaln(df / 2)
+    )
+    shares = np.exp(log_density) * weights
+    return s, shares / shares.sum()
