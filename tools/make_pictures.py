@@ -5,9 +5,7 @@ Usage: ``python tools/make_pictures.py [--uri sqlite:///mlflow.db] [--experiment
 Writes ``<experiment>_curves.png``, by matplotlib, and screenshots of the stock MLflow UI by headless Chromium:
 ``mlflow_table.png``, ``mlflow_compare.png`` and, of the best run, ``mlflow_completions.png``. They need
 ``pip install selenium`` and Debian's ``chromium`` and ``chromium-driver``; tests/commands/test_browser.py holds what
-they show. The curves show every finished run of it; runs which differ in the seed only share a colour. MLflow
-colours runs by their ids, at times two alike, so the screenshots are of a copy of an SQLite database whose runs have
-the colours of the curves; your own is only read.
+they show. The curves show every finished run of it; runs which differ in the seed only share a colour.
 """
 
 import argparse
@@ -15,10 +13,8 @@ import contextlib
 import os
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +53,7 @@ def main() -> None:
     client, experiment_id, runs = find_runs(arguments.uri, arguments.experiment)
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw_curves(client, runs, arguments.out / f"{arguments.experiment}_curves.png")
-    with recoloured_copy(arguments.uri, runs) as uri, serve_ui(uri) as address, open_pages(address) as pages:
+    with serve_ui(arguments.uri) as address, open_pages(address) as pages:
         rows = pages.open_table(experiment_id)
         pages.resize(WINDOW[0], min(WINDOW[1], 330 + 32 * len(rows)))  # no empty half below the last run
         pages.photograph(arguments.out / "mlflow_table.png")
@@ -173,31 +169,6 @@ def heights(stack: list[tuple[float, str, str]], gap: float) -> list[float]:
     """Heights of stacked texts, lowest first: a gap apart, around the mean of their values."""
     centre = sum(value for value, _, _ in stack) / len(stack)
     return [centre + gap * (i - (len(stack) - 1) / 2) for i in range(len(stack))]
-
-
-@contextlib.contextmanager
-def recoloured_copy(uri: str, runs: list[Run]) -> Iterator[str]:
-    """Copy an SQLite tracking database, and give the copy's runs their colours; other stores are taken as they are.
-
-    Args:
-        uri: tracking URI.
-        runs: which runs to colour.
-
-    Yields:
-        The tracking URI of the copy.
-    """
-    if not uri.startswith("sqlite:///"):
-        yield uri
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "mlflow.db"
-        source, target = sqlite3.connect(uri.removeprefix("sqlite:///")), sqlite3.connect(file)
-        with contextlib.closing(source), contextlib.closing(target):
-            source.backup(target)
-        client, colours = MlflowClient(f"sqlite:///{file}"), choose_colours(runs)
-        for run in runs:
-            client.set_tag(run.info.run_id, "mlflow.runColor", colours[describe(run)])
-        yield f"sqlite:///{file}"
 
 
 @contextlib.contextmanager
