@@ -109,7 +109,7 @@ def _by_kernels(
 
 @dataclass(frozen=True)
 class FusedChunk:
-    """What `counted.Chunk` tells, of rows that are read by kernels.
+    """The facts that `counted.Chunk` has, of rows that are read by kernels.
 
     Attributes:
         sampled: the fields that concern the sampled tokens alone, leading shape [c].

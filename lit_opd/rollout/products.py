@@ -24,7 +24,7 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Weights:
-    """What a product of layers that share an input multiplies by.
+    """The weights that a product of layers with one input multiplies by.
 
     Attributes:
         weight_OI: their weights below one another.

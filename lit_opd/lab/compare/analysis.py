@@ -18,6 +18,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lit_opd.lab.compare.contrasts import ALL, TO_THE_BEST
 from lit_opd.lab.compare.simultaneous import (
     LEVEL,
     Statistic,
@@ -33,12 +34,11 @@ from lit_opd.lab.compare.spread import Estimate, Seed, Spread, spread_of
 from lit_opd.measures.intervals import wilson_over_prompts
 from lit_opd.measures.table import Better, Scale
 
-__all__ = ["ALL", "COLLAPSED", "CONFIDENCE", "EQUAL", "LARGEST_LOG", "TO_THE_BEST", "WORSE", "Analysis", "Contrast",
-           "Row", "Rules", "analyse"]  # fmt: skip
+__all__ = ["COLLAPSED", "CONFIDENCE", "EQUAL", "LARGEST_LOG", "WORSE", "Analysis", "Contrast", "NotAboveZero", "Row",
+           "Rules", "analyse"]  # fmt: skip
 
 CONFIDENCE = 1 - LEVEL
 EQUAL, WORSE, BETTER, COLLAPSED = "equal", "worse", "better", "collapsed"
-TO_THE_BEST, ALL = "best", "all"
 AS_BAD_AS_UNTRAINED = 2.0  # a run that ends so many times as bad as the untrained student has collapsed
 AS_BAD_AS_THE_BEST = 10.0  # where the untrained student is not known: a run, against every run of the best
 FAR_IN_SPREADS = 4.0  # and so many standard deviations between seeds on a log, of the median variant
@@ -106,18 +106,22 @@ class Analysis:
     notes: list[str] = field(default_factory=list)  # what a reader has to know of the method, a sentence each
 
 
+class NotAboveZero(ValueError):
+    """A run whose mean has no logarithm."""
+
+
 def analyse(values: Values, rules: Rules) -> Analysis:
     """Analyse one yardstick.
 
     Raises:
-        ValueError: a value that is not above 0 on a log scale.
+        NotAboveZero: a value on a log scale has no logarithm.
     """
     arrays = {name: {seed: np.atleast_1d(np.asarray(x, dtype=np.float64)) for seed, x in by_seed.items()}
               for name, by_seed in values.items()}  # fmt: skip
     means = {name: {seed: float(x.mean()) for seed, x in by_seed.items()} for name, by_seed in arrays.items()}
     finite = {name: {seed: m for seed, m in by_seed.items() if math.isfinite(m)} for name, by_seed in means.items()}
     if rules.scale == "log" and any(m <= 0 for by_seed in finite.values() for m in by_seed.values()):
-        raise ValueError("a value that is not above 0 has no logarithm")
+        raise NotAboveZero("a value that is not above 0 has no logarithm")
     collapsed = _collapsed(means, rules)
     known = {name: by_seed for name, by_seed in finite.items() if by_seed}
     onto = np.log if rules.scale == "log" else np.asarray

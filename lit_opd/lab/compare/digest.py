@@ -13,12 +13,13 @@ import numpy as np
 
 from lit_opd.errors import UserError
 from lit_opd.files import finite
-from lit_opd.lab.compare.analysis import ALL, CONFIDENCE, TO_THE_BEST, Analysis, Rules, analyse
+from lit_opd.lab.compare.analysis import CONFIDENCE, Analysis, NotAboveZero, Rules, analyse
 from lit_opd.lab.compare.collect import Point, RunResult
+from lit_opd.lab.compare.contrasts import TO_THE_BEST, check_contrasts
 from lit_opd.lab.compare.made import how_it_was_made
 from lit_opd.measures.table import Measure, describe, in_order
 
-__all__ = ["SPENDINGS", "Curve", "EqualCost", "LeftOut", "Report", "analysis_to_json", "check_contrasts", "make_report",
+__all__ = ["SPENDINGS", "Curve", "EqualCost", "LeftOut", "Report", "analysis_to_json", "make_report",
            "rules_for", "to_json", "value_at", "values_at"]  # fmt: skip
 
 SPENDINGS = {"step": "steps", "tokens": "sampled tokens", "seconds": "seconds of training"}
@@ -116,13 +117,6 @@ def make_report(runs: Sequence[RunResult], contrasts: str = TO_THE_BEST) -> Repo
         [_cost(variant, [run for run in finished if run.variant == variant]) for variant in variants],
         [Curve(name, run.variant, run.seed, points) for run in finished for name, points in run.curves.items()],
     )  # fmt: skip
-
-
-def check_contrasts(contrasts: str, variants: Sequence[str]) -> None:
-    """Refuse a baseline that is none of the variants."""
-    if contrasts not in (TO_THE_BEST, ALL, *variants):
-        expected = f"best, all, or a baseline out of {', '.join(map(repr, variants))}"
-        raise UserError("contrasts", expected, repr(contrasts), "Name one of them.")
 
 
 def rules_for(measure: Measure, untrained: float | None, contrasts: str) -> Rules:
@@ -259,7 +253,7 @@ def _is_partly_finite(values: Sequence[float]) -> bool:
 def _analysed(name: str, values: Mapping[str, Mapping[int, Sequence[float]]], rules: Rules) -> Analysis:
     try:
         return analyse(values, rules)
-    except ValueError:  # a mean that is zero, of a student that is its teacher, has no logarithm
+    except NotAboveZero:  # a mean that is zero, of a student that is its teacher, has no logarithm
         found = analyse(values, replace(rules, scale="raw"))
         return replace(found, notes=[*found.notes, "Compared as it is: a run's mean is 0, which has no logarithm."])
 

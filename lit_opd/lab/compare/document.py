@@ -17,16 +17,15 @@ from markdown_it import MarkdownIt
 
 from lit_opd.files import write_file
 from lit_opd.lab.compare.analysis import (
-    ALL,
     COLLAPSED,
     CONFIDENCE,
     EQUAL,
-    TO_THE_BEST,
     WORSE,
     Analysis,
     Row,
 )
 from lit_opd.lab.compare.cells import amount, capital, code, interval, numbers, probability, table
+from lit_opd.lab.compare.contrasts import ALL, TO_THE_BEST
 from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import SPENDINGS, EqualCost, Report, to_json
 from lit_opd.lab.compare.dots import draw_seeds

@@ -15,8 +15,9 @@ from typing import get_args
 import numpy as np
 
 from lit_opd.errors import UserError
-from lit_opd.lab.compare.analysis import ALL, TO_THE_BEST, Analysis, Rules, analyse
-from lit_opd.lab.compare.digest import check_contrasts, rules_for
+from lit_opd.lab.compare.analysis import Analysis, NotAboveZero, Rules, analyse
+from lit_opd.lab.compare.contrasts import TO_THE_BEST, check_contrasts
+from lit_opd.lab.compare.digest import rules_for
 from lit_opd.measures.table import Better, Scale, in_order, look_up
 
 __all__ = ["analyse_table"]
@@ -58,14 +59,13 @@ def _analysed(
     name: str, cells: dict[str, dict[str, dict[str, float]]], better: str | None, scale: str | None, contrasts: str
 ) -> Analysis:
     rules = _rules(name, better, scale, contrasts)
-    if contrasts not in (TO_THE_BEST, ALL):
-        check_contrasts(contrasts, list(cells))
+    check_contrasts(contrasts, cells)
     values = {
         variant: {seed: _in_order(name, variant, seed, cells) for seed in runs} for variant, runs in cells.items()
     }
     try:
         return analyse(values, rules)
-    except ValueError as error:
+    except NotAboveZero as error:
         expected, remedy = f"values of {name!r} above 0 on a log scale", "Correct them, or set --scale raw."
         raise UserError(KEY, expected, "a run whose mean is not", remedy) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_opd.config import Config, TrackingConfig, config_file, load_as, load_config, to_flat
 from lit_opd.errors import UserError
+from lit_opd.lab.compare.contrasts import TO_THE_BEST, check_contrasts
 
 __all__ = ["Comparison", "Run", "Tracking", "load_comparison", "runs_of", "within"]
 
@@ -52,7 +53,7 @@ class Comparison:
     """
     seeds: list[int] = field(default_factory=list)
     """Of the runs; every variant runs with each."""
-    contrasts: str = "best"
+    contrasts: str = TO_THE_BEST
     """What is tested: best (each variant with the best) | all (every two) | a variant's label, as the baseline."""
     parallel: int = 1
     """How many runs at once, which share the processor's cores."""
@@ -111,9 +112,7 @@ def load_comparison(files: Sequence[str | Path], overrides: Iterable[str] = ()) 
         if not within(key, FIXED):
             expected = f"keys that are to be the same in all runs ({', '.join(FIXED)})"
             raise UserError("may_differ", expected, repr(key), "Leave it out: variants may change every other key.")
-    if comparison.contrasts not in ("best", "all", *variants):
-        expected = f"best, all, or a baseline out of {', '.join(map(repr, variants))}"
-        raise UserError("contrasts", expected, repr(comparison.contrasts), "Name one of them.")
+    check_contrasts(comparison.contrasts, variants)
     return replace(comparison, variants=variants)
 
 
