@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lit_opd.lab.compare.analysis import Rules, analyse
 
@@ -79,6 +80,20 @@ def test_a_log_scale_gives_ratios_and_geometric_means():
     assert scaled.contrasts[0].p == pytest.approx(found.contrasts[0].p)
     with pytest.raises(ValueError, match="not above 0"):
         analyse({"a": by_seed(0.0, 1.0)}, KL)
+
+
+def test_prompts_move_a_log_ratio_as_the_jackknife_says():
+    rng = np.random.default_rng(8)
+    hard_P = rng.gamma(2.0, size=200)
+    values = {name: {0: level * hard_P + rng.gamma(2.0, 0.1, 200)} for name, level in {"a": 0.1, "b": 0.12}.items()}
+    (found,) = analyse(values, KL).contrasts
+    assert found.difference == pytest.approx(np.log(values["b"][0].mean() / values["a"][0].mean()))
+    left_out = [np.log(np.delete(values["b"][0], p).mean() / np.delete(values["a"][0], p).mean()) for p in range(200)]
+    error = np.sqrt(199 * np.var(left_out))
+    assert (found.high - found.low) / 2 == pytest.approx(stats.t.ppf(0.975, 199) * error, rel=0.01)
+    # In other units it is the same.
+    scaled = analyse({name: {0: 100 * runs[0]} for name, runs in values.items()}, KL).contrasts[0]
+    assert scaled.low == pytest.approx(found.low)
 
 
 def test_no_interval_leaves_what_is_possible():
