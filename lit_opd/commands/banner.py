@@ -64,8 +64,7 @@ def _teacher(config: Config) -> str:
 def _estimator(module: DistillationModule) -> str:
     estimator = module.estimator
     given = ", ".join(f"{key}={json.dumps(value, default=str)}" for key, value in estimator.kwargs.items())
-    target, unbiased, _ = estimator.contract
-    aim = f"the gradient of {target}, {'unbiased' if unbiased else 'biased'}" if target else "no declared target"
+    aim = estimator.contract.aim or "no declared target"
     return f"{estimator.spec.name}{f' ({given})' if given else ''}: {aim}"
 
 

@@ -78,11 +78,10 @@ def print_contract(console: Console, spec: EstimatorSpec, contract: Contract, la
     console.print(f"{spec.name} {label}".rstrip(), style="bold")
     lines = {"is": spec.summary}
     if spec.name in estimators.names():
-        bias = "unbiased" if contract.unbiased else "biased"
         lines |= {
             "family": spec.family,
             "needs": write_needs(spec.needs),
-            "aims at": f"the gradient of {contract.target}, {bias}" if contract.target else _NO_TARGET,
+            "aims at": contract.aim or _NO_TARGET,
             "at p = q": f"a gradient that is {AT_EQUAL[contract.at_equal]}",
             "source": spec.source,
         }

@@ -33,6 +33,11 @@ class Contract(NamedTuple):
     unbiased: bool
     at_equal: str
 
+    @property
+    def aim(self) -> str | None:
+        """The gradient that is aimed at, in words, None where none is declared."""
+        return f"the gradient of {self.target}, {'unbiased' if self.unbiased else 'biased'}" if self.target else None
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -48,7 +48,7 @@ def transcribe(
     tokenizer: Any, batch: PromptBatch, rollout: Rollout, values: Mapping[str, Tensor], rewards_B: Tensor | None
 ) -> list[Transcript]:
     """Write down every completion of a batch, with the per-token values [B, T] that were measured of it."""
-    read, kept = rollout.prompts.ids_BP, rollout.prompts.mask_BP
+    read, kept = rollout.prompts.ids_BP.cpu(), rollout.prompts.mask_BP.cpu()  # at once, not a wait a row
     prompts = tokenizer.batch_decode([ids[mask].tolist() for ids, mask in zip(read, kept, strict=True)])
     counts_B = rollout.mask_BT.sum(1).clamp(min=1)
     teacher_B = -values["teacher_nll"].sum(1)

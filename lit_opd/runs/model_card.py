@@ -71,9 +71,7 @@ def _lines(config: Config, folder: RunFolder, step: int, adapter: bool) -> Itera
 def _facts(config: Config, notes: Mapping[str, Any], step: int) -> dict[str, str]:
     """Collect what the table of a card holds, without what is not known."""
     estimator = estimators.build_from(config.estimator)
-    contract = estimator.contract
-    bias = "unbiased" if contract.unbiased else "biased"
-    aims = f"aims at the gradient of `{contract.target}`, {bias}" if contract.target else "declares no target"
+    aims = f"aims at {estimator.contract.aim}" if estimator.contract.aim else "declares no target"
     keywords = ", ".join(f"{key}={value}" for key, value in estimator.kwargs.items())
     teachers = config.teachers or {"": config.teacher}
     named = ", ".join(_name(one.path) if one.path else str(one.model or one.kind) for one in teachers.values())

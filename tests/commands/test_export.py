@@ -89,7 +89,7 @@ def test_a_card_tells_the_run_and_its_head_is_what_the_hub_reads(made):
     assert "on-policy-distillation" in card.data.tags
     for row in (
         "| estimator | `clipped_log_ratio` (max_log_ratio=3) |",
-        "| its contract | aims at the gradient of `reverse_kl`, biased; arXiv:2603.25562",
+        "| its contract | aims at the gradient of reverse_kl, biased; arXiv:2603.25562",
         "| teacher | org/teacher |", "| student | student |", "| optimizer steps | 7 |", "| MLflow run | abc |",
         "| sha256 of the prompts | 0123 |", "| reverse KL (nats/token) | 0.5 [0.25, 0.75] |", lit_opd.__version__,
         "add `license:`",
