@@ -27,7 +27,7 @@ from lit_opd.lab.compare.dots import draw_seeds
 from tools.results.blocks import DRAWN, SEEDS, block, file_of
 from tools.results.store import Results, Stored, read, read_curves, read_record, trim, write
 
-REQUIRED = ("overview", "ranking", "compute")
+REQUIRED = ("setting", "compute")
 OPENING = re.compile(r"<!-- results (?P<name>\w+): (?P<what>[^>]+?) -->")
 BLOCK = re.compile(OPENING.pattern + r"\n(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
@@ -63,7 +63,7 @@ def take(name: str, folder: Path, docs: Path, uri: str | None) -> Stored:
         uri: MLflow tracking URI of the runs; None does without what only MLflow has.
 
     Raises:
-        SystemExit: no report there, nothing was finished, or other contrasts were asked than the pages show.
+        SystemExit: no report there, nothing was finished, or several seeds without the contrasts that the pages show.
     """
     source = folder / "report.json"
     if not source.is_file():
@@ -71,7 +71,7 @@ def take(name: str, folder: Path, docs: Path, uri: str | None) -> Stored:
     report = json.loads(source.read_text(encoding="utf-8"))
     if not report["metrics"]:
         raise SystemExit(f"{source}: no run of it has finished.")
-    if report["contrasts"] != "all":
+    if report["contrasts"] != "all" and len(report["seeds"]) > 1:
         raise SystemExit(f"{source}: made with contrasts={report['contrasts']}; the pages show pairs: contrasts=all.")
     record = {} if uri is None else read_record(MlflowClient(uri), parent_of(folder))
     stored = trim(name, report, record)
@@ -123,7 +123,7 @@ def check_markers(texts: Mapping[Path, str], names: Mapping[str, object]) -> Non
         shown = {match["what"].partition(" ")[0] for match in markers if match["name"] == name}
         for kind in REQUIRED:
             if kind not in shown:
-                expected = f"`<!-- results {name}: {kind}{' accuracy' * (kind == 'ranking')} -->` and `<!-- end -->`"
+                expected = f"`<!-- results {name}: {kind} -->` and `<!-- end -->`"
                 where = " or ".join(map(str, texts))
                 raise SystemExit(f"{where}: no block {kind!r} of {name!r}; put {expected} where it belongs.")
 

@@ -11,7 +11,7 @@ import pytest
 
 from lit_opd.lab.compare.cells import interval
 from lit_opd.lab.compare.collect import Point, RunResult
-from lit_opd.lab.compare.digest import LeftOut, make_report
+from lit_opd.lab.compare.digest import LeftOut, make_report, to_json
 from lit_opd.lab.compare.document import overview, write_report
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +44,8 @@ TABLES = """# In full
 <!-- results toy: ranking reverse_kl -->
 <!-- end -->
 <!-- results toy: figure seeds -->
+<!-- end -->
+<!-- results toy: setting -->
 <!-- end -->
 <!-- results toy: compute -->
 <!-- end -->
@@ -223,6 +225,21 @@ def test_courses_are_means_over_seeds_at_steps(tool, results, report):
     assert cells(tool.blocks.block("curve reverse_kl", results))["token"][1] == f"{np.mean(values):.3g}"
 
 
+def test_rates_are_shown_by_objective_with_the_best_of_each_in_bold(tool):
+    """Of equal rates the lowest is chosen, and of a cost the least."""
+    levels = {"token lr=2e-3": 0.2, "token lr=7e-4": 0.4, "full kl lr=2e-3": 0.3, "full kl lr=7e-4": 0.3}
+    runs = [replace(made_up("token", 5), variant=variant, per_prompt=dict.fromkeys(NAMES, [level] * len(PROMPTS)))
+            for variant, level in levels.items()]  # fmt: skip
+    results = tool.store.read(
+        json.loads(json.dumps(tool.store.trim("rates", to_json(make_report(runs, "best")), {}))), ""
+    )
+    assert tool.blocks.best_rates(results, "accuracy") == {"token": "7e-4", "full kl": "7e-4"}
+    assert tool.blocks.best_rates(results, "reverse_kl") == {"token": "2e-3", "full kl": "7e-4"}
+    rows = cells(tool.blocks.block("rates accuracy", results))
+    assert rows["accuracy (share of completions) at rate"] == ["2e-3", "7e-4"]
+    assert (rows["token"], rows["full kl"]) == (["0.2", "**0.4**"], ["0.3", "**0.3**"])
+
+
 def test_the_setting_says_how_it_was_made_and_names_the_runs_that_are_missing(tool, results):
     shown = tool.blocks.block("setting", results)
     assert cells(shown)["tested"] == ["every two variants"]
@@ -292,7 +309,7 @@ def test_the_command_stores_numbers_and_figures_and_fills_both_pages(tool, folde
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("toy", "'toy': expected NAME=FOLDER"), ("to-y=x", "expected NAME=FOLDER"),
-    ("toy=nowhere", "toy=nowhere: no report.json there"), ("none=nowhere", "no block 'overview' of 'none'"),
+    ("toy=nowhere", "toy=nowhere: no report.json there"), ("none=nowhere", "no block 'setting' of 'none'"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_anything_is_written(tool, pages, monkeypatch, argument, message):
     monkeypatch.setattr("sys.argv", arguments(pages, argument))
@@ -311,7 +328,8 @@ def test_the_comparison_of_a_report_is_found_beside_it(tool, folder, tmp_path):
 
 @pytest.mark.parametrize(("report", "message"), [
     ({"metrics": {}, "contrasts": "all"}, "no run of it has finished"),
-    ({"metrics": {"accuracy": {}}, "contrasts": "best"}, "contrasts=best; the pages show pairs: contrasts=all"),
+    ({"metrics": {"accuracy": {}}, "contrasts": "best", "seeds": [0, 1]},
+     "contrasts=best; the pages show pairs: contrasts=all"),
 ])  # fmt: skip
 def test_a_report_that_the_pages_cannot_show_is_refused(tool, tmp_path, report, message):
     (tmp_path / "report.json").write_text(json.dumps(report))

@@ -12,7 +12,7 @@ from lit_opd.lab.compare.document import at_equal_cost, overview, sentence, sett
 from lit_opd.measures.table import describe
 from tools.results.store import Results
 
-VERSUS, OF = " vs ", " of "
+VERSUS, OF, RATE = " vs ", " of ", " lr="
 DRAWN = ("accuracy", "reverse_kl", "student_entropy")
 SEEDS = "seeds"
 MEGA = 1e6
@@ -158,6 +158,32 @@ def curve(results: Results, yardstick: str) -> Iterable[str]:
     yield _course(results.courses[yardstick], f"{describe(yardstick).axis} at step", None)
 
 
+def rates(results: Results, yardstick: str) -> Iterable[str]:
+    """Show a yardstick of variants named `OBJECTIVE lr=RATE` by objective and rate, each objective's best in bold."""
+    best, values = best_rates(results, yardstick), {row.variant: row.mean for row in _metric(results, yardstick).rows}
+    shown = list(dict.fromkeys(variant.partition(RATE)[2] for variant in results.report.variants))
+    rows = []
+    for objective, chosen in best.items():
+        cells = [amount(values[objective + RATE + rate]) for rate in shown]
+        bold = [f"**{cell}**" if rate == chosen else cell for rate, cell in zip(shown, cells, strict=True)]
+        rows.append([code(objective), *bold])
+    yield table([f"{describe(yardstick).axis} at rate", *shown], rows)
+
+
+def best_rates(results: Results, yardstick: str) -> dict[str, str]:
+    """Choose the rate of each objective by a yardstick; of equal ones the lowest."""
+    found, rates_of = _metric(results, yardstick), dict[str, list[str]]()
+    sign = 1 if found.better == "higher" else -1
+    worth = {row.variant: sign * row.mean for row in found.rows}
+    for variant in results.report.variants:
+        objective, _, rate = variant.partition(RATE)
+        rates_of.setdefault(objective, []).append(rate)
+    return {
+        objective: max(sorted(rates, key=float), key=lambda rate, objective=objective: worth[objective + RATE + rate])
+        for objective, rates in rates_of.items()
+    }
+
+
 def training(results: Results, what: str) -> Iterable[str]:
     """Show what training logs, at some steps, of some objectives: `train/entropy at 1 10 of A; B`; means over seeds."""
     name, _, rest = what.partition(" at ")
@@ -192,7 +218,8 @@ def file_of(name: str, which: str) -> str:
 
 KINDS: dict[str, Callable[[Results, str], Iterable[str]]] = {
     "setting": show_setting, "overview": show_overview, "ranking": ranking, "pairs": pairs, "costs": costs,
-    "equal-cost": equal_cost, "compute": compute, "curve": curve, "training": training, "figure": figure,
+    "equal-cost": equal_cost, "compute": compute, "curve": curve, "rates": rates,
+    "training": training, "figure": figure,
 }  # fmt: skip
 
 
