@@ -1,11 +1,13 @@
 """Settings of the processes that run tests. Their fixtures are in tests/shared_fixtures.py."""
 
 import gc
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
-# Run kernels on a CPU where there is no accelerator. Triton reads this when it is imported, which a folder's own
-# conftest.py may do before anything here is called.
+# Without an accelerator kernels are interpreted. Triton reads this when it is imported, which a folder's own conftest.py
+# may do before anything here is called.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -29,7 +31,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Collect garbage of the tests alone: libraries and tests are a million objects that stay, a second each time."""
+    """Leave kernels to the tests of kernels: a run that proves and times them interpreted takes seconds more.
+
+    Collect garbage of the tests alone, too: libraries and tests are a million objects that stay, a second each time.
+    """
+    if "torch" in sys.modules and importlib.util.find_spec("triton"):
+        for file in sorted((Path(__file__).parents[1] / "lit_opd/kernels").glob("[a-z]*.py")):
+            importlib.import_module(f"lit_opd.kernels.{file.stem}")  # decorated here and now, to be interpreted
+    os.environ.pop("TRITON_INTERPRET", None)
     gc.freeze()
     gc.enable()
 

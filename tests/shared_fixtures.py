@@ -27,6 +27,12 @@ CHARACTERS = "0123456789+=-"
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5=", "80-1="]
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Lets kernels run where there is no accelerator, interpreted, as `tests/conftest.py` had them made."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def make_tiny_tokenizer():
     """Makes a tokenizer whose ids are those of `SPECIAL`, then of the given characters."""

@@ -159,6 +159,7 @@ def test_teachers_that_are_lent_by_turns_prove_themselves_once_and_come_back_fas
     assert "flash attention of the teachers.b" in module.taken
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_a_fused_head_stays_when_the_parts_of_a_step_are_made_anew(
     asked, make_module, fit, student, teacher, monkeypatch
 ):

@@ -5,6 +5,8 @@ import torch
 
 decode_attention = pytest.importorskip("lit_opd.kernels.decode_attention", reason="it needs triton").decode_attention
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 SHAPES = {  # rows, heads, groups, columns, size
     "grouped": (3, 6, 2, 130, 24),
     "one group": (2, 4, 1, 70, 16),

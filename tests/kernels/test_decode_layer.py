@@ -10,6 +10,8 @@ from lit_opd.models.llama import rms_norm
 
 decode_layer = pytest.importorskip("lit_opd.kernels.decode_layer", reason="it needs triton")
 layer = pytest.importorskip("lit_opd.kernels.layer", reason="it needs triton")
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 

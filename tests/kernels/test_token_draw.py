@@ -8,6 +8,8 @@ from lit_opd.types import SamplingLaw
 
 draw_tokens = pytest.importorskip("lit_opd.kernels.token_draw", reason="it needs triton").draw_tokens
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 
 def test_the_same_tokens_and_log_probabilities_as_the_plain_draw():
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ from lit_opd.models.layer_parts import PLAIN
 from lit_opd.models.llama import llama_hidden
 from lit_opd.models.packing import pack
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 SIZES = {"vocab_size": 30, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
          "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "max_position_embeddings": 64,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.5}  # fmt: skip
@@ -164,10 +166,10 @@ def nodes(function):
 
 def test_wrong_kernels_are_left(monkeypatch):
     model = make()
-    monkeypatch.setattr(fused_parts, "_Turned", fused_parts._Norm)
-    verdict = prove_parts(model, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_parts, "_Turned", fused_parts._Norm)
+        verdict = prove_parts(model, 5)
     assert verdict.reason.startswith("on a probe, TypeError")
-    monkeypatch.undo()
 
     def backwards(qk, heads, own, turn, dtype):
         return PLAIN.turned(qk, heads, own, (turn[0], -turn[1]), dtype)

@@ -20,7 +20,10 @@ from lit_opd.types import Estimate, SamplingLaw, ScoredRollout, Scores, TokenBat
 
 kernels = pytest.importorskip("lit_opd.kernels.head_rows", reason="it needs triton")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: numpy computes masked lanes too
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's: numpy computes masked lanes too
+]
 
 VOCABULARY, WIDTH, TEACHER_WIDTH = 21, 4, 6
 # Seven positions, in chunks of four and three: interpreted, a kernel takes its time for each.

@@ -14,7 +14,10 @@ from lit_opd.types import SamplingLaw
 
 kernels = pytest.importorskip("lit_opd.kernels.head_rows", reason="it needs triton")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's: numpy computes masked lanes too
+pytestmark = [
+    pytest.mark.usefixtures("interpreted"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's: numpy computes masked lanes too
+]
 
 
 @pytest.fixture

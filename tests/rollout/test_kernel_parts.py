@@ -10,6 +10,8 @@ from lit_opd.rollout import LocalEngine, captured, uniforms
 from lit_opd.types import SamplingLaw
 
 pytest.importorskip("triton", reason="it needs triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 MODELS = {
     "Llama with biases, tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "another activation": ("Llama", {"hidden_act": "gelu"}),
