@@ -3,10 +3,10 @@
 Usage: ``python -m tools.make_results NAME=FOLDER [NAME=FOLDER ...] [--uri sqlite:///mlflow.db]``, e.g.
 ``tiny=outputs/results_tiny/report``.
 
-Writes ``docs/results_NAME.json``, the numbers that are shown, and ``docs/results_NAME_*.png``; then fills every block
-``<!-- results NAME: KIND ... -->`` to ``<!-- end -->`` of RESULTS.md and docs/results.md from all stored numbers, those
-of earlier comparisons too. Without names it only fills. With ``--uri`` the tracking database of the runs adds the time
-that they took, and values of single training steps.
+Writes ``docs/results_NAME.json``, the numbers that are shown, and of several seeds ``docs/results_NAME_*.png``; then
+fills every block ``<!-- results NAME: KIND ... -->`` to ``<!-- end -->`` of RESULTS.md and docs/results.md from all
+stored numbers, those of earlier comparisons too. Without names it only fills. With ``--uri`` the tracking database of
+the runs adds the time that they took, and values of single training steps. Run it where the comparison was run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def take(name: str, folder: Path, docs: Path, uri: str | None) -> Stored:
     source = folder / "report.json"
     if not source.is_file():
         raise SystemExit(f"{name}={folder}: no report.json there; expected OUTPUT_DIR/report of a comparison.")
-    report = json.loads(source.read_text(encoding="utf-8"))
+    text = source.read_text(encoding="utf-8")
+    report = json.loads(text.replace(f"{json.dumps(os.getcwd())[1:-1]}{os.sep}", ""))  # models of this checkout
     if not report["metrics"]:
         raise SystemExit(f"{source}: no run of it has finished.")
     if report["contrasts"] != "all" and len(report["seeds"]) > 1:
@@ -76,7 +77,8 @@ def take(name: str, folder: Path, docs: Path, uri: str | None) -> Stored:
     record = {} if uri is None else read_record(MlflowClient(uri), parent_of(folder))
     stored = trim(name, report, record)
     write(stored, docs / f"results_{name}.json")
-    draw(name, report, docs)
+    if len(report["seeds"]) > 1:
+        draw(name, report, docs)
     return stored
 
 

@@ -13,6 +13,7 @@ from lit_opd.lab.compare.cells import interval
 from lit_opd.lab.compare.collect import Point, RunResult
 from lit_opd.lab.compare.digest import LeftOut, make_report, to_json
 from lit_opd.lab.compare.document import overview, write_report
+from lit_opd.lab.compare.grid import load_comparison
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = tuple(f"{i:04x}" for i in range(30))
@@ -353,6 +354,25 @@ def test_the_committed_pages_are_what_their_numbers_give(tool, committed):
         assert tool.page.fill(ROOT / page, text, committed, ROOT / "docs") == text, "run python -m tools.make_results"
     assert len(COMMITTED["RESULTS.md"].encode()) <= 15_000
     assert all((ROOT / "docs" / f"results_{name}.json").stat().st_size < 100_000 for name in committed)
+
+
+def test_no_stored_number_names_a_folder_of_the_machine(committed):
+    settings = [value for results in committed.values() for value in results.report.made.values()]
+    assert [value for value in settings if re.search(r"(^| )/", value)] == []
+
+
+def test_the_rates_compared_are_the_best_of_those_that_were_tried(tool, committed):
+    chosen = tool.blocks.best_rates(committed["rates_tiny"], "accuracy")
+    compared, tried = (load_comparison([ROOT / f"conf/compare/{name}_tiny.yaml"]) for name in ("results", "rates"))
+    assert chosen.keys() == compared.variants.keys()
+    for objective, words in compared.variants.items():
+        assert words[-1] == f"optim.lr={chosen[objective]}"
+        assert [tried.variants[f"{objective} lr={rate}"] for rate in ("2.5e-4", "7e-4", "2e-3")] == [
+            [*words[:-1], f"optim.lr={rate}"] for rate in ("2.5e-4", "7e-4", "2e-3")
+        ]
+    assert tried.base == compared.base
+    assert tried.overrides == compared.overrides
+    assert not {*tried.seeds} & {*compared.seeds}
 
 
 def test_the_numbers_of_the_recommendations_are_those_that_are_stored(committed):
