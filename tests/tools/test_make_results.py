@@ -398,22 +398,23 @@ def test_the_intervals_in_the_prose_are_those_of_the_tables():
 
 # What the prose of both pages says: comparison, first, second -> verdicts on accuracy, reverse KL and forward KL.
 CLAIMS = {
-    ("tiny", "full jsd", "full reverse"): "better better better",
-    ("tiny", "full jsd", "full forward"): "better better better",
+    ("tiny", "full jsd", "full reverse"): "better better equal",
+    ("tiny", "full jsd", "full forward"): "equal equal worse",
     ("tiny", "full reverse", "token"): "better better better",
     ("tiny", "full reverse", "vopd"): "better better better",
-    ("tiny", "full forward", "full reverse"): "worse worse equal",
+    ("tiny", "full forward", "full reverse"): "better better better",
     ("tiny", "vopd", "token"): "better better better",
-    ("tiny", "head_and_tail", "token"): "better better equal",
-    ("tiny", "head_and_tail", "vopd"): "equal equal equal",
+    ("tiny", "head_and_tail", "token"): "equal better better",
+    ("tiny", "head_and_tail", "vopd"): "worse equal equal",
     ("tiny", "head_and_tail", "teacher_topk"): "better better better",
-    ("tiny", "teacher_topk", "token"): "equal worse worse",
+    ("tiny", "teacher_topk", "token"): "equal worse equal",
     ("tiny", "teacher_topk", "full reverse"): "worse worse worse",
     ("tiny", "k3_loss", "token"): "equal equal equal",
     ("tiny", "k3_loss", "full forward"): "worse worse worse",
     ("tiny", "hybrid gamma=0.5", "token"): "equal equal equal",
-    ("tiny", "centred_rb", "token"): "equal equal equal",
-    ("tiny", "sequence", "token"): "collapsed collapsed collapsed",
+    ("tiny", "centred_rb", "token"): "equal equal better",
+    ("tiny", "sequence", "token"): "equal equal equal",
+    ("tiny", "centred_rb", "sequence"): "better better better",
     ("tiny", "topk_truncated", "teacher_topk"): "collapsed collapsed collapsed",
     ("smollm2", "full reverse", "token"): "better better collapsed",
     ("smollm2", "full forward", "token"): "better better collapsed",
@@ -435,9 +436,9 @@ def test_the_verdicts_in_the_prose_are_those_of_the_analysis(tool, committed, pa
 
 def test_the_runs_that_collapsed_are_those_of_the_prose(committed):
     found = {(name, yardstick): {row.variant: row.collapsed_runs for row in metric.rows if row.collapsed_runs}
-             for name, results in committed.items() for yardstick, metric in results.report.metrics.items()
-             if metric.better}  # fmt: skip
-    every = {"sequence": 5, "topk_truncated": 5}
+             for name, results in committed.items() if name != "rates_tiny"
+             for yardstick, metric in results.report.metrics.items() if metric.better}  # fmt: skip
+    every = {"topk_truncated": 5}
     assert found == {("tiny", "accuracy"): every, ("tiny", "reverse_kl"): every, ("tiny", "forward_kl"): every,
                      ("smollm2", "accuracy"): {"sequence": 1}, ("smollm2", "reverse_kl"): {"sequence": 1},
                      ("smollm2", "forward_kl"): {"token": 1, "sequence": 2}}  # fmt: skip

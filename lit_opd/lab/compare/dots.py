@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_seeds"]
 
 WIDTH, MOST_PANELS = 8.0, 3
+ROOM = 50  # times the least of an axis: up to there labels at 1, 2 and 5 of a decade do not meet
 
 
 def draw_seeds(metrics: Mapping[str, Analysis], variants: list[str], untrained: Mapping[str, float]) -> bytes | None:
@@ -29,8 +30,6 @@ def draw_seeds(metrics: Mapping[str, Analysis], variants: list[str], untrained: 
         variants: in the order that gives each its colour.
         untrained: what the student had before training, drawn as a line.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     shown = {name: found for name, found in metrics.items() if found.better and any(row.by_seed for row in found.rows)}
     shown = dict(list(shown.items())[:MOST_PANELS])
     if not shown:
@@ -46,15 +45,22 @@ def draw_seeds(metrics: Mapping[str, Analysis], variants: list[str], untrained: 
             if name in untrained:
                 ax.axvline(untrained[name], color=GREY, linewidth=0.8, linestyle="--")
             if found.scale == "log":
-                ax.set_xscale("log")
-                ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-                ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                ax.xaxis.set_minor_formatter(NullFormatter())
+                _scale_by_logarithms(ax)
             ax.set_title(plain(describe(name).label) + f", {found.better} is better", fontsize=9)
             ax.grid(axis="x")
         panels[0].set_yticks(range(len(order)), [plain(name) for name in order])
         panels[0].set_ylim(len(order) - 0.5, -0.5)
         return png(drawn)
+
+
+def _scale_by_logarithms(ax: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < ROOM * low else (1,), numticks=7))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_row(ax: Axes, row: Row, place: int, number: int) -> None:

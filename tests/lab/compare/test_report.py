@@ -4,17 +4,20 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from lit_opd.errors import UserError
-from lit_opd.lab.compare.analysis import Contrast, Row
+from lit_opd.lab.compare import dots
+from lit_opd.lab.compare.analysis import Analysis, Contrast, Row
 from lit_opd.lab.compare.cells import amount, interval, numbers, probability
 from lit_opd.lab.compare.collect import Point, RunResult
 from lit_opd.lab.compare.curves import draw_curves
 from lit_opd.lab.compare.digest import LeftOut, make_report, to_json, value_at, values_at
 from lit_opd.lab.compare.document import overview, to_html, to_markdown, to_summary, write_report
+from lit_opd.measures.drawing import png
 
 PROMPTS = tuple(f"{i:04x}" for i in range(40))
 LEVELS = {"token": 0.40, "full reverse_kl": 0.30, "hybrid gamma=0.5": 0.302, "slow": 0.25}
@@ -292,6 +295,21 @@ def test_only_what_is_no_share_has_a_logarithmic_axis(drawn, name, scale):
     report = curves_of(name, 0.001, 0.5)
     draw_curves(report.curves, report.variants, name)
     assert drawn[0].axes[0].get_yscale() == scale
+
+
+@pytest.mark.parametrize("most", [0.011, 0.4, 3.0, 5e4])
+def test_labels_of_a_logarithmic_axis_do_not_meet(monkeypatch, most):
+    figures = []
+    monkeypatch.setattr(dots, "png", lambda figure: figures.append(figure) or png(figure))
+    names = ("reverse_kl", "forward_kl", "jsd")
+    rows = [Row(variant, mean, None, None, "best", {1: mean}, 0) for variant, mean in (("a", 0.01), ("b", most))]
+    dots.draw_seeds(dict.fromkeys(names, Analysis("lower", "log", rows, [], [])), ["a", "b"], {})
+    for ax in figures[0].axes:
+        low, high = sorted(ax.get_xlim())
+        labels = [label for label in ax.get_xticklabels() if low <= label.get_position()[0] <= high]
+        boxes = sorted((label.get_window_extent().x0, label.get_window_extent().x1) for label in labels)
+        assert all(left[1] < right[0] for left, right in pairwise(boxes))
+        assert len(boxes) >= 1 + (most > 0.1)
 
 
 def test_json_comes_back_as_it_went(report):
