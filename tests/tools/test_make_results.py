@@ -375,6 +375,19 @@ def test_the_rates_compared_are_the_best_of_those_that_were_tried(tool, committe
     assert not {*tried.seeds} & {*compared.seeds}
 
 
+def test_the_rates_are_those_of_the_prose(tool, committed):
+    chosen = tool.blocks.best_rates(committed["rates_tiny"], "accuracy")
+    reached = {row.variant: row.mean for row in committed["rates_tiny"].report.metrics["accuracy"].rows}
+    assert {objective for objective, rate in chosen.items() if rate == "2e-3"} == {
+        "full reverse", "full forward", "full jsd"
+    }  # fmt: skip
+    assert sum(rate != "7e-4" for rate in chosen.values()) == 8
+    for objective in ("sequence", "centred_rb", "topk_truncated"):
+        assert max(reached[f"{objective} lr={rate}"] for rate in ("7e-4", "2e-3")) < 0.01
+    assert reached["token lr=7e-4"] - reached["token lr=2.5e-4"] < 0.02
+    assert reached["k3_loss lr=2e-3"] < committed["tiny"].report.untrained["accuracy"]
+
+
 def test_the_numbers_of_the_recommendations_are_those_that_are_stored(committed):
     table = COMMITTED["RESULTS.md"].partition("## Which estimator")[2].partition("Leave alone")[0]
     said = re.findall(rf"(\w+)[^.|:]*, ({'|'.join(TITLES)}): ((?:`[^`]+` [\d.]+\d(?:, )?)+)", table)
