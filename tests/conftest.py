@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-# Without an accelerator kernels are interpreted. Triton reads this when it is imported, which a folder's own conftest.py
-# may do before anything here is called.
+# Without an accelerator kernels are interpreted. Triton reads this when it is imported, which a folder's own
+# conftest.py may do before anything here is called.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+# Without an answer huggingface_hub tries again for 45 seconds. It reads this when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_configure(config):

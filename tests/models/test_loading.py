@@ -292,8 +292,7 @@ def test_logits_that_overflow_are_told_where_the_weights_are_finite(tmp_path):
         load_frozen(TeacherConfig(str(tmp_path), dtype="float16"))
 
 
-def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_name_that_is_neither_here_nor_on_the_hub():
     with pytest.raises(
         UserError, match=r"student\.path: .*'outputs/student', no folder here and not to be had from the"
     ):

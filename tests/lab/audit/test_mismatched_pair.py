@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm import in_turn
 
 from lit_opd.cli import main
 from lit_opd.config import load_config
@@ -25,12 +26,14 @@ def tool():
 
 
 @pytest.fixture(scope="module")
-def pair(tool, tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("pair")
-    tool.make_pair(out, steps=60)
-    torch.set_num_threads(threads)
+def pair(tool, of_all_workers):
+    """Both models; training takes seconds, so that all workers have one pair."""
+    out, threads = of_all_workers / "mismatched_pair", torch.get_num_threads()
+    with in_turn(of_all_workers / "mismatched_pair.turn"):
+        if not (out / "student_both_ends").exists():
+            torch.set_num_threads(1)
+            tool.make_pair(out, steps=60)
+            torch.set_num_threads(threads)
     return out
 
 
