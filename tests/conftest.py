@@ -26,6 +26,11 @@ def pytest_configure(config):
         share_processors(worker["workercount"])
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One worker more than processors: tests wait for servers, browsers and programs a fifth of their time."""
+    return os.cpu_count() + 1
+
+
 def pytest_collection_modifyitems(items):
     """Begin with the files that hold slow tests, or one worker is at such a test when the others are through."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

@@ -30,7 +30,8 @@ LIMIT_S = 60.0  # for any call, an upload too; MLflow's own limits, of `bound_wa
 HURRY_S = 5.0  # for the last calls of a run that is being killed
 TELLING = ("log_", "set_", "update_", "delete_tag")  # calls whose answer nobody needs
 FILES = ("log_artifact", "log_artifacts", "log_table")
-REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", MISSING)
 MESSAGES: dict[str, Callable[..., None]] = {}
 T = TypeVar("T")
 
@@ -153,9 +154,11 @@ class Mailbox:
             if error.error_code not in REFUSALS:
                 raise
             lost = self._what_is_lost(call.get("run_id"))
-            if lost is None:
-                raise Refused(f"{call['call']}: {reason(error)}") from error
-            raise MlflowException(lost) from None
+            if lost is not None:
+                raise MlflowException(lost) from None
+            if error.error_code == MISSING:  # mlflow says so of every download that fails, be it of a busy database
+                raise
+            raise Refused(f"{call['call']}: {reason(error)}") from error
 
     def _what_is_lost(self, run_id: str | None) -> str | None:
         """Say what was deleted, where it is the run and not the call that is refused."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
 from mlflow.tracking import MlflowClient
 
 from lit_opd.errors import UserError
@@ -157,6 +158,29 @@ def test_a_run_outlives_its_tracker_and_nothing_is_lost(server, fault, tmp_path,
     assert files == ["completions.json", *(f"diagnostics/{step}.txt" for step in range(3))]
 
 
+def test_a_table_that_cannot_be_read_for_a_while_is_no_refusal(server, tmp_path, capfd, monkeypatch):
+    """MLflow says of a file whose download failed, whatever the cause, that there is none."""
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logger = RunLogger("unread", run_name="r", tracking_uri=server.uri, keep_in=tmp_path / "unsent")
+    tell(logger, 0)
+
+    def download(*args, **options):
+        raise OSError("database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HttpArtifactRepository, "download_artifacts", download)
+        tell(logger, 1)
+        logger.end("FINISHED")
+    assert "Failed to download artifacts" in capfd.readouterr().err
+    assert not (tmp_path / "unsent" / "refused.jsonl").exists()
+    send_kept(server.uri, tmp_path)
+    (tmp_path / "held").mkdir()
+    _, points, files = held(server.uri, logger.run_id, tmp_path / "held")
+    assert {step for _, step in points} == {0, 1}
+    assert files == ["completions.json", "diagnostics/0.txt", "diagnostics/1.txt"]
+    assert len(json.loads((tmp_path / "held" / "completions.json").read_text())["data"]) == 2
+
+
 def test_fit_ends_well_while_its_server_hangs_and_the_command_sends_the_rest(server, make_workspace, monkeypatch):
     """The password of the server is shown nowhere meanwhile."""
     monkeypatch.setenv("OPD_PASSWORD", "hunter22")
@@ -199,6 +223,7 @@ def written(*places):
 
 def test_a_server_that_never_answers_is_refused_in_seconds(monkeypatch):
     monkeypatch.setattr("lit_opd.tracking.store.ANSWER_S", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # which would be made of that otherwise, for all tests
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
