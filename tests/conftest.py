@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One worker more than processors: tests wait for servers, browsers and programs a fifth of their time."""
+    """One worker more than processors: tests wait for servers, browsers and programs."""
     return os.cpu_count() + 1
 
 
@@ -38,14 +38,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Leave kernels to the tests of kernels: a run that proves and times them interpreted takes seconds more.
-
-    Collect garbage of the tests alone, too: libraries and tests are a million objects that stay, a second each time.
-    """
-    if "torch" in sys.modules and importlib.util.find_spec("triton"):
-        for file in sorted((Path(__file__).parents[1] / "lit_opd/kernels").glob("[a-z]*.py")):
-            importlib.import_module(f"lit_opd.kernels.{file.stem}")  # decorated here and now, to be interpreted
-    os.environ.pop("TRITON_INTERPRET", None)
+    """Collect garbage of the tests alone: libraries and tests are a million objects that stay, a second each time."""
+    leave_kernels_to_their_tests()
     gc.freeze()
     gc.enable()
 
@@ -54,6 +48,17 @@ def pytest_unconfigure():
     """Free what was frozen: Triton's bindings count what is left when the process ends, and print it."""
     gc.unfreeze()
     gc.collect()
+
+
+def leave_kernels_to_their_tests():
+    """Have kernels made to be interpreted, and interpreted where a test asks for `interpreted` alone.
+
+    Every run that a test starts would prove and time them so, which takes seconds.
+    """
+    if "torch" in sys.modules and importlib.util.find_spec("triton"):
+        for file in sorted((Path(__file__).parents[1] / "lit_opd/kernels").glob("[a-z]*.py")):
+            importlib.import_module(f"lit_opd.kernels.{file.stem}")
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def choose_examples():

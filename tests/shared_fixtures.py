@@ -24,13 +24,15 @@ from lit_opd.types import Estimate, PromptBatch, Prompts, SamplingLaw
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+=-"
+INTERPRET = os.environ.get("TRITON_INTERPRET")  # read before `tests/conftest.py` takes it away
 PROMPTS = ["1+2=", "7=", "12-9+3=", "5+5=", "80-1="]
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     """Lets kernels run where there is no accelerator, interpreted, as `tests/conftest.py` had them made."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if INTERPRET is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", INTERPRET)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ from lit_opd.lab.compare.dots import draw_seeds
 from tools.results.blocks import DRAWN, SEEDS, block, file_of
 from tools.results.store import Results, Stored, read, read_curves, read_record, trim, write
 
-REQUIRED = ("setting", "compute")
+REQUIRED = ("overview", "ranking", "compute")
+REQUIRED_OF_RATES = ("rates", "compute")  # a comparison of one seed chooses and tests nothing
 OPENING = re.compile(r"<!-- results (?P<name>\w+): (?P<what>[^>]+?) -->")
 BLOCK = re.compile(OPENING.pattern + r"\n(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
@@ -123,9 +124,9 @@ def check_markers(texts: Mapping[Path, str], names: Mapping[str, object]) -> Non
     markers = [match for text in texts.values() for match in OPENING.finditer(text)]
     for name in names:
         shown = {match["what"].partition(" ")[0] for match in markers if match["name"] == name}
-        for kind in REQUIRED:
+        for kind in REQUIRED_OF_RATES if "rates" in shown else REQUIRED:
             if kind not in shown:
-                expected = f"`<!-- results {name}: {kind} -->` and `<!-- end -->`"
+                expected = f"`<!-- results {name}: {kind}{' accuracy' * (kind == 'ranking')} -->` and `<!-- end -->`"
                 where = " or ".join(map(str, texts))
                 raise SystemExit(f"{where}: no block {kind!r} of {name!r}; put {expected} where it belongs.")
 

@@ -156,8 +156,8 @@ class Mailbox:
             lost = self._what_is_lost(call.get("run_id"))
             if lost is not None:
                 raise MlflowException(lost) from None
-            if error.error_code == MISSING:  # mlflow says so of every download that fails, be it of a busy database
-                raise
+            if error.error_code == MISSING and "run_id" in call:
+                raise  # the run is there: mlflow says so of every download that fails, be it of a busy database
             raise Refused(f"{call['call']}: {reason(error)}") from error
 
     def _what_is_lost(self, run_id: str | None) -> str | None:

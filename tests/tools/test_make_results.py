@@ -46,8 +46,6 @@ TABLES = """# In full
 <!-- end -->
 <!-- results toy: figure seeds -->
 <!-- end -->
-<!-- results toy: setting -->
-<!-- end -->
 <!-- results toy: compute -->
 <!-- end -->
 """
@@ -254,6 +252,7 @@ def test_the_setting_says_how_it_was_made_and_names_the_runs_that_are_missing(to
     ("podium", "there is no block 'podium'; there are setting, overview"),
     ("ranking jsd", "no 'jsd'; there are accuracy, reverse_kl"),
     ("pairs token vs nobody", "no pair 'token' vs 'nobody' in accuracy"),
+    ("rates accuracy", "'token' is not named OBJECTIVE lr=RATE"),
     ("curve jsd", "no curve of 'jsd'"),
     ("equal-cost jsd", "nothing at equal cost of 'jsd'"),
     ("training train/loss at 1", "no 'train/loss' of training steps"),
@@ -275,6 +274,10 @@ def test_missing_markers_are_refused(tool, results):
         page, tables = (re.sub(rf"<!-- results toy: {kind}[^\n]*\n<!-- end -->\n", "", text) for text in (PAGE, TABLES))
         with pytest.raises(SystemExit, match=rf"one.md or two.md: no block '{kind}' of 'toy'; put `<!-- results toy"):
             check(page, tables)
+    rates, none = "<!-- results toy: rates accuracy -->\n<!-- end -->\n", ""
+    check(none, rates + "<!-- results toy: compute -->\n<!-- end -->\n")
+    with pytest.raises(SystemExit, match="no block 'compute' of 'toy'"):
+        check(none, rates)
     with pytest.raises(SystemExit, match="one.md: no `<!-- end -->` on a line below `<!-- results toy: pairs"):
         check(PAGE.replace("old\n<!-- end -->", "old"))
     with pytest.raises(SystemExit, match="two.md: no `<!-- end -->`"):
@@ -310,7 +313,7 @@ def test_the_command_stores_numbers_and_figures_and_fills_both_pages(tool, folde
 
 @pytest.mark.parametrize(("argument", "message"), [
     ("toy", "'toy': expected NAME=FOLDER"), ("to-y=x", "expected NAME=FOLDER"),
-    ("toy=nowhere", "toy=nowhere: no report.json there"), ("none=nowhere", "no block 'setting' of 'none'"),
+    ("toy=nowhere", "toy=nowhere: no report.json there"), ("none=nowhere", "no block 'overview' of 'none'"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused_before_anything_is_written(tool, pages, monkeypatch, argument, message):
     monkeypatch.setattr("sys.argv", arguments(pages, argument))

@@ -172,16 +172,16 @@ def rates(results: Results, yardstick: str) -> Iterable[str]:
 
 def best_rates(results: Results, yardstick: str) -> dict[str, str]:
     """Choose the rate of each objective by a yardstick; of equal ones the lowest."""
-    found, rates_of = _metric(results, yardstick), dict[str, list[str]]()
+    if other := [variant for variant in results.report.variants if RATE not in variant]:
+        raise LookupError(f"{other[0]!r} is not named OBJECTIVE{RATE}RATE")
+    found, best = _metric(results, yardstick), {}
     sign = 1 if found.better == "higher" else -1
     worth = {row.variant: sign * row.mean for row in found.rows}
-    for variant in results.report.variants:
+    for variant in sorted(results.report.variants, key=lambda variant: float(variant.partition(RATE)[2])):
         objective, _, rate = variant.partition(RATE)
-        rates_of.setdefault(objective, []).append(rate)
-    return {
-        objective: max(sorted(rates, key=float), key=lambda rate, objective=objective: worth[objective + RATE + rate])
-        for objective, rates in rates_of.items()
-    }
+        if objective not in best or worth[variant] > worth[objective + RATE + best[objective]]:
+            best[objective] = rate
+    return best
 
 
 def training(results: Results, what: str) -> Iterable[str]:
