@@ -30,9 +30,17 @@ FILE_LINES, FUNCTION_LINES = 320, 60
 UNSAFE = ("torch.load", "pickle.load", "pickle.loads", "eval", "exec")
 
 
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
 @cache
-def trees():
-    return [pytest.param(path, ast.parse(path.read_text()), id=str(path.relative_to(PACKAGE))) for path in FILES]
+def trees_of(room):
+    """The files of a room, as seen from the package, each with its syntax tree."""
+    return [(path.relative_to(PACKAGE), ast.parse(path.read_text())) for path in FILES if room_of(path) == room]
+
+
+every_room = pytest.mark.parametrize("room", sorted({room_of(path) for path in FILES}))
 
 
 def imports(tree):
@@ -47,64 +55,61 @@ def imports(tree):
             yield from (rooms if node.module == "lit_opd" else [node.module])
 
 
-def room_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 def test_every_room_has_a_floor():
     assert len(FLOORS) == 12
     assert {room_of(path) for path in FILES} - {"__init__"} <= FLOOR_OF.keys()
 
 
-@pytest.mark.parametrize(("path", "tree"), trees())
-def test_imports_go_down_or_stay_in_the_room(path, tree):
-    if path == PACKAGE / "__init__.py":
-        assert not [name for name in imports(tree) if name.startswith("lit_opd")]
-        return
-    own = room_of(path)
-    for name in imports(tree):
-        root, *rooms = name.split(".")
-        assert root not in ("tools", "tests", "tutorials"), name
-        if root == "lit_opd" and rooms and rooms[0] in FLOOR_OF:
-            lower = FLOOR_OF[rooms[0]] < FLOOR_OF[own]
-            assert rooms[0] == own or lower or (own, rooms[0]) in SAME_FLOOR, f"{name} is not below"
-        if root in ("lightning", "pytorch_lightning"):
-            assert FLOOR_OF[own] >= LIGHTNING_FLOOR, name
+@every_room
+def test_imports_go_down_or_stay_in_the_room(room):
+    for path, tree in trees_of(room):
+        for name in imports(tree):
+            root, *rooms = name.split(".")
+            assert root not in ("tools", "tests", "tutorials"), f"{path}: {name}"
+            if room == "__init__":
+                assert root != "lit_opd", f"{path}: {name}"
+                continue
+            if root == "lit_opd" and rooms and rooms[0] in FLOOR_OF:
+                lower = FLOOR_OF[rooms[0]] < FLOOR_OF[room]
+                assert rooms[0] == room or lower or (room, rooms[0]) in SAME_FLOOR, f"{path}: {name} is not below"
+            if root in ("lightning", "pytorch_lightning"):
+                assert FLOOR_OF[room] >= LIGHTNING_FLOOR, f"{path}: {name}"
 
 
-@pytest.mark.parametrize(("path", "tree"), trees())
-def test_only_tracking_knows_mlflow(path, tree):
+@every_room
+def test_only_tracking_knows_mlflow(room):
     """The others hand values to it: no import of MLflow or of its logger, no call of its client."""
-    if path.relative_to(PACKAGE).parts[0] == "tracking":
-        return
-    assert not [name for name in imports(tree) if name.split(".")[0] == "mlflow"]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert "MLFlowLogger" not in [alias.name for alias in node.names]
-        if isinstance(node, ast.Attribute) and node.attr == "experiment":
-            assert not ast.unparse(node.value).endswith("logger"), f"line {node.lineno}: MLflow's client"
+    for path, tree in trees_of(room) if room != "tracking" else ():
+        assert not [name for name in imports(tree) if name.split(".")[0] == "mlflow"], path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                assert "MLFlowLogger" not in [alias.name for alias in node.names], path
+            if isinstance(node, ast.Attribute) and node.attr == "experiment":
+                assert not ast.unparse(node.value).endswith("logger"), f"{path}:{node.lineno}: MLflow's client"
 
 
-@pytest.mark.parametrize(("path", "tree"), trees())
-def test_files_and_functions_are_short(path, tree):
-    assert len(path.read_text().splitlines()) <= FILE_LINES
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.end_lineno - node.lineno + 1
-            if ast.get_docstring(node):
-                body -= node.body[0].end_lineno - node.body[0].lineno + 1
-            assert body <= FUNCTION_LINES, node.name
+@every_room
+def test_files_and_functions_are_short(room):
+    for path, tree in trees_of(room):
+        assert len((PACKAGE / path).read_text().splitlines()) <= FILE_LINES, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.end_lineno - node.lineno + 1
+                if ast.get_docstring(node):
+                    body -= node.body[0].end_lineno - node.body[0].lineno + 1
+                assert body <= FUNCTION_LINES, f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize(("path", "tree"), trees())
-def test_nothing_unsafe(path, tree):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ExceptHandler):
-            assert node.type is not None, f"bare except in line {node.lineno}"
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert not (isinstance(node.value, ast.Constant) and node.value.value), "trust_remote_code=True"
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "trust_remote_code":
-            assert ast.unparse(node.value) == "False"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE:
-            safe = [k for k in node.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
-            assert safe, f"{ast.unparse(node.func)} in line {node.lineno}"
+@every_room
+def test_nothing_unsafe(room):
+    for path, tree in trees_of(room):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{path}:{node.lineno}: bare except"
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert not (isinstance(node.value, ast.Constant) and node.value.value), f"{path}: {node.arg}=True"
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "trust_remote_code":
+                assert ast.unparse(node.value) == "False", path
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in UNSAFE:
+                safe = [k for k in node.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
+                assert safe, f"{path}:{node.lineno}: {ast.unparse(node.func)}"
