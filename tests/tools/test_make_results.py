@@ -432,9 +432,9 @@ CLAIMS = {
     ("tiny", "sequence", "token"): "equal equal equal",
     ("tiny", "centred_rb", "sequence"): "better better better",
     ("tiny", "topk_truncated", "teacher_topk"): "collapsed collapsed collapsed",
-    ("smollm2", "full reverse", "token"): "better better collapsed",
-    ("smollm2", "full forward", "token"): "better better collapsed",
-    ("smollm2", "teacher_topk", "token"): "better better collapsed",
+    ("smollm2", "full reverse", "token"): "collapsed better collapsed",
+    ("smollm2", "full forward", "token"): "collapsed better collapsed",
+    ("smollm2", "teacher_topk", "token"): "collapsed better collapsed",
     ("smollm2", "teacher_topk", "full reverse"): "equal equal equal",
     ("smollm2", "full forward", "full reverse"): "equal equal better",
     ("smollm2", "sequence", "token"): "collapsed collapsed collapsed",
@@ -456,5 +456,5 @@ def test_the_runs_that_collapsed_are_those_of_the_prose(committed):
              for yardstick, metric in results.report.metrics.items() if metric.better}  # fmt: skip
     every = {"topk_truncated": 5}
     assert found == {("tiny", "accuracy"): every, ("tiny", "reverse_kl"): every, ("tiny", "forward_kl"): every,
-                     ("smollm2", "accuracy"): {"sequence": 1}, ("smollm2", "reverse_kl"): {"sequence": 1},
-                     ("smollm2", "forward_kl"): {"token": 1, "sequence": 2}}  # fmt: skip
+                     ("smollm2", "accuracy"): {"token": 1, "sequence": 3},
+                     ("smollm2", "reverse_kl"): {"sequence": 2}, ("smollm2", "forward_kl"): {"token": 1, "sequence": 2}}  # fmt: skip
