@@ -116,6 +116,20 @@ def test_readmes_results_are_those_of_the_results():
     assert f"{ties} of {pairs} pairs could not be told apart" in results
 
 
+def test_smollm2_gains_what_the_documents_say():
+    stored = json.loads((ROOT / "docs" / "results_smollm2.json").read_text())["report"]
+    untrained, reached = stored["untrained"]["accuracy"], stored["metrics"]["accuracy"]["variants"]
+    (seconds,) = [cost["seconds"] for cost in stored["costs"] if cost["variant"] == "full reverse"]
+    (said,) = re.findall(
+        r"goes from (\S+) to (\S+) \[.*?over (\w+) seeds.*?, (\d+) seconds of training", README, re.DOTALL
+    )
+    assert said[:2] == (f"{untrained:.2f}", f"{reached['full reverse']['mean']:.2f}")
+    assert said[2:] == ({5: "five"}[len(stored["seeds"])], f"{seconds:.0f}")
+    page = (ROOT / "docs" / "results.md").read_text()
+    ((before, after),) = re.findall(r"\(accuracy (\S+) before, (\S+) after\)", page)
+    assert (before, after) == (f"{untrained:.3g}", f"{reached['token']['mean']:.3g}")
+
+
 def test_the_table_of_speed_is_that_of_the_benchmarks():
     sides = {"lit_opd": "lit_opd", "TRL, with autocast around its loss": "TRL fixed", "TRL as shipped (one run)":
              "TRL as shipped", "the same, started with our allocator settings (one run)":
