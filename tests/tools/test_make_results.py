@@ -457,4 +457,5 @@ def test_the_runs_that_collapsed_are_those_of_the_prose(committed):
     every = {"topk_truncated": 5}
     assert found == {("tiny", "accuracy"): every, ("tiny", "reverse_kl"): every, ("tiny", "forward_kl"): every,
                      ("smollm2", "accuracy"): {"token": 1, "sequence": 3},
-                     ("smollm2", "reverse_kl"): {"sequence": 2}, ("smollm2", "forward_kl"): {"token": 1, "sequence": 2}}  # fmt: skip
+                     ("smollm2", "reverse_kl"): {"sequence": 2},
+                     ("smollm2", "forward_kl"): {"token": 1, "sequence": 2}}  # fmt: skip
