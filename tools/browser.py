@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 WINDOW = (1500, 1000)
-PATIENCE_S = 90
+PATIENCE_S = 240
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
     *("--disable-quic", "--disable-component-update", "--disable-sync"),

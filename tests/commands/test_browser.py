@@ -27,7 +27,11 @@ COLUMNS = {
     "metrics.`cost/seconds`", "attributes.`Dataset`",
 }  # fmt: skip
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(browser.missing()), reason=str(browser.missing()))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),  # above the browser's patience, which says what it waited for
+    pytest.mark.skipif(bool(browser.missing()), reason=str(browser.missing())),
+]
 
 
 @pytest.fixture(scope="module")
